@@ -1,0 +1,1 @@
+"""Searching for tickets: rounds of training, pruning and rewinding."""
