@@ -1,0 +1,27 @@
+#include "cpu/arena.h"
+
+#include <sys/mman.h>
+
+#include <new>
+#include <stdexcept>
+
+namespace lipfast {
+namespace {
+constexpr int64_t kLargePage = int64_t{2} << 20;
+}  // namespace
+
+Arena::Arena(int64_t bytes) : bytes_(bytes) {
+  if (bytes < 0) throw std::invalid_argument("arena: a negative number of bytes");
+  mapped_ = (bytes + kLargePage - 1) / kLargePage * kLargePage + kLargePage;
+  base_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (base_ == MAP_FAILED) throw std::bad_alloc();
+  const auto address = (reinterpret_cast<uintptr_t>(base_) + kLargePage - 1) / kLargePage * kLargePage;
+  data_ = reinterpret_cast<float*>(address);
+#ifdef MADV_HUGEPAGE
+  madvise(data_, mapped_ - kLargePage, MADV_HUGEPAGE);  // only advice: small pages work as well
+#endif
+}
+
+Arena::~Arena() { munmap(base_, mapped_); }
+
+}  // namespace lipfast

@@ -1,0 +1,156 @@
+// One vector of 16 floats, for whichever instruction set this file is built for.
+//
+// Every kernel source is compiled once per target (see setup.py), with
+//   LIPFAST_TARGET   0 plain C++, 1 AVX2 + FMA, 2 AVX-512
+//   LIPFAST_NS       plain, avx2, avx512: the namespace of everything built so
+// so equal names never collide at link time. Kernels use no std:: templates:
+// a weak symbol compiled with wide instructions could otherwise be picked for
+// a machine without them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if LIPFAST_TARGET > 0
+#include <immintrin.h>
+#endif
+
+#define LIPFAST_UNROLL _Pragma("GCC unroll 32")
+
+namespace lipfast {
+namespace LIPFAST_NS {
+
+constexpr int kLanes = 16;
+
+#if LIPFAST_TARGET == 2
+
+constexpr int kRegisters = 32;  // vectors of 16 that the register file holds
+using V = __m512;
+
+static inline V Load(const float* p) { return _mm512_load_ps(p); }
+static inline V LoadU(const float* p) { return _mm512_loadu_ps(p); }
+static inline void Store(float* p, V v) { _mm512_store_ps(p, v); }
+static inline void StoreU(float* p, V v) { _mm512_storeu_ps(p, v); }
+static inline V Set(float x) { return _mm512_set1_ps(x); }
+static inline V Zero() { return _mm512_setzero_ps(); }
+static inline V Add(V a, V b) { return _mm512_add_ps(a, b); }
+static inline V Sub(V a, V b) { return _mm512_sub_ps(a, b); }
+static inline V Mul(V a, V b) { return _mm512_mul_ps(a, b); }
+static inline V Div(V a, V b) { return _mm512_div_ps(a, b); }
+static inline V Max(V a, V b) { return _mm512_max_ps(a, b); }
+static inline V Min(V a, V b) { return _mm512_min_ps(a, b); }
+static inline V Sqrt(V a) { return _mm512_sqrt_ps(a); }
+// a * b + c, rounded once.
+static inline V Fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+// a > 0 ? b : c, lane by lane.
+static inline V IfPositive(V a, V b, V c) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_GT_OQ), c, b);
+}
+
+#elif LIPFAST_TARGET == 1
+
+constexpr int kRegisters = 8;
+struct V {
+  __m256 a, b;
+};
+
+static inline V Load(const float* p) { return {_mm256_load_ps(p), _mm256_load_ps(p + 8)}; }
+static inline V LoadU(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+static inline void Store(float* p, V v) {
+  _mm256_store_ps(p, v.a);
+  _mm256_store_ps(p + 8, v.b);
+}
+static inline void StoreU(float* p, V v) {
+  _mm256_storeu_ps(p, v.a);
+  _mm256_storeu_ps(p + 8, v.b);
+}
+static inline V Set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+static inline V Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+#define LIPFAST_BINARY(Name, op) \
+  static inline V Name(V x, V y) { return {_mm256_##op##_ps(x.a, y.a), _mm256_##op##_ps(x.b, y.b)}; }
+LIPFAST_BINARY(Add, add)
+LIPFAST_BINARY(Sub, sub)
+LIPFAST_BINARY(Mul, mul)
+LIPFAST_BINARY(Div, div)
+LIPFAST_BINARY(Max, max)
+LIPFAST_BINARY(Min, min)
+#undef LIPFAST_BINARY
+static inline V Sqrt(V x) { return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
+static inline V Fma(V x, V y, V z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+static inline V IfPositive(V x, V y, V z) {
+  const __m256 zero = _mm256_setzero_ps();
+  return {_mm256_blendv_ps(z.a, y.a, _mm256_cmp_ps(x.a, zero, _CMP_GT_OQ)),
+          _mm256_blendv_ps(z.b, y.b, _mm256_cmp_ps(x.b, zero, _CMP_GT_OQ))};
+}
+
+#else
+
+constexpr int kRegisters = 4;
+struct V {
+  float v[kLanes];
+};
+
+// Loops over 16 floats: the compiler turns them into what the machine has.
+#define LIPFAST_EACH(expression)                            \
+  V out;                                                    \
+  for (int i = 0; i < kLanes; ++i) out.v[i] = (expression); \
+  return out;
+static inline V Load(const float* p) { LIPFAST_EACH(p[i]) }
+static inline V LoadU(const float* p) { LIPFAST_EACH(p[i]) }
+static inline void Store(float* p, V x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = x.v[i];
+}
+static inline void StoreU(float* p, V x) { Store(p, x); }
+static inline V Set(float x) { LIPFAST_EACH(x) }
+static inline V Zero() { return Set(0.0f); }
+static inline V Add(V a, V b) { LIPFAST_EACH(a.v[i] + b.v[i]) }
+static inline V Sub(V a, V b) { LIPFAST_EACH(a.v[i] - b.v[i]) }
+static inline V Mul(V a, V b) { LIPFAST_EACH(a.v[i] * b.v[i]) }
+static inline V Div(V a, V b) { LIPFAST_EACH(a.v[i] / b.v[i]) }
+static inline V Max(V a, V b) { LIPFAST_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]) }
+static inline V Min(V a, V b) { LIPFAST_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]) }
+static inline V Sqrt(V a) { LIPFAST_EACH(std::sqrt(a.v[i])) }
+// Two roundings here: a machine without FMA would emulate the single one slowly.
+static inline V Fma(V a, V b, V c) { LIPFAST_EACH(a.v[i] * b.v[i] + c.v[i]) }
+static inline V IfPositive(V a, V b, V c) { LIPFAST_EACH(a.v[i] > 0.0f ? b.v[i] : c.v[i]) }
+#undef LIPFAST_EACH
+
+#endif
+
+// Sum of the 16 lanes, always in the same order: halves are added to halves.
+static inline float Sum(V x) {
+  alignas(64) float t[kLanes];
+  Store(t, x);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) t[i] += t[i + width];
+  }
+  return t[0];
+}
+
+// The first n floats at p, zeros behind them; reads nothing past p + n.
+static inline V LoadPart(const float* p, int n) {
+#if LIPFAST_TARGET == 2
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+  alignas(64) float t[kLanes] = {};
+  std::memcpy(t, p, sizeof(float) * n);
+  return Load(t);
+#endif
+}
+
+// Writes the first n lanes to p and nothing else.
+static inline void StorePart(float* p, V x, int n) {
+#if LIPFAST_TARGET == 2
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), x);
+#else
+  alignas(64) float t[kLanes];
+  Store(t, x);
+  std::memcpy(p, t, sizeof(float) * n);
+#endif
+}
+
+static inline void Prefetch(const float* p) { __builtin_prefetch(p, 0, 3); }
+
+}  // namespace LIPFAST_NS
+}  // namespace lipfast

@@ -1,0 +1,94 @@
+"""Maps in the lane layout: SIMD lane l holds sub-image l (drawing in ``csrc/cpu/lanes.h`` and ``docs/lanes.md``)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import lipfast._C as _C
+from lipfast.errors import InputError
+
+GRID = 4  # blocks along each side of a picture
+LANES = GRID * GRID
+PADDING_MODES = {"zeros": 0, "reflect": 1, "replicate": 2, "circular": 3}
+
+
+def empty(*shape: int) -> Tensor:
+    """Zeroed float32 memory in large pages, 64-byte aligned; shape as for ``torch.empty``."""
+    count = 1
+    for side in shape:
+        count *= side
+    if count == 0:
+        return torch.empty(shape)
+    return torch.frombuffer(_C.Arena(4 * count), dtype=torch.float32).view(shape)
+
+
+@dataclass(frozen=True)
+class LaneMap:
+    """A batch of feature maps in lanes.
+
+    Attributes:
+        data: ``(batch, channels, block_h + 2 halo, block_w + 2 halo, 16)`` float32 on the CPU, 64-byte aligned vectors;
+            a slice of another map's channels is fine.
+        height, width: pixels of a picture; at most four blocks a side.
+        halo: vectors around each block, filled by `fill_halo`.
+    """
+
+    data: Tensor
+    height: int
+    width: int
+    halo: int
+
+    @classmethod
+    def allocate(
+        cls, batch: int, channels: int, height: int, width: int, halo: int = 0, block: tuple[int, int] | None = None
+    ) -> "LaneMap":
+        """A zeroed map; ``block`` gives a block's pixels where a neighbouring map's stride asks for more than a quarter."""
+        block_h, block_w = block or (-(-height // GRID), -(-width // GRID))
+        if min(height, width, halo + 1) < 1 or GRID * block_h < height or GRID * block_w < width:
+            raise InputError(f"LaneMap: {height} x {width} pixels with halo {halo} do not fit blocks of {block_h} x {block_w}")
+        return cls(empty(batch, channels, block_h + 2 * halo, block_w + 2 * halo, LANES), height, width, halo)
+
+    @classmethod
+    def from_tensor(
+        cls, x: Tensor, halo: int = 0, padding_mode: str = "zeros", pad: int = 0, block: tuple[int, int] | None = None
+    ) -> "LaneMap":
+        """Convert ``(batch, channels, height, width)`` float32 (any strides) and fill the halo when ``halo > 0``.
+
+        Raises:
+            InputError: not a 4-D float32 CPU tensor, or a picture smaller than its padding.
+        """
+        if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu":
+            raise InputError(f"LaneMap.from_tensor: expected 4-D float32 on cpu, got {x.dim()}-D {x.dtype} on {x.device}")
+        lanes = cls.allocate(*x.shape, halo=halo, block=block)
+        if x.numel():
+            _C.lanes_from_plain(x.detach().numpy(), lanes.data.numpy(), halo, torch.get_num_threads())
+            if halo or lanes.has_dead_pixels:
+                lanes.fill_halo(padding_mode, pad)
+        return lanes
+
+    @property
+    def has_dead_pixels(self) -> bool:
+        """True where the blocks cover more than the picture."""
+        rows, columns = self.data.shape[2] - 2 * self.halo, self.data.shape[3] - 2 * self.halo
+        return GRID * rows != self.height or GRID * columns != self.width
+
+    def to_tensor(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        """The ordinary ``(batch, channels, height, width)`` tensor, NCHW or channels_last."""
+        shape = (*self.data.shape[:2], self.height, self.width)
+        out = torch.empty(shape, memory_format=memory_format)
+        if out.numel():
+            _C.lanes_to_plain(self.data.numpy(), out.numpy(), self.halo, torch.get_num_threads())
+        return out
+
+    def fill_halo(self, mode: str = "zeros", pad: int = 0) -> None:
+        """Write halo and dead pixels: ``pad`` pixels of padding around the picture, zeros farther out."""
+        _C.fill_halo(
+            self.data.numpy(), self.height, self.width, self.halo, PADDING_MODES[mode], pad, torch.get_num_threads()
+        )
+
+    def fold_halo(self, mode: str, pad: int) -> None:
+        """The transpose of `fill_halo` for gradients: add each padding pixel to the pixel it copies; dead pixels become 0."""
+        _C.fold_halo(
+            self.data.numpy(), self.height, self.width, self.halo, PADDING_MODES[mode], pad, torch.get_num_threads()
+        )
