@@ -1,0 +1,73 @@
+// One 2-D convolution on lane maps: forward, input gradient, weight gradient.
+//
+// Weights are packed: `values` holds the kept weights of w[out][in][kh][kw] in
+// row-major order (all of them where the layer is dense), and so do gradients.
+// Which kernel runs each direction (direct sparse, Winograd, dense) is settled at
+// construction from the shape and the density alone, never by timing.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "cpu/lanes.h"
+
+namespace lipfast {
+
+enum class ConvKernel { kAuto = 0, kSparse = 1, kWinograd = 2, kDense = 3 };
+
+struct ConvShape {
+  int64_t out_channels, in_channels, groups;
+  int64_t kernel_h, kernel_w;
+  int64_t stride, dilation;
+  int64_t pad_h, pad_w;
+  Padding padding;
+};
+
+// The maps a convolution runs on; two geometries need two Conv objects.
+struct ConvGeometry {
+  int64_t batch, height, width;         // of the input, in pixels
+  int64_t in_block_h, in_block_w;       // stride * out_block exactly
+  int64_t out_block_h, out_block_w;
+};
+
+class Conv {
+ public:
+  // mask: bytes [out][in / groups][kh][kw], 1 = kept; null = dense.
+  // exact: never Winograd, whose error is a few times larger.
+  Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* mask, ConvKernel asked, bool exact);
+  ~Conv();
+
+  int64_t kept() const;
+  int64_t out_height() const;
+  int64_t out_width() const;
+  // Floats of scratch memory, 64-byte aligned, that each call below may use.
+  int64_t scratch_floats() const;
+  // What runs: "sparse", "winograd" or "dense".
+  const char* forward_kernel() const;
+  const char* input_gradient_kernel() const;
+  const char* weight_gradient_kernel() const;
+
+  // y = conv(x) + bias. The halo of x reaches >= pad (dilation * (kernel - 1) / 2
+  // for a "same" layer) and is filled. bias may be null. Only pixels of y are written.
+  void Forward(const float* values, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch,
+               int threads) const;
+
+  // How far the halo of dy must reach (filled with zeros, dead pixels too) for the
+  // input gradient; the weight gradient wants zero dead pixels only.
+  int64_t gradient_halo() const;
+
+  // dx = conv^T(dy), padding included: contributions to padding pixels are added to
+  // the pixels they copy. Needs halo >= pad of dx where padding is not kZero (its
+  // content is destroyed); dead pixels of dx end as zeros or finite.
+  void InputGradient(const float* values, const LaneMap& dy, const LaneMap& dx, float* scratch, int threads) const;
+
+  // dvalues (kept) and, unless null, dbias (out_channels); both overwritten.
+  void WeightGradient(const LaneMap& x, const LaneMap& dy, float* dvalues, float* dbias, float* scratch,
+                      int threads) const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace lipfast
