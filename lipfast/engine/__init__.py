@@ -1,0 +1,1 @@
+"""Executing whole networks: training steps behind one seam."""

@@ -1,0 +1,189 @@
+"""The seam between a fit and whatever executes its network: one training step at a time.
+
+:class:`Trainer` is the contract; :class:`TorchTrainer` fulfils it with torch's dense kernels in their fastest measured
+form; :func:`make_trainer` chooses.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lipfast.errors import ConfigError, InputError
+
+# Snapshot entries beside the network's own state_dict.
+FIRST_MOMENT = "adam.exp_avg."  # + parameter name
+SECOND_MOMENT = "adam.exp_avg_sq."  # + parameter name
+STEP_COUNT = "adam.step"  # () float32
+
+ENGINES = ("auto", "torch")
+
+
+class Trainer(Protocol):
+    """Trains one network with Adam; dead weights stay exactly zero."""
+
+    def step(self, z: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """One forward, backward and Adam update.
+
+        Args:
+            z: (N, C, h, w) float32, what the network is fed.
+            loss: maps the network's output (N, C, H, W) to a scalar; differentiable.
+
+        Returns:
+            The loss () and the output (N, C, H, W) from before the update, both detached.
+        """
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of everything that decides the coming steps, in dense, contiguous form: the network's ``state_dict``
+        (weights, biases, BatchNorm's affine and running statistics) and, under ``adam.``, both moments of every
+        parameter and the step count. :meth:`restore` of it is bit-exact.
+        """
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Go back to a snapshot of the same network.
+
+        Raises:
+            InputError: an entry is missing, left over, or has another shape or type.
+        """
+
+    def network(self) -> nn.Module:
+        """The ordinary dense module with the current weights; dead weights are exactly 0."""
+
+
+def make_trainer(network: nn.Module, masks: Mapping[str, Tensor] | None, *, lr: float, engine: str = "auto") -> Trainer:
+    """The trainer that runs ``network``, which it takes over and changes in place.
+
+    Args:
+        network: any module; it is set to training mode.
+        masks: parameter name -> bool tensor of its shape, False where the weight is dead; a missing name is not pruned.
+        lr: Adam's learning rate.
+        engine: "torch" for torch's dense kernels, "auto" for the best available.
+
+    Raises:
+        ConfigError: unknown engine or a learning rate that is not above 0.
+        InputError: a mask that names no parameter, or has another shape or type.
+    """
+    if engine not in ENGINES:
+        raise ConfigError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}")
+    return TorchTrainer(network, masks, lr=lr)
+
+
+class TorchTrainer:
+    """Dense training with torch's own kernels.
+
+    channels_last throughout, fused Adam, and one multiplication of the pruned layers' gradients by their masks: a
+    weight that is zero and has only ever seen zero gradients has zero moments and stays zero, bit for bit.
+    (For the paper's net, 2 Zen 5 cores, torch 2.13: fused Adam 2.0 ms against 5.8 ms for foreach, masking 0.3 ms
+    against 5.2 ms for masked_fill, in a step of about 114 ms at 128 px; channels_last, contiguous and torch.compile
+    take 114, 124 and 143 ms.)
+    """
+
+    def __init__(self, network: nn.Module, masks: Mapping[str, Tensor] | None, *, lr: float) -> None:
+        if not lr > 0:
+            raise ConfigError(f"the learning rate must be above 0, got {lr}")
+        self._network: nn.Module = network.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self._parameters = dict(self._network.named_parameters())
+        self._masks = {
+            name: mask.to(weight.dtype).to(weight.device).contiguous(memory_format=_layout(weight))
+            for name, (weight, mask) in check_masks(self._parameters, masks or {}).items()
+        }
+        self._optimiser = torch.optim.Adam(self._parameters.values(), lr=lr, fused=True)
+        for parameter in self._parameters.values():  # what the first step would create, so that it can be snapshot
+            self._optimiser.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+        self._silence_dead_weights()
+
+    def step(self, z: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """See :class:`Trainer`."""
+        self._optimiser.zero_grad(set_to_none=True)
+        output = self._network(z.contiguous(memory_format=torch.channels_last))
+        value = loss(output)
+        value.backward()  # type: ignore[no-untyped-call]
+        self._mask_gradients()
+        self._optimiser.step()
+        return value.detach(), output.detach()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """See :class:`Trainer`."""
+        return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in self._live()}
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """See :class:`Trainer`."""
+        live = dict(self._live())
+        check_snapshot(live, snapshot)
+        with torch.no_grad():
+            for name, tensor in live.items():
+                tensor.copy_(snapshot[name])
+            for parameter in self._parameters.values():
+                self._optimiser.state[parameter]["step"].copy_(snapshot[STEP_COUNT])
+            self._silence_dead_weights()
+
+    def network(self) -> nn.Module:
+        """See :class:`Trainer`."""
+        return self._network
+
+    def _live(self) -> list[tuple[str, Tensor]]:
+        """The tensors a snapshot copies, under its names; Adam's step counts are equal, so one stands for all."""
+        entries = list(self._network.state_dict().items())
+        for name, parameter in self._parameters.items():
+            state = self._optimiser.state[parameter]
+            entries += [(FIRST_MOMENT + name, state["exp_avg"]), (SECOND_MOMENT + name, state["exp_avg_sq"])]
+            steps = state["step"]
+        return [*entries, (STEP_COUNT, steps)]
+
+    def _mask_gradients(self) -> None:
+        masked = [(self._parameters[name].grad, mask) for name, mask in self._masks.items()]
+        pairs = [(gradient, mask) for gradient, mask in masked if gradient is not None]
+        if pairs:
+            torch._foreach_mul_([gradient for gradient, _ in pairs], [mask for _, mask in pairs])
+
+    def _silence_dead_weights(self) -> None:
+        """Zero the dead weights and their moments, whatever was loaded."""
+        for name, mask in self._masks.items():
+            parameter = self._parameters[name]
+            state = self._optimiser.state[parameter]
+            for tensor in (parameter.data, state["exp_avg"], state["exp_avg_sq"]):
+                tensor.masked_fill_(mask == 0, 0.0)  # a product could leave -0.0
+
+
+def check_masks(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pair each mask with its parameter.
+
+    Raises:
+        InputError: a mask that names no parameter, or has another shape or type.
+    """
+    pairs = {}
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise InputError(f"masks: the network has no parameter {name!r}")
+        shape = tuple(parameters[name].shape)
+        if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            raise InputError(f"masks: {name!r} must be bool {shape}, got {mask.dtype} {tuple(mask.shape)}")
+        pairs[name] = (parameters[name], mask)
+    return pairs
+
+
+def check_snapshot(live: Mapping[str, Tensor], snapshot: Mapping[str, Tensor]) -> None:
+    """Check that ``snapshot`` has exactly the entries of ``live``, with their shapes and types.
+
+    Raises:
+        InputError: it has not; the message names the first such entry.
+    """
+    for name in [*live, *snapshot]:
+        if name not in snapshot or name not in live:
+            where = "lacks" if name not in snapshot else "has the unknown entry"
+            raise InputError(f"restore: the snapshot {where} {name!r}; it belongs to another network")
+        here, there = live[name], snapshot[name]
+        if here.shape != there.shape or here.dtype != there.dtype:
+            raise InputError(
+                f"restore: {name!r} must be {here.dtype} {tuple(here.shape)}, "
+                f"got {there.dtype} {tuple(there.shape)}; the snapshot belongs to another network"
+            )
+
+
+def _layout(weight: Tensor) -> torch.memory_format:
+    return torch.channels_last if weight.dim() == 4 else torch.contiguous_format
