@@ -14,13 +14,24 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
-COMMON_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-uninitialized"]
+COMMON_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wno-uninitialized",
+]
 # namespace -> (value of LIPFAST_TARGET, flags)
 TARGETS: dict[str, tuple[int, list[str]]] = {"plain": (0, [])}
 if platform.machine() in ("x86_64", "AMD64"):
     TARGETS["avx2"] = (1, ["-mavx2", "-mfma"])
     # The prefer-vector-width flag is about the compiler's own loops; 512-bit intrinsics are used either way.
-    TARGETS["avx512"] = (2, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"])
+    TARGETS["avx512"] = (
+        2,
+        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    )
 ONCE = {"isa.cc", "pool.cc", "tables.cc", "arena.cc"}  # the rest of csrc/cpu is built per target
 
 
@@ -61,7 +72,11 @@ os.chdir(ROOT)
 setup(
     ext_modules=[
         Pybind11Extension(
-            "lipfast._C", plain_sources(), include_dirs=["csrc"], extra_compile_args=COMMON_FLAGS, extra_link_args=["-pthread"]
+            "lipfast._C",
+            plain_sources(),
+            include_dirs=["csrc"],
+            extra_compile_args=COMMON_FLAGS,
+            extra_link_args=["-pthread"],
         )
     ],
     cmdclass={"build_ext": BuildKernels},

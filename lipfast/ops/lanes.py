@@ -46,7 +46,9 @@ class LaneMap:
         """A zeroed map; ``block`` gives a block's pixels where a neighbouring map's stride asks for more than a quarter."""
         block_h, block_w = block or (-(-height // GRID), -(-width // GRID))
         if min(height, width, halo + 1) < 1 or GRID * block_h < height or GRID * block_w < width:
-            raise InputError(f"LaneMap: {height} x {width} pixels with halo {halo} do not fit blocks of {block_h} x {block_w}")
+            raise InputError(
+                f"LaneMap: {height} x {width} pixels with halo {halo} do not fit blocks of {block_h} x {block_w}"
+            )
         return cls(empty(batch, channels, block_h + 2 * halo, block_w + 2 * halo, LANES), height, width, halo)
 
     @classmethod
@@ -59,7 +61,9 @@ class LaneMap:
             InputError: not a 4-D float32 CPU tensor, or a picture smaller than its padding.
         """
         if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu":
-            raise InputError(f"LaneMap.from_tensor: expected 4-D float32 on cpu, got {x.dim()}-D {x.dtype} on {x.device}")
+            raise InputError(
+                f"LaneMap.from_tensor: expected 4-D float32 on cpu, got {x.dim()}-D {x.dtype} on {x.device}"
+            )
         lanes = cls.allocate(*x.shape, halo=halo, block=block)
         if x.numel():
             _C.lanes_from_plain(x.detach().numpy(), lanes.data.numpy(), halo, torch.get_num_threads())

@@ -1,0 +1,46 @@
+# Each target is one command on a fresh machine: it makes its own virtual environment first.
+#   make demo     find tickets on one picture, restore a second one with them
+#   make test     every test
+#   make check    format, lint, types
+# On a network where torch's CPU wheels are not on the default index:
+#   make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
+BIN := $(VENV)/bin
+CXX_FILES = $(shell find csrc tests \( -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/installed
+	$(BIN)/lipfast demo --out demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(if $(CXX_FILES),$(BIN)/clang-format --style=file --dry-run -Werror $(CXX_FILES))
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(if $(CXX_FILES),$(BIN)/clang-format --style=file -i $(CXX_FILES))
+
+clean:
+	rm -rf $(VENV) build dist lipfast.egg-info demo
+
+# torch comes first and pinned, so that pip settles on its CPU wheel before it resolves the rest.
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(PIP_FLAGS) '$(TORCH)'
+	touch $@
+
+# Editable: the extension is compiled in place. A changed source or build file installs again.
+$(VENV)/installed: $(VENV)/torch pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+	$(BIN)/pip install --quiet $(PIP_FLAGS) --editable '.[dev]'
+	touch $@
