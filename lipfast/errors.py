@@ -17,5 +17,9 @@ class BackendError(LipfastError, RuntimeError):
     """The implementation that was asked for cannot run here."""
 
 
+class FitError(LipfastError, ArithmeticError):
+    """A fit diverged: its loss is no longer a finite number."""
+
+
 class TicketError(InputError):
     """A ticket file is damaged, foreign, or belongs to another network."""

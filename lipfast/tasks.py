@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lipfast import images
+from lipfast.config import derive_seed
 from lipfast.errors import ConfigError, InputError
 
 Metric = Literal["rgb", "luma"]
@@ -31,6 +32,7 @@ class Defaults:
     iterations: int  # optimiser steps
     input_noise: float  # standard deviation of the fresh noise added to z in each step
     average: float  # weight of the past in the exponential average of outputs; 0 takes each output as it is
+    backtrack: float  # dB that the loss may rise before the last good weights come back; 0 never
     metric: Metric  # "rgb": all channels and pixels; "luma": BT.601 luma, 4 px cut from each side
 
 
@@ -102,7 +104,9 @@ class Denoise(_Linear):
     """
 
     name: ClassVar[str] = "denoise"
-    defaults: ClassVar[Defaults] = Defaults(iterations=3000, input_noise=1 / 30, average=0.99, metric="rgb")
+    defaults: ClassVar[Defaults] = Defaults(
+        iterations=3000, input_noise=1 / 30, average=0.99, backtrack=5.0, metric="rgb"
+    )
 
     def __init__(self, sigma: float = 25.0) -> None:
         if not 0 <= sigma <= 255:
@@ -139,7 +143,7 @@ class Inpaint(_Linear):
     """
 
     name: ClassVar[str] = "inpaint"
-    defaults: ClassVar[Defaults] = Defaults(iterations=3000, input_noise=0.03, average=0.0, metric="rgb")
+    defaults: ClassVar[Defaults] = Defaults(iterations=3000, input_noise=0.03, average=0.0, backtrack=0.0, metric="rgb")
 
     def __init__(
         self, mask: Tensor | None = None, *, keep: float | None = None, per_channel: bool = True, seed: int = 0
@@ -203,7 +207,9 @@ class SuperResolve(_Linear):
     Source: Turkowski 1990 for the kernel; Ulyanov et al. 2018 for its use here.
     """
 
-    defaults: ClassVar[Defaults] = Defaults(iterations=2000, input_noise=0.03, average=0.0, metric="luma")
+    defaults: ClassVar[Defaults] = Defaults(
+        iterations=2000, input_noise=0.03, average=0.0, backtrack=0.0, metric="luma"
+    )
 
     def __init__(self, factor: int = 4) -> None:
         if factor not in (4, 8):
@@ -266,7 +272,7 @@ class CompressedSensing(_Linear):
     """
 
     name: ClassVar[str] = "cs"
-    defaults: ClassVar[Defaults] = Defaults(iterations=3000, input_noise=0.03, average=0.0, metric="rgb")
+    defaults: ClassVar[Defaults] = Defaults(iterations=3000, input_noise=0.03, average=0.0, backtrack=0.0, metric="rgb")
 
     def __init__(
         self,
@@ -339,7 +345,7 @@ class CompressedSensing(_Linear):
         self._kept = drawn
 
     def _draw(self, block: int, count: int, n: int) -> Tensor:
-        generator = torch.Generator().manual_seed(_mix(self.seed, block))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, f"cs/block {block}"))
         return torch.randn(count, n, generator=generator).mul_(self.measurements**-0.5)
 
     def _flat(self, image: Tensor) -> Tensor:
@@ -533,7 +539,7 @@ def _check_mask(mask: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _draw_mask(shape: tuple[int, ...], keep: float, per_channel: bool, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(_mix(seed, 0))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "inpaint/mask"))
     drawn = shape if per_channel else (1, *shape[1:])
     mask = torch.rand(drawn, generator=generator) < keep
     return mask.float()
@@ -565,9 +571,3 @@ def _along_both_sides(image: Tensor, matrix_for: Callable[[int], Tensor]) -> Ten
     """Apply (h, H) and (w, W) matrices to the rows and columns of (..., H, W)."""
     rows, columns = (matrix_for(size).to(image) for size in image.shape[-2:])
     return rows @ image @ columns.T
-
-
-def _mix(seed: int, stream: int) -> int:
-    """A 63-bit seed from two numbers, so that neighbouring seeds and streams are unrelated."""
-    digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
