@@ -38,50 +38,78 @@ bool SpinUntil(const Ready& ready) {
 
 thread_local bool inside_chunk = false;
 
+// A range of chunks that is claimed from both ends: begin in the low half.
+struct alignas(64) Range {
+  std::atomic<uint64_t> packed{0};
+
+  static uint64_t Pack(uint64_t begin, uint64_t end) { return begin | end << 32; }
+
+  // The next chunk from the owner's end, or from the other end for a helper; -1 if none is left.
+  int64_t Claim(bool owner) {
+    uint64_t now = packed.load(std::memory_order_acquire);
+    for (;;) {
+      const uint64_t begin = now & 0xffffffffu, end = now >> 32;
+      if (begin >= end) return -1;
+      const uint64_t rest = owner ? Pack(begin + 1, end) : Pack(begin, end - 1);
+      if (packed.compare_exchange_weak(now, rest, std::memory_order_acq_rel)) return owner ? begin : end - 1;
+    }
+  }
+};
+
+constexpr int kMaxThreads = 128;
+
 class Pool {
  public:
   void Run(int threads, int64_t chunks, ChunkFunction body, void* context) {
-    std::unique_lock<std::mutex> only_job(job_mutex_, std::try_to_lock);
-    if (threads < 2 || chunks < 2 || inside_chunk || !only_job.owns_lock()) {
+    std::unique_lock<std::mutex> only_job(job_mutex_, std::defer_lock);
+    if (threads < 2 || chunks < 2 || inside_chunk || !only_job.try_lock()) {
       for (int64_t chunk = 0; chunk < chunks; ++chunk) body(context, chunk);
       return;
     }
+    if (threads > kMaxThreads) threads = kMaxThreads;
+    if (threads > chunks) threads = static_cast<int>(chunks);
     Grow(threads - 1);
     body_ = body;
     context_ = context;
-    chunks_ = chunks;
     done_.store(0, std::memory_order_relaxed);
-    allowed_.store(threads - 1, std::memory_order_relaxed);
-    unclaimed_.store(chunks, std::memory_order_seq_cst);
+    parts_.store(threads, std::memory_order_relaxed);
+    // Neighbouring chunks go to the same thread: two cores writing next to each
+    // other would pull each other's cache lines by prefetching.
+    for (int i = 0; i < threads; ++i) {
+      ranges_[i].packed.store(Range::Pack(chunks * i / threads, chunks * (i + 1) / threads), std::memory_order_release);
+    }
+    unclaimed_.fetch_add(chunks, std::memory_order_seq_cst);
     if (sleeping_.load(std::memory_order_seq_cst) > 0) {
       std::lock_guard<std::mutex> lock(sleep_mutex_);
       wake_.notify_all();
     }
-    Work();
+    Work(0);
     const auto finished = [&] { return done_.load(std::memory_order_acquire) == chunks; };
     // A worker in its last chunk: wait a little, then leave the core to it.
     while (!SpinUntil(finished)) sched_yield();
   }
 
  private:
-  // Claims chunks until none is left. The fields of a job are read only after
-  // a claim succeeded: until that chunk is done the job cannot end.
-  void Work() {
+  // Claims chunks of the own range, then of the others', until none is left. The
+  // fields of a job are read only after a claim succeeded: until that chunk is done
+  // the job cannot end, so a thread that comes late finds nothing or the next job.
+  void Work(int self) {
     inside_chunk = true;
-    int64_t left = unclaimed_.load(std::memory_order_acquire);
-    while (left > 0) {
-      if (unclaimed_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel)) {
-        body_(context_, chunks_ - left);
+    const int parts = parts_.load(std::memory_order_relaxed);
+    for (int i = 0; i < parts; ++i) {
+      Range& range = ranges_[(self + i) % parts];
+      for (int64_t chunk; (chunk = range.Claim(i == 0)) >= 0;) {
+        unclaimed_.fetch_sub(1, std::memory_order_relaxed);
+        body_(context_, chunk);
         done_.fetch_add(1, std::memory_order_acq_rel);
-        left = unclaimed_.load(std::memory_order_acquire);
       }
     }
     inside_chunk = false;
   }
 
-  void Serve(int index) {
+  void Serve(int self) {
     const auto work_waits = [&] {
-      return unclaimed_.load(std::memory_order_seq_cst) > 0 && index < allowed_.load(std::memory_order_relaxed);
+      return unclaimed_.load(std::memory_order_seq_cst) > 0 && self < parts_.load(std::memory_order_relaxed);
     };
     for (;;) {
       if (!SpinUntil(work_waits)) {
@@ -90,24 +118,24 @@ class Pool {
         wake_.wait(lock, work_waits);
         sleeping_.fetch_sub(1, std::memory_order_seq_cst);
       }
-      Work();
+      Work(self);
     }
   }
 
   void Grow(int workers) {
     for (; workers_ < workers; ++workers_) {
-      std::thread([this, index = workers_] { Serve(index); }).detach();
+      std::thread([this, self = workers_ + 1] { Serve(self); }).detach();
     }
   }
 
   std::mutex job_mutex_;
   ChunkFunction body_ = nullptr;
   void* context_ = nullptr;
-  int64_t chunks_ = 0;
   int workers_ = 0;
+  Range ranges_[kMaxThreads];
   alignas(64) std::atomic<int64_t> unclaimed_{0};
   alignas(64) std::atomic<int64_t> done_{0};
-  alignas(64) std::atomic<int> allowed_{0};
+  alignas(64) std::atomic<int> parts_{1};
   std::atomic<int> sleeping_{0};
   std::mutex sleep_mutex_;
   std::condition_variable wake_;
