@@ -331,7 +331,7 @@ def _encode(pixels: Any, form: str) -> bytes:
     elif form == "png" and pixels.dtype == numpy.uint16:
         import imagecodecs
 
-        return bytes(imagecodecs.png_encode(pixels))
+        return bytes(imagecodecs.png_encode(numpy.ascontiguousarray(pixels)))
     else:
         from PIL import Image
 
