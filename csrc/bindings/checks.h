@@ -46,5 +46,6 @@ Padding AsPadding(int mode, int64_t pad, const LaneMap& map);
 
 // One registration function per bindings/*.cc, called by module.cc.
 void BindLanes(py::module_& m);
+void BindWinograd(py::module_& m);
 
 }  // namespace lipfast

@@ -31,4 +31,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", [](const std::string& name) { SetIsa(IsaFromName(name)); }, py::arg("name"));
   m.def("available_isas", &AvailableIsas, "Instruction sets that build and CPU have, fastest first.");
   BindLanes(m);
+  BindWinograd(m);
 }

@@ -1,9 +1,11 @@
 // The kernel tables of every family, one line each.
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
+#include "cpu/winograd.h"
 
 namespace lipfast {
 
 LIPFAST_KERNEL_TABLE(LaneKernels, lane_kernels)
+LIPFAST_KERNEL_TABLE(WinogradKernels, winograd_kernels)
 
 }  // namespace lipfast
