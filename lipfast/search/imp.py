@@ -1,0 +1,426 @@
+"""Iterative magnitude pruning: rounds of fit, prune and rewind, each kept on disk as soon as it is done."""
+
+import dataclasses
+import fnmatch
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import lipfast
+from lipfast import images, masks, priors, tasks
+from lipfast.errors import BackendError, ConfigError
+from lipfast.fit import FitConfig, FitResult, FitState, Outcome, Progress, fit
+from lipfast.masks import Masks
+from lipfast.search import controls, schedule
+from lipfast.search.config import SearchConfig, rewind_step
+from lipfast.search.observation import Observation, Picture, observe
+from lipfast.search.runs import Run
+from lipfast.tickets import Ticket
+
+CHECKPOINT = "checkpoint.state"
+DENSE = "rewound.state"  # the dense network at the rewind step, for controls; not written where that is the start
+LOG_EVERY = 50  # steps between the log's lines
+
+Kind = Literal["ticket", "search", "random"]  # fitted to the degraded picture; to the clean one; a control
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a search is, told after each step."""
+
+    seed: int
+    kind: Kind
+    round: int
+    rounds: int
+    fit: int  # fits done before this one
+    fits: int  # of the whole search
+    step: int
+    iterations: int
+    loss: float
+    psnr: float | None  # dB of the reported output; None without a clean picture
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A finished search.
+
+    Attributes:
+        folder: its run folder.
+        rows: a dict for each round, dense first: round, sparsity, kept, total, bytes, seconds, empty_layers, and under
+            ticket, search and random the PSNR and SSIM of the last, stopped and oracle output.
+        tickets: the tickets of rounds 1, 2, ...
+    """
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    tickets: list[Ticket]
+
+
+Watch = Callable[[Status], object]  # True asks the search to save where it is and raise KeyboardInterrupt
+
+
+def find_tickets(
+    pictures: Sequence[Picture] | Picture,
+    task: tasks.Task | Any,
+    *,
+    config: SearchConfig | None = None,
+    fit_config: FitConfig | None = None,
+    out: str | os.PathLike[str] = "runs",
+    seeds: Sequence[int] | None = None,
+    **options: Any,
+) -> list[Ticket]:
+    """Search for tickets, one search for each seed, and return those of all rounds.
+
+    The same call again continues or reads what is in ``out``.
+
+    Args:
+        seeds: None takes the config's own.
+        options: and the other arguments as in ``search``.
+    """
+    config = config or SearchConfig()
+    found = []
+    for seed in [config.seed] if seeds is None else seeds:
+        own = dataclasses.replace(config, seed=seed)
+        found += search(pictures, task, config=own, fit_config=fit_config, out=out, **options).tickets
+    return found
+
+
+def search(
+    pictures: Sequence[Picture] | Picture,
+    task: tasks.Task | Any,
+    *,
+    config: SearchConfig | None = None,
+    fit_config: FitConfig | None = None,
+    out: str | os.PathLike[str] = "runs",
+    degraded: bool = False,
+    engine: str = "auto",
+    device: str = "cpu",
+    checkpoint_every: int = 250,
+    watch: Watch | None = None,
+) -> SearchResult:
+    """Run one search, or what is left of it.
+
+    Args:
+        pictures: one or several files or tensors (C, H, W) in [0, 1].
+        task: what degrades them, see ``lipfast.tasks``.
+        config: what to search.
+        fit_config: how each fit goes; None takes the task's defaults. Its seed is replaced by the search's.
+        out: folder of run folders; the search's own is named by everything that decides its result.
+        degraded: the pictures are already degraded, so no metric can be given.
+        engine: "auto" or "torch".
+        device: "cpu" or "cuda".
+        checkpoint_every: steps between checkpoints; a killed search loses at most these.
+        watch: told after each step.
+
+    Raises:
+        InputError, ConfigError, BackendError: one line that names the value and the way out.
+        KeyboardInterrupt: ``watch`` asked for it; the same call continues.
+    """
+    config = config or SearchConfig()
+    task = tasks.as_task(task)
+    fit_config = dataclasses.replace(fit_config or FitConfig.for_task(task), seed=config.seed)
+    if checkpoint_every < 1:
+        raise ConfigError(f"checkpoint_every={checkpoint_every} must be at least 1 step")
+    if degraded and config.target == "clean":
+        raise ConfigError("target='clean' needs clean pictures, but the pictures are said to be degraded already")
+    listed = [pictures] if isinstance(pictures, str | os.PathLike | Tensor) else list(pictures)
+    network = priors.build(config.prior, dict(config.network), config.seed)
+    prior = priors.as_prior(network)
+    observation = observe(
+        listed, task, multiple=prior.stride, several=config.several, seed=config.degrade_seed, degraded=degraded
+    )
+    full = _full_masks(network, config.leave_out)
+    if config.scope == "global":
+        schedule.kept_after(masks.total(full), config.prune, config.rounds)  # refuses rounds that leave nothing
+    rewind_step(config.rewind, fit_config.iterations)
+    identity = {
+        "search": config.identity(),
+        "fit": dataclasses.asdict(fit_config),
+        "task": task.config,
+        "pictures": observation.sources,
+        "degraded": degraded,
+        "network": prior.config,
+        "engine": engine,
+        "device": device,
+    }
+    with Run(out, identity) as run:
+        work = _Search(
+            run, config, fit_config, task, observation, full, engine, _device(device), checkpoint_every, watch
+        )
+        return work.run_all()
+
+
+class _Search:
+    """One search in its run folder."""
+
+    def __init__(
+        self,
+        run: Run,
+        config: SearchConfig,
+        fit_config: FitConfig,
+        task: tasks.Task,
+        observation: Observation,
+        full: Masks,
+        engine: str,
+        device: torch.device,
+        checkpoint_every: int,
+        watch: Watch | None,
+    ) -> None:
+        self.run, self.config, self.fit_config, self.task, self.observation = run, config, fit_config, task, observation
+        self.full, self.engine, self.device = full, engine, device
+        self.checkpoint_every, self.watch = checkpoint_every, watch
+        self.rewind = rewind_step(config.rewind, fit_config.iterations)
+        self.fits_done = 0
+        self.fits = config.rounds + 1 + len(config.controls)
+        if config.target == "clean":
+            self.fits += config.rounds if config.evaluate else -1
+        elif not config.evaluate:
+            self.fits -= 1
+
+    def run_all(self) -> SearchResult:
+        """Every round in order; what is on disk is not done again."""
+        self._cut_log()
+        self.run.log("start", lipfast=lipfast.__version__, torch=torch.__version__, threads=torch.get_num_threads())
+        rows, tickets = [], []
+        current = self._ticket(0, self._initial_state(), self.full)
+        for number in range(self.config.rounds + 1):
+            row, following = self._round(number, current)
+            rows.append(row)
+            if following is None:
+                break
+            tickets.append(following)
+            current = following
+        self.run.write("result.json", {"rows": rows, "tickets": [self._ticket_name(t.round) for t in tickets]})
+        return SearchResult(self.run.folder, rows, tickets)
+
+    # ---- one round ----
+
+    def _round(self, number: int, current: Ticket) -> tuple[dict[str, Any], Ticket | None]:
+        """Fit ``current``, prune it, fit its control. Returns the round's row and the next ticket, if there is one."""
+        last = number == self.config.rounds
+        clean_target = self.config.target == "clean"
+        records: dict[str, dict[str, Any]] = {}
+        following = None
+        if not last:
+            kind: Kind = "search" if clean_target else "ticket"
+            records[kind], following = self._search_fit(kind, number, current)
+        if "ticket" not in records and self.config.evaluate:
+            records["ticket"] = self._plain_fit("ticket", number, current)
+        if number in self.config.controls:
+            records["random"] = self._plain_fit("random", number, self._control(current))
+        emptied: list[str] = next(
+            (record["empty_layers"] for record in records.values() if "empty_layers" in record), []
+        )
+        row = {
+            "round": number,
+            "sparsity": current.sparsity,
+            "kept": current.kept,
+            "total": current.total,
+            "bytes": self.run.path(self._ticket_name(number)).stat().st_size if number else 0,
+            "seconds": sum(record["seconds"] for record in records.values()),
+            "target": self.config.target,
+            "pruning_emptied": emptied,
+            **{kind: records[kind]["outcomes"] if kind in records else None for kind in ("ticket", "search", "random")},
+        }
+        if emptied and self.config.empty_layer == "stop":
+            return row, None
+        return row, following
+
+    def _search_fit(self, kind: Kind, number: int, current: Ticket) -> tuple[dict[str, Any], Ticket]:
+        """The fit whose final weights decide what the next ticket keeps."""
+        record_name, next_name = _record_name(number, kind), self._ticket_name(number + 1)
+        if self.run.exists(record_name) and self.run.exists(next_name):
+            self.fits_done += 1
+            return self.run.read(record_name), Ticket.load(self.run.path(next_name))
+        result, seconds = self._fit(kind, number, current)
+        start = result.kept[self.rewind] if number == 0 else current.state
+        if number == 0 and self.rewind > 0:
+            FitState({name: tensor.cpu() for name, tensor in start.items()}, {"step": self.rewind}).save(
+                self.run.path(DENSE)
+            )
+        pruned = self._prune(current.masks, result.weights)
+        following = self._ticket(number + 1, start, pruned)
+        following.save(self.run.path(next_name))
+        emptied = sorted(set(masks.empty_layers(pruned)) - set(masks.empty_layers(current.masks)))
+        if emptied:
+            self.run.log("layers-empty", round=number + 1, layers=emptied, then=self.config.empty_layer)
+        return self._record(number, kind, result, seconds, empty_layers=emptied), following
+
+    def _plain_fit(self, kind: Kind, number: int, ticket: Ticket) -> dict[str, Any]:
+        """A fit that only measures."""
+        if self.run.exists(_record_name(number, kind)):
+            self.fits_done += 1
+            return self.run.read(_record_name(number, kind))
+        result, seconds = self._fit(kind, number, ticket)
+        return self._record(number, kind, result, seconds)
+
+    def _record(self, number: int, kind: Kind, result: FitResult, seconds: float, **more: Any) -> dict[str, Any]:
+        """Write down a finished fit. Only now is its checkpoint of no more use."""
+        outcomes = {"last": result.last, "stopped": result.stopped, "oracle": result.oracle}
+        record = {
+            "outcomes": {name: _figures(outcome) for name, outcome in outcomes.items()},
+            "stop_fired": result.stop_fired,
+            "backtracks": result.backtracks,
+            "seconds": round(seconds, 3),
+            **more,
+        }
+        self.run.log("fit", kind=kind, round=number, **record)
+        record["log_bytes"] = self.run.log_length()
+        if kind == "ticket" and result.last.image.dim() == 3:
+            images.write(self.run.path(f"round-{number:02d}.png"), result.last.image)
+        self.run.write(_record_name(number, kind), record)
+        self.run.remove(CHECKPOINT)
+        self.fits_done += 1
+        return record
+
+    # ---- pieces of a round ----
+
+    def _fit(self, kind: Kind, number: int, ticket: Ticket) -> tuple[FitResult, float]:
+        """Fit a ticket (or control), from its checkpoint if there is one. Returns the result and its seconds."""
+        task, observed = self.task, self.observation.observed
+        if kind == "search" and self.observation.clean is not None:
+            task, observed = tasks.Denoise(sigma=0), self.observation.clean
+        state = self._checkpoint_of(kind, number)
+        before = 0.0 if state is None else float(state.scalars["search"]["seconds"])
+        started = time.perf_counter()
+
+        def after_step(progress: Progress) -> None:
+            asked = self._report(kind, number, progress)
+            if asked or (progress.step % self.checkpoint_every == 0 and progress.step < progress.iterations):
+                seconds = before + time.perf_counter() - started
+                self._save_checkpoint(kind, number, progress.state(), seconds)
+            if asked:
+                raise KeyboardInterrupt
+
+        result = fit(
+            ticket.to_model().to(self.device),
+            task,
+            observed,
+            config=self.fit_config,
+            masks=ticket.masks if number else None,
+            clean=self.observation.clean,
+            engine=self.engine,
+            callbacks=[after_step],
+            keep_weights=[self.rewind] if number == 0 else [],
+            state=state,
+        )
+        return result, before + time.perf_counter() - started
+
+    def _report(self, kind: Kind, number: int, progress: Progress) -> bool:
+        if progress.step % LOG_EVERY == 0 or progress.step == progress.iterations:
+            self.run.log("step", kind=kind, round=number, step=progress.step, loss=progress.loss, psnr=progress.psnr)
+        if self.watch is None:
+            return False
+        status = Status(
+            seed=self.config.seed,
+            kind=kind,
+            round=number,
+            rounds=self.config.rounds,
+            fit=self.fits_done,
+            fits=self.fits,
+            step=progress.step,
+            iterations=progress.iterations,
+            loss=progress.loss,
+            psnr=progress.psnr,
+        )
+        return self.watch(status) is True
+
+    def _prune(self, current: Masks, weights: Mapping[str, Tensor]) -> Masks:
+        score = {name: weights[name].cpu() for name in current}
+        if self.config.scope == "global":
+            return masks.prune_globally(current, score, schedule.prune_count(masks.living(current), self.config.prune))
+        living = {name: int(mask.sum()) for name, mask in current.items()}
+        return masks.prune_each_layer(current, score, schedule.layer_counts(living, self.config.prune))
+
+    def _control(self, ticket: Ticket) -> Ticket:
+        """The same weights under a random mask of the same sparsity."""
+        state = self._initial_state() if self.rewind == 0 else FitState.load(self.run.path(DENSE)).tensors
+        drawn = controls.random_masks(ticket.masks, self.config.seed, each_layer=self.config.scope == "layer")
+        return dataclasses.replace(ticket, state=state, masks=drawn)
+
+    def _initial_state(self) -> dict[str, Tensor]:
+        return self._network().state_dict()
+
+    def _network(self) -> nn.Module:
+        return priors.build(self.config.prior, dict(self.config.network), self.config.seed)
+
+    def _ticket(self, number: int, state: Mapping[str, Tensor], living: Masks) -> Ticket:
+        return Ticket(
+            prior=self.config.prior,
+            config=priors.as_prior(self._network()).config,
+            seed=self.config.seed,
+            state={name: tensor.cpu() for name, tensor in state.items()},
+            masks=living,
+            task=self.task.config,
+            target=self.config.target,
+            round=number,
+            provenance={
+                "pictures": self.observation.sources,
+                "search": self.config.identity(),
+                "fit": dataclasses.asdict(self.fit_config),
+                "engine": self.engine,
+                "lipfast": lipfast.__version__,
+                "torch": torch.__version__,
+            },
+        )
+
+    @staticmethod
+    def _ticket_name(number: int) -> str:
+        return f"ticket-{number:02d}.safetensors"
+
+    # ---- continuing ----
+
+    def _save_checkpoint(self, kind: Kind, number: int, state: FitState, seconds: float) -> None:
+        search = {"kind": kind, "round": number, "seconds": seconds, "log_bytes": self.run.log_length()}
+        FitState(state.tensors, {**state.scalars, "search": search}).save(self.run.path(CHECKPOINT))
+
+    def _checkpoint_of(self, kind: Kind, number: int) -> FitState | None:
+        """The checkpoint of this very fit. One of another fit is left over from a kill just before its removal."""
+        if not self.run.exists(CHECKPOINT):
+            return None
+        state = FitState.load(self.run.path(CHECKPOINT))
+        search = state.scalars.get("search", {})
+        return state if (search.get("kind"), search.get("round")) == (kind, number) else None
+
+    def _cut_log(self) -> None:
+        """Drop the log's lines about steps that will be taken again."""
+        lengths = [self.run.read(path.name)["log_bytes"] for path in self.run.folder.glob("round-*.json")]
+        if self.run.exists(CHECKPOINT):
+            lengths.append(FitState.load(self.run.path(CHECKPOINT)).scalars["search"]["log_bytes"])
+        self.run.cut_log(max(lengths, default=0))
+
+
+def _full_masks(network: nn.Module, leave_out: Sequence[str]) -> Masks:
+    """All prunable weights alive, without the parameters that are left out."""
+    names = priors.prunable(network)
+    for pattern in leave_out:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(f"leave_out={pattern!r} names no prunable parameter; they are {', '.join(names)}")
+    kept = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in leave_out)]
+    if not kept:
+        raise ConfigError(f"leave_out={list(leave_out)} leaves no parameter to prune")
+    return masks.full(network.state_dict(), kept)
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name!r} must be cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BackendError("device='cuda': this torch finds no CUDA device; use --device cpu")
+    return torch.device(name)
+
+
+def _record_name(number: int, kind: Kind) -> str:
+    return f"round-{number:02d}-{kind}.json"
+
+
+def _figures(outcome: Outcome | None) -> dict[str, Any] | None:
+    if outcome is None:
+        return None
+    return {"step": outcome.step, "psnr": outcome.psnr, "ssim": outcome.ssim}

@@ -1,0 +1,295 @@
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from tiny_search import CONFIG, FIT, NETWORK, picture
+
+from lipfast import fit, masks, priors, search, tasks
+from lipfast.config import derive_seed
+from lipfast.errors import BackendError, ConfigError, InputError
+from lipfast.search import runs
+from lipfast.tickets import Ticket
+
+
+def same_bits(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def observed_by_search(image=None):
+    """What ``search`` makes of the test picture: its degradation is drawn from degrade_seed 0."""
+    generator = torch.Generator().manual_seed(derive_seed(0, "search/degrade/0"))
+    return tasks.Denoise(25).degrade(picture() if image is None else image, generator)
+
+
+def dense_fit(**changes):
+    network = priors.build("skip", NETWORK, CONFIG.seed)
+    config = dataclasses.replace(FIT, seed=CONFIG.seed)
+    return fit.fit(network, tasks.Denoise(25), observed_by_search(), config=config, clean=picture(), **changes)
+
+
+def test_counts_are_exact_and_masks_nested(run_search):
+    result = run_search()
+    kept = [masks.total(result.tickets[0].masks)]
+    for _ in range(3):
+        kept.append(kept[-1] - kept[-1] // 5)
+    assert [ticket.kept for ticket in result.tickets] == kept[1:]
+    assert [row["kept"] for row in result.rows] == kept
+    for inner, outer in itertools.pairwise(reversed(result.tickets)):
+        assert masks.nested(outer.masks, inner.masks) is False
+        assert masks.nested(inner.masks, outer.masks)
+
+
+def test_the_first_mask_removes_the_smallest_final_weights(run_search):
+    weights = dense_fit().weights
+    names = priors.prunable(priors.build("skip", NETWORK))
+    flat = torch.cat([weights[name].flatten().abs() for name in names])
+    mask = torch.cat([run_search().tickets[0].masks[name].flatten() for name in names])
+    assert flat[~mask].max() <= flat[mask].min()
+
+
+def test_rewinding_to_the_start_is_bit_exact_batchnorm_included(run_search):
+    start = priors.build("skip", NETWORK, CONFIG.seed).state_dict()
+    for ticket in run_search().tickets:
+        assert same_bits(ticket.state, masks.apply(ticket.masks, start))
+        assert ticket.state["encoder.0.down_norm.running_var"].eq(1).all()
+
+
+@pytest.mark.parametrize(("rewind", "step"), [("25%", 3), ("5it", 5), ("100%", 12)])
+def test_rewinding_to_a_step_is_bit_exact_batchnorm_included(run_search, rewind, step):
+    """Against a fit that really ends at that step."""
+    config = dataclasses.replace(FIT, seed=CONFIG.seed, iterations=step)
+    network = priors.build("skip", NETWORK, CONFIG.seed)
+    expected = fit.fit(network, tasks.Denoise(25), observed_by_search(), config=config).weights
+    assert not expected["encoder.0.down_norm.running_var"].eq(1).all()
+    for ticket in run_search(rewind=rewind).tickets:
+        assert same_bits(ticket.state, masks.apply(ticket.masks, expected))
+
+
+def test_a_rounds_figures_are_those_of_its_ticket_trained_alone(run_search):
+    result = run_search(rewind="25%")
+    ticket = result.tickets[1]
+    config = dataclasses.replace(FIT, seed=CONFIG.seed)
+    alone = fit.fit(
+        ticket.to_model(), tasks.Denoise(25), observed_by_search(), config=config, masks=ticket.masks, clean=picture()
+    )
+    assert result.rows[2]["ticket"]["last"]["psnr"] == alone.last.psnr
+    assert result.rows[2]["ticket"]["oracle"]["psnr"] == alone.oracle.psnr
+    assert result.rows[2]["ticket"]["stopped"]["step"] == alone.stopped.step
+
+
+def test_layer_wise_prunes_a_fifth_of_each_layer(run_search):
+    for outer, inner in itertools.pairwise(run_search(scope="layer").tickets):
+        for name, mask in outer.masks.items():
+            living = int(mask.sum())
+            assert int(inner.masks[name].sum()) == living - living // 5
+
+
+def test_left_out_layers_are_never_pruned(run_search):
+    result = run_search(leave_out=("output.*", "encoder.*.skip.weight"))
+    names = set(result.tickets[-1].masks)
+    assert "output.weight" not in names
+    assert "encoder.0.skip.weight" not in names
+    assert "encoder.0.down.weight" in names
+
+
+def test_controls_have_the_tickets_count_and_are_fitted(run_search):
+    rows = run_search(controls=(1, 3)).rows
+    assert [row["random"] is not None for row in rows] == [False, True, False, True]
+    assert rows[3]["random"]["last"]["psnr"] != rows[3]["ticket"]["last"]["psnr"]
+
+
+def test_a_clean_target_is_said_and_tickets_are_judged_on_the_degraded_picture(run_search):
+    clean, degraded = run_search(target="clean"), run_search()
+    assert {ticket.target for ticket in clean.tickets} == {"clean"}
+    assert {ticket.target for ticket in degraded.tickets} == {"degraded"}
+    assert clean.rows[0]["ticket"] == degraded.rows[0]["ticket"]  # the same dense fit judges both
+    assert clean.rows[0]["search"] != degraded.rows[0]["ticket"]
+    assert not same_bits(clean.tickets[0].masks, degraded.tickets[0].masks)
+    assert [row["ticket"] is None for row in run_search(target="clean", evaluate=False).rows] == [True] * 4
+
+
+def test_several_pictures_share_one_ticket(run_search):
+    both = [picture(0), picture(1)]
+    each, mean, alone = run_search(both), run_search(both, several="mean"), run_search()
+    assert len({ticket.to_bytes() for ticket in (each.tickets[0], mean.tickets[0], alone.tickets[0])}) == 3
+    assert [source["sha256"] for source in each.tickets[0].provenance["pictures"]] == [
+        source["sha256"] for source in mean.tickets[0].provenance["pictures"]
+    ]
+
+
+def test_the_mean_variant_has_the_gradient_of_the_authors_summed_loss():
+    both = torch.stack([picture(0), picture(1)])
+    output = picture(2).requires_grad_()
+    task = tasks.Denoise(25)
+    (summed,) = torch.autograd.grad(task.loss(output, both[0]) + task.loss(output, both[1]), output)
+    (of_mean,) = torch.autograd.grad(2 * task.loss(output, both.mean(0)), output)
+    torch.testing.assert_close(summed, of_mean, atol=1e-9, rtol=1e-5)  # a few float32 roundings of values near 1e-4
+
+
+def test_each_seed_is_a_search_of_its_own(tmp_path):
+    config = dataclasses.replace(CONFIG, rounds=1)
+    tickets = search.find_tickets(
+        picture(), tasks.Denoise(25), config=config, fit_config=FIT, out=tmp_path, seeds=[1, 2]
+    )
+    assert [ticket.seed for ticket in tickets] == [1, 2]
+    assert len(list(runs.folders(tmp_path))) == 2
+    assert tickets[0].state["output.weight"].ne(tickets[1].state["output.weight"]).any()
+
+
+@pytest.mark.parametrize(("wish", "rounds_done"), [("continue", 3), ("stop", 0)])
+def test_a_layer_that_loses_every_weight_is_reported(run_search, monkeypatch, wish, rounds_done):
+    def without_output(current, score, count):
+        pruned = {name: mask.clone() for name, mask in current.items()}
+        pruned["output.weight"][:] = False
+        return pruned
+
+    monkeypatch.setattr(masks, "prune_globally", without_output)
+    result = run_search(empty_layer=wish)
+    assert result.rows[0]["pruning_emptied"] == ["output.weight"]
+    assert len(result.tickets) == rounds_done
+    log = [json.loads(line) for line in (result.folder / runs.LOG).read_text().splitlines()]
+    assert [line["layers"] for line in log if line["event"] == "layers-empty"] == [["output.weight"]]
+
+
+def test_without_clean_pictures_figures_are_absent_not_zero(run_search):
+    row = run_search(degraded=True).rows[1]
+    assert row["ticket"]["last"]["psnr"] is None
+    assert row["ticket"]["oracle"] is None
+
+
+def test_the_same_search_again_only_reads(run_search):
+    first = run_search()
+    before = {path.name: path.stat().st_mtime_ns for path in first.folder.glob("round-*")}
+    again = run_search(watch=lambda status: pytest.fail("a finished search trained again"))
+    assert again.rows == first.rows
+    assert [ticket.to_bytes() for ticket in again.tickets] == [ticket.to_bytes() for ticket in first.tickets]
+    assert {path.name: path.stat().st_mtime_ns for path in first.folder.glob("round-*")} == before
+
+
+def test_watch_sees_every_step_and_can_stop(run_search):
+    seen = []
+    run_search(watch=seen.append, controls=(2,))
+    assert len(seen) == 5 * FIT.iterations
+    assert (seen[-1].fit, seen[-1].fits, seen[-1].round, seen[-1].step) == (4, 5, 3, FIT.iterations)
+    with pytest.raises(KeyboardInterrupt):
+        run_search(watch=lambda status: True, prune=0.3)
+
+
+def test_a_stop_by_watch_continues_to_the_same_bits(run_search, tmp_path):
+    whole = run_search()
+    elsewhere = tmp_path / "elsewhere"
+    with pytest.raises(KeyboardInterrupt):
+        run_search(out=elsewhere, watch=lambda status: (status.round, status.step) == (1, 5))
+    steps = []
+    continued = run_search(out=elsewhere, watch=lambda status: steps.append((status.round, status.step)))
+    assert steps[0] == (1, 6)
+    assert [ticket.to_bytes() for ticket in continued.tickets] == [ticket.to_bytes() for ticket in whole.tickets]
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"rounds": 0}, ConfigError, "rounds=0"),
+        ({"rounds": 60}, ConfigError, "leaves nothing to prune"),
+        ({"prune": 0.0}, ConfigError, "prune=0.0 must be a share"),
+        ({"prune": 1.0}, ConfigError, "prune=1.0 must be a share"),
+        ({"scope": "row"}, ConfigError, "scope='row' must be one of global, layer"),
+        ({"target": "blur"}, ConfigError, "target='blur' must be one of degraded, clean"),
+        ({"rewind": "half"}, ConfigError, "rewind='half' must be 0"),
+        ({"rewind": "101%"}, ConfigError, "rewind='101%' lies beyond the last of 12 steps"),
+        ({"rewind": "13it"}, ConfigError, "rewind='13it' lies beyond the last of 12 steps"),
+        ({"controls": (4,)}, ConfigError, "round 4 is not one of rounds 1 to 3"),
+        ({"leave_out": ("tail.*",)}, ConfigError, r"leave_out='tail.\*' names no prunable parameter"),
+        ({"leave_out": ("*",)}, ConfigError, "leaves no parameter to prune"),
+        ({"seed": -1}, ConfigError, "seed=-1"),
+        ({"prior": "vgg"}, ConfigError, "unknown prior 'vgg'"),
+        ({"engine": "steam"}, ConfigError, "unknown engine 'steam'"),
+        ({"device": "tpu"}, ConfigError, "device='tpu' must be cpu or cuda"),
+        ({"device": "cuda"}, BackendError, "finds no CUDA device"),
+        ({"checkpoint_every": 0}, ConfigError, "checkpoint_every=0"),
+        ({"degraded": True, "target": "clean"}, ConfigError, "needs clean pictures"),
+        ({"pictures": []}, InputError, "no picture"),
+        ({"pictures": [torch.rand(3, 3, 32)]}, InputError, "picture 0: 3 x 32 px is smaller than the network's stride"),
+        ({"pictures": [torch.full((3, 32, 32), float("nan"))]}, InputError, "NaN"),
+        ({"pictures": [torch.zeros(3, 0, 32)]}, InputError, "empty"),
+        ({"pictures": [picture(), picture(size=16)]}, InputError, "need one size"),
+        ({"pictures": ["none.png"]}, InputError, r"none\.png: no such file"),
+    ],
+)
+def test_bad_input_is_named(run_search, changes, kind, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(kind, match=message):
+        run_search(**changes)
+
+
+def test_a_folder_of_another_search_is_refused(run_search):
+    result = run_search()
+    identity = json.loads((result.folder / runs.IDENTITY).read_text())
+    identity["search"]["prune"] = 0.5
+    (result.folder / runs.IDENTITY).write_text(json.dumps(identity))
+    with pytest.raises(ConfigError, match=r"belongs to another search \(search is .*'prune': 0.5.*move it away"):
+        run_search()
+
+
+def test_a_folder_in_use_is_refused(run_search, tmp_path):
+    result = run_search()
+    identity = json.loads((result.folder / runs.IDENTITY).read_text())
+    with (
+        runs.Run(tmp_path / "runs", identity),
+        pytest.raises(ConfigError, match="another process works on this search"),
+    ):
+        run_search()
+
+
+def test_out_that_is_a_file_is_named(run_search, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot make this folder: Not a directory"):
+        run_search(out=tmp_path / "file")
+
+
+def test_a_full_disk_is_one_line_and_the_search_continues_later(run_search, monkeypatch):
+    import os
+
+    written = []
+    real = os.fsync
+
+    def disk_for_three_files(handle):
+        written.append(handle)
+        if len(written) > 3:
+            raise OSError(28, "No space left on device")
+        return real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", disk_for_three_files)
+        with pytest.raises(InputError, match="No space left on device"):
+            run_search()
+    assert len(run_search().tickets) == 3
+
+
+def test_every_field_is_in_the_name():
+    base = CONFIG.identity()
+    names = {runs.name_of(base)}
+    changed = {
+        "rounds": 4,
+        "prune": 0.3,
+        "scope": "layer",
+        "rewind": "5%",
+        "target": "clean",
+        "leave_out": ("output.*",),
+    }
+    changed |= {"several": "mean", "empty_layer": "stop", "controls": (1,), "evaluate": False, "prior": "decoder"}
+    changed |= {"network": {}, "seed": 8, "degrade_seed": 1}
+    assert set(changed) == {field.name for field in dataclasses.fields(search.SearchConfig)}
+    for name, value in changed.items():
+        names.add(runs.name_of(dataclasses.replace(CONFIG, **{name: value}).identity()))
+    assert len(names) == 1 + len(changed)
+
+
+def test_a_ticket_on_disk_is_the_one_returned(run_search):
+    result = run_search()
+    assert Ticket.load(result.folder / "ticket-02.safetensors").to_bytes() == result.tickets[1].to_bytes()
