@@ -45,7 +45,9 @@ PlainMap AsPlainMap(const py::array& array, const char* name);
 Padding AsPadding(int mode, int64_t pad, const LaneMap& map);
 
 // One registration function per bindings/*.cc, called by module.cc.
+void BindCeiling(py::module_& m);
 void BindLanes(py::module_& m);
 void BindWinograd(py::module_& m);
+void BindStep(py::module_& m);
 
 }  // namespace lipfast

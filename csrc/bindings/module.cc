@@ -30,6 +30,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return IsaName(ActiveIsa()); }, "Name of the instruction set in use.");
   m.def("set_isa", [](const std::string& name) { SetIsa(IsaFromName(name)); }, py::arg("name"));
   m.def("available_isas", &AvailableIsas, "Instruction sets that build and CPU have, fastest first.");
+  BindCeiling(m);
   BindLanes(m);
   BindWinograd(m);
+  BindStep(m);
 }

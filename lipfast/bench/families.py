@@ -1,0 +1,18 @@
+"""Which benchmarks there are. One family is one module with ``cases(size: Size) -> list[Case]``."""
+
+import importlib
+from collections.abc import Callable
+from typing import cast
+
+from lipfast.bench.harness import Case, Size
+
+# name on the command line -> module, and what it times
+FAMILIES: dict[str, tuple[str, str]] = {
+    "adam": ("lipfast.bench.adam", "Adam on kept weights against torch.optim.Adam on dense ones."),
+}
+
+
+def cases(family: str, size: Size) -> list[Case]:
+    """The cases of a family. They hold no data until they are set up."""
+    build = cast("Callable[[Size], list[Case]]", importlib.import_module(FAMILIES[family][0]).cases)
+    return build(size)
