@@ -177,6 +177,16 @@ def test_failed_write_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_a_reader_of_the_old_file_is_not_disturbed(tmp_path):
+    """The new content arrives by renaming: who has the old file open keeps it whole."""
+    images.write(tmp_path / "a.png", picture(seed=1))
+    before = (tmp_path / "a.png").read_bytes()
+    with (tmp_path / "a.png").open("rb") as reader:
+        images.write(tmp_path / "a.png", picture(seed=2))
+        assert reader.read() == before
+    assert (tmp_path / "a.png").read_bytes() != before
+
+
 def test_missing_folder_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere/a\.png: cannot be written"):
         images.write(tmp_path / "nowhere" / "a.png", picture())

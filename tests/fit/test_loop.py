@@ -162,6 +162,21 @@ def test_halting_ends_where_the_rule_fires(stop):
     assert torch.equal(halted.stopped.image, full.stopped.image)
 
 
+def test_averaging_goes_on_without_touching_earlier_outcomes():
+    settings = {"average": 0.9, "lr": 0.03, "iterations": 60, "stop": "wmv"}
+    seen = {}
+    result = run(**settings, callbacks=[lambda progress: seen.update({progress.step: progress.image.clone()})])
+    assert result.stopped.step < 60
+    for outcome in (result.last, result.stopped, result.oracle):
+        assert torch.equal(outcome.image, seen[outcome.step])
+    # An oracle in the middle: a clean image that the fit passes on its way.
+    passed = run(
+        **settings, clean=seen[30], observed=tasks.Denoise(25).degrade(picture(), torch.Generator().manual_seed(0))
+    )
+    assert passed.oracle.step == 30
+    assert torch.equal(passed.oracle.image, seen[30])
+
+
 def test_super_resolution_is_judged_on_luma_inside_a_border():
     clean = picture()
     result = run(tasks.SuperResolve(4), clean=clean, iterations=3)
@@ -354,6 +369,12 @@ def test_a_fit_that_always_collapses_goes_on(monkeypatch):
     trainer = Scripted([0.1] + [1.0] * 6)
     assert trainer.play(5.0) == [1, 2, 3]
     assert trainer.weight == 3
+
+
+def test_after_a_return_the_snapshots_loss_is_no_new_jump(monkeypatch):
+    monkeypatch.setattr(loop, "SNAPSHOT_EVERY", 100)
+    trainer = Scripted([1.0, 0.2, 0.8, 1.0, 0.9])  # after the collapse at 0.8 the fit is back at 1.0
+    assert trainer.play(5.0) == [2]
 
 
 def test_no_limit_no_backtracking():
