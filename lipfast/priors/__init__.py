@@ -16,9 +16,9 @@ from torch import nn
 
 from lipfast.errors import ConfigError
 from lipfast.priors.decoder import DeepDecoder
-from lipfast.priors.skip import SkipNet
+from lipfast.priors.skip import SkipNet, from_authors, to_authors
 
-__all__ = ["DeepDecoder", "Prior", "SkipNet", "as_prior", "build", "kinds", "prunable"]
+__all__ = ["DeepDecoder", "Prior", "SkipNet", "as_prior", "build", "from_authors", "kinds", "prunable", "to_authors"]
 
 _KINDS: dict[str, type[nn.Module]] = {"skip": SkipNet, "decoder": DeepDecoder}
 
