@@ -7,13 +7,23 @@ __version__ = "0.1.0"
 
 # public name -> (module, attribute; None for the module itself). Loaded when first used, so `import lipfast` is cheap.
 _PUBLIC: dict[str, tuple[str, str | None]] = {
+    "Ticket": ("lipfast.tickets", "Ticket"),
+    "find_tickets": ("lipfast.search", "find_tickets"),
     "ops": ("lipfast.ops", None),
+    "priors": ("lipfast.priors", None),
+    "restore": ("lipfast.restore", None),
+    "tasks": ("lipfast.tasks", None),
 }
 
-__all__ = ["__version__", "ops"]
+__all__ = ["Ticket", "__version__", "find_tickets", "ops", "priors", "restore", "tasks"]
 
 if TYPE_CHECKING:
     from lipfast import ops as ops
+    from lipfast import priors as priors
+    from lipfast import restore as restore
+    from lipfast import tasks as tasks
+    from lipfast.search import find_tickets as find_tickets
+    from lipfast.tickets import Ticket as Ticket
 
 
 def __getattr__(name: str) -> Any:

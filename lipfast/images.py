@@ -169,6 +169,22 @@ def crop_to_multiple(image: Tensor, multiple: int) -> Tensor:
     return crop_centre(image, rows // multiple * multiple, columns // multiple * multiple)
 
 
+def shrink_to_square(image: Tensor, size: int) -> Tensor:
+    """Scale (C, H, W) so that its shorter side has ``size`` px (bicubic, antialiased) and cut out the middle square.
+
+    Raises:
+        InputError: the image is smaller than that; enlarging would invent pixels.
+    """
+    rows, columns = image.shape[-2:]
+    if size < 1 or min(rows, columns) < size:
+        raise InputError(
+            f"shrink_to_square: cannot make {size} x {size} px of {rows} x {columns} px; use a smaller size"
+        )
+    scaled = [max(size, round(side * size / min(rows, columns))) for side in (rows, columns)]
+    shrunk = functional.interpolate(image.unsqueeze(0), size=scaled, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    return crop_centre(shrunk, size, size)
+
+
 def pad_to_multiple(image: Tensor, multiple: int, minimum: int = 1) -> Tensor:
     """Mirror the borders of (..., H, W) until both sides are multiples of ``multiple`` px and at least ``minimum``.
 

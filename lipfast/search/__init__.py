@@ -1,6 +1,6 @@
 """Searching for tickets: rounds of training, pruning and rewinding."""
 
 from lipfast.search.config import SearchConfig
-from lipfast.search.imp import SearchResult, Status, find_tickets, search
+from lipfast.search.imp import SearchResult, Status, Watch, find_tickets, search
 
-__all__ = ["SearchConfig", "SearchResult", "Status", "find_tickets", "search"]
+__all__ = ["SearchConfig", "SearchResult", "Status", "Watch", "find_tickets", "search"]

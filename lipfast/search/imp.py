@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ def search(
     """Run one search, or what is left of it.
 
     Args:
-        pictures: one or several files or tensors (C, H, W) in [0, 1].
+        pictures: one picture or a list: files, tensors (C, H, W) in [0, 1], or (name, tensor).
         task: what degrades them, see ``lipfast.tasks``.
         config: what to search.
         fit_config: how each fit goes; None takes the task's defaults. Its seed is replaced by the search's.
@@ -129,11 +129,15 @@ def search(
         raise ConfigError(f"checkpoint_every={checkpoint_every} must be at least 1 step")
     if degraded and config.target == "clean":
         raise ConfigError("target='clean' needs clean pictures, but the pictures are said to be degraded already")
-    listed = [pictures] if isinstance(pictures, str | os.PathLike | Tensor) else list(pictures)
     network = priors.build(config.prior, dict(config.network), config.seed)
     prior = priors.as_prior(network)
     observation = observe(
-        listed, task, multiple=prior.stride, several=config.several, seed=config.degrade_seed, degraded=degraded
+        _listed(pictures),
+        task,
+        multiple=prior.stride,
+        several=config.several,
+        seed=config.degrade_seed,
+        degraded=degraded,
     )
     full = _full_masks(network, config.leave_out)
     if config.scope == "global":
@@ -151,7 +155,7 @@ def search(
     }
     with Run(out, identity) as run:
         work = _Search(
-            run, config, fit_config, task, observation, full, engine, _device(device), checkpoint_every, watch
+            run, config, fit_config, task, observation, full, engine, checked_device(device), checkpoint_every, watch
         )
         return work.run_all()
 
@@ -396,6 +400,12 @@ class _Search:
         self.run.cut_log(max(lengths, default=0))
 
 
+def _listed(pictures: Sequence[Picture] | Picture) -> list[Picture]:
+    """A list, also of one picture. A pair of a name and a tensor is one picture."""
+    named = isinstance(pictures, tuple) and len(pictures) == 2 and isinstance(pictures[1], Tensor)
+    return list(pictures) if isinstance(pictures, list | tuple) and not named else [cast(Picture, pictures)]
+
+
 def _full_masks(network: nn.Module, leave_out: Sequence[str]) -> Masks:
     """All prunable weights alive, without the parameters that are left out."""
     names = priors.prunable(network)
@@ -408,7 +418,13 @@ def _full_masks(network: nn.Module, leave_out: Sequence[str]) -> Masks:
     return masks.full(network.state_dict(), kept)
 
 
-def _device(name: str) -> torch.device:
+def checked_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: an unknown name.
+        BackendError: it cannot run here.
+    """
     if name not in ("cpu", "cuda"):
         raise ConfigError(f"device={name!r} must be cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():

@@ -14,7 +14,7 @@ from lipfast import images, tasks
 from lipfast.config import derive_seed
 from lipfast.errors import InputError
 
-Picture = str | os.PathLike[str] | Tensor
+Picture = str | os.PathLike[str] | Tensor | tuple[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def observe(
     """Read pictures and degrade them.
 
     Args:
-        pictures: files or tensors (C, H, W) in [0, 1]; grey ones become RGB.
+        pictures: files, tensors (C, H, W) in [0, 1], or (name, tensor); grey ones become RGB.
         task: degrades each; two pictures never get the same noise.
         multiple: sides of clean pictures are centre-cropped to a multiple of this many px.
         several: "each" stacks the measurements; "mean" averages them, which has the gradient of the authors' sum of
@@ -69,7 +69,9 @@ def observe(
 def _load(picture: Picture, position: int) -> tuple[str, Tensor]:
     """Name and image (3, H, W)."""
     if isinstance(picture, Tensor):
-        name, image = f"picture {position}", images.check(picture, f"picture {position}")
+        picture = (f"picture {position}", picture)
+    if isinstance(picture, tuple):
+        name, image = picture[0], images.check(picture[1], picture[0])
     else:
         name, image = Path(picture).name, images.read(picture)
     return name, image.expand(3, -1, -1).contiguous()
