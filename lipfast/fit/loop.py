@@ -71,7 +71,7 @@ class FitConfig:
 class Outcome:
     """One output of a fit, and what it is worth if the clean image is known."""
 
-    image: Tensor  # (C, H, W) or (B, C, H, W) float32, the averaged output where outputs are averaged
+    image: Tensor  # (C, H, W) or (B, C, H, W) float32, averaged where outputs are averaged
     step: int  # optimiser steps done when it was taken, from 1
     psnr: float | None  # dB by the task's metric, mean over a batch; None without a clean image
     ssim: float | None  # the same for SSIM; None also for images smaller than its window
@@ -82,7 +82,7 @@ class FitResult:
     """What a fit gives. The three outputs answer different questions and are never mixed."""
 
     last: Outcome  # at the last step
-    stopped: Outcome | None  # at the stop rule's variance minimum; None without a rule or before its first variance
+    stopped: Outcome | None  # at the rule's variance minimum, averaged by the rule; None without a rule or variance
     oracle: Outcome | None  # at the highest PSNR to the clean image, which no user has; None without a clean image
     stop_fired: bool  # the rule fired; otherwise `stopped` is its best so far
     losses: Tensor  # (steps,) float64
@@ -232,21 +232,19 @@ class _Run:
 
     def progress(self) -> Progress:
         """What the callbacks are told."""
-        assert self.reported is not None  # the first step always takes its output
         return Progress(
             step=self.step,
             iterations=self.config.iterations,
             loss=self.losses[-1],
             psnr=self.psnrs[-1] if self.psnrs else None,
             stop_fired=self.rule is not None and self.rule.fired,
-            image=self.reported,
+            image=self._now(),
             state=self.state,
         )
 
     def result(self) -> FitResult:
         """The outcome of what was done so far."""
-        assert self.reported is not None
-        last = self._outcome((self.step, self.reported.clone()))
+        last = self._outcome((self.step, self._now().clone()))
         assert last is not None
         return FitResult(
             last=last,
@@ -263,13 +261,12 @@ class _Run:
 
     def state(self) -> FitState:
         """A copy of everything that changes from step to step."""
-        assert self.reported is not None
         tensors = {
             **grouped("trainer", self.trainer.snapshot()),
             "noise": self.noise.get_state(),
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "psnrs": torch.tensor(self.psnrs, dtype=torch.float64),
-            "reported": self.reported.clone(),
+            "reported": self._now().clone(),
             **grouped("good", self.backtracking.good or {}),
             **({} if self.rule is None else grouped("rule", self.rule.tensors())),
         }
@@ -312,12 +309,27 @@ class _Run:
         else:
             self.reported.lerp_(output, 1 - self.config.average)
         if self.rule is not None and not self.rule.fired and self.rule.observe(output):
-            self.stopped = (self.step, self.reported.clone())
+            self.stopped = (self.step, self._stopped_image(self.rule))
         if self.clean is not None:
             psnr = self._mean_over_images(tasks.score, self.reported)
             if self.oracle is None or psnr > max(self.psnrs):
                 self.oracle = (self.step, self.reported.clone())
             self.psnrs.append(psnr)
+
+    def _stopped_image(self, rule: StopRule) -> Tensor:
+        """Averaged by the rule where outputs are averaged: the long average lags too far behind an early minimum.
+
+        (Baby, 64 px, sigma 25, wmv's minimum at step 224: the output there has 30.9 dB, the 0.99
+        average 26.6 dB, the window's mean 31.9 dB.)
+        """
+        if self.config.average == 0:
+            return self._now().clone()
+        return rule.mean().reshape(self.shape).to(self.device)
+
+    def _now(self) -> Tensor:
+        """The reported output; there is one from the first step on."""
+        assert self.reported is not None
+        return self.reported
 
     def _outcome(self, best: tuple[int, Tensor] | None) -> Outcome | None:
         if best is None:

@@ -27,6 +27,9 @@ class StopRule(Protocol):
     def observe(self, output: Tensor) -> bool:
         """Take the next output (any shape, values in [0, 1]); say whether it has the lowest variance so far."""
 
+    def mean(self) -> Tensor:
+        """(n,) float32: the mean of the outputs that the latest variance is about."""
+
     def tensors(self) -> dict[str, Tensor]:
         """Copies of the rule's state."""
 
@@ -97,6 +100,10 @@ class WindowedVariance(_Minimum):
         self.step += 1
         return self._judge(self._window_variance() if self.step >= self.window else None)
 
+    def mean(self) -> Tensor:
+        """See :class:`StopRule`; every output of the window weighs the same."""
+        return (self._sum.double() / self.window + _ZERO_LEVEL).div_(_LEVELS).float()
+
     def _window_variance(self) -> float:
         spread = float(self._squares.sum()) - float(self._sum.double().square().sum()) / self.window
         return spread / (self.window * self._sum.numel() * _LEVELS**2)
@@ -144,6 +151,10 @@ class MovingVariance(_Minimum):
             self._mean += self.alpha * away
         self.step += 1
         return self._judge(self._variance if self.step >= self.warm_up else None)
+
+    def mean(self) -> Tensor:
+        """See :class:`StopRule`; an output weighs ``1 - alpha`` times as much as the next."""
+        return self._mean.clone()
 
     def tensors(self) -> dict[str, Tensor]:
         """See :class:`StopRule`."""
