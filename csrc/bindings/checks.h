@@ -48,6 +48,7 @@ Padding AsPadding(int mode, int64_t pad, const LaneMap& map);
 void BindCeiling(py::module_& m);
 void BindLanes(py::module_& m);
 void BindWinograd(py::module_& m);
+void BindSelect(py::module_& m);
 void BindStep(py::module_& m);
 
 }  // namespace lipfast

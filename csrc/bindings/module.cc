@@ -33,5 +33,6 @@ PYBIND11_MODULE(_C, m) {
   BindCeiling(m);
   BindLanes(m);
   BindWinograd(m);
+  BindSelect(m);
   BindStep(m);
 }

@@ -5,8 +5,9 @@
 //
 // Both follow torch.optim's single-tensor form operation by operation, with the
 // multiply-adds that torch's own vector kernels fuse fused here as well, on every
-// target. So the bits are torch's wherever torch runs its AVX2 or AVX-512 kernels,
-// and they depend neither on the instruction set nor on the number of threads.
+// target. So the bits depend neither on the instruction set nor on the number of
+// threads, and are torch's wherever torch runs its AVX2 or AVX-512 kernels, but for
+// Adam's root: MKL's, which torch calls, misses the nearest float in 0.6 % of cases.
 #pragma once
 
 #include <cstdint>

@@ -3,6 +3,7 @@
 #include "cpu/ceiling.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
+#include "cpu/select.h"
 #include "cpu/winograd.h"
 
 namespace lipfast {
@@ -10,6 +11,7 @@ namespace lipfast {
 LIPFAST_KERNEL_TABLE(CeilingKernels, ceiling_kernels)
 LIPFAST_KERNEL_TABLE(LaneKernels, lane_kernels)
 LIPFAST_KERNEL_TABLE(WinogradKernels, winograd_kernels)
+LIPFAST_KERNEL_TABLE(SelectKernels, select_kernels)
 LIPFAST_KERNEL_TABLE(StepKernels, step_kernels)
 
 }  // namespace lipfast

@@ -1,5 +1,7 @@
 """The meaning of every op in plain torch: the shortest correct form, no checks, no speed."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,63 @@ def prune_smallest(magnitude: Tensor, alive: Tensor, count: int) -> Tensor:
     survivors = alive.clone()
     survivors[candidates[order[:count]]] = False
     return survivors
+
+
+class FlatPruning:
+    """A `lipfast.ops.select.PruningRound` around any ``prune_smallest`` for one flat tensor."""
+
+    def __init__(
+        self,
+        prune_flat: Callable[[Tensor, Tensor, int], Tensor],
+        weights: Sequence[Tensor],
+        alive: Sequence[Tensor],
+        count: int,
+    ) -> None:
+        self._prune_flat, self._weights, self._alive, self._count = prune_flat, weights, alive, count
+        self.living = sum(int(mask.sum()) for mask in alive)
+        nan = [bool(weight[mask].isnan().any()) for weight, mask in zip(weights, alive, strict=True)]
+        self.nan_part = nan.index(True) if any(nan) else -1
+
+    def masks(self) -> list[Tensor]:
+        """The survivors of each tensor."""
+        if not self._weights:
+            return []
+        magnitude = torch.cat([weight.reshape(-1).abs() for weight in self._weights])
+        alive = torch.cat([mask.reshape(-1) for mask in self._alive])
+        pieces = torch.split(self._prune_flat(magnitude, alive, self._count), [mask.numel() for mask in self._alive])
+        return [piece.reshape(mask.shape) for piece, mask in zip(pieces, self._alive, strict=True)]
+
+    def rewind(self, start: Sequence[Tensor], into: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Survivors, survivors as bits, and the packed start values; writes the rewound weights to ``into``."""
+        masks = self.masks()
+        values = [first[mask] for first, mask in zip(start, masks, strict=True)]
+        for target, first, mask in zip(into, start, masks, strict=True):
+            target.copy_(torch.where(mask, first, torch.zeros_like(first)))
+        return masks, [pack_bits(mask) for mask in masks], torch.cat(values) if values else torch.empty(0)
+
+
+def begin_pruning(weights: Sequence[Tensor], alive: Sequence[Tensor], count: int) -> FlatPruning:
+    """See ``lipfast.ops.select.PruningRound``."""
+    return FlatPruning(prune_smallest, weights, alive, count)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """``(ceil(n / 8),)`` uint8: eight weights to a byte, the lowest bit first, zeros behind the last weight."""
+    padded = torch.nn.functional.pad(mask.reshape(-1), (0, -mask.numel() % 8)).reshape(-1, 8)
+    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], device=mask.device)
+    return (padded * powers).sum(dim=1).to(torch.uint8)
+
+
+def gather_kept(dense: Tensor, mask: Tensor) -> Tensor:
+    """See ``lipfast.ops.gather_kept``."""
+    return dense[mask]
+
+
+def scatter_kept(values: Tensor, mask: Tensor) -> Tensor:
+    """See ``lipfast.ops.scatter_kept``."""
+    dense = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+    dense[mask] = values
+    return dense
 
 
 def adam_step(

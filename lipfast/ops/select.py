@@ -1,12 +1,30 @@
 """Selection: which weights a pruning round removes."""
 
 from collections.abc import Sequence
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from lipfast.errors import InputError
 from lipfast.ops import _dispatch
+
+
+class PruningRound(Protocol):
+    """What a backend's ``begin_pruning(weights, alive, count)`` returns: the cut is found, nothing is written yet.
+
+    ``living`` counts the living weights; ``nan_part`` is the index of the first tensor with a living NaN, -1 if none.
+    The methods are called only when there is no NaN and ``0 <= count <= living``.
+    """
+
+    living: int
+    nan_part: int
+
+    def masks(self) -> list[Tensor]:
+        """The survivors of each tensor, new."""
+
+    def rewind(self, start: Sequence[Tensor], into: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Survivors, survivors as bits, and the packed start values, new; writes the rewound weights to ``into``."""
 
 
 def prune_smallest(
@@ -17,8 +35,10 @@ def prune_smallest(
     Among equal magnitudes the lower index dies first, where indices run through the tensors in the order given, so
     every backend returns the same bits. (Comparing with a threshold would remove every tied weight at once.)
 
+    It is not a ``torch.library`` operator: it runs once in a pruning round, outside any graph.
+
     Args:
-        weights: float32 tensors of any shape, no NaN, on one device. Dead entries may hold anything but NaN.
+        weights: float32 tensors of any shape on one device; the living ones not NaN.
         alive: bool tensors of the same shapes on the same device. False stays False.
         count: how many weights die, ``0 <= count <= number alive``.
         backend: run exactly this implementation; None lets the seam choose.
@@ -31,37 +51,47 @@ def prune_smallest(
         BackendError: ``backend`` cannot run here.
 
     Source: Frankle & Carbin 2019 (arXiv:1803.03635), global magnitude criterion; the tie rule is ours.
+    Cost: two passes over the weights (csrc/cpu/prune.h).
     """
-    _check(weights, alive)
-    living = sum(int(mask.sum()) for mask in alive)
-    if not 0 <= count <= living:
+    return begin_pruning("prune_smallest", weights, alive, count, backend).masks()
+
+
+def begin_pruning(
+    op: str, weights: Sequence[Tensor], alive: Sequence[Tensor], count: int, backend: str | None
+) -> PruningRound:
+    """Find the cut of a round whose arguments are checked; ``op`` is who asks, for messages."""
+    check_parts(op, "weights", weights, alive, torch.float32)
+    check_parts(op, "alive", alive, alive, torch.bool)
+    device = weights[0].device if weights else torch.device("cpu")
+    _, begin = _dispatch.pick("begin_pruning", device, backend)
+    with torch.no_grad():
+        pruning = cast(PruningRound, begin([weight.detach() for weight in weights], alive, count))
+    if not 0 <= count <= pruning.living:
         total = sum(mask.numel() for mask in alive)
-        raise InputError(f"prune_smallest: count={count} but {living} of {total} weights are alive")
-    if not weights:
-        return []
-    magnitude = torch.cat([weight.detach().reshape(-1).abs() for weight in weights])  # (n,)
-    flat = torch.cat([mask.reshape(-1) for mask in alive])  # (n,)
-    if bool(magnitude.isnan().any()):
-        raise InputError("prune_smallest: weights hold NaN; magnitudes cannot be ordered, lower the learning rate")
-    _, run = _dispatch.pick("prune_smallest", magnitude.device, backend)
-    survivors = run(magnitude, flat, count)
-    pieces = survivors.split([mask.numel() for mask in alive])
-    return [piece.reshape(mask.shape) for piece, mask in zip(pieces, alive, strict=True)]
+        raise InputError(f"{op}: count={count} but {pruning.living} of {total} weights are alive")
+    if pruning.nan_part >= 0:
+        raise InputError(
+            f"{op}: weights[{pruning.nan_part}] holds NaN; magnitudes cannot be ordered, lower the learning rate"
+        )
+    return pruning
 
 
-def _check(weights: Sequence[Tensor], alive: Sequence[Tensor]) -> None:
-    if len(weights) != len(alive):
-        raise InputError(f"prune_smallest: got {len(weights)} weight tensors but {len(alive)} masks")
-    for position, (weight, mask) in enumerate(zip(weights, alive, strict=True)):
-        if weight.dtype != torch.float32:
-            raise InputError(f"prune_smallest: weights[{position}] must be float32, got {weight.dtype}; use .float()")
-        if mask.dtype != torch.bool or mask.shape != weight.shape:
+def check_parts(op: str, name: str, tensors: Sequence[Tensor], alive: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Check that there is one tensor of this type for each mask, of its shape and on the first one's device.
+
+    Raises:
+        InputError: names the first that does not fit.
+    """
+    if len(tensors) != len(alive):
+        raise InputError(f"{op}: got {len(tensors)} tensors as {name} but {len(alive)} masks")
+    for position, (tensor, mask) in enumerate(zip(tensors, alive, strict=True)):
+        if tensor.dtype != dtype or tensor.shape != mask.shape:
             raise InputError(
-                f"prune_smallest: alive[{position}] must be bool {tuple(weight.shape)}, "
-                f"got {mask.dtype} {tuple(mask.shape)}"
+                f"{op}: {name}[{position}] must be {dtype} {tuple(mask.shape)} as its mask, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
             )
-        if weight.device != weights[0].device or mask.device != weights[0].device:
+        if tensor.device != alive[0].device:
             raise InputError(
-                f"prune_smallest: tensor {position} is on {weight.device}/{mask.device}, the first on "
-                f"{weights[0].device}; move all to one device"
+                f"{op}: {name}[{position}] is on {tensor.device}, the first mask on {alive[0].device}; "
+                "move all to one device"
             )

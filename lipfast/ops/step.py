@@ -25,11 +25,10 @@ def adam_step(
 ) -> None:
     """One step of Adam in place, in time proportional to ``values``.
 
-    The arithmetic is that of ``torch.optim.Adam(foreach=False)``, operation by operation: both moments are torch's bit
-    for bit, and a value differs only where torch's root does. (On x86 that comes from MKL, which misses the nearest
-    float in 0.6 % of cases; here roots are always the nearest, so equal inputs give equal bits on every instruction set
-    and for any number of threads.) One step from equal state is within 1 ulp of torch's, of the value or of its change,
-    whichever is larger.
+    Bit for bit ``torch.optim.Adam(foreach=False)``, operation by operation, with one exception: torch's root. On x86 it
+    comes from MKL, which misses the nearest float in 0.6 % of cases; here every root is the nearest float, so equal
+    inputs give equal bits on every instruction set and for any number of threads. From equal state, one step gives
+    torch's moments bit for bit, and values whose change is within 4 ulp of torch's.
 
     Args:
         values: ``(n,)`` float32, contiguous: the kept weights (and biases, ...). Updated.
@@ -54,9 +53,8 @@ def adam_step(
         if not 0 <= beta < 1:
             raise InputError(f"adam_step: {name} must be in [0, 1), got {beta}")
     _check_not_negative("adam_step", {"lr": lr, "eps": eps, "weight_decay": weight_decay})
-    _, run = _dispatch.pick("adam_step", values.device, backend)
     with torch.no_grad():
-        run(values, gradient, m, v, step, lr, beta1, beta2, eps, weight_decay)
+        _adam_step(values, gradient, m, v, step, lr, beta1, beta2, eps, weight_decay, backend)
 
 
 def sgd_step(
@@ -95,9 +93,43 @@ def sgd_step(
     _check_not_negative("sgd_step", {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
     if nesterov and (momentum <= 0 or dampening != 0):
         raise InputError(f"sgd_step: nesterov wants momentum > 0 and dampening 0, got {momentum} and {dampening}")
-    _, run = _dispatch.pick("sgd_step", values.device, backend)
     with torch.no_grad():
-        run(values, gradient, momentum_buffer, step, lr, momentum, dampening, weight_decay, nesterov)
+        _sgd_step(values, gradient, momentum_buffer, step, lr, momentum, dampening, weight_decay, nesterov, backend)
+
+
+@torch.library.custom_op("lipfast::adam_step", mutates_args=("values", "m", "v"))
+def _adam_step(
+    values: Tensor,
+    gradient: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    backend: str | None,
+) -> None:
+    _, run = _dispatch.pick("adam_step", values.device, backend)
+    run(values, gradient, m, v, step, lr, beta1, beta2, eps, weight_decay)
+
+
+@torch.library.custom_op("lipfast::sgd_step", mutates_args=("values", "momentum_buffer"))
+def _sgd_step(
+    values: Tensor,
+    gradient: Tensor,
+    momentum_buffer: Tensor,
+    step: int,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    backend: str | None,
+) -> None:
+    _, run = _dispatch.pick("sgd_step", values.device, backend)
+    run(values, gradient, momentum_buffer, step, lr, momentum, dampening, weight_decay, nesterov)
 
 
 def _check(op: str, values: Tensor, others: Mapping[str, Tensor], step: int) -> None:

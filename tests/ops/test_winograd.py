@@ -6,12 +6,12 @@ on normal data, the error relative to the largest result stays below 4e-6; 1e-5 
 
 from dataclasses import dataclass
 
-import lipfast._C as _C
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import lipfast._C as _C
 from lipfast.ops import lanes
 from lipfast.ops.lanes import LaneMap
 

@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import lipfast._C as _C
+from lipfast import ops
+from lipfast.errors import InputError
+
+SIZES = [0, 1, 15, 16, 17, 1025, 32767, 32768, 32769, 70_001]
+GUARD = 12345.0
+
+
+def draw(size, density, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, generator=generator), torch.rand(size, generator=generator) < density
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.5, 1.0])
+def test_both_ways_agree_with_the_reference(isa, size, density):
+    dense, mask = draw(size, density)
+    values = ops.gather_kept(dense, mask, backend="cpu")
+    assert torch.equal(values, ops.gather_kept(dense, mask, backend="reference"))
+    back = ops.scatter_kept(values, mask, backend="cpu")
+    assert torch.equal(back, ops.scatter_kept(values, mask, backend="reference"))
+    assert torch.equal(back[mask], dense[mask])
+    assert not bool(back[~mask].view(torch.int32).any())
+
+
+@given(pattern=st.lists(st.booleans(), max_size=80))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_scatter_undoes_gather(isa, pattern):
+    mask = torch.tensor(pattern, dtype=torch.bool)
+    values = torch.arange(1.0, int(mask.sum()) + 1)
+    assert torch.equal(ops.gather_kept(ops.scatter_kept(values, mask), mask), values)
+
+
+@pytest.mark.parametrize("size", [17, 70_001])
+def test_nothing_beyond_the_end_is_written(isa, size):
+    dense, mask = draw(size, 0.5)
+    kept = int(mask.sum())
+    values = np.full(kept + 32, GUARD, np.float32)
+    _C.gather_kept(dense.numpy(), mask.numpy(), values[:kept], 2)
+    assert (values[kept:] == GUARD).all()
+    back = np.full(size + 32, GUARD, np.float32)
+    _C.scatter_kept(values[:kept], mask.numpy(), back[:size], 2)
+    assert (back[size:] == GUARD).all()
+
+
+def test_any_shape_and_layout(isa):
+    dense, mask = draw(6 * 5 * 4, 0.5)
+    dense, mask = dense.view(6, 5, 4).transpose(0, 2), mask.view(6, 5, 4).transpose(0, 2)
+    values = ops.gather_kept(dense, mask)
+    assert torch.equal(values, dense[mask])
+    assert torch.equal(ops.scatter_kept(values, mask), dense * mask)
+
+
+def test_the_number_of_threads_changes_nothing(isa, for_each_thread_count):
+    dense, mask = draw(200_001, 0.3)
+    values = for_each_thread_count(lambda: ops.gather_kept(dense, mask))
+    assert all(torch.equal(values[0], other) for other in values[1:])
+    back = for_each_thread_count(lambda: ops.scatter_kept(values[0], mask))
+    assert all(torch.equal(back[0], other) for other in back[1:])
+
+
+def test_torch_operator_checks():
+    dense, mask = draw(40, 0.5)
+    dense.requires_grad_()
+    torch.library.opcheck(torch.ops.lipfast.gather_kept.default, (dense, mask, None))
+    values = torch.randn(int(mask.sum()), requires_grad=True)
+    torch.library.opcheck(torch.ops.lipfast.scatter_kept.default, (values, mask, None))
+
+
+def test_each_is_the_gradient_of_the_other(isa):
+    # <gather(x), y> = <x, scatter(y)>, exactly: whole numbers this small add up without rounding.
+    dense, mask = (torch.arange(40.0) - 20).requires_grad_(), draw(40, 0.5)[1]
+    values = (torch.arange(float(mask.sum())) - 5).requires_grad_()
+    product = (ops.gather_kept(dense, mask) * values).sum()
+    assert product == (dense * ops.scatter_kept(values, mask)).sum()
+    for _ in range(2):  # a second backward gives the same
+        of_dense, of_values = torch.autograd.grad(product, (dense, values), retain_graph=True)
+        assert torch.equal(of_dense, ops.scatter_kept(values, mask))
+        assert torch.equal(of_values, dense[mask])
+    (of_values,) = torch.autograd.grad((dense * ops.scatter_kept(values, mask)).sum(), values)
+    assert torch.equal(of_values, dense[mask])
+
+
+def test_bad_arguments_are_named():
+    mask = torch.tensor([True, False, True])
+    with pytest.raises(InputError, match=r"gather_kept: dense must be float32, got torch.float64"):
+        ops.gather_kept(torch.rand(3).double(), mask)
+    with pytest.raises(InputError, match=r"dense has shape \(4,\) but mask \(3,\)"):
+        ops.gather_kept(torch.rand(4), mask)
+    with pytest.raises(InputError, match=r"mask must be bool on cpu, got torch.float32"):
+        ops.gather_kept(torch.rand(3), mask.float())
+    with pytest.raises(InputError, match="got 3 values but the mask keeps 2 of 3"):
+        ops.scatter_kept(torch.rand(3), mask)
+    with pytest.raises(InputError, match=r"values must be 1-D, got \(2, 1\)"):
+        ops.scatter_kept(torch.rand(2, 1), mask)
