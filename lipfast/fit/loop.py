@@ -79,7 +79,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a fit gives. The three outputs answer different questions and are never mixed."""
+    """What a fit gives. The three outputs answer different questions and are never mixed.
+
+    The oracle picks among the reported outputs, as the paper does; `stopped` is averaged otherwise and can be better.
+    """
 
     last: Outcome  # at the last step
     stopped: Outcome | None  # at the rule's variance minimum, averaged by the rule; None without a rule or variance
