@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from lipfast import images
+from lipfast.report import pictures, table
+
+
+def row(number, ticket, random=None, stopped=None):
+    def figures(last):
+        if last is None:
+            return None
+        return {
+            "last": {"step": 9, "psnr": last, "ssim": 0.5},
+            "stopped": None if stopped is None else {"step": 4, "psnr": stopped, "ssim": 0.5},
+            "oracle": None,
+        }
+
+    return {
+        "round": number,
+        "sparsity": 1 - 0.8**number,
+        "seconds": 1.25,
+        "bytes": 1234567 if number else 0,
+        "ticket": figures(ticket),
+        "random": figures(random),
+    }
+
+
+ROWS = [row(0, 30.0), row(1, 30.5, 30.75), row(2, 29.0, 28.0), row(3, 30.25)]
+
+
+def test_the_table_has_a_line_for_each_round():
+    lines = table.markdown(ROWS).splitlines()
+    assert "| 2 | 36.00 % | 30.00 | 29.00 | 28.00 | 1.2 | 1,234,567 |" in lines
+    assert "| 3 | 48.80 % | 30.00 | 30.25 | - | 1.2 | 1,234,567 |" in lines
+    assert sum("last step" in line for line in lines) == 2
+    assert not any("oracle" in line for line in lines)
+
+
+def test_the_verdict_counts_and_measures_both_comparisons():
+    words = table.verdict(ROWS, "last")
+    assert "tickets beat the dense network in 2 of 3 rounds compared; the best is +0.50 dB at 20.0 % sparsity" in words
+    assert "tickets beat random masks in 1 of 2 rounds compared; the best is +1.00 dB at 36.0 % sparsity" in words
+
+
+def test_a_search_that_never_wins_says_so():
+    words = table.verdict([row(0, 30.0), row(1, 29.5)], "last")
+    assert "in 0 of 1 rounds compared; the best is -0.50 dB" in words
+    assert "random" not in words
+
+
+def test_without_figures_there_is_no_table():
+    assert table.markdown([row(0, None), row(1, None)]) == "No clean picture, so no PSNR.\n"
+
+
+def test_each_stop_has_a_table_of_its_own():
+    text = table.markdown([row(0, 30.0, stopped=28.0), row(1, 31.0, stopped=27.0)])
+    assert text.index("last step") < text.index("automatic stop")
+    assert "the best is -1.00 dB" in text
+
+
+def test_curve_and_panel_are_pictures(tmp_path):
+    pictures.save_curve(tmp_path / "curve.png", ROWS, "a title")
+    pictures.save_panel(tmp_path / "panel.png", [("colour", torch.rand(3, 8, 8)), ("grey", torch.rand(1, 8, 8))])
+    for name in ("curve.png", "panel.png"):
+        picture = images.read(tmp_path / name)
+        assert picture.std() > 0.05
+    wide = images.read(tmp_path / "panel.png")
+    assert wide.shape[2] == pytest.approx(2 * 3.2 * 150, abs=2)
