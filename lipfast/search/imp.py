@@ -140,8 +140,7 @@ def search(
         degraded=degraded,
     )
     full = _full_masks(network, config.leave_out)
-    if config.scope == "global":
-        schedule.kept_after(masks.total(full), config.prune, config.rounds)  # refuses rounds that leave nothing
+    _check_rounds(full, config)
     rewind_step(config.rewind, fit_config.iterations)
     identity = {
         "search": config.identity(),
@@ -398,6 +397,17 @@ class _Search:
         if self.run.exists(CHECKPOINT):
             lengths.append(FitState.load(self.run.path(CHECKPOINT)).scalars["search"]["log_bytes"])
         self.run.cut_log(max(lengths, default=0))
+
+
+def _check_rounds(full: Masks, config: SearchConfig) -> None:
+    """Refuse rounds that would find nothing left to remove, before the first is trained."""
+    if config.scope == "global":
+        schedule.kept_after(masks.total(full), config.prune, config.rounds)
+        return
+    living = {name: mask.numel() for name, mask in full.items()}
+    for _ in range(config.rounds):
+        removed = schedule.layer_counts(living, config.prune)
+        living = {name: count - removed[name] for name, count in living.items()}
 
 
 def _listed(pictures: Sequence[Picture] | Picture) -> list[Picture]:

@@ -196,6 +196,8 @@ def test_a_stop_by_watch_continues_to_the_same_bits(run_search, tmp_path):
     [
         ({"rounds": 0}, ConfigError, "rounds=0"),
         ({"rounds": 60}, ConfigError, "leaves nothing to prune"),
+        ({"rounds": 60, "scope": "layer"}, ConfigError, "removes nothing"),
+        ({"out": "/proc/runs"}, InputError, "/proc/runs/imp-.*: cannot make this folder"),
         ({"prune": 0.0}, ConfigError, "prune=0.0 must be a share"),
         ({"prune": 1.0}, ConfigError, "prune=1.0 must be a share"),
         ({"scope": "row"}, ConfigError, "scope='row' must be one of global, layer"),
