@@ -2,15 +2,16 @@
 
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from lipfast.bench import families, harness
-from lipfast.bench.harness import Row, Size
+from lipfast.bench import families
+
+if TYPE_CHECKING:  # torch and rich load inside the commands, so that --help is quick
+    from rich.table import Table
+
+    from lipfast.bench.harness import Row, Size
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,9 +41,14 @@ def run(
     threads: int,
     seconds: float,
     only: str,
-    size: Size,
-) -> list[Row]:
+    size: "Size",
+) -> "list[Row]":
     """Measure a family in this process and print it, row by row as JSON or at the end as a table."""
+    import torch
+    from rich.console import Console
+
+    from lipfast.bench import harness
+
     if threads:
         torch.set_num_threads(threads)
     rows = []
@@ -60,8 +66,10 @@ def run(
     return rows
 
 
-def table(family: str, rows: list[Row]) -> Table:
+def table(family: str, rows: "list[Row]") -> "Table":
     """The rows for people."""
+    from rich.table import Table
+
     first = rows[0]
     peaks = f"FMA peak {first.fma_peak / 1e9:.0f} GFLOP/s, copy {first.copy_peak / 1e9:.0f} GB/s"
     about = f"{first.cpu}, {first.isa}, {first.threads} threads, torch {first.versions['torch']}, malloc {first.malloc}"
@@ -98,6 +106,8 @@ def _command(family: str) -> Callable[..., None]:
         toy: Toy = False,
         raw: Raw = False,
     ) -> None:
+        from lipfast.bench import harness
+
         if not raw and not harness.keeps_malloc():
             arguments = [family, "--threads", str(threads), "--seconds", str(seconds), "--only", only]
             raise typer.Exit(harness.rerun_with_keep_malloc(arguments + ["--json"] * json_lines + ["--toy"] * toy))

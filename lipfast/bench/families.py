@@ -2,17 +2,19 @@
 
 import importlib
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from lipfast.bench.harness import Case, Size
+if TYPE_CHECKING:  # the harness loads torch, and the list is there for --help too
+    from lipfast.bench.harness import Case, Size
 
 # name on the command line -> module, and what it times
 FAMILIES: dict[str, tuple[str, str]] = {
     "adam": ("lipfast.bench.adam", "Adam on kept weights against torch.optim.Adam on dense ones."),
+    "select": ("lipfast.bench.select", "A pruning round (select, prune, rewind, pack) against torch's own means."),
 }
 
 
-def cases(family: str, size: Size) -> list[Case]:
+def cases(family: str, size: "Size") -> "list[Case]":
     """The cases of a family. They hold no data until they are set up."""
     build = cast("Callable[[Size], list[Case]]", importlib.import_module(FAMILIES[family][0]).cases)
     return build(size)

@@ -177,6 +177,8 @@ def _interleave(
 def _sample(function: Callable[[], object], reset: Callable[[], None] | None, repeats: int) -> float:
     if reset:
         reset()
+    else:
+        function()  # warms its caches, and outlasts the other's worker threads, which spin for a while after a call
     start = time.perf_counter()
     for _ in range(repeats):
         function()

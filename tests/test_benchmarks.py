@@ -1,0 +1,125 @@
+"""Every benchmark runs at toy size and checks its own answer; the harness counts and checks as it says."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lipfast._C as _C
+from lipfast import ops
+from lipfast.bench import cli, families, harness
+from lipfast.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_family_runs_and_checks_its_answer(family):
+    cases = families.cases(family, "toy")
+    rows = list(harness.measure(cases, seconds=0.001))
+    assert {row.case for row in rows} == {case.name for case in cases}
+    for row in rows:
+        assert 0 < row.seconds.p20 <= row.seconds.median <= row.seconds.p80
+        assert row.turns >= harness.FEWEST_TURNS
+        assert row.backend == "cpu"
+        assert row.isa == _C.isa()
+        assert row.threads == torch.get_num_threads()
+        assert json.loads(row.json_line())["versions"]["torch"] == torch.__version__
+
+
+def test_a_wrong_answer_stops_the_benchmark(monkeypatch):
+    def forgets_a_step(values, *rest):
+        pass
+
+    monkeypatch.setattr(ops, "adam_step", forgets_a_step)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        next(harness.measure(families.cases("adam", "toy"), seconds=0.001))
+
+
+def fake_case(calls, **changes):
+    timed = harness.Timed(
+        ours=lambda: calls.append("ours"),
+        baselines={"slow": lambda: calls.append("slow"), "other": lambda: calls.append("other")},
+        check=lambda: calls.append("check"),
+        backend="cpu",
+        **changes,
+    )
+    return harness.Case(op="fake", name="fake", shape="-", density=1.0, setup=lambda: timed)
+
+
+def test_reset_precedes_every_call_and_each_turn_calls_everyone_once():
+    calls = []
+    rows = list(harness.measure([fake_case(calls, reset=lambda: calls.append("reset"))], seconds=1e-9))
+    assert [row.baseline for row in rows] == ["slow", "other"]
+    assert calls[:2] == ["reset", "check"]
+    assert calls[2::2] == ["reset"] * len(calls[2::2])
+    timed = calls[3::2][3 * harness.WARM_UP_CALLS :]
+    turns = [timed[i : i + 3] for i in range(0, len(timed), 3)]
+    assert len(turns) == harness.FEWEST_TURNS == rows[0].turns
+    assert all(sorted(turn) == ["other", "ours", "slow"] for turn in turns)
+    assert len({turn[0] for turn in turns}) == 3  # everyone goes first at times
+
+
+def test_percentiles_and_ceilings():
+    spread = harness.Spread.of([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
+    assert (spread.p20, spread.median, spread.p80) == (2.0, 3.5, 5.0)
+    (row, _) = harness.measure([fake_case([], flops=1000.0)], seconds=1e-9)
+    assert row.flops_per_second == pytest.approx(1000.0 / row.seconds.median)
+    assert row.share_of_ceiling == pytest.approx(row.flops_per_second / row.fma_peak)
+    moves = dataclasses.replace(row, flops_per_second=0.0, bytes_per_second=3.0, copy_peak=6.0)
+    assert moves.share_of_ceiling == 0.5
+
+
+def test_seconds_must_be_positive():
+    with pytest.raises(InputError, match="seconds must be positive, got 0"):
+        next(harness.measure([], seconds=0))
+
+
+@pytest.mark.parametrize("isa", _C.available_isas())
+def test_fma_peak_counts_what_the_instruction_set_can_do(isa):
+    before = _C.isa()
+    _C.set_isa(isa)
+    try:
+        per_core = _C.fma_peak(1, 0.01)
+    finally:
+        _C.set_isa(before)
+    assert 1e8 < per_core < 1e12  # an optimised-away loop would be far above, a forgotten one far below
+
+
+def test_the_command_reruns_itself_with_malloc_that_keeps_its_buffers():
+    run = [sys.executable, "-m", "lipfast.bench", "adam", "--toy", "--seconds", "0.001", "--only", "100%", "--json"]
+    clean = {name: value for name, value in os.environ.items() if name not in harness.KEEP_MALLOC}
+    lines = subprocess.run(run, env=clean, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [json.loads(line)["malloc"] for line in lines] == ["keep", "keep"]
+
+
+def test_a_table_has_a_line_for_each_row(capsys):
+    rows = cli.run("adam", json_lines=False, threads=0, seconds=0.001, only="50%", size="toy")
+    shown = capsys.readouterr().out
+    assert len(rows) == 2
+    assert all(row.baseline in shown for row in rows)
+    assert "FMA peak" in shown
+
+
+def test_the_pytest_benchmarks_run():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--benchmark-disable",
+        "-o",
+        "python_functions=bench",
+        "-k",
+        "select",
+    ]
+    environment = {**os.environ, "LIPFAST_BENCH_SIZE": "toy"}
+    done = subprocess.run(
+        [*command, "benchmarks/bench_families.py"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
