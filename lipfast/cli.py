@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import lipfast
+from lipfast.bench.cli import app as bench_app
 from lipfast.errors import ConfigError, InputError, LipfastError
 
 if TYPE_CHECKING:  # torch and the parts above it load inside the commands, so that --help is quick
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 ticket_app = typer.Typer(help="Look into ticket files.", no_args_is_help=True)
 app.add_typer(ticket_app, name="ticket")
+app.add_typer(bench_app, name="bench")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print figures as JSON on stdout.")]
 TaskName = Annotated[str, typer.Option("--task", help="denoise, inpaint, sr4, sr8 or cs.")]
