@@ -53,8 +53,8 @@ class BuildKernels(build_ext):
         compiler = self.compiler.compiler_cxx[0] if hasattr(self.compiler, "compiler_cxx") else "c++"
         if not shutil.which(compiler):
             raise CompileError(
-                f"lipfast needs a C++17 compiler and found no {compiler!r}; install g++ or clang++ (Debian: apt-get install g++)"
-                " or name one in the environment variable CXX"
+                f"lipfast needs a C++17 compiler and found no {compiler!r}; install g++ or clang++ "
+                "(Debian: apt-get install g++) or name one in the environment variable CXX"
             )
         for name, (number, flags) in TARGETS.items():
             ext.extra_objects += self.compiler.compile(

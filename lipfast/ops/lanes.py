@@ -43,7 +43,7 @@ class LaneMap:
     def allocate(
         cls, batch: int, channels: int, height: int, width: int, halo: int = 0, block: tuple[int, int] | None = None
     ) -> "LaneMap":
-        """A zeroed map; ``block`` gives a block's pixels where a neighbouring map's stride asks for more than a quarter."""
+        """A zeroed map; ``block`` gives a block's pixels where a neighbour's stride asks for more than a quarter."""
         block_h, block_w = block or (-(-height // GRID), -(-width // GRID))
         if min(height, width, halo + 1) < 1 or GRID * block_h < height or GRID * block_w < width:
             raise InputError(
@@ -64,7 +64,8 @@ class LaneMap:
             raise InputError(
                 f"LaneMap.from_tensor: expected 4-D float32 on cpu, got {x.dim()}-D {x.dtype} on {x.device}"
             )
-        lanes = cls.allocate(*x.shape, halo=halo, block=block)
+        batch, channels, height, width = x.shape
+        lanes = cls.allocate(batch, channels, height, width, halo, block)
         if x.numel():
             _C.lanes_from_plain(x.detach().numpy(), lanes.data.numpy(), halo, torch.get_num_threads())
             if halo or lanes.has_dead_pixels:
@@ -92,7 +93,7 @@ class LaneMap:
         )
 
     def fold_halo(self, mode: str, pad: int) -> None:
-        """The transpose of `fill_halo` for gradients: add each padding pixel to the pixel it copies; dead pixels become 0."""
+        """The transpose of `fill_halo` for gradients: add padding pixels to those they copy; dead pixels become 0."""
         _C.fold_halo(
             self.data.numpy(), self.height, self.width, self.halo, PADDING_MODES[mode], pad, torch.get_num_threads()
         )
