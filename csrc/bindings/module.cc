@@ -31,6 +31,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", [](const std::string& name) { SetIsa(IsaFromName(name)); }, py::arg("name"));
   m.def("available_isas", &AvailableIsas, "Instruction sets that build and CPU have, fastest first.");
   BindCeiling(m);
+  BindConv(m);
   BindLanes(m);
   BindWinograd(m);
   BindSelect(m);

@@ -40,13 +40,22 @@ struct SparseTask {
   int64_t first, last;  // output channels
 };
 
+// Keeps the compiler from seeing where a row's address came from: it would compute
+// one address per vector, and run out of registers, instead of one per row.
+template <class T>
+inline __attribute__((always_inline)) T* Row(T* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
 template <int kRows, int kCols>
 inline __attribute__((always_inline)) void AddTap(V weight, const float* in, int64_t in_row, int64_t in_col,
                                                   V (&sum)[kRows][kCols]) {
   LIPFAST_UNROLL
   for (int r = 0; r < kRows; ++r) {
+    const float* row = Row(in + r * in_row);
     LIPFAST_UNROLL
-    for (int c = 0; c < kCols; ++c) sum[r][c] = Fma(weight, Load(in + r * in_row + c * in_col), sum[r][c]);
+    for (int c = 0; c < kCols; ++c) sum[r][c] = Fma(weight, Load(row + c * in_col), sum[r][c]);
   }
 }
 
@@ -77,8 +86,10 @@ void AccumulateTile(const SparseTask& task) {
         for (int i = 0; i < kVectors; ++i) sum[0][i / kCols][i % kCols] = bias;
       } else {
         LIPFAST_UNROLL
-        for (int i = 0; i < kVectors; ++i) {
-          sum[0][i / kCols][i % kCols] = Load(out + i / kCols * out_row + i % kCols * out_col);
+        for (int r = 0; r < kRows; ++r) {
+          const float* row = Row(out + r * out_row);
+          LIPFAST_UNROLL
+          for (int c = 0; c < kCols; ++c) sum[0][r][c] = Load(row + c * out_col);
         }
       }
       LIPFAST_UNROLL
@@ -93,11 +104,15 @@ void AccumulateTile(const SparseTask& task) {
         for (; t < end; ++t) AddTap<kRows, kCols>(Set(values[t]), in + offsets[t], in_row, in_col, sum[0]);
       }
       LIPFAST_UNROLL
-      for (int i = 0; i < kVectors; ++i) {
-        V total = sum[0][i / kCols][i % kCols];
+      for (int r = 0; r < kRows; ++r) {
+        float* row = Row(out + r * out_row);
         LIPFAST_UNROLL
-        for (int k = 1; k < kChains; ++k) total = Add(total, sum[k][i / kCols][i % kCols]);
-        Store(out + i / kCols * out_row + i % kCols * out_col, total);
+        for (int c = 0; c < kCols; ++c) {
+          V total = sum[0][r][c];
+          LIPFAST_UNROLL
+          for (int k = 1; k < kChains; ++k) total = Add(total, sum[k][r][c]);
+          Store(row + c * out_col, total);
+        }
       }
     }
   }
@@ -119,9 +134,13 @@ void DotTile(const SparseTask& task) {
     const float* out = g.out + task.tile.row * out_row + task.tile.col * out_col + task.first * g.out_channel;
     const int32_t* start = task.taps->starts + task.first * (blocks + 1) + b;
     for (int64_t o = task.first; o < last; ++o, out += g.out_channel, start += blocks + 1) {
-      V d[kVectors];
+      V d[kRows][kCols];
       LIPFAST_UNROLL
-      for (int i = 0; i < kVectors; ++i) d[i] = Load(out + i / kCols * out_row + i % kCols * out_col);
+      for (int r = 0; r < kRows; ++r) {
+        const float* row = Row(out + r * out_row);
+        LIPFAST_UNROLL
+        for (int c = 0; c < kCols; ++c) d[r][c] = Load(row + c * out_col);
+      }
       for (int32_t t = start[0]; t < start[1]; ++t) {
         const float* x = in + offsets[t];
         float* partial = task.partial + static_cast<int64_t>(t) * kLanes;
@@ -130,8 +149,13 @@ void DotTile(const SparseTask& task) {
         LIPFAST_UNROLL
         for (int k = 1; k < kChains; ++k) sum[k] = Zero();
         LIPFAST_UNROLL
-        for (int i = 0; i < kVectors; ++i) {
-          sum[i % kChains] = Fma(d[i], Load(x + i / kCols * in_row + i % kCols * in_col), sum[i % kChains]);
+        for (int r = 0; r < kRows; ++r) {
+          const float* row = Row(x + r * in_row);
+          LIPFAST_UNROLL
+          for (int c = 0; c < kCols; ++c) {
+            V& chain = sum[(r * kCols + c) % kChains];
+            chain = Fma(d[r][c], Load(row + c * in_col), chain);
+          }
         }
         LIPFAST_UNROLL
         for (int k = 1; k < kChains; ++k) sum[0] = Add(sum[0], sum[k]);
@@ -255,11 +279,226 @@ void SparseDot(const Region* regions, int64_t count, const TapList& taps, float*
   });
 }
 
+// --- dense ---------------------------------------------------------------------
+
+constexpr int kGroup = 4;                             // output channels that share a load of the input
+constexpr int kDenseCols = kRegisters >= 32 ? 6 : 1;  // kGroup * kDenseCols sums in registers
+constexpr int64_t kDenseBlock = 144;                  // taps between two visits of a sum to memory
+constexpr int kDotTaps = kRegisters >= 32 ? 6 : 1;    // kGroup * kDotTaps sums in registers
+
+struct DenseTask {
+  const Region* region;
+  const DenseTaps* taps;
+  const float* weights;
+  const float* bias;
+  int64_t row, col;
+  int64_t first, last;  // groups of output channels
+};
+
+template <int kCols, int kIn, int kOut>
+void DenseTile(const DenseTask& task) {
+  const Region& g = *task.region;
+  const int64_t in_col = kIn ? kIn * kLanes : g.in_col, out_col = kOut ? kOut * kLanes : g.out_col;
+  const int64_t count = task.taps->taps, outputs = task.taps->outputs;
+  const int32_t* offsets = task.taps->offsets;
+  const float* in = g.in + task.row * g.in_row + task.col * in_col;
+  float* tile_out = g.out + task.row * g.out_row + task.col * out_col;
+  for (int64_t begin = 0; begin == 0 || begin < count; begin += kDenseBlock) {
+    const int64_t end = Least(begin + kDenseBlock, count);
+    for (int64_t group = task.first; group < task.last; ++group) {
+      float* out = tile_out + group * kGroup * g.out_channel;
+      const int live = static_cast<int>(Least(kGroup, outputs - group * kGroup));
+      V sum[kGroup][kCols];
+      LIPFAST_UNROLL
+      for (int k = 0; k < kGroup; ++k) {
+        LIPFAST_UNROLL
+        for (int c = 0; c < kCols; ++c) sum[k][c] = Zero();
+      }
+      if (begin > 0 || task.bias) {
+        LIPFAST_UNROLL
+        for (int k = 0; k < kGroup; ++k) {
+          if (k >= live) continue;
+          const float* row = Row(out + k * g.out_channel);
+          LIPFAST_UNROLL
+          for (int c = 0; c < kCols; ++c) {
+            sum[k][c] = begin ? Load(row + c * out_col) : Set(task.bias[group * kGroup + k]);
+          }
+        }
+      }
+      const float* w = task.weights + (group * count + begin) * kGroup;
+      for (int64_t t = begin; t < end; ++t, w += kGroup) {
+        const float* x = Row(in + offsets[t]);
+        V v[kCols];
+        LIPFAST_UNROLL
+        for (int c = 0; c < kCols; ++c) v[c] = Load(x + c * in_col);
+        LIPFAST_UNROLL
+        for (int k = 0; k < kGroup; ++k) {
+          const V weight = Set(w[k]);
+          LIPFAST_UNROLL
+          for (int c = 0; c < kCols; ++c) sum[k][c] = Fma(weight, v[c], sum[k][c]);
+        }
+      }
+      LIPFAST_UNROLL
+      for (int k = 0; k < kGroup; ++k) {
+        if (k >= live) continue;
+        float* row = Row(out + k * g.out_channel);
+        LIPFAST_UNROLL
+        for (int c = 0; c < kCols; ++c) Store(row + c * out_col, sum[k][c]);
+      }
+    }
+  }
+}
+
+using DenseFunction = void (*)(const DenseTask&);
+
+template <int kIn, int kOut>
+DenseFunction DenseWithCols(int64_t cols) {
+  static const DenseFunction table[] = {
+      DenseTile<1, kIn, kOut>,
+#if LIPFAST_TARGET == 2
+      DenseTile<2, kIn, kOut>, DenseTile<3, kIn, kOut>, DenseTile<4, kIn, kOut>,
+      DenseTile<5, kIn, kOut>, DenseTile<6, kIn, kOut>,
+#endif
+  };
+  return table[cols - 1];
+}
+
+DenseFunction ForColumns(int64_t cols, const Region& g) {
+  if (g.in_col == kLanes && g.out_col == kLanes) return DenseWithCols<1, 1>(cols);
+  if (g.in_col == 2 * kLanes && g.out_col == kLanes) return DenseWithCols<2, 1>(cols);
+  if (g.in_col == kLanes && g.out_col == 2 * kLanes) return DenseWithCols<1, 2>(cols);
+  return DenseWithCols<0, 0>(cols);
+}
+
+int64_t RowCount(const Region* regions, int64_t count) {
+  int64_t rows = 0;
+  for (int64_t i = 0; i < count; ++i) rows += regions[i].rows;
+  return rows;
+}
+
+const Region* RegionOfRow(const Region* regions, int64_t* row) {
+  for (; *row >= regions->rows; ++regions) *row -= regions->rows;
+  return regions;
+}
+
+void DenseAccumulate(const Region* regions, int64_t count, const DenseTaps& taps, const float* weights,
+                     const float* bias, int threads) {
+  const int64_t rows = RowCount(regions, count), groups = Parts(taps.outputs, kGroup);
+  if (rows == 0) return;
+  const int64_t parts = Least(Parts(kEnoughChunks, rows), groups);
+  ParallelFor(threads, rows * parts, [&](int64_t chunk) {
+    DenseTask task = {nullptr,
+                      &taps,
+                      weights,
+                      bias,
+                      chunk / parts,
+                      0,
+                      groups * (chunk % parts) / parts,
+                      groups * (chunk % parts + 1) / parts};
+    task.region = RegionOfRow(regions, &task.row);
+    const int64_t across = Parts(task.region->cols, kDenseCols);
+    for (int64_t i = 0; i < across; ++i) {
+      task.col = task.region->cols * i / across;
+      ForColumns(task.region->cols * (i + 1) / across - task.col, *task.region)(task);
+    }
+  });
+}
+
+// kGroup output channels times kTaps taps over one line of a region.
+template <int kTaps>
+void DenseDotLine(const Region& g, int64_t row, const int32_t* offsets, int64_t group, int live, float* sums,
+                  int64_t sums_stride) {
+  const float* dy[kGroup];
+  for (int k = 0; k < kGroup; ++k) {
+    dy[k] = g.out + (group * kGroup + (k < live ? k : 0)) * g.out_channel + row * g.out_row;
+  }
+  const float* x[kTaps];
+  LIPFAST_UNROLL
+  for (int t = 0; t < kTaps; ++t) x[t] = g.in + row * g.in_row + offsets[t];
+  V sum[kGroup][kTaps];
+  LIPFAST_UNROLL
+  for (int k = 0; k < kGroup; ++k) {
+    LIPFAST_UNROLL
+    for (int t = 0; t < kTaps; ++t) sum[k][t] = Zero();
+  }
+  int64_t at_out = 0, at_in = 0;
+  for (int64_t col = 0; col < g.cols; ++col, at_out += g.out_col, at_in += g.in_col) {
+    V d[kGroup];
+    LIPFAST_UNROLL
+    for (int k = 0; k < kGroup; ++k) d[k] = Load(dy[k] + at_out);
+    LIPFAST_UNROLL
+    for (int t = 0; t < kTaps; ++t) {
+      const V v = Load(x[t] + at_in);
+      LIPFAST_UNROLL
+      for (int k = 0; k < kGroup; ++k) sum[k][t] = Fma(d[k], v, sum[k][t]);
+    }
+  }
+  for (int k = 0; k < live; ++k) {
+    LIPFAST_UNROLL
+    for (int t = 0; t < kTaps; ++t) sums[k * sums_stride + t] += Sum(sum[k][t]);
+  }
+}
+
+void DenseDotRow(const Region& g, int64_t row, const DenseTaps& taps, int64_t group, float* sums) {
+  const int live = static_cast<int>(Least(kGroup, taps.outputs - group * kGroup));
+  float* out = sums + group * kGroup * taps.taps;
+  int64_t t = 0;
+  for (; t + kDotTaps <= taps.taps; t += kDotTaps) {
+    DenseDotLine<kDotTaps>(g, row, taps.offsets + t, group, live, out + t, taps.taps);
+  }
+  for (; t < taps.taps; ++t) DenseDotLine<1>(g, row, taps.offsets + t, group, live, out + t, taps.taps);
+}
+
+int64_t DenseDotChunks(const Region* regions, int64_t count) { return Least(RowCount(regions, count), 4); }
+
+void DenseDot(const Region* regions, int64_t count, const DenseTaps& taps, float* partial, float* d_weights,
+              int threads) {
+  const int64_t rows = RowCount(regions, count), chunks = DenseDotChunks(regions, count);
+  const int64_t groups = Parts(taps.outputs, kGroup), parts = Least(groups, kEnoughChunks);
+  const int64_t size = taps.outputs * taps.taps;
+  ParallelFor(threads, chunks * parts, [&](int64_t i) {
+    const int64_t chunk = i / parts, part = i % parts;
+    const int64_t first = groups * part / parts, last = groups * (part + 1) / parts;
+    float* sums = partial + chunk * size;
+    const int64_t begin = first * kGroup * taps.taps, end = Least(last * kGroup, taps.outputs) * taps.taps;
+    std::memset(sums + begin, 0, sizeof(float) * (end - begin));
+    for (int64_t line = rows * chunk / chunks; line < rows * (chunk + 1) / chunks; ++line) {
+      int64_t row = line;
+      const Region* region = RegionOfRow(regions, &row);
+      for (int64_t group = first; group < last; ++group) DenseDotRow(*region, row, taps, group, sums);
+    }
+  });
+  constexpr int64_t kPerChunk = 1 << 14;
+  ParallelFor(threads, Parts(size, kPerChunk), [&](int64_t i) {
+    for (int64_t j = i * kPerChunk; j < Least((i + 1) * kPerChunk, size); ++j) {
+      float sum = chunks ? partial[j] : 0.0f;
+      for (int64_t c = 1; c < chunks; ++c) sum += partial[c * size + j];
+      d_weights[j] = sum;
+    }
+  });
+}
+
+void ChannelSums(const Region* regions, int64_t count, int64_t channels, float* sums, int threads) {
+  ParallelFor(threads, channels, [&](int64_t channel) {
+    V total = Zero();
+    for (int64_t i = 0; i < count; ++i) {
+      const Region& g = regions[i];
+      for (int64_t row = 0; row < g.rows; ++row) {
+        const float* p = g.out + channel * g.out_channel + row * g.out_row;
+        V line = Zero();  // line by line: the rounding error grows with rows + columns, not with pixels
+        for (int64_t col = 0; col < g.cols; ++col) line = Add(line, Load(p + col * g.out_col));
+        total = Add(total, line);
+      }
+    }
+    sums[channel] = Sum(total);
+  });
+}
+
 }  // namespace
 
 extern const TapKernels tap_kernels;
-const TapKernels tap_kernels = {SparseAccumulate, SparseDot, DotChunks, nullptr,   nullptr,
-                                nullptr,          nullptr,   4,         kTileRows, kTileCols};
+const TapKernels tap_kernels = {SparseAccumulate, SparseDot,   DotChunks, DenseAccumulate, DenseDot,
+                                DenseDotChunks,   ChannelSums, kGroup,    kTileRows,       kTileCols};
 
 }  // namespace LIPFAST_NS
 }  // namespace lipfast

@@ -1,0 +1,410 @@
+#include "cpu/conv.h"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/pool.h"
+#include "cpu/taps.h"
+
+namespace lipfast {
+namespace {
+
+constexpr int64_t kVector = kGrid * kGrid;
+// Bytes of the first cache level that the input tile of one block may fill.
+constexpr int64_t kTileBytes = 40 << 10;
+
+int64_t FloorDiv(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+int64_t CeilDiv(int64_t a, int64_t b) { return FloorDiv(a + b - 1, b); }
+
+// Where a weight reads, in pixels of the map that is read.
+struct Source {
+  int32_t channel, row, col;
+  bool operator<(const Source& b) const { return std::tie(channel, row, col) < std::tie(b.channel, b.row, b.col); }
+};
+
+struct Tap {
+  Source source;
+  int32_t index;  // of the packed value
+};
+
+// The offsets of one pass for one set of map strides, in the kernels' form.
+struct BoundTaps {
+  std::vector<int32_t> starts, offsets;
+  TapList sparse;
+  DenseTaps dense;
+};
+
+// One visit of a map by one kernel call: a forward convolution, or one phase or
+// border of an input gradient. Positions are pixels of a block, from (0, 0) on.
+class Pass {
+ public:
+  int64_t rows = 0, cols = 0;         // positions
+  int64_t out_row = 0, out_col = 0;   // the first position's pixel in the map that is written,
+  int64_t in_row = 0, in_col = 0;     // and in the map that is read
+  int64_t out_step = 1, in_step = 1;  // pixels from position to position
+  bool dense = false;
+
+  // taps[o]: of output channel o, ascending by source.
+  void SetTaps(std::vector<std::vector<Tap>> taps) {
+    outputs_ = static_cast<int64_t>(taps.size());
+    if (dense) {
+      SetDense(taps);
+    } else {
+      for (const auto& row : taps) {
+        for (const Tap& tap : row) {
+          sources_.push_back(tap.source);
+          index_.push_back(tap.index);
+        }
+        ends_.push_back(static_cast<int32_t>(sources_.size()));
+      }
+    }
+  }
+
+  // Packed value of each tap, or of each (output, tap) where dense; -1 is zero.
+  const std::vector<int32_t>& index() const { return index_; }
+  int64_t outputs() const { return outputs_; }
+  int64_t taps() const { return static_cast<int64_t>(sources_.size()); }
+  bool empty() const { return rows <= 0 || cols <= 0; }
+
+  std::vector<Region> Regions(const LaneMap& in, const LaneMap& out) const {
+    std::vector<Region> regions;
+    for (int64_t n = 0; n < out.batch && !empty(); ++n) {
+      regions.push_back({rows, cols, out.At(n, 0, out_row, out_col), out.channel_stride, out_step * out.row_stride,
+                         out_step * kVector, in.At(n, 0, in_row, in_col), in_step * in.row_stride, in_step * kVector});
+    }
+    return regions;
+  }
+
+  std::shared_ptr<const BoundTaps> Bind(const LaneMap& in) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto& taps = bound_[{in.channel_stride, in.row_stride}];
+    if (!taps) taps = MakeBound(in);
+    return taps;
+  }
+
+ private:
+  void SetDense(const std::vector<std::vector<Tap>>& taps) {
+    for (const auto& row : taps) {
+      for (const Tap& tap : row) sources_.push_back(tap.source);
+    }
+    std::sort(sources_.begin(), sources_.end());
+    sources_.erase(std::unique(sources_.begin(), sources_.end(),
+                               [](const Source& a, const Source& b) { return !(a < b) && !(b < a); }),
+                   sources_.end());
+    index_.assign(outputs_ * sources_.size(), -1);
+    for (int64_t o = 0; o < outputs_; ++o) {
+      for (const Tap& tap : taps[o]) {
+        const auto at = std::lower_bound(sources_.begin(), sources_.end(), tap.source) - sources_.begin();
+        index_[o * sources_.size() + at] = tap.index;
+      }
+    }
+  }
+
+  // How many input channels' tiles fit the first cache level together.
+  int64_t ChannelsPerBlock() const {
+    int32_t low = 0, high = 0, left = 0, right = 0;
+    for (const Source& s : sources_) {
+      low = std::min(low, s.row);
+      high = std::max(high, s.row);
+      left = std::min(left, s.col);
+      right = std::max(right, s.col);
+    }
+    const TapKernels& kernels = Kernels<TapKernels>();
+    const int64_t tile_rows = std::min(rows, kernels.tile_rows), tile_cols = std::min(cols, kernels.tile_cols);
+    const int64_t lines = ((tile_rows - 1) * in_step + 1 + high - low) * ((tile_cols - 1) * in_step + 1 + right - left);
+    return std::max<int64_t>(1, kTileBytes / (lines * kVector * static_cast<int64_t>(sizeof(float))));
+  }
+
+  std::shared_ptr<const BoundTaps> MakeBound(const LaneMap& in) const {
+    auto bound = std::make_shared<BoundTaps>();
+    for (const Source& s : sources_) {
+      bound->offsets.push_back(
+          static_cast<int32_t>(s.channel * in.channel_stride + s.row * in.row_stride + s.col * kVector));
+    }
+    if (dense) {
+      bound->dense = {outputs_, taps(), bound->offsets.data()};
+      return bound;
+    }
+    const int64_t blocks = CeilDiv(in.channels, ChannelsPerBlock());
+    const int64_t per_block = CeilDiv(in.channels, blocks);
+    int32_t t = 0;
+    for (int64_t o = 0; o < outputs_; ++o) {
+      bound->starts.push_back(t);
+      for (int64_t block = 1; block <= blocks; ++block) {
+        while (t < ends_[o] && sources_[t].channel < block * per_block) ++t;
+        bound->starts.push_back(t);
+      }
+    }
+    bound->sparse = {outputs_, blocks, bound->starts.data(), bound->offsets.data()};
+    return bound;
+  }
+
+  int64_t outputs_ = 0;
+  std::vector<Source> sources_;
+  std::vector<int32_t> index_, ends_;
+  mutable std::mutex mutex_;
+  mutable std::map<std::pair<int64_t, int64_t>, std::shared_ptr<const BoundTaps>> bound_;
+};
+
+struct Weight {
+  int32_t out, in;  // channels of the whole layer, groups unfolded
+  int32_t row, col;
+};
+
+ConvKernel Choose(ConvKernel asked, const ConvShape& shape, double density) {
+  // Above this share of kept weights skipping zeros costs more than it saves (docs/kernels.md).
+  constexpr double kDenseAbove = 0.6;
+  if (shape.groups > 1 || asked == ConvKernel::kSparse) return ConvKernel::kSparse;
+  if (asked == ConvKernel::kDense || density > kDenseAbove) return ConvKernel::kDense;
+  return ConvKernel::kSparse;
+}
+
+const char* Name(ConvKernel kernel) {
+  return kernel == ConvKernel::kSparse ? "sparse" : kernel == ConvKernel::kWinograd ? "winograd" : "dense";
+}
+
+// Dense weights as the kernels want them: [group of outputs][tap][output of the group].
+void PackDense(const Pass& pass, const float* values, float* packed, int threads) {
+  const int64_t group = Kernels<TapKernels>().dense_group, taps = pass.taps(), outputs = pass.outputs();
+  const int32_t* index = pass.index().data();
+  ParallelFor(threads, CeilDiv(outputs, group), [&](int64_t g) {
+    float* to = packed + g * taps * group;
+    for (int64_t k = 0; k < group; ++k) {
+      const int64_t o = g * group + k;
+      for (int64_t t = 0; t < taps; ++t) {
+        const int32_t i = o < outputs ? index[o * taps + t] : -1;
+        to[t * group + k] = i < 0 ? 0.0f : values[i];
+      }
+    }
+  });
+}
+
+// out = bias + pass over in. `in_order`: the packed values are in the pass's order.
+void Accumulate(const Pass& pass, bool in_order, const float* values, const float* bias, const LaneMap& in,
+                const LaneMap& out, float* scratch, int threads) {
+  const std::vector<Region> regions = pass.Regions(in, out);
+  if (regions.empty()) return;
+  const auto taps = pass.Bind(in);
+  const TapKernels& kernels = Kernels<TapKernels>();
+  const int64_t count = static_cast<int64_t>(regions.size());
+  if (pass.dense) {
+    PackDense(pass, values, scratch, threads);
+    kernels.dense_accumulate(regions.data(), count, taps->dense, scratch, bias, threads);
+    return;
+  }
+  if (!in_order) {
+    for (size_t t = 0; t < pass.index().size(); ++t) scratch[t] = values[pass.index()[t]];
+    values = scratch;
+  }
+  kernels.sparse_accumulate(regions.data(), count, taps->sparse, values, bias, threads);
+}
+
+}  // namespace
+
+struct Conv::Impl {
+  ConvShape shape;
+  ConvGeometry geometry;
+  int64_t out_h, out_w;
+  std::vector<Weight> weights;  // in packed order
+  ConvKernel forward, input_gradient, weight_gradient;
+  Pass forward_pass, weight_pass;
+  std::vector<std::unique_ptr<Pass>> interior, border;  // of the input gradient
+  int64_t gradient_halo;
+  int64_t scratch;
+
+  void CheckSizes();
+  void ListWeights(const uint8_t* mask);
+  void BuildForward(Pass* pass, bool dense);
+  void BuildInputGradient();
+  // One phase of the input gradient, over position rows [row_from, row_to) and the
+  // same of columns; `side` 0 is the interior, 1 - 4 a border (top, bottom, left, right).
+  void AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t row_from, int64_t row_to, int64_t col_from,
+                       int64_t col_to, int side);
+  int64_t ScratchFloats() const;
+};
+
+void Conv::Impl::CheckSizes() {
+  const int64_t reach_h = shape.dilation * (shape.kernel_h - 1), reach_w = shape.dilation * (shape.kernel_w - 1);
+  out_h = FloorDiv(geometry.height + 2 * shape.pad_h - reach_h - 1, shape.stride) + 1;
+  out_w = FloorDiv(geometry.width + 2 * shape.pad_w - reach_w - 1, shape.stride) + 1;
+  if (out_h < 1 || out_w < 1) {
+    throw std::invalid_argument("conv: a picture of " + std::to_string(geometry.height) + " x " +
+                                std::to_string(geometry.width) + " pixels is smaller than the kernel of " +
+                                std::to_string(reach_h + 1) + " x " + std::to_string(reach_w + 1));
+  }
+  if (geometry.in_block_h != shape.stride * geometry.out_block_h ||
+      geometry.in_block_w != shape.stride * geometry.out_block_w || kGrid * geometry.out_block_h < out_h ||
+      kGrid * geometry.out_block_w < out_w) {
+    throw std::invalid_argument(
+        "conv: input blocks must be stride times output blocks, and those must hold the output");
+  }
+}
+
+void Conv::Impl::ListWeights(const uint8_t* mask) {
+  const int64_t group_in = shape.in_channels / shape.groups, group_out = shape.out_channels / shape.groups;
+  int64_t flat = 0;
+  for (int64_t o = 0; o < shape.out_channels; ++o) {
+    for (int64_t i = 0; i < group_in; ++i) {
+      for (int64_t r = 0; r < shape.kernel_h; ++r) {
+        for (int64_t c = 0; c < shape.kernel_w; ++c, ++flat) {
+          if (mask && !mask[flat]) continue;
+          weights.push_back({static_cast<int32_t>(o), static_cast<int32_t>(o / group_out * group_in + i),
+                             static_cast<int32_t>(r), static_cast<int32_t>(c)});
+        }
+      }
+    }
+  }
+}
+
+void Conv::Impl::BuildForward(Pass* pass, bool dense) {
+  pass->rows = geometry.out_block_h;
+  pass->cols = geometry.out_block_w;
+  pass->in_step = shape.stride;
+  pass->dense = dense;
+  std::vector<std::vector<Tap>> taps(shape.out_channels);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Weight& w = weights[i];
+    taps[w.out].push_back({{w.in, static_cast<int32_t>(w.row * shape.dilation - shape.pad_h),
+                            static_cast<int32_t>(w.col * shape.dilation - shape.pad_w)},
+                           static_cast<int32_t>(i)});
+  }
+  pass->SetTaps(std::move(taps));
+}
+
+void Conv::Impl::AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t row_from, int64_t row_to,
+                                 int64_t col_from, int64_t col_to, int side) {
+  auto pass = std::make_unique<Pass>();
+  pass->rows = row_to - row_from;
+  pass->cols = col_to - col_from;
+  if (pass->empty()) return;
+  pass->out_row = shape.stride * row_from + phase_row;
+  pass->out_col = shape.stride * col_from + phase_col;
+  pass->in_row = row_from;
+  pass->in_col = col_from;
+  pass->out_step = shape.stride;
+  pass->dense = input_gradient == ConvKernel::kDense;
+  std::vector<std::vector<Tap>> taps(shape.in_channels);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Weight& w = weights[i];
+    const int64_t row = phase_row + shape.pad_h - w.row * shape.dilation;
+    const int64_t col = phase_col + shape.pad_w - w.col * shape.dilation;
+    if (FloorDiv(row, shape.stride) * shape.stride != row || FloorDiv(col, shape.stride) * shape.stride != col)
+      continue;
+    const int64_t shift_row = row / shape.stride, shift_col = col / shape.stride;
+    // A border sees only what lies in the picture's direction: the rest reads zeros.
+    if ((side == 1 && shift_row < 1) || (side == 2 && shift_row > -1) || (side == 3 && shift_col < 1) ||
+        (side == 4 && shift_col > -1)) {
+      continue;
+    }
+    taps[w.in].push_back(
+        {{w.out, static_cast<int32_t>(shift_row), static_cast<int32_t>(shift_col)}, static_cast<int32_t>(i)});
+  }
+  for (auto& row : taps) {
+    std::sort(row.begin(), row.end(), [](const Tap& a, const Tap& b) { return a.source < b.source; });
+  }
+  pass->SetTaps(std::move(taps));
+  (side ? border : interior).push_back(std::move(pass));
+}
+
+void Conv::Impl::BuildInputGradient() {
+  const int64_t s = shape.stride, rows = geometry.out_block_h, cols = geometry.out_block_w;
+  const bool pads = shape.padding != Padding::kZero;
+  const int64_t pad_h = pads ? shape.pad_h : 0, pad_w = pads ? shape.pad_w : 0;
+  for (int64_t r = 0; r < s; ++r) {
+    for (int64_t c = 0; c < s; ++c) {
+      // Positions whose pixel s * i + r lies in [-pad, block + pad).
+      const int64_t row_from = CeilDiv(-pad_h - r, s), row_to = FloorDiv(s * rows + pad_h - 1 - r, s) + 1;
+      const int64_t col_from = CeilDiv(-pad_w - c, s), col_to = FloorDiv(s * cols + pad_w - 1 - c, s) + 1;
+      AddGradientPass(r, c, 0, rows, 0, cols, 0);
+      AddGradientPass(r, c, row_from, 0, col_from, col_to, 1);
+      AddGradientPass(r, c, rows, row_to, col_from, col_to, 2);
+      AddGradientPass(r, c, 0, rows, col_from, 0, 3);
+      AddGradientPass(r, c, 0, rows, cols, col_to, 4);
+    }
+  }
+  const int64_t reach = shape.dilation * (std::max(shape.kernel_h, shape.kernel_w) - 1);
+  const int64_t pad = std::max(shape.pad_h, shape.pad_w), most = std::max(pad_h, pad_w);
+  const int64_t before = CeilDiv(reach - std::min(shape.pad_h, shape.pad_w) + most, s), after = CeilDiv(pad + most, s);
+  gradient_halo = std::max<int64_t>(0, std::max(before, after));
+}
+
+int64_t Conv::Impl::ScratchFloats() const {
+  const int64_t group = Kernels<TapKernels>().dense_group;
+  const int64_t all = CeilDiv(shape.out_channels, group) * group * CeilDiv(shape.in_channels, group) * group *
+                      shape.kernel_h * shape.kernel_w;
+  const int64_t kept = static_cast<int64_t>(weights.size());
+  const int64_t sparse = 4 * kept * kVector;  // one vector a weight and chunk (TapKernels::sparse_dot)
+  return (weight_gradient == ConvKernel::kSparse ? std::max(all, sparse) : 5 * all) + kVector;
+}
+
+Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* mask, ConvKernel asked, bool exact)
+    : impl_(std::make_unique<Impl>()) {
+  (void)exact;
+  Impl& m = *impl_;
+  m.shape = shape;
+  m.geometry = geometry;
+  m.CheckSizes();
+  m.ListWeights(mask);
+  const double all =
+      static_cast<double>(shape.out_channels * (shape.in_channels / shape.groups) * shape.kernel_h * shape.kernel_w);
+  const double density = all > 0 ? static_cast<double>(m.weights.size()) / all : 0.0;
+  m.forward = m.input_gradient = m.weight_gradient = Choose(asked, shape, density);
+  m.BuildForward(&m.forward_pass, m.forward == ConvKernel::kDense);
+  m.BuildForward(&m.weight_pass, m.weight_gradient == ConvKernel::kDense);
+  m.BuildInputGradient();
+  m.scratch = m.ScratchFloats();
+}
+
+Conv::~Conv() = default;
+
+int64_t Conv::kept() const { return static_cast<int64_t>(impl_->weights.size()); }
+int64_t Conv::out_height() const { return impl_->out_h; }
+int64_t Conv::out_width() const { return impl_->out_w; }
+int64_t Conv::scratch_floats() const { return impl_->scratch; }
+int64_t Conv::gradient_halo() const { return impl_->gradient_halo; }
+const char* Conv::forward_kernel() const { return Name(impl_->forward); }
+const char* Conv::input_gradient_kernel() const { return Name(impl_->input_gradient); }
+const char* Conv::weight_gradient_kernel() const { return Name(impl_->weight_gradient); }
+
+void Conv::Forward(const float* values, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch,
+                   int threads) const {
+  Accumulate(impl_->forward_pass, true, values, bias, x, y, scratch, threads);
+}
+
+void Conv::InputGradient(const float* values, const LaneMap& dy, const LaneMap& dx, float* scratch, int threads) const {
+  const Impl& m = *impl_;
+  for (const auto& pass : m.interior) Accumulate(*pass, false, values, nullptr, dy, dx, scratch, threads);
+  if (m.border.empty()) return;
+  for (const auto& pass : m.border) Accumulate(*pass, false, values, nullptr, dy, dx, scratch, threads);
+  Kernels<LaneKernels>().fold_halo(dx, m.shape.padding, std::max(m.shape.pad_h, m.shape.pad_w), threads);
+}
+
+void Conv::WeightGradient(const LaneMap& x, const LaneMap& dy, float* dvalues, float* dbias, float* scratch,
+                          int threads) const {
+  const Impl& m = *impl_;
+  const TapKernels& kernels = Kernels<TapKernels>();
+  const std::vector<Region> regions = m.weight_pass.Regions(x, dy);
+  const int64_t count = static_cast<int64_t>(regions.size());
+  if (dbias) kernels.channel_sums(regions.data(), count, m.shape.out_channels, dbias, threads);
+  const auto taps = m.weight_pass.Bind(x);
+  if (!m.weight_pass.dense) {
+    kernels.sparse_dot(regions.data(), count, taps->sparse, scratch, dvalues, threads);
+    return;
+  }
+  const int64_t size = m.weight_pass.outputs() * m.weight_pass.taps();
+  float* gradients = scratch + kernels.dense_dot_chunks(regions.data(), count) * size;
+  kernels.dense_dot(regions.data(), count, taps->dense, scratch, gradients, threads);
+  for (int64_t i = 0; i < size; ++i) {
+    const int32_t to = m.weight_pass.index()[i];
+    if (to >= 0) dvalues[to] = gradients[i];
+  }
+}
+
+}  // namespace lipfast
