@@ -42,7 +42,7 @@ class BoundConv {
     const float* b = bias.is_none() ? nullptr : Flat<float>(py::cast<py::array>(bias), shape_.out_channels, "bias");
     const LaneMap in = Input(x, x_halo, InputHalo(), "x"), out = Output(y, y_halo, 0, "y");
     CheckBatch(in, out);
-    float* s = Flat<float>(scratch, conv_->scratch_floats(), "scratch");
+    float* s = Flat<float>(scratch, conv_->scratch_floats(threads), "scratch");
     py::gil_scoped_release release;
     conv_->Forward(v, b, in, out, s, threads);
   }
@@ -54,7 +54,7 @@ class BoundConv {
     const bool pads = shape_.padding != Padding::kZero;
     const LaneMap in = Input(dx, dx_halo, pads ? std::max(shape_.pad_h, shape_.pad_w) : 0, "dx");
     CheckBatch(in, out);
-    float* s = Flat<float>(scratch, conv_->scratch_floats(), "scratch");
+    float* s = Flat<float>(scratch, conv_->scratch_floats(threads), "scratch");
     py::gil_scoped_release release;
     conv_->InputGradient(v, out, in, s, threads);
   }
@@ -65,7 +65,7 @@ class BoundConv {
     CheckBatch(in, out);
     float* dv = Flat<float>(dvalues, conv_->kept(), "dvalues");
     float* db = dbias.is_none() ? nullptr : Flat<float>(py::cast<py::array>(dbias), shape_.out_channels, "dbias");
-    float* s = Flat<float>(scratch, conv_->scratch_floats(), "scratch");
+    float* s = Flat<float>(scratch, conv_->scratch_floats(threads), "scratch");
     py::gil_scoped_release release;
     conv_->WeightGradient(in, out, dv, db, s, threads);
   }
@@ -135,7 +135,9 @@ void BindConv(py::module_& m) {
       .def_property_readonly("kept", [](const BoundConv& c) { return c.conv().kept(); })
       .def_property_readonly(
           "out_size", [](const BoundConv& c) { return py::make_tuple(c.conv().out_height(), c.conv().out_width()); })
-      .def_property_readonly("scratch_floats", [](const BoundConv& c) { return c.conv().scratch_floats(); })
+      .def(
+          "scratch_floats", [](const BoundConv& c, int threads) { return c.conv().scratch_floats(threads); },
+          py::arg("threads"))
       .def_property_readonly("input_halo", &BoundConv::InputHalo)
       .def_property_readonly("gradient_halo", [](const BoundConv& c) { return c.conv().gradient_halo(); })
       .def_property_readonly(

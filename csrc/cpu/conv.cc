@@ -12,6 +12,7 @@
 #include "cpu/isa.h"
 #include "cpu/pool.h"
 #include "cpu/taps.h"
+#include "cpu/winograd.h"
 
 namespace lipfast {
 namespace {
@@ -22,6 +23,7 @@ constexpr int64_t kTileBytes = 40 << 10;
 
 int64_t FloorDiv(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 int64_t CeilDiv(int64_t a, int64_t b) { return FloorDiv(a + b - 1, b); }
+int64_t RoundUp(int64_t floats) { return CeilDiv(floats, kVector) * kVector; }  // keeps what follows aligned
 
 // Where a weight reads, in pixels of the map that is read.
 struct Source {
@@ -158,12 +160,30 @@ struct Weight {
   int32_t row, col;
 };
 
-ConvKernel Choose(ConvKernel asked, const ConvShape& shape, double density) {
-  // Above this share of kept weights skipping zeros costs more than it saves (docs/kernels.md).
-  constexpr double kDenseAbove = 0.6;
+bool WinogradPossible(const ConvShape& s) {
+  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride == 1 && s.dilation == 1 && s.groups == 1 && s.pad_h == 1 &&
+         s.pad_w == 1;
+}
+
+// Above this share of kept weights skipping zeros costs more than it saves.
+constexpr double kDenseAbove = 0.6;
+
+enum class Direction { kForward, kInputGradient, kWeightGradient };
+
+// What runs, from the shape and the share of kept weights. The thresholds are
+// crossings of measured times (docs/kernels.md), fixed so that equal inputs give
+// equal bits.
+ConvKernel Choose(ConvKernel asked, Direction direction, const ConvShape& shape, const ConvGeometry& geometry,
+                  double density, bool exact) {
+  const double winograd_above = direction == Direction::kWeightGradient ? 0.3 : 0.2;
   if (shape.groups > 1 || asked == ConvKernel::kSparse) return ConvKernel::kSparse;
-  if (asked == ConvKernel::kDense || density > kDenseAbove) return ConvKernel::kDense;
-  return ConvKernel::kSparse;
+  const bool winograd = WinogradPossible(shape) && !exact;
+  if (asked == ConvKernel::kWinograd && winograd) return ConvKernel::kWinograd;
+  if (asked == ConvKernel::kDense) return ConvKernel::kDense;
+  // Below this many vectors a block the transforms outweigh what they save.
+  const bool large = geometry.out_block_h * geometry.out_block_w >= 4;
+  if (winograd && large && density > winograd_above) return ConvKernel::kWinograd;
+  return density > kDenseAbove ? ConvKernel::kDense : ConvKernel::kSparse;
 }
 
 const char* Name(ConvKernel kernel) {
@@ -217,8 +237,16 @@ struct Conv::Impl {
   Pass forward_pass, weight_pass;
   std::vector<std::unique_ptr<Pass>> interior, border;  // of the input gradient
   int64_t gradient_halo;
-  int64_t scratch;
+  int tile;          // of Winograd
+  bool mostly_kept;  // dense kernels beat sparse ones
 
+  int64_t DenseWeightFloats() const { return shape.out_channels * shape.in_channels * 9; }
+  bool dense() const { return static_cast<int64_t>(weights.size()) == DenseWeightFloats(); }
+  int64_t FlatIndex(const Weight& w) const;
+  void Scatter(const float* values, float* dense) const;
+  void WinogradAccumulate(bool transposed, const float* values, const float* bias, const LaneMap& in,
+                          const LaneMap& out, float* scratch, int threads) const;
+  LaneMap Sketch(bool input) const;
   void CheckSizes();
   void ListWeights(const uint8_t* mask);
   void BuildForward(Pass* pass, bool dense);
@@ -227,7 +255,7 @@ struct Conv::Impl {
   // same of columns; `side` 0 is the interior, 1 - 4 a border (top, bottom, left, right).
   void AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t row_from, int64_t row_to, int64_t col_from,
                        int64_t col_to, int side);
-  int64_t ScratchFloats() const;
+  int64_t ScratchFloats(int threads) const;
 };
 
 void Conv::Impl::CheckSizes() {
@@ -289,7 +317,7 @@ void Conv::Impl::AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t r
   pass->in_row = row_from;
   pass->in_col = col_from;
   pass->out_step = shape.stride;
-  pass->dense = input_gradient == ConvKernel::kDense;
+  pass->dense = input_gradient == ConvKernel::kDense || (input_gradient == ConvKernel::kWinograd && mostly_kept);
   std::vector<std::vector<Tap>> taps(shape.in_channels);
   for (size_t i = 0; i < weights.size(); ++i) {
     const Weight& w = weights[i];
@@ -335,18 +363,68 @@ void Conv::Impl::BuildInputGradient() {
   gradient_halo = std::max<int64_t>(0, std::max(before, after));
 }
 
-int64_t Conv::Impl::ScratchFloats() const {
-  const int64_t group = Kernels<TapKernels>().dense_group;
-  const int64_t all = CeilDiv(shape.out_channels, group) * group * CeilDiv(shape.in_channels, group) * group *
-                      shape.kernel_h * shape.kernel_w;
-  const int64_t kept = static_cast<int64_t>(weights.size());
-  const int64_t sparse = 4 * kept * kVector;  // one vector a weight and chunk (TapKernels::sparse_dot)
-  return (weight_gradient == ConvKernel::kSparse ? std::max(all, sparse) : 5 * all) + kVector;
+// A map with the layer's sizes and no memory, for asking how much scratch it takes.
+LaneMap Conv::Impl::Sketch(bool input) const {
+  LaneMap map = {};
+  map.batch = geometry.batch;
+  map.channels = input ? shape.in_channels : shape.out_channels;
+  map.height = input ? geometry.height : out_h;
+  map.width = input ? geometry.width : out_w;
+  map.block_h = input ? geometry.in_block_h : geometry.out_block_h;
+  map.block_w = input ? geometry.in_block_w : geometry.out_block_w;
+  return map;
+}
+
+int64_t Conv::Impl::ScratchFloats(int threads) const {
+  const int64_t group = Kernels<TapKernels>().dense_group, kept = static_cast<int64_t>(weights.size());
+  const int64_t dense = CeilDiv(shape.out_channels, group) * group * CeilDiv(shape.in_channels, group) * group *
+                        shape.kernel_h * shape.kernel_w;
+  int64_t most = std::max(dense, kept);
+  if (weight_gradient == ConvKernel::kSparse) most = std::max(most, 4 * kept * kVector);  // see sparse_dot_chunks
+  if (weight_gradient == ConvKernel::kDense) most = std::max(most, 5 * dense);            // see dense_dot_chunks
+  const WinogradKernels& winograd = Kernels<WinogradKernels>();
+  const LaneMap x = Sketch(true), y = Sketch(false);
+  const int64_t weight_floats = RoundUp(DenseWeightFloats());
+  const int64_t transformed = RoundUp(WinogradWeightFloats(shape.out_channels, shape.in_channels, tile));
+  if (forward == ConvKernel::kWinograd) {
+    most = std::max(most, weight_floats + transformed + winograd.forward_scratch(x, y, tile, threads));
+  }
+  if (input_gradient == ConvKernel::kWinograd) {
+    most = std::max(most, weight_floats + transformed + winograd.forward_scratch(y, x, tile, threads));
+  }
+  if (weight_gradient == ConvKernel::kWinograd) {
+    most = std::max(most, weight_floats + winograd.weight_gradient_scratch(x, y, tile, threads));
+  }
+  return most + kVector;
+}
+
+// Packed values to w[out][in][3][3].
+void Conv::Impl::Scatter(const float* values, float* dense) const {
+  std::fill(dense, dense + DenseWeightFloats(), 0.0f);
+  for (size_t i = 0; i < weights.size(); ++i) dense[FlatIndex(weights[i])] = values[i];
+}
+
+int64_t Conv::Impl::FlatIndex(const Weight& w) const {
+  return ((w.out * shape.in_channels + w.in) * shape.kernel_h + w.row) * shape.kernel_w + w.col;
+}
+
+void Conv::Impl::WinogradAccumulate(bool transposed, const float* values, const float* bias, const LaneMap& in,
+                                    const LaneMap& out, float* scratch, int threads) const {
+  const WinogradKernels& winograd = Kernels<WinogradKernels>();
+  float* transformed = scratch + RoundUp(DenseWeightFloats());
+  float* rest = transformed + RoundUp(WinogradWeightFloats(shape.out_channels, shape.in_channels, tile));
+  if (dense()) {
+    // Packed order of a dense layer is w[out][in][3][3] itself.
+    winograd.transform_weights(values, shape.out_channels, shape.in_channels, transposed, tile, transformed, threads);
+  } else {
+    Scatter(values, scratch);
+    winograd.transform_weights(scratch, shape.out_channels, shape.in_channels, transposed, tile, transformed, threads);
+  }
+  winograd.forward(in, transformed, bias, out, tile, rest, threads);
 }
 
 Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* mask, ConvKernel asked, bool exact)
     : impl_(std::make_unique<Impl>()) {
-  (void)exact;
   Impl& m = *impl_;
   m.shape = shape;
   m.geometry = geometry;
@@ -355,11 +433,15 @@ Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* 
   const double all =
       static_cast<double>(shape.out_channels * (shape.in_channels / shape.groups) * shape.kernel_h * shape.kernel_w);
   const double density = all > 0 ? static_cast<double>(m.weights.size()) / all : 0.0;
-  m.forward = m.input_gradient = m.weight_gradient = Choose(asked, shape, density);
+  const auto choose = [&](Direction direction) { return Choose(asked, direction, shape, geometry, density, exact); };
+  m.forward = choose(Direction::kForward);
+  m.input_gradient = choose(Direction::kInputGradient);
+  m.weight_gradient = choose(Direction::kWeightGradient);
+  m.mostly_kept = density > kDenseAbove;
+  m.tile = WinogradTile(geometry.out_block_h, geometry.out_block_w);
   m.BuildForward(&m.forward_pass, m.forward == ConvKernel::kDense);
   m.BuildForward(&m.weight_pass, m.weight_gradient == ConvKernel::kDense);
   m.BuildInputGradient();
-  m.scratch = m.ScratchFloats();
 }
 
 Conv::~Conv() = default;
@@ -367,7 +449,7 @@ Conv::~Conv() = default;
 int64_t Conv::kept() const { return static_cast<int64_t>(impl_->weights.size()); }
 int64_t Conv::out_height() const { return impl_->out_h; }
 int64_t Conv::out_width() const { return impl_->out_w; }
-int64_t Conv::scratch_floats() const { return impl_->scratch; }
+int64_t Conv::scratch_floats(int threads) const { return impl_->ScratchFloats(threads); }
 int64_t Conv::gradient_halo() const { return impl_->gradient_halo; }
 const char* Conv::forward_kernel() const { return Name(impl_->forward); }
 const char* Conv::input_gradient_kernel() const { return Name(impl_->input_gradient); }
@@ -375,12 +457,20 @@ const char* Conv::weight_gradient_kernel() const { return Name(impl_->weight_gra
 
 void Conv::Forward(const float* values, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch,
                    int threads) const {
-  Accumulate(impl_->forward_pass, true, values, bias, x, y, scratch, threads);
+  if (impl_->forward == ConvKernel::kWinograd) {
+    impl_->WinogradAccumulate(false, values, bias, x, y, scratch, threads);
+  } else {
+    Accumulate(impl_->forward_pass, true, values, bias, x, y, scratch, threads);
+  }
 }
 
 void Conv::InputGradient(const float* values, const LaneMap& dy, const LaneMap& dx, float* scratch, int threads) const {
   const Impl& m = *impl_;
-  for (const auto& pass : m.interior) Accumulate(*pass, false, values, nullptr, dy, dx, scratch, threads);
+  if (m.input_gradient == ConvKernel::kWinograd) {
+    m.WinogradAccumulate(true, values, nullptr, dy, dx, scratch, threads);
+  } else {
+    for (const auto& pass : m.interior) Accumulate(*pass, false, values, nullptr, dy, dx, scratch, threads);
+  }
   if (m.border.empty()) return;
   for (const auto& pass : m.border) Accumulate(*pass, false, values, nullptr, dy, dx, scratch, threads);
   Kernels<LaneKernels>().fold_halo(dx, m.shape.padding, std::max(m.shape.pad_h, m.shape.pad_w), threads);
@@ -393,6 +483,12 @@ void Conv::WeightGradient(const LaneMap& x, const LaneMap& dy, float* dvalues, f
   const std::vector<Region> regions = m.weight_pass.Regions(x, dy);
   const int64_t count = static_cast<int64_t>(regions.size());
   if (dbias) kernels.channel_sums(regions.data(), count, m.shape.out_channels, dbias, threads);
+  if (m.weight_gradient == ConvKernel::kWinograd) {
+    float* rest = m.dense() ? scratch : scratch + RoundUp(m.DenseWeightFloats());
+    Kernels<WinogradKernels>().weight_gradient(x, dy, m.dense() ? dvalues : scratch, m.tile, rest, threads);
+    for (size_t i = 0; i < m.weights.size() && !m.dense(); ++i) dvalues[i] = scratch[m.FlatIndex(m.weights[i])];
+    return;
+  }
   const auto taps = m.weight_pass.Bind(x);
   if (!m.weight_pass.dense) {
     kernels.sparse_dot(regions.data(), count, taps->sparse, scratch, dvalues, threads);
@@ -402,7 +498,7 @@ void Conv::WeightGradient(const LaneMap& x, const LaneMap& dy, float* dvalues, f
   float* gradients = scratch + kernels.dense_dot_chunks(regions.data(), count) * size;
   kernels.dense_dot(regions.data(), count, taps->dense, scratch, gradients, threads);
   for (int64_t i = 0; i < size; ++i) {
-    const int32_t to = m.weight_pass.index()[i];
+    const int32_t to = m.weight_pass.index()[i];  // -1 where pruned
     if (to >= 0) dvalues[to] = gradients[i];
   }
 }

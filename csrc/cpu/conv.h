@@ -40,8 +40,9 @@ class Conv {
   int64_t kept() const;
   int64_t out_height() const;
   int64_t out_width() const;
-  // Floats of scratch memory, 64-byte aligned, that each call below may use.
-  int64_t scratch_floats() const;
+  // Floats of scratch memory, 64-byte aligned, that each call below may use when it
+  // gets that many threads.
+  int64_t scratch_floats(int threads) const;
   // What runs: "sparse", "winograd" or "dense".
   const char* forward_kernel() const;
   const char* input_gradient_kernel() const;
