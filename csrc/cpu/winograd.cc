@@ -10,17 +10,20 @@ namespace {
 
 // ---- sizes -----------------------------------------------------------------
 
-constexpr int kTiles = 4;  // tiles handled together: their transforms stay in a 2 MB L2 cache at 128 channels
+// Tiles handled together. Larger: the weights, which no L2 cache holds, are read less
+// often. Smaller: more of the transforms stays in L2, and more threads find work.
+constexpr int kTiles = 4, kGradientTiles = 8;
 // The register block of the matrix products: kRows scalars times kCols vectors.
 constexpr int kCols = kRegisters >= 32 ? 4 : 1;
 constexpr int kRows = kRegisters >= 8 ? 6 : 2;
-constexpr int64_t kDepth = 160;        // longest inner product at once: kDepth x kCols vectors stay in L1
-constexpr int64_t kOutChannels = 42;   // output channels multiplied before their inverse transform
-constexpr int64_t kSkew = 5 * kLanes;  // floats between frequencies, so that they fall into different cache sets
+constexpr int64_t kDepth = 160;               // longest inner product at once: kDepth x kCols vectors stay in L1
+constexpr int64_t kOutChannels = 22 * kRows;  // output channels multiplied before their inverse transform
+constexpr int64_t kSkew = 5 * kLanes;         // floats between frequencies, so that they fall into different cache sets
 
 int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+int64_t CommonDivisor(int64_t a, int64_t b) { return b ? CommonDivisor(b, a % b) : a; }
 
 // Calls body(slot, item) for every item; slot < threads names scratch memory that
 // no other thread is using.
@@ -236,6 +239,9 @@ inline void GradientRows(const Patch& dy, V (&v)[2][kTile + 2]) {
 
 // ---- matrix product ------------------------------------------------------------
 
+// Into L2 only: there is no room to spare in L1.
+inline void PrefetchL2(const float* p) { __builtin_prefetch(p, 0, 2); }
+
 // c[r][..] (+)= sum over k < depth of a[r][k] b[k][..] for kR rows and kC vectors.
 // b is packed, [depth][kC]; `ahead` is where the rows of the next call's a begin.
 template <int kR, int kC>
@@ -250,7 +256,7 @@ void Multiply(const float* a, int64_t a_stride, const float* b, float* c, int64_
   for (int64_t k = 0; k < depth; ++k) {
     if (k % kLanes == 0) {
       LIPFAST_UNROLL
-      for (int r = 0; r < kR; ++r) Prefetch(ahead + r * a_stride + k);
+      for (int r = 0; r < kR; ++r) PrefetchL2(ahead + r * a_stride + k);
     }
     V v[kC];
     LIPFAST_UNROLL
@@ -271,38 +277,29 @@ void Multiply(const float* a, int64_t a_stride, const float* b, float* c, int64_
 
 using MultiplyFunction = void (*)(const float*, int64_t, const float*, float*, int64_t, int64_t, bool, const float*);
 
-template <int kR>
-MultiplyFunction ForCols(int cols) {
-  if constexpr (kCols == 4) {
-    if (cols == 2) return Multiply<kR, 2>;
-    if (cols == 3) return Multiply<kR, 3>;
-    if (cols == 4) return Multiply<kR, 4>;
-  }
-  return Multiply<kR, 1>;
-}
-
-// The register block of `rows` <= kRows and `cols` <= kCols.
+// The register block of `rows` <= kR and `cols` <= kC.
+template <int kR, int kC>
 MultiplyFunction MultiplyFor(int rows, int cols) {
-  if constexpr (kRows == 6) {
-    if (rows == 6) return ForCols<6>(cols);
-    if (rows == 5) return ForCols<5>(cols);
-    if (rows == 4) return ForCols<4>(cols);
-    if (rows == 3) return ForCols<3>(cols);
+  if constexpr (kR > 1) {
+    if (rows < kR) return MultiplyFor<kR - 1, kC>(rows, cols);
   }
-  return rows == 2 ? ForCols<2>(cols) : ForCols<1>(cols);
+  if constexpr (kC > 1) {
+    if (cols < kC) return MultiplyFor<kR, kC - 1>(rows, cols);
+  }
+  return Multiply<kR, kC>;
 }
 
 // c [rows][c_stride] (+)= a [rows][a_stride] times b [depth][cols], cols <= kCols.
 void MultiplyPanel(const float* a, int64_t a_stride, int64_t rows, const float* b, int cols, float* c, int64_t c_stride,
                    int64_t depth, bool add) {
-  const MultiplyFunction full = MultiplyFor(kRows, cols);
+  const MultiplyFunction full = MultiplyFor<kRows, kCols>(kRows, cols);
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows) {
     full(a + r * a_stride, a_stride, b, c + r * c_stride, c_stride, depth, add, a + (r + kRows) * a_stride);
   }
   if (r < rows) {
-    MultiplyFor(static_cast<int>(rows - r), cols)(a + r * a_stride, a_stride, b, c + r * c_stride, c_stride, depth, add,
-                                                  a + r * a_stride);
+    MultiplyFor<kRows, kCols>(static_cast<int>(rows - r), cols)(a + r * a_stride, a_stride, b, c + r * c_stride,
+                                                                c_stride, depth, add, a + r * a_stride);
   }
 }
 
@@ -377,15 +374,19 @@ class Forward {
 
  private:
   void RunShared(const float* u, const float* bias, float* v, float* m) const {
-    constexpr int64_t kInPart = 16, kOutPart = 2 * kRows;
-    const int64_t in_parts = CeilDiv(x_.channels, kInPart), out_parts = CeilDiv(y_.channels, kOutPart);
+    constexpr int64_t kInPart = 16;
+    const int64_t in_parts = CeilDiv(x_.channels, kInPart);
+    // Few large parts, for each reads all of v; as many for one thread as for another.
+    const int64_t fair_parts = threads_ / CommonDivisor(blocks_, threads_);
+    const int64_t out_part = AtMost(RoundUp(CeilDiv(y_.channels, fair_parts), kRows), kOutChannels);
+    const int64_t out_parts = CeilDiv(y_.channels, out_part);
     ForEachItem(threads_, blocks_ * in_parts, [&](int64_t, int64_t item) {
       const int64_t block = item / in_parts, from = item % in_parts * kInPart;
       TransformInput(block, from, AtMost(from + kInPart, x_.channels), v + block * kFrequencies * v_step_);
     });
     ForEachItem(threads_, blocks_ * out_parts, [&](int64_t slot, int64_t item) {
-      const int64_t block = item / out_parts, from = item % out_parts * kOutPart;
-      OutputChannels(block, from, AtMost(kOutPart, y_.channels - from), u, bias, v + block * kFrequencies * v_step_,
+      const int64_t block = item / out_parts, from = item % out_parts * out_part;
+      OutputChannels(block, from, AtMost(out_part, y_.channels - from), u, bias, v + block * kFrequencies * v_step_,
                      m + slot * kFrequencies * m_step_);
     });
   }
@@ -487,14 +488,14 @@ class WeightGradient {
 
  public:
   WeightGradient(const LaneMap& x, const LaneMap& dy, int threads)
-      : x_(x), dy_(dy), grid_(x, kTile), threads_(threads), blocks_(CeilDiv(grid_.count, kTiles)) {
+      : x_(x), dy_(dy), grid_(x, kTile), threads_(threads), blocks_(CeilDiv(grid_.count, kGradientTiles)) {
     in_ = RoundUp(x.channels, kLanes);
-    splits_ = blocks_ >= 16 ? 4 : blocks_ >= 2 ? 2 : 1;  // a function of the size alone: it decides the sums' order
+    splits_ = blocks_ >= 64 ? 4 : blocks_ >= 2 ? 2 : 1;  // a function of the size alone: it decides the sums' order
     parts_ = AtMost(CeilDiv(2 * threads, P::kPairs * splits_), CeilDiv(dy.channels, kRows));
     part_channels_ = RoundUp(CeilDiv(dy.channels, parts_), kRows);
     parts_ = CeilDiv(dy.channels, part_channels_);
-    a_step_ = part_channels_ * kTiles * kLanes + kSkew;
-    b_step_ = in_ * kTiles * kLanes + kSkew;
+    a_step_ = part_channels_ * kGradientTiles * kLanes + kSkew;
+    b_step_ = in_ * kGradientTiles * kLanes + kSkew;
     sum_floats_ = kFrequencies * dy.channels * in_;
   }
 
@@ -523,9 +524,9 @@ class WeightGradient {
     float* b = scratch + kRowFrequencies * a_step_;  // V^T [frequency][panel][tile][lane][in of the panel]
     const int64_t begin = blocks_ * split / splits_, end = blocks_ * (split + 1) / splits_;
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t tiles = AtMost(kTiles, grid_.count - block * kTiles), depth = tiles * kLanes;
-      TilePosition at[kTiles];
-      for (int64_t t = 0; t < tiles; ++t) at[t] = TileAt(x_, grid_, kTile, block * kTiles + t);
+      const int64_t tiles = AtMost(kGradientTiles, grid_.count - block * kGradientTiles), depth = tiles * kLanes;
+      TilePosition at[kGradientTiles];
+      for (int64_t t = 0; t < tiles; ++t) at[t] = TileAt(x_, grid_, kTile, block * kGradientTiles + t);
       TransformGradient<kPair>(at, tiles, first, count, a);
       TransformInput<kPair>(at, tiles, b);
       for (int i = 0; i < kRowFrequencies; ++i) {
@@ -533,8 +534,8 @@ class WeightGradient {
         float* sum = sums + ((row * kSize + i % kSize) * dy_.channels + first) * in_;
         for (int64_t c = 0; c < in_; c += kCols * kLanes) {
           const int cols = static_cast<int>(AtMost(kCols, (in_ - c) / kLanes));
-          MultiplyPanel(a + i * a_step_, kTiles * kLanes, count, b + i * b_step_ + c * depth, cols, sum + c, in_, depth,
-                        block > begin);
+          MultiplyPanel(a + i * a_step_, kGradientTiles * kLanes, count, b + i * b_step_ + c * depth, cols, sum + c,
+                        in_, depth, block > begin);
         }
       }
     }
@@ -547,7 +548,7 @@ class WeightGradient {
       for (int64_t t = 0; t < tiles; ++t) {
         V v[2][kSize];
         GradientRows<kTile, kPair>(PatchAt<kTile>(dy_, at[t], first + c, 0, kTile, copy), v);
-        float* to = a + (c * kTiles + t) * kLanes;
+        float* to = a + (c * kGradientTiles + t) * kLanes;
         LIPFAST_UNROLL
         for (int s = 0; s < kSize; ++s) {
           Store(to + s * a_step_, v[0][s]);
