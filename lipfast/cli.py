@@ -175,6 +175,7 @@ def restore(
     from lipfast.search.imp import checked_device
     from lipfast.tickets import Ticket
 
+    images.check_target(out, depth)
     loaded = Ticket.load(ticket)
     name = str(loaded.task.get("name")) if task is None else task
     observed, options = _load_measurement(degraded, name, shape, measurements_seed)

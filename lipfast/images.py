@@ -84,6 +84,20 @@ def write(path: str | os.PathLike[str], image: Tensor, depth: int = 8) -> None:
             written.
     """
     path = Path(path)
+    form = check_target(path, depth)
+    scale, kind = (255, numpy.uint8) if depth == 8 else (65535, numpy.uint16)
+    unit = check(image, str(path)).detach().cpu().double().clamp(0, 1)
+    pixels = (unit * scale).round().permute(1, 2, 0).numpy().astype(kind)  # (H, W, C)
+    write_atomically(path, _encode(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels, form))
+
+
+def check_target(path: str | os.PathLike[str], depth: int) -> str:
+    """Whether ``write`` could write there, asked before hours of work: returns the format.
+
+    Raises:
+        InputError: unknown suffix, a depth the format does not have, or a folder that is missing or not writable.
+    """
+    path = Path(path)
     form = _SUFFIXES.get(path.suffix.lower())
     if form is None:
         raise InputError(f"{path}: cannot tell the format; use one of {', '.join(_SUFFIXES)}")
@@ -91,10 +105,9 @@ def write(path: str | os.PathLike[str], image: Tensor, depth: int = 8) -> None:
         raise InputError(f"{path}: depth must be 8 or 16 bits, got {depth}")
     if form == "jpeg" and depth == 16:
         raise InputError(f"{path}: JPEG has 8 bits a channel; write PNG or TIFF for 16")
-    scale, kind = (255, numpy.uint8) if depth == 8 else (65535, numpy.uint16)
-    unit = check(image, str(path)).detach().cpu().double().clamp(0, 1)
-    pixels = (unit * scale).round().permute(1, 2, 0).numpy().astype(kind)  # (H, W, C)
-    write_atomically(path, _encode(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels, form))
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: {path.parent} is no folder that can be written; make it or choose another")
+    return form
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:

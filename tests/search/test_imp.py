@@ -10,6 +10,7 @@ from lipfast import fit, masks, priors, search, tasks
 from lipfast.config import derive_seed
 from lipfast.errors import BackendError, ConfigError, InputError
 from lipfast.search import runs
+from lipfast.search.observation import observe
 from lipfast.tickets import Ticket
 
 
@@ -117,6 +118,18 @@ def test_several_pictures_share_one_ticket(run_search):
     assert [source["sha256"] for source in each.tickets[0].provenance["pictures"]] == [
         source["sha256"] for source in mean.tickets[0].provenance["pictures"]
     ]
+
+
+def test_each_stacks_what_was_observed_and_mean_averages_it():
+    both, task = [picture(0), picture(1)], tasks.Denoise(25)
+    each, mean = (
+        observe(both, task, multiple=4, several=several, seed=0, degraded=False) for several in ("each", "mean")
+    )
+    assert each.observed.shape == (2, 3, 32, 32)
+    assert torch.equal(mean.observed, each.observed.mean(0))
+    assert torch.equal(each.observed[0], observed_by_search())
+    noise = each.observed - each.clean
+    assert not torch.equal(noise[0], noise[1])
 
 
 def test_the_mean_variant_has_the_gradient_of_the_authors_summed_loss():
