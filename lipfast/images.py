@@ -106,7 +106,8 @@ def check_target(path: str | os.PathLike[str], depth: int) -> str:
     if form == "jpeg" and depth == 16:
         raise InputError(f"{path}: JPEG has 8 bits a channel; write PNG or TIFF for 16")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: {path.parent} is no folder that can be written; make it or choose another")
+        reason = "not writable" if path.parent.is_dir() else "no such folder"
+        raise InputError(f"{path}: cannot be written ({path.parent}: {reason}); make it or choose another")
     return form
 
 
