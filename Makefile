@@ -2,6 +2,8 @@
 #   make demo     find tickets on one picture, restore a second one with them
 #   make test     every test
 #   make check    format, lint, types
+#   make test-gpu-static   what nvcc makes of the GPU kernels; needs nvcc, no GPU
+#   make test-gpu, bench-gpu   test and time them on a GPU; results in gpu-tests.xml, gpu-bench.jsonl
 # On a network where torch's CPU wheels are not on the default index:
 #   make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -12,13 +14,32 @@ PIP_FLAGS ?=
 BIN := $(VENV)/bin
 CXX_FILES = $(shell find csrc tests \( -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-gpu-static test-gpu bench-gpu gpu-tables check format clean
 
 demo: $(VENV)/installed
 	$(BIN)/lipfast demo --out demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+test-gpu-static: $(VENV)/installed
+	$(BIN)/python -m pytest tests/gpu -m nvcc
+
+# With TORCH naming a CUDA build of torch, on a machine with nvcc and a GPU.
+$(VENV)/cuda: $(VENV)/installed $(wildcard csrc/cuda/*)
+	$(BIN)/python csrc/cuda/build.py lipfast/_cuda.so
+	touch $@
+
+test-gpu: $(VENV)/cuda
+	LIPFAST_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/gpu/test_triton.py tests/gpu/test_on_gpu.py -m 'gpu or not nvcc' --junitxml=gpu-tests.xml
+
+bench-gpu: $(VENV)/cuda
+	$(BIN)/python benchmarks/bench_gpu.py gpu-bench.jsonl
+
+# After a wanted change of a GPU kernel.
+gpu-tables: $(VENV)/cuda
+	cd tests/gpu/tools && PYTHONPATH=$(CURDIR) $(abspath $(BIN))/python tables.py triton
+	cd tests/gpu/tools && $(abspath $(BIN))/python tables.py cuda $(CURDIR)/lipfast/_cuda.so
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

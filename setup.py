@@ -6,6 +6,8 @@ Needs setuptools, pybind11 and a C++ compiler. Nothing is downloaded, nothing is
 import os
 import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -47,7 +49,13 @@ def plain_sources() -> list[str]:
 
 
 class BuildKernels(build_ext):
-    """Compiles the kernel sources once per target, then the rest as usual."""
+    """Compiles the kernel sources once per target, then the rest as usual; with LIPFAST_CUDA=1 the GPU library too."""
+
+    def run(self) -> None:
+        super().run()
+        if os.environ.get("LIPFAST_CUDA") == "1":
+            output = Path(self.get_ext_fullpath("lipfast._C")).with_name("_cuda.so")
+            subprocess.run([sys.executable, "csrc/cuda/build.py", str(output)], check=True)
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         compiler = self.compiler.compiler_cxx[0] if hasattr(self.compiler, "compiler_cxx") else "c++"

@@ -5,7 +5,7 @@ form; :func:`make_trainer` chooses.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,10 @@ def make_trainer(network: nn.Module, masks: Mapping[str, Tensor] | None, *, lr: 
     """
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}")
+    if engine == "auto" and any(parameter.is_cuda for parameter in network.parameters()):
+        from lipfast.engine.graph_trainer import GraphTrainer  # it builds on this module
+
+        return GraphTrainer(network, masks, lr=lr)
     return TorchTrainer(network, masks, lr=lr)
 
 
@@ -100,7 +104,7 @@ class TorchTrainer:
     def step(self, z: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """See :class:`Trainer`."""
         self._optimiser.zero_grad(set_to_none=True)
-        output = self._network(z.contiguous(memory_format=torch.channels_last))
+        output = self._forward(z.contiguous(memory_format=torch.channels_last))
         value = loss(output)
         value.backward()  # type: ignore[no-untyped-call]
         self._mask_gradients()
@@ -125,6 +129,9 @@ class TorchTrainer:
     def network(self) -> nn.Module:
         """See :class:`Trainer`."""
         return self._network
+
+    def _forward(self, z: Tensor) -> Tensor:
+        return cast(Tensor, self._network(z))
 
     def _live(self) -> list[tuple[str, Tensor]]:
         """The tensors a snapshot copies, under its names; Adam's step counts are equal, so one stands for all."""

@@ -4,6 +4,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from lipfast.ops import _padding
 
 
 def prune_smallest(magnitude: Tensor, alive: Tensor, count: int) -> Tensor:
@@ -116,3 +119,54 @@ def sgd_step(
             momentum_buffer.mul_(momentum).add_(gradient, alpha=1 - dampening)
         gradient = gradient.add(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
     values.add_(gradient, alpha=-lr)
+
+
+def _dense(values: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
+    return values.new_zeros(shape.numel()).index_copy(0, positions, values).view(shape)
+
+
+def sparse_conv2d_forward(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    shape: torch.Size,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    padding_mode: str,
+) -> Tensor:
+    """Convolve ``x`` with the weight of ``shape`` whose kept ``values`` sit at flat ``positions`` (ascending)."""
+    padded = _padding.pad(x, padding, padding_mode)
+    return torch.nn.functional.conv2d(padded, _dense(values, positions, shape), bias, stride)
+
+
+def sparse_conv2d_input_gradient(
+    dy: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    shape: torch.Size,
+    input_size: torch.Size,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    padding_mode: str,
+) -> Tensor:
+    """Gradient for ``x`` of ``input_size``, given the gradient ``dy`` of the output."""
+    padded_size = (*input_size[:2], input_size[2] + 2 * padding[0], input_size[3] + 2 * padding[1])
+    weight = _dense(values, positions, shape)
+    padded: Tensor = conv2d_input(padded_size, weight, dy, stride)  # type: ignore[no-untyped-call]
+    return _padding.fold(padded, input_size, padding, padding_mode)
+
+
+def sparse_conv2d_weight_gradient(
+    x: Tensor,
+    dy: Tensor,
+    positions: Tensor,
+    shape: torch.Size,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    padding_mode: str,
+) -> Tensor:
+    """``(kept,)``: gradient of each kept weight, given the gradient ``dy`` of the output."""
+    padded = _padding.pad(x, padding, padding_mode)
+    dense: Tensor = conv2d_weight(padded, shape, dy, stride)  # type: ignore[no-untyped-call]
+    return dense.reshape(-1)[positions]

@@ -1,0 +1,41 @@
+"""Launch settings of every Triton kernel, checked in: nothing is tuned at run time, so equal inputs give equal bits.
+
+Chosen from compiled code (registers, access width), not from timings: no GPU was available when they were written.
+``tests/gpu/test_triton_compiled.py`` compiles each of them for every target.
+"""
+
+from typing import TypedDict
+
+
+class Config(TypedDict):
+    """``meta`` are compile-time arguments of the kernel, the rest is how it is launched."""
+
+    meta: dict[str, int]
+    warps: int
+    stages: int
+
+
+def _config(warps: int = 4, stages: int = 2, **meta: int) -> Config:
+    return {"meta": meta, "warps": warps, "stages": stages}
+
+
+# Flat kernels take WORDS mask words, i.e. 32 * WORDS elements, a program. With four warps that is 16 elements a thread:
+# four 128-bit accesses to each buffer.
+CONFIGS: dict[str, Config] = {
+    "adam": _config(WORDS=32),
+    "sgd": _config(WORDS=32),
+    "apply_mask": _config(WORDS=64),
+    "pack_mask": _config(WORDS=64),
+    "histogram": _config(BLOCK=1024),
+    "choose": _config(BINS=256, BLOCKS=64),
+    "count": _config(BLOCK=1024),
+    "remove": _config(BLOCK=1024),
+    "compact": _config(BLOCK=1024),
+    "expand": _config(BLOCK=1024),
+    "normalise": _config(BLOCK=1024),
+    "sparse_forward": _config(BLOCK=512),
+    "sparse_input_gradient": _config(BLOCK=512),
+    "sparse_weight_gradient": _config(BLOCK=1024),
+    "masked_conv": _config(warps=4, stages=3, PIXELS=64, CHANNELS=64),
+    "masked_conv_ieee": _config(warps=8, stages=3, PIXELS=64, CHANNELS=64),  # no tensor cores: 4 warps spill
+}

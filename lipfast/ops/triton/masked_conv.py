@@ -1,0 +1,102 @@
+"""Dense convolution on the tensor cores under a packed mask: what can win on a GPU at moderate sparsity.
+
+An implicit matrix product (pixels x taps) * (taps x output channels). Each weight tile is masked while it is loaded,
+one mask word for 32 weights, so pruned weights need no clean copy.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lipfast.errors import InputError
+from lipfast.ops import _padding
+from lipfast.ops.triton.configs import CONFIGS
+from lipfast.ops.triton.mask import pack_mask
+
+PRECISIONS = ("ieee", "tf32", "bf16")
+
+
+@triton.jit
+def masked_conv_kernel(
+    x, weight, words, y,
+    n_pixels, n_channels, n_taps, words_per_channel,
+    y_pixels, y_columns, stride_rows, stride_columns, x_columns, x_plane, x_item,
+    tap_rows, tap_columns,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (pixel blocks over the whole batch, channel blocks). ``weight`` is ``[channels, taps]``, taps = (input
+    channel, row, column); row c of ``words`` holds the mask bits of channel c."""
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    item, place = pixel // y_pixels, pixel % y_pixels
+    corner = item.to(tl.int64) * x_item + (
+        (place // y_columns) * (stride_rows * x_columns) + (place % y_columns) * stride_columns
+    )
+    bit = tl.arange(0, 32)
+    total = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    for step in range(words_per_channel):
+        tap = step * 32 + bit
+        column, rest = tap % tap_columns, tap // tap_columns
+        offset = (rest // tap_rows) * x_plane + (rest % tap_rows) * x_columns + column
+        a_inside = (pixel[:, None] < n_pixels) & (tap[None, :] < n_taps)
+        a = tl.load(x + corner[:, None] + offset[None, :], mask=a_inside, other=0.0)  # [PIXELS, 32]
+        word = tl.load(words + channel * words_per_channel + step, mask=channel < n_channels, other=0)
+        keep = ((word[None, :] >> bit[:, None]) & 1) != 0  # [32, CHANNELS]; bits beyond the taps are 0
+        b = tl.load(weight + channel[None, :] * n_taps + tap[:, None], mask=keep, other=0.0)
+        if PRECISION == "bf16":
+            total = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
+        else:
+            total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
+    place = place.to(tl.int64) + item.to(tl.int64) * n_channels * y_pixels
+    inside = (pixel[:, None] < n_pixels) & (channel[None, :] < n_channels)
+    tl.store(y + place[:, None] + channel[None, :] * y_pixels, total.to(y.dtype.element_ty), mask=inside)
+
+
+def pack_channel_masks(alive: Tensor) -> Tensor:
+    """``(channels, ceil(taps / 32))`` int32 words of a bool weight mask; each channel starts a new word."""
+    taps = alive[0].numel()
+    rows = torch.nn.functional.pad(alive.reshape(len(alive), taps), (0, -taps % 32))
+    return pack_mask(rows.contiguous()).view(len(alive), -1)
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    words: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    padding_mode: str,
+    *,
+    precision: str,
+) -> Tensor:
+    """Convolve with the living part of a dense weight.
+
+    Args:
+        x: ``(batch, inputs, rows, columns)``, any float type.
+        weight: ``(outputs, inputs, tap rows, tap columns)``; dead entries may hold anything.
+        words: from `pack_channel_masks`.
+        stride, padding, padding_mode: as in ``torch.nn.Conv2d``.
+        precision: "ieee" (fp32), "tf32" (10-bit mantissa inputs) or "bf16" (8-bit); sums are fp32. Always explicit.
+
+    Raises:
+        InputError: an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"masked_conv2d: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    x = _padding.pad(x, padding, padding_mode).contiguous()
+    batch, inputs, rows, columns = x.shape
+    outputs, _, tap_rows, tap_columns = weight.shape
+    y_rows, y_columns = (rows - tap_rows) // stride[0] + 1, (columns - tap_columns) // stride[1] + 1
+    y = torch.empty(batch, outputs, y_rows, y_columns, dtype=x.dtype, device=x.device)
+    config = CONFIGS["masked_conv_ieee" if precision == "ieee" else "masked_conv"]
+    pixels = batch * y_rows * y_columns
+    grid = (triton.cdiv(pixels, config["meta"]["PIXELS"]), triton.cdiv(outputs, config["meta"]["CHANNELS"]))
+    masked_conv_kernel[grid](
+        x, weight.contiguous(), words, y,
+        pixels, outputs, inputs * tap_rows * tap_columns, words.shape[1],
+        y_rows * y_columns, y_columns, *stride, columns, rows * columns, inputs * rows * columns,
+        tap_rows, tap_columns,
+        PRECISION=precision, **config["meta"], num_warps=config["warps"], num_stages=config["stages"],
+    )  # fmt: skip
+    return y

@@ -1,0 +1,44 @@
+"""Normalise, scale, shift and activate in one pass over a map."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lipfast.ops.triton.configs import CONFIGS
+
+
+@triton.jit
+def normalise_kernel(x, scale, shift, y, plane, n_channels, slope, BLOCK: tl.constexpr):
+    """Grid: (blocks of a plane, batch * channels)."""
+    row = tl.program_id(1)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = row % n_channels
+    start = row.to(tl.int64) * plane
+    value = tl.load(x + start + i, mask=i < plane, other=0.0).to(tl.float32)
+    value = value * tl.load(scale + channel) + tl.load(shift + channel)
+    value = tl.where(value > 0, value, value * slope)
+    tl.store(y + start + i, value.to(y.dtype.element_ty), mask=i < plane)
+
+
+def normalise_activate(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float
+) -> Tensor:
+    """LeakyReLU(BatchNorm(x)) with given statistics.
+
+    Args:
+        x: ``(batch, channels, rows, columns)`` contiguous, any float type.
+        mean, variance, weight, bias: ``(channels,)`` float32.
+        eps: added to the variance.
+        slope: of the negative side; 1 leaves out the activation.
+    """
+    scale = weight * torch.rsqrt(variance + eps)
+    shift = bias - mean * scale
+    y = torch.empty_like(x)
+    batch, channels, rows, columns = x.shape
+    if x.numel():
+        config = CONFIGS["normalise"]
+        normalise_kernel[(triton.cdiv(rows * columns, config["meta"]["BLOCK"]), batch * channels)](
+            x, scale, shift, y, rows * columns, channels, slope, **config["meta"], num_warps=config["warps"]
+        )
+    return y

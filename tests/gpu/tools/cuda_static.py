@@ -1,0 +1,127 @@
+"""Describes the compiled CUDA library: resources and ceilings of each kernel, one JSON row per kernel and target.
+
+    python tests/gpu/tools/cuda_static.py LIBRARY.so
+
+The sparse kernels' ceilings are for one kept weight at 10 % density (or ``--density``): the loop over a list, plus the
+shares of reading a channel's window and of staging channels, each divided by the kept weights it serves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import static_roofline
+from static_roofline import MACHINES, Kernel, Work, children_of, hot_loops, occupancy, work_of
+
+THREADS = 128
+DENSITY = 0.1
+GEOMETRIES = {(1, 1, 1): "1x1", (3, 3, 1): "3x3", (2, 3, 2): "3x3 stride 2", (2, 2, 1): "3x3 stride 2 transposed"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Template arguments of ``lipfast::Tile``, read from a mangled name."""
+
+    tap_rows: int
+    tap_columns: int
+    column_stride: int
+    row_phases: int
+    output_scale: int
+    group: int
+    rows: int
+    columns: int
+    stage: int
+
+    @property
+    def kept_in_list(self) -> float:
+        """Weights of a (group, channel) list if none were pruned; not every virtual channel uses every tap."""
+        share = {2: 3 / 4, 1: 1.0}[self.row_phases] * {2: 9 / 16, 1: 1.0}[self.output_scale]
+        return self.group * self.tap_rows * self.tap_columns * share
+
+    @property
+    def shared_bytes(self) -> int:
+        """``Tile::kSharedBytes``: two halves, each planes and lists."""
+        columns = (8 * self.columns - 1) * self.column_stride + self.tap_columns
+        plane = (4 * self.rows - 1 + self.tap_rows) * (-(-columns // 4) * 4)
+        lists = 8 * 4 * (self.stage * self.group * self.tap_rows * self.tap_columns + 1)
+        return 2 * (4 * -(-self.stage * plane // 4) * 4 + -(-lists // 16) * 16)
+
+
+def cubins(library: Path) -> Iterator[Path]:
+    """The compiled code of each target inside a library."""
+    with tempfile.TemporaryDirectory() as folder:
+        tool = static_roofline.tool("cuobjdump")
+        subprocess.run([tool, "-xelf", "all", str(library.resolve())], cwd=folder, capture_output=True, check=True)
+        yield from sorted(Path(folder).glob("*.cubin"))
+
+
+def describe(kernel: Kernel, density: float) -> dict[str, object]:
+    machine = MACHINES[kernel.arch]
+    plain = re.search(r"lipfast\d+([A-Z][a-z]+(?:[A-Z][a-z]+)*Kernel)", kernel.name)
+    name = plain[1] if plain else kernel.name
+    row: dict[str, object] = {"kernel": name, "target": kernel.arch, "registers": kernel.registers}
+    row["spills"] = kernel.spill_instructions + kernel.stack
+    numbers = [int(n) for n in re.findall(r"Li(\d+)E", kernel.name)]
+    shared = kernel.shared
+    if numbers:
+        tile = Tile(*numbers)
+        large = tile.rows * tile.columns > 4
+        shape = GEOMETRIES[tile.tap_rows, tile.tap_columns, tile.column_stride]
+        row["kernel"] = f"{name} {shape} {'large' if large else 'small'}"
+        shared += tile.shared_bytes + (4 * 4 * 32 * 33 if name.startswith("Weight") else 0)
+    resident, limit = occupancy(machine, THREADS, kernel.registers, shared)
+    row |= {"shared": shared, "occupancy": round(resident / machine.warps, 3), "occupancy_limit": limit}
+    return row | (ceiling(kernel, tile, density) if numbers else {})
+
+
+def ceiling(kernel: Kernel, tile: Tile, density: float) -> dict[str, object]:
+    machine = MACHINES[kernel.arch]
+    flush = {"STG": 1 / 32} if "WeightGradient" in kernel.name else None  # once in 32 kept weights
+    entry_loop, channel_loop, stage_loop = hot_loops(kernel)[:3]
+    entry = work_of(kernel, entry_loop, children_of(kernel, entry_loop), rare=flush)
+    channel = work_of(kernel, channel_loop, children_of(kernel, channel_loop))
+    stage = work_of(kernel, stage_loop, children_of(kernel, stage_loop))
+    kept = tile.kept_in_list * density
+    total = Work()
+    total.add(entry, 1)
+    total.add(channel, 1 / kept)
+    total.add(stage, 1 / (kept * tile.stage))
+    cycles = total.cycles(machine)
+    uniform = entry.cycles(machine, uniform_shared=True)["load/store"] - entry.cycles(machine)["load/store"]
+    cycles["load/store"] += uniform  # a list entry is one word for the whole warp
+    bound = max(cycles, key=cycles.__getitem__)
+    multiply_adds = tile.rows * tile.columns
+    return {
+        "multiply_adds": round(entry.of("FFMA"), 2),
+        "multiply_adds_wanted": multiply_adds,
+        "entry_instructions": round(entry.issued, 1),
+        "channel_instructions": round(channel.issued, 1),
+        "stage_instructions": round(stage.issued, 1),
+        "branches": round(entry.of("BR"), 1),
+        "mix": entry.mix(),
+        "bound": bound,
+        "ceiling": round(multiply_adds * 32 / machine.fp32 / cycles[bound], 3),
+    }
+
+
+def describe_library(library: Path, density: float = DENSITY) -> list[dict[str, object]]:
+    rows = []
+    for cubin in cubins(library):
+        rows += [describe(kernel, density) for kernel in static_roofline.read_cubin(cubin).values()]
+    return sorted(rows, key=lambda row: (str(row["target"]), str(row["kernel"])))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("library", type=Path)
+    parser.add_argument("--density", type=float, default=DENSITY)
+    arguments = parser.parse_args()
+    for row in describe_library(arguments.library, arguments.density):
+        print(json.dumps(row))
