@@ -16,7 +16,7 @@ from lipfast.errors import LipfastError
 from lipfast.fit import FitConfig, fit
 from lipfast.report import pictures
 
-ITERATIONS = 250  # of every fit (16 of them); sets the demo's time, and how far the pictures come
+ITERATIONS = 200  # of every fit (16 of them); sets the demo's time, and how far the pictures come
 NETWORK = {"down": [64] * 5}  # half the paper's width: three times as many steps in the same minutes
 SIZE = 128  # px
 SIGMA = 25.0  # grey levels of 255

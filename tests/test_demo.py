@@ -15,7 +15,7 @@ def test_the_demo_writes_what_it_promises(tmp_path, capsys):
     assert [row["round"] for row in shown["rows"] if row["random"]] == list(demo.CONTROLS)
     ticket = Ticket.load(shown["second"]["ticket_file"])
     assert ticket.round == demo.ROUNDS
-    assert shown["second"]["noisy_psnr"] == pytest.approx(20.3, abs=0.5)  # sigma 25/255, clipped
+    assert 20.17 < shown["second"]["noisy_psnr"] < 21.5  # 20 log10(255 / 25), and a little that clipping takes away
     panel = images.read(shown["files"]["panel"])
     assert panel.shape[2] > 3 * panel.shape[1]
     assert images.read(shown["files"]["restored"]).shape == (3, demo.SIZE, demo.SIZE)
