@@ -463,14 +463,19 @@ def _watching() -> "Iterator[Callable[[Status], bool]]":
         asked = True
 
     with _progress() as progress:
-        whole, one = progress.add_task("search", total=None, note=""), progress.add_task("fit", total=None, note="")
+        whole, one = (
+            progress.add_task("search", total=None, note="", visible=False),
+            progress.add_task("fit", total=None, note="", visible=False),
+        )
 
         def watch(status: "Status") -> bool:
             steps = status.fits * status.iterations
             psnr = "" if status.psnr is None else f"{status.psnr:.2f} dB"
-            progress.update(whole, total=steps, completed=status.fit * status.iterations + status.step, note="")
+            progress.update(whole, total=steps, completed=status.fit * status.iterations + status.step, visible=True)
             what = f"round {status.round}/{status.rounds} {status.kind}"
-            progress.update(one, total=status.iterations, completed=status.step, description=what, note=psnr)
+            progress.update(
+                one, total=status.iterations, completed=status.step, description=what, note=psnr, visible=True
+            )
             return asked
 
         before = signal.signal(signal.SIGINT, on_signal)
@@ -483,10 +488,12 @@ def _watching() -> "Iterator[Callable[[Status], bool]]":
 @contextmanager
 def _fit_bar() -> "Iterator[Callable[[Progress], None]]":
     with _progress() as progress:
-        bar = progress.add_task("restore", total=None, note="")
+        bar = progress.add_task("restore", total=None, note="", visible=False)
 
         def callback(state: "Progress") -> None:
-            progress.update(bar, total=state.iterations, completed=state.step, note=f"loss {state.loss:.5f}")
+            progress.update(
+                bar, total=state.iterations, completed=state.step, note=f"loss {state.loss:.5f}", visible=True
+            )
 
         yield callback
 

@@ -74,6 +74,6 @@ def _compare(other: str, gains: Sequence[tuple[float, Row]]) -> str:
     won = sum(gain > 0 for gain, _ in gains)
     best, row = max(gains, key=lambda pair: pair[0])
     return (
-        f"tickets beat {other} in {won} of {len(gains)} rounds compared; the best is {best:+.2f} dB "
-        f"at {100 * row['sparsity']:.1f} % sparsity."
+        f"tickets beat {other} in {won} of {len(gains)} rounds compared, the best {best:+.2f} dB "
+        f"at {100 * row['sparsity']:.1f} % sparsity"
     )

@@ -38,13 +38,13 @@ def test_the_table_has_a_line_for_each_round():
 
 def test_the_verdict_counts_and_measures_both_comparisons():
     words = table.verdict(ROWS, "last")
-    assert "tickets beat the dense network in 2 of 3 rounds compared; the best is +0.50 dB at 20.0 % sparsity" in words
-    assert "tickets beat random masks in 1 of 2 rounds compared; the best is +1.00 dB at 36.0 % sparsity" in words
+    assert "tickets beat the dense network in 2 of 3 rounds compared, the best +0.50 dB at 20.0 % sparsity" in words
+    assert "tickets beat random masks in 1 of 2 rounds compared, the best +1.00 dB at 36.0 % sparsity" in words
 
 
 def test_a_search_that_never_wins_says_so():
     words = table.verdict([row(0, 30.0), row(1, 29.5)], "last")
-    assert "in 0 of 1 rounds compared; the best is -0.50 dB" in words
+    assert "in 0 of 1 rounds compared, the best -0.50 dB" in words
     assert "random" not in words
 
 
@@ -55,7 +55,7 @@ def test_without_figures_there_is_no_table():
 def test_each_stop_has_a_table_of_its_own():
     text = table.markdown([row(0, 30.0, stopped=28.0), row(1, 31.0, stopped=27.0)])
     assert text.index("last step") < text.index("automatic stop")
-    assert "the best is -1.00 dB" in text
+    assert "the best -1.00 dB" in text
 
 
 def test_curve_and_panel_are_pictures(tmp_path):
