@@ -107,8 +107,7 @@ def test_a_planted_bug_is_seen(libraries, name):
     if "short" in name:
         assert "AddressSanitizer" in run_sanitized(libraries[name]).stderr
     else:
-        codes = [run_cases(libraries[name], CUDA_EMULATOR_ORDER=order).returncode for order in SCHEDULES.values()]
-        assert any(codes)
+        assert any(run_cases(libraries[name], CUDA_EMULATOR_ORDER=order).returncode for order in SCHEDULES.values())
 
 
 def test_a_library_of_another_interface_is_refused(libraries, monkeypatch):

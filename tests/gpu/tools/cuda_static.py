@@ -18,10 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import static_roofline
-from static_roofline import MACHINES, Kernel, Work, children_of, hot_loops, occupancy, work_of
+from static_roofline import MACHINES, Kernel, Machine, Work, children_of, hot_loops, occupancy, work_of
 
 THREADS = 128
 DENSITY = 0.1
+DENSITIES = (0.2, 0.1, 0.05, 0.02)
+# Dense convolution: (share of the peak it is assumed to reach, data-sheet peak in TFLOP/s without sparsity).
+DENSE = {
+    "sm_80": {"fp32": (0.8, 19.5), "tf32": (0.5, 156.0), "bf16": (0.5, 312.0)},
+    "sm_90": {"fp32": (0.8, 66.9), "tf32": (0.5, 494.7), "bf16": (0.5, 989.4)},
+}
 GEOMETRIES = {(1, 1, 1): "1x1", (3, 3, 1): "3x3", (2, 3, 2): "3x3 stride 2", (2, 2, 1): "3x3 stride 2 transposed"}
 
 
@@ -81,6 +87,35 @@ def describe(kernel: Kernel, density: float) -> dict[str, object]:
     return row | (ceiling(kernel, tile, density) if numbers else {})
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Cycles of a multiprocessor for one warp, pipe by pipe."""
+
+    machine: Machine
+    multiply_adds: int  # of one kept weight in a thread
+    weights: float  # of a list if none were pruned
+    entry: dict[str, float]  # a kept weight
+    around: dict[str, float]  # a list, beside its weights
+
+    def cycles(self, density: float) -> dict[str, float]:
+        """For one kept weight, with its share of what surrounds its list."""
+        return {pipe: self.entry[pipe] + self.around[pipe] / (self.weights * density) for pipe in self.entry}
+
+    def ceiling(self, density: float) -> float:
+        """Share of the FP32 peak."""
+        return self.multiply_adds * 32 / self.machine.fp32 / max(self.cycles(density).values())
+
+    def break_even(self, dense_teraflops: float) -> float:
+        """Density below which the bound is under a dense convolution's time at ``dense_teraflops``; 0 if nowhere."""
+        dense = self.multiply_adds * 32 / self.machine.fp32 * self.machine.fp32_teraflops / dense_teraflops
+        return max(
+            0.0,
+            min(
+                (dense - self.around[pipe] / self.weights) / self.entry[pipe] for pipe in self.entry if self.entry[pipe]
+            ),
+        )
+
+
 def ceiling(kernel: Kernel, tile: Tile, density: float) -> dict[str, object]:
     machine = MACHINES[kernel.arch]
     flush = {"STG": 1 / 32} if "WeightGradient" in kernel.name else None  # once in 32 kept weights
@@ -88,26 +123,32 @@ def ceiling(kernel: Kernel, tile: Tile, density: float) -> dict[str, object]:
     entry = work_of(kernel, entry_loop, children_of(kernel, entry_loop), rare=flush)
     channel = work_of(kernel, channel_loop, children_of(kernel, channel_loop))
     stage = work_of(kernel, stage_loop, children_of(kernel, stage_loop))
-    kept = tile.kept_in_list * density
-    total = Work()
-    total.add(entry, 1)
-    total.add(channel, 1 / kept)
-    total.add(stage, 1 / (kept * tile.stage))
-    cycles = total.cycles(machine)
-    uniform = entry.cycles(machine, uniform_shared=True)["load/store"] - entry.cycles(machine)["load/store"]
-    cycles["load/store"] += uniform  # a list entry is one word for the whole warp
+    around = Work()  # what a list costs whatever its length
+    around.add(channel, 1)
+    around.add(stage, 1 / tile.stage)
+    cost = Cost(
+        machine,
+        tile.rows * tile.columns,
+        tile.kept_in_list,
+        entry.cycles(machine, uniform_shared=True),  # a list entry is one word for the whole warp
+        around.cycles(machine),
+    )
+    cycles = cost.cycles(density)
     bound = max(cycles, key=cycles.__getitem__)
-    multiply_adds = tile.rows * tile.columns
     return {
         "multiply_adds": round(entry.of("FFMA"), 2),
-        "multiply_adds_wanted": multiply_adds,
+        "multiply_adds_wanted": cost.multiply_adds,
         "entry_instructions": round(entry.issued, 1),
         "channel_instructions": round(channel.issued, 1),
         "stage_instructions": round(stage.issued, 1),
         "branches": round(entry.of("BR"), 1),
         "mix": entry.mix(),
         "bound": bound,
-        "ceiling": round(multiply_adds * 32 / machine.fp32 / cycles[bound], 3),
+        "ceiling": round(cost.ceiling(density), 3),
+        "ceilings": {str(share): round(cost.ceiling(share), 3) for share in DENSITIES},
+        "break_even": {
+            name: round(cost.break_even(share * peak), 3) for name, (share, peak) in DENSE[kernel.arch].items()
+        },
     }
 
 
