@@ -38,6 +38,7 @@ LAYERS = [
     Layer((1, 3, 5, 6), 3, 3, 1, 0, "zeros", 0.5),
     Layer((1, 3, 6, 6), 3, 3, 1, 1, "circular", 1.0),
     Layer((1, 3, 6, 5), 3, 3, 1, 2, "replicate", 0.5),
+    Layer((1, 8, 6, 6), 32, 3, 1, 1, "zeros", 1.0),  # every list full, in both halves of shared memory
     Layer((1, 2, 8, 8), 3, 3, 1, 1, "zeros", 0.0),  # nothing kept
     Layer((1, 1, 1, 1), 1, 1, 1, 0, "zeros", 1.0),
 ]

@@ -54,7 +54,7 @@ def run_cases(library: Path, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=alignment")
+SANITIZE = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=alignment")
 
 
 def run_sanitized(library: Path) -> subprocess.CompletedProcess[str]:
