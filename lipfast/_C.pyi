@@ -60,3 +60,64 @@ class Pruning:
 def count_ones(mask: NDArray[Any], threads: int) -> int: ...
 def gather_kept(dense: NDArray[Any], mask: NDArray[Any], values: NDArray[Any], threads: int) -> None: ...
 def scatter_kept(values: NDArray[Any], mask: NDArray[Any], dense: NDArray[Any], threads: int) -> None: ...
+
+class Conv:
+    def __init__(
+        self,
+        out_channels: int,
+        in_channels: int,
+        groups: int,
+        kernel: tuple[int, int],
+        stride: int,
+        dilation: int,
+        pad: tuple[int, int],
+        padding_mode: int,
+        batch_height_width: tuple[int, int, int],
+        out_block: tuple[int, int],
+        mask: NDArray[Any] | None,
+        choice: int,
+        exact: bool,
+    ) -> None: ...
+    @property
+    def kept(self) -> int: ...
+    @property
+    def out_size(self) -> tuple[int, int]: ...
+    @property
+    def input_halo(self) -> int: ...
+    @property
+    def gradient_halo(self) -> int: ...
+    @property
+    def kernels(self) -> tuple[str, str, str]: ...
+    def scratch_floats(self, threads: int) -> int: ...
+    def forward(
+        self,
+        values: NDArray[Any],
+        bias: NDArray[Any] | None,
+        x: NDArray[Any],
+        x_halo: int,
+        y: NDArray[Any],
+        y_halo: int,
+        scratch: NDArray[Any],
+        threads: int,
+    ) -> None: ...
+    def input_gradient(
+        self,
+        values: NDArray[Any],
+        dy: NDArray[Any],
+        dy_halo: int,
+        dx: NDArray[Any],
+        dx_halo: int,
+        scratch: NDArray[Any],
+        threads: int,
+    ) -> None: ...
+    def weight_gradient(
+        self,
+        x: NDArray[Any],
+        x_halo: int,
+        dy: NDArray[Any],
+        dy_halo: int,
+        dvalues: NDArray[Any],
+        dbias: NDArray[Any] | None,
+        scratch: NDArray[Any],
+        threads: int,
+    ) -> None: ...

@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 # public name -> (module, attribute; None for the module itself). Loaded when first used, so `import lipfast` is cheap.
 _PUBLIC: dict[str, tuple[str, str | None]] = {
+    "SparseWeight": ("lipfast.ops", "SparseWeight"),
     "Ticket": ("lipfast.tickets", "Ticket"),
     "find_tickets": ("lipfast.search", "find_tickets"),
     "ops": ("lipfast.ops", None),
@@ -15,13 +16,14 @@ _PUBLIC: dict[str, tuple[str, str | None]] = {
     "tasks": ("lipfast.tasks", None),
 }
 
-__all__ = ["Ticket", "__version__", "find_tickets", "ops", "priors", "restore", "tasks"]
+__all__ = ["SparseWeight", "Ticket", "__version__", "find_tickets", "ops", "priors", "restore", "tasks"]
 
 if TYPE_CHECKING:
     from lipfast import ops as ops
     from lipfast import priors as priors
     from lipfast import restore as restore
     from lipfast import tasks as tasks
+    from lipfast.ops import SparseWeight as SparseWeight
     from lipfast.search import find_tickets as find_tickets
     from lipfast.tickets import Ticket as Ticket
 

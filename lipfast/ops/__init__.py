@@ -1,16 +1,24 @@
 """The seam: every kernel of lipfast is called through the functions named here."""
 
+from lipfast.ops.lane_conv import ConvForm, LaneConv
+from lipfast.ops.lanes import LaneMap
 from lipfast.ops.pack import gather_kept, scatter_kept
 from lipfast.ops.rewind import Rewound, prune_rewind_pack
 from lipfast.ops.select import prune_smallest
+from lipfast.ops.sparse_conv import SparseWeight, sparse_conv2d
 from lipfast.ops.step import adam_step, sgd_step
 
 __all__ = [
+    "ConvForm",
+    "LaneConv",
+    "LaneMap",
     "Rewound",
+    "SparseWeight",
     "adam_step",
     "gather_kept",
     "prune_rewind_pack",
     "prune_smallest",
     "scatter_kept",
     "sgd_step",
+    "sparse_conv2d",
 ]

@@ -1,6 +1,9 @@
 """Tensors to the CPU kernels. What the seam checked is not checked again, except by the bindings for safety."""
 
-from collections.abc import Sequence
+import collections
+import functools
+import threading
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import lipfast._C as _C
+from lipfast.ops._padding import is_channels_last
+from lipfast.ops.lane_conv import ConvForm, LaneConv, asked_kernel
+from lipfast.ops.lanes import LaneMap
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
@@ -105,3 +111,127 @@ def sgd_step(
     """See ``lipfast.ops.sgd_step``."""
     arrays = (_array(values), _array(gradient), _array(momentum_buffer))
     _C.sgd_step(*arrays, step, lr, momentum, dampening, weight_decay, nesterov, torch.get_num_threads())
+
+
+class _ConvPlan:
+    """A `LaneConv` with the maps that carry ordinary tensors through it, for one pattern of kept weights."""
+
+    def __init__(self, positions: Tensor, form: ConvForm, shape: torch.Size, x_shape: torch.Size) -> None:
+        mask = torch.zeros(shape.numel(), dtype=torch.bool)
+        mask[positions] = True
+        self.positions = positions.clone()
+        self.conv = LaneConv(form, mask.view(shape), x_shape[0], x_shape[2], x_shape[3])
+        self.lock = threading.Lock()
+        self._maps: dict[str, LaneMap] = {}
+
+    def map(self, name: str) -> LaneMap:
+        """The map called ``x``, ``y``, ``dx`` or ``dy``, allocated when first used."""
+        if name not in self._maps:
+            make = (
+                self.conv.input_map if "x" in name else functools.partial(self.conv.output_map, self.conv.gradient_halo)
+            )
+            self._maps[name] = make()
+        return self._maps[name]
+
+    def load(self, name: str, tensor: Tensor) -> LaneMap:
+        """Copy an ordinary tensor into a map; padding for ``x``, zeros around ``dy``."""
+        lanes = self.map(name)
+        _C.lanes_from_plain(_array(tensor), _array(lanes.data), lanes.halo, torch.get_num_threads())
+        if name == "x":
+            self.conv.fill_input(lanes)
+        else:
+            lanes.fill_halo()
+        return lanes
+
+
+_MOST_PLANS = 128
+_plans: collections.OrderedDict[Hashable, _ConvPlan] = collections.OrderedDict()
+_plans_lock = threading.Lock()
+
+
+def _plan(positions: Tensor, shape: torch.Size, x_shape: torch.Size, form: ConvForm) -> _ConvPlan:
+    """The plan for these sizes and this pattern; building one takes as long as a few convolutions."""
+    key = (positions.data_ptr(), shape, x_shape, form, asked_kernel(), _C.isa())
+    with _plans_lock:
+        plan = _plans.get(key)
+        if plan is None or not torch.equal(plan.positions, positions):  # memory may have been used again
+            plan = _plans[key] = _ConvPlan(positions, form, shape, x_shape)
+        _plans.move_to_end(key)
+        while len(_plans) > _MOST_PLANS:
+            _plans.popitem(last=False)
+    return plan
+
+
+def _form(
+    shape: torch.Size,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    padding_mode: str,
+    dilation: int,
+    groups: int,
+) -> ConvForm:
+    kernel = (shape[2], shape[3])
+    return ConvForm(shape[0], shape[1] * groups, kernel, stride[0], padding, padding_mode, dilation, groups)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def sparse_conv2d_forward(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    shape: torch.Size,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    padding_mode: str,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    """See ``lipfast.ops.reference.sparse_conv2d_forward``."""
+    plan = _plan(positions, shape, x.shape, _form(shape, stride, padding, padding_mode, dilation, groups))
+    with plan.lock:
+        y = plan.map("y")
+        plan.conv.forward(values, bias, plan.load("x", x), y)
+        return y.to_tensor(_memory_format(x))
+
+
+def sparse_conv2d_input_gradient(
+    dy: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    shape: torch.Size,
+    input_size: torch.Size,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    padding_mode: str,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    """See ``lipfast.ops.reference.sparse_conv2d_input_gradient``."""
+    plan = _plan(positions, shape, input_size, _form(shape, stride, padding, padding_mode, dilation, groups))
+    with plan.lock:
+        dx = plan.map("dx")
+        plan.conv.input_gradient(values, plan.load("dy", dy), dx)
+        return dx.to_tensor(_memory_format(dy))
+
+
+def sparse_conv2d_weight_gradient(
+    x: Tensor,
+    dy: Tensor,
+    positions: Tensor,
+    shape: torch.Size,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    padding_mode: str,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    """See ``lipfast.ops.reference.sparse_conv2d_weight_gradient``."""
+    plan = _plan(positions, shape, x.shape, _form(shape, stride, padding, padding_mode, dilation, groups))
+    gradient = torch.empty(len(positions))
+    with plan.lock:
+        plan.conv.weight_gradient(plan.load("x", x), plan.load("dy", dy), gradient, None)
+    return gradient

@@ -134,10 +134,13 @@ def sparse_conv2d_forward(
     stride: tuple[int, int],
     padding: tuple[int, int],
     padding_mode: str,
+    dilation: int = 1,
+    groups: int = 1,
 ) -> Tensor:
     """Convolve ``x`` with the weight of ``shape`` whose kept ``values`` sit at flat ``positions`` (ascending)."""
     padded = _padding.pad(x, padding, padding_mode)
-    return torch.nn.functional.conv2d(padded, _dense(values, positions, shape), bias, stride)
+    weight = _dense(values, positions, shape)
+    return torch.nn.functional.conv2d(padded, weight, bias, stride, dilation=dilation, groups=groups)
 
 
 def sparse_conv2d_input_gradient(
@@ -149,11 +152,15 @@ def sparse_conv2d_input_gradient(
     stride: tuple[int, int],
     padding: tuple[int, int],
     padding_mode: str,
+    dilation: int = 1,
+    groups: int = 1,
 ) -> Tensor:
     """Gradient for ``x`` of ``input_size``, given the gradient ``dy`` of the output."""
     padded_size = (*input_size[:2], input_size[2] + 2 * padding[0], input_size[3] + 2 * padding[1])
     weight = _dense(values, positions, shape)
-    padded: Tensor = conv2d_input(padded_size, weight, dy, stride)  # type: ignore[no-untyped-call]
+    padded: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
+        padded_size, weight, dy, stride, dilation=dilation, groups=groups
+    )
     return _padding.fold(padded, input_size, padding, padding_mode)
 
 
@@ -165,8 +172,12 @@ def sparse_conv2d_weight_gradient(
     stride: tuple[int, int],
     padding: tuple[int, int],
     padding_mode: str,
+    dilation: int = 1,
+    groups: int = 1,
 ) -> Tensor:
     """``(kept,)``: gradient of each kept weight, given the gradient ``dy`` of the output."""
     padded = _padding.pad(x, padding, padding_mode)
-    dense: Tensor = conv2d_weight(padded, shape, dy, stride)  # type: ignore[no-untyped-call]
+    dense: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
+        padded, shape, dy, stride, dilation=dilation, groups=groups
+    )
     return dense.reshape(-1)[positions]

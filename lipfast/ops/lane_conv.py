@@ -1,0 +1,196 @@
+"""One convolution on maps that stay in the lane layout."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import lipfast._C as _C
+from lipfast.errors import ConfigError, InputError
+from lipfast.ops.lanes import GRID, PADDING_MODES, LaneMap, empty
+
+KERNELS = {"auto": 0, "sparse": 1, "winograd": 2, "dense": 3}
+
+
+def asked_kernel(kernel: str | None = None) -> str:
+    """The kernel to run: the argument, else ``LIPFAST_KERNEL``, else ``auto`` (the cost model chooses)."""
+    name = kernel or os.environ.get("LIPFAST_KERNEL") or "auto"
+    if name not in KERNELS:
+        raise ConfigError(f"convolution kernel {name!r} is unknown; use one of {', '.join(KERNELS)}")
+    return name
+
+
+@dataclass(frozen=True)
+class ConvForm:
+    """What a convolution is, apart from its weights; sizes as in ``torch.nn.Conv2d``."""
+
+    out_channels: int
+    in_channels: int
+    kernel: tuple[int, int]
+    stride: int = 1
+    padding: tuple[int, int] = (0, 0)
+    padding_mode: str = "zeros"
+    dilation: int = 1
+    groups: int = 1
+
+    def out_size(self, height: int, width: int) -> tuple[int, int]:
+        """Pixels of the output for an input of ``height`` x ``width``."""
+        rows, columns = (
+            (side + 2 * pad - self.dilation * (kernel - 1) - 1) // self.stride + 1
+            for side, pad, kernel in zip((height, width), self.padding, self.kernel, strict=True)
+        )
+        return rows, columns
+
+
+def _block(side: int, out_side: int, stride: int) -> int:
+    """Pixels of an output block, such that blocks ``stride`` times as large hold the input."""
+    return max(-(-out_side // GRID), -(-side // (GRID * stride)))
+
+
+class LaneConv:
+    """Forward, input gradient and weight gradient of one convolution, weights packed.
+
+    ``values`` are the kept weights of ``(out, in / groups, kh, kw)`` in row-major order, all of them where ``mask`` is
+    None. Maps are `LaneMap` of the sizes given here. The object keeps its scratch memory, so one call at a time.
+
+    Args:
+        form: the convolution.
+        mask: bool of the weight's shape, True where a weight is kept; None is dense.
+        batch, height, width: of the input.
+        kernel: ``auto``, ``sparse``, ``winograd`` or ``dense``; None reads ``LIPFAST_KERNEL``. A kernel that cannot do
+            the layer (Winograd other than 3x3, stride 1, padding 1) leaves the choice to the cost model.
+        exact: never Winograd, whose rounding error is a few times larger (relative 1e-6 instead of 3e-7).
+
+    Raises:
+        InputError: sizes that do not fit together; the message names them.
+    """
+
+    def __init__(
+        self,
+        form: ConvForm,
+        mask: Tensor | None,
+        batch: int,
+        height: int,
+        width: int,
+        *,
+        kernel: str | None = None,
+        exact: bool = False,
+    ) -> None:
+        if form.padding_mode not in PADDING_MODES:
+            raise InputError(f"padding_mode {form.padding_mode!r} is unknown; use one of {', '.join(PADDING_MODES)}")
+        if form.padding_mode != "zeros" and form.padding[0] != form.padding[1]:
+            raise InputError(f"conv: {form.padding_mode} padding differs by side, {form.padding}; pad the input first")
+        self.form, self.batch, self.height, self.width = form, batch, height, width
+        self.out_height, self.out_width = form.out_size(height, width)
+        if min(batch, self.out_height, self.out_width) < 1:
+            raise InputError(f"conv: {batch} pictures of {height} x {width} pixels leave no output with {form}")
+        self.out_block = (
+            _block(height, self.out_height, form.stride),
+            _block(width, self.out_width, form.stride),
+        )
+        self.in_block = (form.stride * self.out_block[0], form.stride * self.out_block[1])
+        choice = KERNELS[asked_kernel(kernel)]
+        bytes_ = None if mask is None else mask.contiguous().view(torch.uint8).numpy()
+        try:
+            self._conv = _C.Conv(
+                form.out_channels,
+                form.in_channels,
+                form.groups,
+                form.kernel,
+                form.stride,
+                form.dilation,
+                form.padding,
+                PADDING_MODES[form.padding_mode],
+                (batch, height, width),
+                self.out_block,
+                bytes_,
+                choice,
+                exact,
+            )
+        except ValueError as wrong:
+            raise InputError(str(wrong)) from None
+        self._scratch: dict[int, Tensor] = {}
+
+    @property
+    def kept(self) -> int:
+        """How many weights are kept."""
+        return int(self._conv.kept)
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """What runs each direction: sparse, winograd or dense."""
+        return dict(zip(("forward", "input_gradient", "weight_gradient"), self._conv.kernels, strict=True))
+
+    @property
+    def in_halo(self) -> int:
+        """Halo that an input map needs."""
+        return int(max(0, self._conv.input_halo, *self.form.padding))
+
+    @property
+    def gradient_halo(self) -> int:
+        """Halo that an output gradient needs, filled with zeros."""
+        return int(self._conv.gradient_halo)
+
+    def input_map(self) -> LaneMap:
+        """A map to hold the input, or its gradient."""
+        return LaneMap.allocate(self.batch, self.form.in_channels, self.height, self.width, self.in_halo, self.in_block)
+
+    def output_map(self, halo: int = 0) -> LaneMap:
+        """A map to hold the output (any halo) or its gradient (``gradient_halo``)."""
+        return LaneMap.allocate(
+            self.batch, self.form.out_channels, self.out_height, self.out_width, halo, self.out_block
+        )
+
+    def fill_input(self, x: LaneMap) -> None:
+        """Write the padding into the halo of an input map."""
+        x.fill_halo(self.form.padding_mode, 0 if self.form.padding_mode == "zeros" else self.form.padding[0])
+
+    def forward(self, values: Tensor, bias: Tensor | None, x: LaneMap, y: LaneMap) -> None:
+        """``y = conv(x) + bias``; the halo of ``x`` is filled, only pixels of ``y`` are written."""
+        threads = torch.get_num_threads()
+        self._conv.forward(
+            values.detach().numpy(),
+            None if bias is None else bias.detach().numpy(),
+            x.data.numpy(),
+            x.halo,
+            y.data.numpy(),
+            y.halo,
+            self._scratch_for(threads),
+            threads,
+        )
+
+    def input_gradient(self, values: Tensor, dy: LaneMap, dx: LaneMap) -> None:
+        """Gradient for the input; halo and dead pixels of ``dy`` hold zeros, the halo of ``dx`` is destroyed."""
+        threads = torch.get_num_threads()
+        self._conv.input_gradient(
+            values.detach().numpy(),
+            dy.data.numpy(),
+            dy.halo,
+            dx.data.numpy(),
+            dx.halo,
+            self._scratch_for(threads),
+            threads,
+        )
+
+    def weight_gradient(self, x: LaneMap, dy: LaneMap, dvalues: Tensor, dbias: Tensor | None) -> None:
+        """Gradients for the kept values ``(kept,)`` and the bias, overwritten; dead pixels of ``dy`` hold zeros."""
+        threads = torch.get_num_threads()
+        self._conv.weight_gradient(
+            x.data.numpy(),
+            x.halo,
+            dy.data.numpy(),
+            dy.halo,
+            dvalues.numpy(),
+            None if dbias is None else dbias.numpy(),
+            self._scratch_for(threads),
+            threads,
+        )
+
+    def _scratch_for(self, threads: int) -> NDArray[Any]:
+        if threads not in self._scratch:
+            self._scratch = {threads: empty(self._conv.scratch_floats(threads))}
+        scratch: NDArray[Any] = self._scratch[threads].numpy()
+        return scratch

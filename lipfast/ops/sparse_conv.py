@@ -1,0 +1,273 @@
+"""Convolution with a weight most of whose entries are zero, and stay zero."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipfast.errors import InputError
+from lipfast.ops import _dispatch, _padding
+
+
+@dataclass(frozen=True)
+class SparseWeight:
+    """The kept entries of a convolution's weight.
+
+    Attributes:
+        values: ``(kept,)`` float32 in row-major order of the dense weight; may require gradients or be a parameter.
+        positions: ``(kept,)`` int64, ascending flat indices of the kept entries.
+        shape: of the dense weight, ``(out, in / groups, kernel rows, kernel columns)``.
+    """
+
+    values: Tensor
+    positions: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, mask: Tensor | None = None) -> "SparseWeight":
+        """Pack a dense weight: what ``mask`` keeps, or what is not zero.
+
+        Args:
+            weight: ``(out, in / groups, kh, kw)``, any float dtype. Gradients flow back to it.
+            mask: bool of the same shape, True = kept; None keeps the non-zero entries.
+
+        Raises:
+            InputError: not four axes, or a mask of another shape or dtype.
+        """
+        if weight.dim() != 4:
+            raise InputError(
+                f"SparseWeight.from_dense: a convolution's weight has 4 axes, got shape {tuple(weight.shape)}"
+            )
+        if mask is None:
+            mask = weight.detach() != 0
+        elif mask.shape != weight.shape or mask.dtype != torch.bool:
+            raise InputError(
+                f"SparseWeight.from_dense: expected a bool mask of shape {tuple(weight.shape)}, "
+                f"got {mask.dtype} {tuple(mask.shape)}"
+            )
+        positions = mask.reshape(-1).nonzero().squeeze(1)
+        return cls(weight.reshape(-1)[positions], positions, weight.shape)
+
+    def to_dense(self) -> Tensor:
+        """The dense weight, exact zeros where nothing is kept; differentiable."""
+        return self.values.new_zeros(self.shape.numel()).index_copy(0, self.positions, self.values).view(self.shape)
+
+    @property
+    def density(self) -> float:
+        """Share of kept entries."""
+        return len(self.positions) / max(1, self.shape.numel())
+
+
+def sparse_conv2d(
+    x: Tensor,
+    weight: SparseWeight,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    padding_mode: str = "zeros",
+    dilation: int = 1,
+    groups: int = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``torch.nn.functional.conv2d`` with a packed weight; gradients for the kept entries only.
+
+    On the CPU it converts to the lane layout and back (see docs/lanes.md); for maps that stay there use
+    `lipfast.ops.LaneConv`. The output has the memory format of ``x``. float32 runs the kernels; other dtypes run
+    the reference. Strides that differ by axis run the reference as well.
+
+    Args:
+        x: ``(batch, in, height, width)``, NCHW or channels_last.
+        weight: see `SparseWeight`; ``values`` on the device and of the dtype of ``x``.
+        bias: ``(out,)`` or None.
+        stride, padding: one number or one for each axis. dilation, groups: as in torch.
+        padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
+        backend: run exactly this implementation; None lets the seam choose.
+
+    Returns:
+        ``(batch, out, out height, out width)``.
+
+    Raises:
+        InputError: an argument breaks the lines above; the message names it.
+        BackendError: ``backend`` cannot run here.
+
+    Double backward is refused by torch: the gradient has no gradient of its own.
+    Source: the layout and kernels are this project's (docs/kernels.md).
+    """
+    stride, padding = _pair("stride", stride), _pair("padding", padding)
+    _check(x, weight, bias, stride, padding, padding_mode, dilation, groups)
+    if padding_mode != "zeros" and padding[0] != padding[1]:
+        x, padding, padding_mode = _padding.pad(x, padding, padding_mode), (0, 0), "zeros"
+    if backend is None and (x.dtype != torch.float32 or stride[0] != stride[1]):
+        backend = "reference"
+    form = (list(weight.shape), list(stride), list(padding), padding_mode, dilation, groups)
+    y: Tensor = _conv(x, weight.values, weight.positions, bias, *form, backend)
+    return y
+
+
+def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2:
+        raise InputError(f"sparse_conv2d: {name} is one number or two, got {value}")
+    return pair[0], pair[1]
+
+
+def _check(
+    x: Tensor,
+    weight: SparseWeight,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    padding_mode: str,
+    dilation: int,
+    groups: int,
+) -> None:
+    out, per_group, *kernel = weight.shape
+    if x.dim() != 4 or x.shape[1] != per_group * groups or out % groups:
+        raise InputError(
+            f"sparse_conv2d: a weight of {tuple(weight.shape)} with {groups} groups takes "
+            f"(batch, {per_group * groups}, height, width), got {tuple(x.shape)}"
+        )
+    if weight.values.dtype != x.dtype or weight.values.device != x.device:
+        raise InputError(
+            f"sparse_conv2d: values are {weight.values.dtype} on {weight.values.device}, "
+            f"x is {x.dtype} on {x.device}; convert one of them"
+        )
+    if bias is not None and (bias.shape != (out,) or bias.dtype != x.dtype):
+        raise InputError(f"sparse_conv2d: bias must be ({out},) {x.dtype}, got {tuple(bias.shape)} {bias.dtype}")
+    if min(*stride, dilation, groups) < 1 or min(padding) < 0:
+        raise InputError(f"sparse_conv2d: stride {stride}, dilation {dilation}, padding {padding} are out of range")
+    if padding_mode not in _padding.MODES:
+        raise InputError(f"sparse_conv2d: padding_mode {padding_mode!r} is unknown; use {', '.join(_padding.MODES)}")
+    limit = {"reflect": -1, "circular": 0}.get(padding_mode)
+    for side, pad, taps in zip(x.shape[2:], padding, kernel, strict=True):
+        if limit is not None and pad > side + limit:
+            raise InputError(f"sparse_conv2d: {padding_mode} padding of {pad} is too large for a side of {side} pixels")
+        if side + 2 * pad < dilation * (taps - 1) + 1:
+            raise InputError(
+                f"sparse_conv2d: {tuple(x.shape[2:])} pixels with padding {padding} are smaller than the kernel"
+            )
+
+
+Form = tuple[torch.Size, tuple[int, int], tuple[int, int], str]
+
+
+def _run(op: str, device: torch.device, backend: str | None, dilation: int, groups: int, *args: Any) -> Tensor:
+    name, function = _dispatch.pick(op, device, backend)
+    if (dilation, groups) == (1, 1):
+        return function(*args)  # type: ignore[no-any-return]
+    if name in ("cuda", "triton"):  # their kernels have neither
+        function = _dispatch.pick(op, device, "reference")[1]
+    return function(*args, dilation, groups)  # type: ignore[no-any-return]
+
+
+def _tuples(shape: list[int], stride: list[int], padding: list[int], mode: str) -> Form:
+    return torch.Size(shape), (stride[0], stride[1]), (padding[0], padding[1]), mode
+
+
+@torch.library.custom_op("lipfast::sparse_conv2d", mutates_args=())
+def _conv(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    bias: Tensor | None,
+    shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    padding_mode: str,
+    dilation: int,
+    groups: int,
+    backend: str | None,
+) -> Tensor:
+    size, *form = _tuples(shape, stride, padding, padding_mode)
+    args = (x, values.contiguous(), positions, size, bias, *form)
+    return _run("sparse_conv2d_forward", x.device, backend, dilation, groups, *args)
+
+
+@torch.library.custom_op("lipfast::sparse_conv2d_input_gradient", mutates_args=())
+def _input_gradient(
+    dy: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    input_size: list[int],
+    shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    padding_mode: str,
+    dilation: int,
+    groups: int,
+    backend: str | None,
+) -> Tensor:
+    size, *form = _tuples(shape, stride, padding, padding_mode)
+    args = (dy, values.contiguous(), positions, size, torch.Size(input_size), *form)
+    return _run("sparse_conv2d_input_gradient", dy.device, backend, dilation, groups, *args)
+
+
+@torch.library.custom_op("lipfast::sparse_conv2d_weight_gradient", mutates_args=())
+def _weight_gradient(
+    x: Tensor,
+    dy: Tensor,
+    positions: Tensor,
+    shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    padding_mode: str,
+    dilation: int,
+    groups: int,
+    backend: str | None,
+) -> Tensor:
+    size, *form = _tuples(shape, stride, padding, padding_mode)
+    return _run("sparse_conv2d_weight_gradient", x.device, backend, dilation, groups, x, dy, positions, size, *form)
+
+
+@_conv.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    bias: Tensor | None,
+    shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    padding_mode: str,
+    dilation: int,
+    groups: int,
+    backend: str | None,
+) -> Tensor:
+    rows, columns = (
+        (side + 2 * pad - dilation * (kernel - 1) - 1) // step + 1
+        for side, pad, kernel, step in zip(x.shape[2:], padding, shape[2:], stride, strict=True)
+    )
+    like = torch.channels_last if _padding.is_channels_last(x) else torch.contiguous_format
+    return x.new_empty((x.shape[0], shape[0], rows, columns)).contiguous(memory_format=like)
+
+
+@_input_gradient.register_fake
+def _(dy: Tensor, values: Tensor, positions: Tensor, input_size: list[int], *form: Any) -> Tensor:
+    like = torch.channels_last if _padding.is_channels_last(dy) else torch.contiguous_format
+    return dy.new_empty(input_size).contiguous(memory_format=like)
+
+
+@_weight_gradient.register_fake
+def _(x: Tensor, dy: Tensor, positions: Tensor, *form: Any) -> Tensor:
+    return x.new_empty(positions.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, positions, bias, *ctx.form = inputs
+    ctx.save_for_backward(x, values, positions)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, values, positions = ctx.saved_tensors
+    needs_x, needs_values, _, needs_bias, *_ = ctx.needs_input_grad
+    dx = _input_gradient(dy, values, positions, list(x.shape), *ctx.form) if needs_x else None
+    dvalues = _weight_gradient(x, dy, positions, *ctx.form) if needs_values else None
+    dbias = dy.sum((0, 2, 3)) if ctx.has_bias and needs_bias else None
+    return (dx, dvalues, None, dbias, *[None] * len(ctx.form))
+
+
+_conv.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,110 @@
+"""The lane layout, against torch's own padding and slicing."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import lipfast._C as _C
+from lipfast.errors import InputError
+from lipfast.ops.lanes import GRID, LANES, PADDING_MODES, LaneMap
+
+SIZES = [(1, 1), (2, 3), (4, 4), (5, 7), (8, 8), (13, 33), (16, 64), (67, 70)]  # either side of the 4 x 4 grid
+BORDERS = [(0, 0), (1, 1), (2, 1), (3, 3)]  # halo, padding
+
+
+@pytest.fixture(params=_C.available_isas(), autouse=True)
+def isa(request):
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+def allowed(mode: str, pad: int, size: tuple[int, int]) -> bool:
+    most = {"reflect": min(size) - 1, "circular": min(size)}.get(mode, pad)
+    return pad <= most
+
+
+def pad(x: Tensor, width: int, mode: str) -> Tensor:
+    return functional.pad(x, [width] * 4, mode="constant" if mode == "zeros" else mode) if width else x
+
+
+def expected(x: Tensor, halo: int, mode: str, width: int, block: tuple[int, int]) -> Tensor:
+    """Each lane cut out of the padded picture, which zeros surround."""
+    margin = GRID * max(block) + halo
+    around = functional.pad(pad(x, width, mode), [margin] * 4)
+    start = margin + width
+    lanes = []
+    for lane in range(LANES):
+        top, left = start + lane // GRID * block[0] - halo, start + lane % GRID * block[1] - halo
+        lanes.append(around[:, :, top : top + block[0] + 2 * halo, left : left + block[1] + 2 * halo])
+    return torch.stack(lanes, dim=-1)
+
+
+@pytest.mark.parametrize("mode", PADDING_MODES)
+@pytest.mark.parametrize(("halo", "width"), BORDERS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_lane_is_its_block_with_its_neighbours_around(size, halo, width, mode):
+    if not allowed(mode, width, size):
+        with pytest.raises(ValueError, match=f"padding of {width} pixels is more than a picture"):
+            LaneMap.from_tensor(torch.randn(1, 1, *size), halo, mode, width)
+        return
+    x = torch.randn(2, 3, *size)
+    block = (-(-size[0] // GRID), -(-size[1] // GRID))
+    want = expected(x, halo, mode, width, block)
+    for view in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+        lanes = LaneMap.from_tensor(view, halo, mode, width)
+        assert torch.equal(lanes.data, want)
+        assert torch.equal(lanes.to_tensor(), x)
+        assert torch.equal(lanes.to_tensor(torch.channels_last), x)
+
+
+@pytest.mark.parametrize(("size", "mode"), [(s, m) for s in SIZES for m in PADDING_MODES if allowed(m, 1, s)])
+def test_folding_is_the_transpose_of_padding(size, mode):
+    width = 1
+    block = (-(-size[0] // GRID), -(-size[1] // GRID))
+    gradient = torch.randn(2, 3, size[0] + 2 * width, size[1] + 2 * width)
+    lanes = LaneMap.allocate(2, 3, *size, width, block)
+    margin = GRID * max(block) + width
+    around = functional.pad(gradient, [margin] * 4)
+    for lane in range(LANES):
+        top = margin + width + lane // GRID * block[0] - width
+        left = margin + width + lane % GRID * block[1] - width
+        lanes.data[..., lane] = around[:, :, top : top + block[0] + 2 * width, left : left + block[1] + 2 * width]
+    lanes.fold_halo(mode, width)
+    x = torch.zeros(2, 3, *size, requires_grad=True)
+    pad(x, width, mode).backward(gradient)
+    assert torch.allclose(lanes.to_tensor(), x.grad, atol=1e-5)  # at most 9 numbers of size 1 are added
+
+
+def test_blocks_larger_than_a_quarter():
+    x = torch.randn(1, 2, 9, 10)
+    assert torch.equal(LaneMap.from_tensor(x, 1, "reflect", 1, (6, 4)).data, expected(x, 1, "reflect", 1, (6, 4)))
+
+
+def test_a_channel_slice_is_a_map():
+    whole = LaneMap.allocate(1, 5, 8, 8)
+    x = torch.randn(1, 2, 8, 8)
+    part = LaneMap(whole.data[:, 2:4], 8, 8, 0)
+    part.data.copy_(LaneMap.from_tensor(x).data)
+    assert torch.equal(part.to_tensor(), x)
+    assert whole.to_tensor()[:, [0, 1, 4]].abs().max() == 0
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(2, 3, 4), torch.zeros(1, 1, 4, 4, dtype=torch.float64)])
+def test_other_tensors_are_refused_by_what_they_are(bad):
+    with pytest.raises(InputError, match="expected 4-D float32 on cpu"):
+        LaneMap.from_tensor(bad)
+
+
+def test_bindings_refuse_what_a_kernel_would_trust():
+    x, lanes = torch.zeros(1, 1, 8, 8), LaneMap.allocate(1, 1, 8, 8).data
+    with pytest.raises(ValueError, match="expected float32 with 4 axes, got float64"):
+        _C.lanes_from_plain(x.double().numpy(), lanes.numpy(), 0, 1)
+    with pytest.raises(ValueError, match="cannot hold 8 x 8 pixels"):
+        _C.lanes_from_plain(x.numpy(), lanes[:, :, :1].contiguous().numpy(), 0, 1)
+    with pytest.raises(ValueError, match="vectors must be 64-byte aligned"):
+        _C.lanes_from_plain(x.numpy(), torch.zeros(65)[1:].view(1, 1, 2, 2, 16).numpy(), 0, 1)
+    with pytest.raises(ValueError, match="does not fit in a halo of 0"):
+        _C.fill_halo(lanes.numpy(), 8, 8, 0, 0, 1, 1)

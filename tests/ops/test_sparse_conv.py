@@ -1,0 +1,298 @@
+"""Sparse convolution: every instruction set and kernel against torch in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+import lipfast._C as _C
+from lipfast.errors import ConfigError, InputError
+from lipfast.ops import ConvForm, LaneConv, LaneMap, SparseWeight, sparse_conv2d
+from lipfast.ops.lane_conv import KERNELS
+
+ISAS = _C.available_isas()
+# Direct float32 sums of n products err by about eps * sqrt(n): 6e-8 * sqrt(6272) = 5e-6 for 7x7 over 128 channels;
+# Winograd's transforms multiply that by 3. Relative to the norm of the answer.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+def draw(form: ConvForm, size: tuple[int, int], batch: int, density: float, seed: int = 0):
+    """Input, weight, mask, bias for a form."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, form.in_channels, *size, generator=generator)
+    weight = torch.randn(form.out_channels, form.in_channels // form.groups, *form.kernel, generator=generator)
+    mask = torch.rand(weight.shape, generator=generator) < density
+    return x, weight * mask, mask, torch.randn(form.out_channels, generator=generator)
+
+
+def torch_gradients(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, form: ConvForm, dy: Tensor | None = None):
+    """Output and gradients by torch in float64; ``dy`` is drawn when absent."""
+    x, weight, bias = (t.double().requires_grad_() for t in (x, weight, bias))
+    rows, columns = form.padding
+    mode = "constant" if form.padding_mode == "zeros" else form.padding_mode
+    padded = functional.pad(x, (columns, columns, rows, rows), mode=mode) if rows or columns else x
+    y = functional.conv2d(padded, weight, bias, form.stride, dilation=form.dilation, groups=form.groups)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) if dy is None else dy
+    y.backward(dy.double())
+    return (y.detach(), x.grad, weight.grad[mask], bias.grad), dy
+
+
+def close(got: Tensor, want: Tensor) -> bool:
+    scale = max(
+        float(want.norm()), want.numel() ** 0.5
+    )  # inputs are of size 1, so an answer of zeros may err as ones do
+    return float((got - want).norm()) <= TOLERANCE * scale
+
+
+def on_lanes(x, weight, mask, bias, form, dy, kernel="auto", exact=False):
+    """The four results by the kernels, on lane maps."""
+    conv = LaneConv(form, mask, x.shape[0], *x.shape[2:], kernel=kernel, exact=exact)
+    values = weight[mask]
+    xs, ys, dxs = conv.input_map(), conv.output_map(halo=1), conv.input_map()
+    xs.data.copy_(LaneMap.from_tensor(x, xs.halo, block=conv.in_block).data)
+    conv.fill_input(xs)
+    conv.forward(values, bias, xs, ys)
+    dys = LaneMap.from_tensor(dy, conv.gradient_halo, block=conv.out_block)
+    conv.input_gradient(values, dys, dxs)
+    dvalues, dbias = torch.full((conv.kept,), torch.nan), torch.full((form.out_channels,), torch.nan)
+    conv.weight_gradient(xs, dys, dvalues, dbias)
+    return conv, (ys.to_tensor(), dxs.to_tensor(), dvalues, dbias)
+
+
+def form(out, into, kernel, stride=1, padding=None, mode="zeros", dilation=1, groups=1) -> ConvForm:
+    kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    padding = padding or tuple(dilation * (k - 1) // 2 for k in kernel)
+    return ConvForm(out, into, kernel, stride, padding, mode, dilation, groups)
+
+
+FORMS = {
+    "1x1": (form(17, 33, 1), (16, 20), 1),
+    "3x3": (form(20, 18, 3), (33, 40), 3),
+    "3x3 reflect": (form(5, 7, 3, mode="reflect"), (17, 13), 1),
+    "3x3 replicate, smaller than the lanes": (form(9, 4, 3, mode="replicate"), (3, 2), 1),
+    "3x3 circular": (form(4, 3, 3, mode="circular"), (16, 16), 17),
+    "3x3 one pixel": (form(3, 2, 3), (1, 1), 2),
+    "3x3 stride 2 reflect": (form(12, 9, 3, stride=2, mode="reflect"), (32, 34), 1),
+    "3x3 stride 2 odd": (form(6, 5, 3, stride=2), (15, 33), 3),
+    "3x3 stride 3": (form(6, 5, 3, stride=3), (19, 20), 1),
+    "5x5": (form(6, 5, 5), (16, 18), 1),
+    "7x7 stride 2, as ResNet's first": (form(16, 3, 7, stride=2), (40, 40), 1),
+    "2x2 without padding": (form(8, 8, 2, stride=2, padding=(0, 0)), (16, 15), 1),
+    "3x1": (form(4, 4, (3, 1)), (9, 11), 1),
+    "wide padding": (form(4, 4, 3, padding=(3, 3), mode="reflect"), (8, 9), 1),
+    "dilated": (form(4, 6, 3, dilation=2), (20, 20), 1),
+    "grouped": (form(8, 6, 3, groups=2), (12, 12), 1),
+    "valid": (form(4, 4, 3, padding=(0, 0)), (18, 18), 1),
+}
+
+
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("name", FORMS)
+def test_equals_torch_on_every_instruction_set(isa, name, density):
+    conv_form, size, batch = FORMS[name]
+    x, weight, mask, bias = draw(conv_form, size, batch, density)
+    want, dy = torch_gradients(x, weight, mask, bias, conv_form)
+    for kernel in KERNELS:
+        conv, got = on_lanes(x, weight, mask, bias, conv_form, dy, kernel)
+        for what, a, b in zip(("y", "dx", "dw", "db"), got, want, strict=True):
+            assert close(a, b), (what, kernel, conv.kernels)
+
+
+def test_one_weight_and_empty_rows(isa):
+    conv_form = form(6, 5, 3)
+    x, _, mask, bias = draw(conv_form, (12, 16), 1, 0.0)
+    mask[4, 2, 0, 1] = True
+    weight = torch.where(mask, 1.5, 0.0)
+    want, dy = torch_gradients(x, weight, mask, bias, conv_form)
+    _, got = on_lanes(x, weight, mask, bias, conv_form, dy, "sparse")
+    assert all(close(a, b) for a, b in zip(got, want, strict=True))
+
+
+@st.composite
+def convolutions(drawing):
+    groups = drawing(st.sampled_from([1, 1, 1, 2]))
+    kernel = drawing(st.sampled_from([1, 2, 3, 3, 5]))
+    dilation = drawing(st.sampled_from([1, 1, 2]))
+    size = drawing(st.tuples(st.integers(1, 24), st.integers(1, 24)))
+    pad = drawing(st.integers(0, 3))
+    mode = drawing(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    most = {"reflect": min(size) - 1, "circular": min(size)}.get(mode, pad)
+    pad = min(pad, most)
+    if min(size) + 2 * pad < dilation * (kernel - 1) + 1:
+        mode, pad = "zeros", dilation * (kernel - 1)
+    channels = drawing(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    stride = drawing(st.integers(1, 3))
+    conv_form = form(channels[0] * groups, channels[1] * groups, kernel, stride, (pad, pad), mode, dilation, groups)
+    return conv_form, size, drawing(st.integers(1, 3)), drawing(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(convolutions(), st.sampled_from(ISAS), st.sampled_from(list(KERNELS)))
+def test_any_convolution_equals_torch(case, isa, kernel):
+    conv_form, size, batch, density = case
+    x, weight, mask, bias = draw(conv_form, size, batch, density)
+    want, dy = torch_gradients(x, weight, mask, bias, conv_form)
+    before = _C.isa()
+    _C.set_isa(isa)
+    try:
+        _, got = on_lanes(x, weight, mask, bias, conv_form, dy, kernel)
+    finally:
+        _C.set_isa(before)
+    assert all(close(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("density", [0.1, 1.0])
+def test_same_bits_for_any_number_of_threads(density):
+    conv_form = form(24, 20, 3, mode="reflect")
+    x, weight, mask, bias = draw(conv_form, (33, 36), 2, density)
+    dy = torch.randn(2, 24, 33, 36)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(on_lanes(x, weight, mask, bias, conv_form, dy)[1])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_the_choice_can_be_asked_and_overridden(monkeypatch):
+    conv_form = form(64, 64, 3)
+    few, most = (draw(conv_form, (64, 64), 1, density)[2] for density in (0.05, 0.9))
+    assert set(LaneConv(conv_form, few, 1, 64, 64).kernels.values()) == {"sparse"}
+    assert set(LaneConv(conv_form, most, 1, 64, 64).kernels.values()) == {"winograd"}
+    assert "winograd" not in LaneConv(conv_form, most, 1, 64, 64, exact=True).kernels.values()
+    for kernel in ("sparse", "winograd", "dense"):
+        monkeypatch.setenv("LIPFAST_KERNEL", kernel)
+        assert set(LaneConv(conv_form, most, 1, 64, 64).kernels.values()) == {kernel}
+    monkeypatch.setenv("LIPFAST_KERNEL", "fast")
+    with pytest.raises(ConfigError, match="kernel 'fast' is unknown; use one of auto, sparse, winograd, dense"):
+        LaneConv(conv_form, most, 1, 64, 64)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["3x3", "3x3 stride 2 reflect", "1x1", "grouped", "dilated"])
+def test_the_operator_and_its_gradients_equal_torch(name, memory_format):
+    conv_form, size, batch = FORMS[name]
+    x, weight, mask, bias = draw(conv_form, size, batch, 0.2)
+    want, dy = torch_gradients(x, weight, mask, bias, conv_form)
+    x = x.to(memory_format=memory_format).requires_grad_()
+    packed, bias = SparseWeight.from_dense(weight), bias.requires_grad_()
+    values = packed.values.requires_grad_()
+    y = sparse_conv2d(x, packed, bias, conv_form.stride, conv_form.padding, conv_form.padding_mode,
+                      conv_form.dilation, conv_form.groups)  # fmt: skip
+    assert y.is_contiguous(memory_format=memory_format)
+    for _ in range(2):  # a second backward finds what the first left
+        gradients = torch.autograd.grad(y, (x, values, bias), dy, retain_graph=True)
+        assert all(close(a, b) for a, b in zip((y.detach(), *gradients), want, strict=True))
+
+
+def test_gradients_by_finite_differences():
+    conv_form = form(3, 2, 3, stride=2, mode="reflect")
+    x, weight, mask, bias = (t.double() if t.is_floating_point() else t for t in draw(conv_form, (5, 6), 1, 0.5))
+    packed = SparseWeight.from_dense(weight, mask)
+
+    def run(x, values, bias):
+        return sparse_conv2d(x, SparseWeight(values, packed.positions, packed.shape), bias, 2, 1, "reflect")
+
+    inputs = (x.requires_grad_(), packed.values.detach().requires_grad_(), bias.requires_grad_())
+    assert torch.autograd.gradcheck(run, inputs)  # float64 runs the reference
+
+
+def test_operators_keep_torchs_contracts():
+    x, weight, mask, bias = draw(form(4, 3, 3), (8, 9), 1, 0.4)
+    packed = SparseWeight.from_dense(weight, mask)
+    shape, settings_ = list(packed.shape), ([1, 1], [1, 1], "zeros", 1, 1, None)
+    x.requires_grad_(), packed.values.requires_grad_(), bias.requires_grad_()
+    torch.library.opcheck(
+        torch.ops.lipfast.sparse_conv2d.default, (x, packed.values, packed.positions, bias, shape, *settings_)
+    )
+    dy, plain = torch.randn(1, 4, 8, 9), packed.values.detach()
+    torch.library.opcheck(
+        torch.ops.lipfast.sparse_conv2d_input_gradient.default,
+        (dy, plain, packed.positions, list(x.shape), shape, *settings_),
+    )
+    torch.library.opcheck(
+        torch.ops.lipfast.sparse_conv2d_weight_gradient.default,
+        (x.detach(), dy, packed.positions, shape, *settings_),
+    )
+
+
+def test_double_backward_is_refused():
+    x, weight, _, _ = draw(form(2, 2, 3), (8, 8), 1, 0.5)
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(
+        sparse_conv2d(x, SparseWeight.from_dense(weight), padding=1).square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        dx.sum().backward()
+
+
+def test_a_new_pattern_in_old_memory_is_noticed():
+    x = torch.randn(1, 1, 8, 8)
+    weight = torch.zeros(1, 1, 3, 3)
+    weight[0, 0, 1, 1] = 1.0
+    packed = SparseWeight.from_dense(weight)
+    assert torch.equal(sparse_conv2d(x, packed, padding=1), x)
+    packed.positions[0] = 5  # the same tensor, the tap to the right
+    assert torch.equal(sparse_conv2d(x, packed, padding=1)[..., :-1], x[..., 1:])
+
+
+def test_dense_form_round_trip():
+    _, weight, mask, _ = draw(form(5, 4, 3), (8, 8), 1, 0.3)
+    packed = SparseWeight.from_dense(weight, mask)
+    assert torch.equal(packed.to_dense(), weight)
+    assert len(packed.positions) == int(mask.sum())
+    assert packed.density == float(mask.sum()) / mask.numel()
+
+
+BAD = {
+    "takes (batch, 3, height, width), got (1, 4, 8, 8)": {"x": torch.zeros(1, 4, 8, 8)},
+    "x is torch.float64": {"x": torch.zeros(1, 3, 8, 8, dtype=torch.float64)},
+    "bias must be (2,) torch.float32, got (3,)": {"bias": torch.zeros(3)},
+    "padding_mode 'mirror' is unknown": {"padding_mode": "mirror"},
+    "stride (0, 0)": {"stride": 0},
+    "stride is one number or two, got (1, 1, 1)": {"stride": (1, 1, 1)},
+    "reflect padding of 8 is too large for a side of 8": {"padding": 8, "padding_mode": "reflect"},
+    "smaller than the kernel": {"x": torch.zeros(1, 3, 2, 2)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_answered_by_its_value(message):
+    arguments = {"x": torch.zeros(1, 3, 8, 8), "weight": SparseWeight.from_dense(torch.ones(2, 3, 3, 3))} | BAD[message]
+    with pytest.raises(InputError) as caught:
+        sparse_conv2d(**arguments)
+    assert message in str(caught.value)
+
+
+def test_masks_of_another_kind_are_refused():
+    with pytest.raises(InputError, match=r"expected a bool mask of shape \(2, 3, 3, 3\), got torch.float32"):
+        SparseWeight.from_dense(torch.ones(2, 3, 3, 3), torch.ones(2, 3, 3, 3))
+    with pytest.raises(InputError, match=r"4 axes, got shape \(2, 3\)"):
+        SparseWeight.from_dense(torch.ones(2, 3))
+
+
+def test_bindings_check_every_map_before_a_kernel_sees_it():
+    conv = LaneConv(form(2, 3, 3), None, 1, 8, 8)
+    values = torch.zeros(conv.kept)
+    with pytest.raises(ValueError, match="values: expected contiguous float32 of 54 elements, got float32 \\(53\\)"):
+        conv.forward(values[:-1], None, conv.input_map(), conv.output_map())
+    with pytest.raises(ValueError, match="x: expected 3 channels in blocks of 2 x 2 with a halo of at least 1"):
+        conv.forward(values, None, LaneMap.allocate(1, 3, 8, 8), conv.output_map())
+    with pytest.raises(ValueError, match="y: expected 2 channels"):
+        conv.forward(values, None, conv.input_map(), LaneMap.allocate(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="hold 1 and 2 pictures"):
+        conv.forward(values, None, conv.input_map(), LaneMap.allocate(2, 2, 8, 8))
