@@ -1,7 +1,7 @@
 """Builds the CUDA library:  python csrc/cuda/build.py OUTPUT.so
 
-Needs nvcc (from ``CUDA_HOME`` or ``PATH``) and no GPU. The runtime is linked statically, so the result needs libc alone
-and loads on a machine without a driver.
+Needs nvcc (from ``CUDA_HOME``, else ``PATH`` or the usual place) and no GPU. The runtime is linked statically, so the
+result needs libc alone and loads on a machine without a driver.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ def find_nvcc() -> str:
         FileNotFoundError: there is none, with the ways to name one.
     """
     home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+    places = f"{home}/bin" if home else os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    nvcc = shutil.which("nvcc", path=places)
     if nvcc is None:
-        where = f"{home}/bin" if home else "PATH"
+        where = places if home else "PATH or /usr/local/cuda/bin"
         raise FileNotFoundError(
             f"no nvcc in {where}; install the CUDA toolkit or set CUDA_HOME, or build without LIPFAST_CUDA"
         )

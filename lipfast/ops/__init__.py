@@ -2,6 +2,7 @@
 
 from lipfast.ops.lane_conv import ConvForm, LaneConv
 from lipfast.ops.lanes import LaneMap
+from lipfast.ops.masked import masked_conv2d, normalise_activate, pack_mask
 from lipfast.ops.pack import gather_kept, scatter_kept
 from lipfast.ops.rewind import Rewound, prune_rewind_pack
 from lipfast.ops.select import prune_smallest
@@ -16,6 +17,9 @@ __all__ = [
     "SparseWeight",
     "adam_step",
     "gather_kept",
+    "masked_conv2d",
+    "normalise_activate",
+    "pack_mask",
     "prune_rewind_pack",
     "prune_smallest",
     "scatter_kept",

@@ -181,3 +181,36 @@ def sparse_conv2d_weight_gradient(
         padded, shape, dy, stride, dilation=dilation, groups=groups
     )
     return dense.reshape(-1)[positions]
+
+
+def pack_channel_masks(alive: Tensor) -> Tensor:
+    """See ``lipfast.ops.pack_mask``."""
+    rows = alive.reshape(len(alive), -1)
+    bits = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 32)).view(len(alive), -1, 32)
+    powers = torch.ones(32, dtype=torch.int64, device=alive.device) << torch.arange(32, device=alive.device)
+    return (bits * powers).sum(2).to(torch.int32)  # bit 31 wraps to the sign
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    words: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    padding_mode: str,
+    *,
+    precision: str,
+) -> Tensor:
+    """See ``lipfast.ops.masked_conv2d``; multiplies in fp32, which is at least as exact as asked for."""
+    bits = words.unsqueeze(2) >> torch.arange(32, device=words.device) & 1
+    alive = bits.flatten(1)[:, : weight[0].numel()].reshape(weight.shape).bool()
+    padded = _padding.pad(x, padding, padding_mode)
+    return torch.nn.functional.conv2d(padded, torch.where(alive, weight, 0), None, stride)
+
+
+def normalise_activate(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float
+) -> Tensor:
+    """See ``lipfast.ops.normalise_activate``."""
+    normal = torch.nn.functional.batch_norm(x.float(), mean, variance, weight, bias, eps=eps)
+    return torch.nn.functional.leaky_relu(normal, slope).to(x.dtype)

@@ -7,7 +7,6 @@ import torch
 from gpu_device import DEVICE  # first: it switches the interpreter on
 from guard import guarded, guarding_outputs
 
-from lipfast.errors import InputError
 from lipfast.ops import reference
 from lipfast.ops import triton as ops
 
@@ -195,8 +194,7 @@ def test_masked_convolution(size, shape, stride, padding, mode, precision):
     torch.testing.assert_close(got.cpu(), want, rtol=0, atol=45 * rounding * float(want.abs().max()))
 
 
-def test_masked_convolution_wants_a_known_precision():
-    x, weight = torch.randn(1, 1, 3, 3), torch.randn(1, 1, 1, 1)
-    words = torch.ones(1, 1, dtype=torch.int32)
-    with pytest.raises(InputError, match="ieee, tf32, bf16, got 'fp8'"):
-        ops.masked_conv2d(x, weight, words, (1, 1), (0, 0), "zeros", precision="fp8")
+@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (2, 32), (4, 3, 3, 4), (2, 65)])
+def test_packed_rows_have_the_reference_bits(shape):
+    alive = torch.rand(shape) < 0.5
+    assert torch.equal(run(ops.pack_channel_masks, place(alive)).cpu(), reference.pack_channel_masks(alive))

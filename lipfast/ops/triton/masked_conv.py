@@ -9,12 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lipfast.errors import InputError
 from lipfast.ops import _padding
 from lipfast.ops.triton.configs import CONFIGS
 from lipfast.ops.triton.mask import pack_mask
-
-PRECISIONS = ("ieee", "tf32", "bf16")
 
 
 @triton.jit
@@ -54,7 +51,7 @@ def masked_conv_kernel(
 
 
 def pack_channel_masks(alive: Tensor) -> Tensor:
-    """``(channels, ceil(taps / 32))`` int32 words of a bool weight mask; each channel starts a new word."""
+    """See ``lipfast.ops.pack_mask``."""
     taps = alive[0].numel()
     rows = torch.nn.functional.pad(alive.reshape(len(alive), taps), (0, -taps % 32))
     return pack_mask(rows.contiguous()).view(len(alive), -1)
@@ -70,20 +67,7 @@ def masked_conv2d(
     *,
     precision: str,
 ) -> Tensor:
-    """Convolve with the living part of a dense weight.
-
-    Args:
-        x: ``(batch, inputs, rows, columns)``, any float type.
-        weight: ``(outputs, inputs, tap rows, tap columns)``; dead entries may hold anything.
-        words: from `pack_channel_masks`.
-        stride, padding, padding_mode: as in ``torch.nn.Conv2d``.
-        precision: "ieee" (fp32), "tf32" (10-bit mantissa inputs) or "bf16" (8-bit); sums are fp32. Always explicit.
-
-    Raises:
-        InputError: an unknown precision.
-    """
-    if precision not in PRECISIONS:
-        raise InputError(f"masked_conv2d: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    """See ``lipfast.ops.masked_conv2d``."""
     x = _padding.pad(x, padding, padding_mode).contiguous()
     batch, inputs, rows, columns = x.shape
     outputs, _, tap_rows, tap_columns = weight.shape

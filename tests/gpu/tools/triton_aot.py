@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lipfast.ops.masked import PRECISIONS
 from lipfast.ops.triton import mask, masked_conv, norm, rewind, select, sparse_conv, step
 from lipfast.ops.triton.configs import CONFIGS
 
@@ -88,7 +89,7 @@ KERNELS = {
             [F32, F32, I32, F32],
             {"PRECISION": precision},
         )
-        for precision in masked_conv.PRECISIONS
+        for precision in PRECISIONS
     },
 }
 
