@@ -10,19 +10,21 @@ _PUBLIC: dict[str, tuple[str, str | None]] = {
     "SparseWeight": ("lipfast.ops", "SparseWeight"),
     "Ticket": ("lipfast.tickets", "Ticket"),
     "find_tickets": ("lipfast.search", "find_tickets"),
+    "accelerate": ("lipfast.engine.lane_module", "accelerate"),
     "ops": ("lipfast.ops", None),
     "priors": ("lipfast.priors", None),
     "restore": ("lipfast.restore", None),
     "tasks": ("lipfast.tasks", None),
 }
 
-__all__ = ["SparseWeight", "Ticket", "__version__", "find_tickets", "ops", "priors", "restore", "tasks"]
+__all__ = ["SparseWeight", "Ticket", "__version__", "accelerate", "find_tickets", "ops", "priors", "restore", "tasks"]
 
 if TYPE_CHECKING:
     from lipfast import ops as ops
     from lipfast import priors as priors
     from lipfast import restore as restore
     from lipfast import tasks as tasks
+    from lipfast.engine.lane_module import accelerate as accelerate
     from lipfast.ops import SparseWeight as SparseWeight
     from lipfast.search import find_tickets as find_tickets
     from lipfast.tickets import Ticket as Ticket

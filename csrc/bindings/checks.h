@@ -47,6 +47,7 @@ Padding AsPadding(int mode, int64_t pad, const LaneMap& map);
 // One registration function per bindings/*.cc, called by module.cc.
 void BindCeiling(py::module_& m);
 void BindConv(py::module_& m);
+void BindEngine(py::module_& m);
 void BindLanes(py::module_& m);
 void BindWinograd(py::module_& m);
 void BindSelect(py::module_& m);

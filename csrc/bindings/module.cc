@@ -32,6 +32,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &AvailableIsas, "Instruction sets that build and CPU have, fastest first.");
   BindCeiling(m);
   BindConv(m);
+  BindEngine(m);
   BindLanes(m);
   BindWinograd(m);
   BindSelect(m);

@@ -3,6 +3,10 @@
 #include "cpu/ceiling.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
+#include "cpu/norm.h"
+#include "cpu/pointwise.h"
+#include "cpu/pool2d.h"
+#include "cpu/resample.h"
 #include "cpu/select.h"
 #include "cpu/taps.h"
 #include "cpu/winograd.h"
@@ -15,5 +19,9 @@ LIPFAST_KERNEL_TABLE(TapKernels, tap_kernels)
 LIPFAST_KERNEL_TABLE(WinogradKernels, winograd_kernels)
 LIPFAST_KERNEL_TABLE(SelectKernels, select_kernels)
 LIPFAST_KERNEL_TABLE(StepKernels, step_kernels)
+LIPFAST_KERNEL_TABLE(NormKernels, norm_kernels)
+LIPFAST_KERNEL_TABLE(PointwiseKernels, pointwise_kernels)
+LIPFAST_KERNEL_TABLE(PoolKernels, pool_kernels)
+LIPFAST_KERNEL_TABLE(ResampleKernels, resample_kernels)
 
 }  // namespace lipfast

@@ -122,7 +122,7 @@ def test_reported_output_is_the_exponential_average():
     for output in outputs[1:]:
         expected = 0.8 * expected + 0.2 * output
     assert torch.allclose(result.last.image, expected, atol=1e-6)
-    plain = run(iterations=6, average=0.0, network=net())
+    plain = run(iterations=6, average=0.0, network=net(), engine="torch")
     assert torch.equal(plain.last.image, outputs[-1])
 
 
@@ -413,7 +413,7 @@ def test_a_real_collapse_is_undone(monkeypatch):
             network.output.bias.data.add_(20)  # saturates the sigmoid: a loss far above 5 dB
 
     network = net()
-    result = run(network=network, iterations=15, callbacks=[spoil])
+    result = run(network=network, iterations=15, callbacks=[spoil], engine="torch")  # it sees the weights at once
     assert result.backtracks == 1
     assert result.losses[14] > 3.2 * result.losses[13]
     for name, tensor in snapshots[10].items():

@@ -1,0 +1,441 @@
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "bindings/checks.h"
+#include "engine/program.h"
+
+namespace lipfast {
+namespace {
+
+constexpr int kVector = kGrid * kGrid;
+
+std::string SizeOf(const LaneMap& m) {
+  return "(" + std::to_string(m.batch) + ", " + std::to_string(m.channels) + ", " + std::to_string(m.height) + ", " +
+         std::to_string(m.width) + ") in blocks of " + std::to_string(m.block_h) + " x " + std::to_string(m.block_w) +
+         " with halo " + std::to_string(m.halo);
+}
+
+bool SameSize(const LaneMap& a, const LaneMap& b) {
+  return a.batch == b.batch && a.channels == b.channels && a.height == b.height && a.width == b.width;
+}
+
+bool SameBlocks(const LaneMap& a, const LaneMap& b) { return a.block_h == b.block_h && a.block_w == b.block_w; }
+
+ActivationSpec AsActivation(int kind, float slope) {
+  Check(kind >= 0 && kind <= static_cast<int>(Activation::kSilu),
+        "activation " + std::to_string(kind) + " is not one of 0 .. 5");
+  return {static_cast<Activation>(kind), slope};
+}
+
+// A Program whose every step is checked when it is added, so that running it cannot
+// read or write outside its maps.
+class CheckedProgram {
+ public:
+  void Allocate(int64_t map_floats, int64_t value_count, int64_t statistic_count) {
+    constexpr int64_t kMost = int64_t{1} << 40;
+    for (int64_t count : {map_floats, value_count, statistic_count}) {
+      Check(count >= 0 && count < kMost, "program: a size that is negative or above 2^40");
+    }
+    Check(program_.map_count() == 0, "program: memory is allocated once, before maps and steps");
+    program_.Allocate(map_floats, value_count, statistic_count);
+  }
+
+  int AddMap(int64_t offset, const std::vector<int64_t>& shape, int64_t block_h, int64_t block_w, int64_t halo) {
+    Check(shape.size() == 4, "map: a shape has 4 sides");
+    for (int64_t side : shape) Check(side >= 1 && side < (int64_t{1} << 31), "map: a side below 1 or above 2^31");
+    Check(block_h >= 1 && block_w >= 1 && halo >= 0 && block_h < (1 << 24) && block_w < (1 << 24) && halo < (1 << 16) &&
+              kGrid * block_h >= shape[2] && kGrid * block_w >= shape[3],
+          "map: blocks too small for the picture");
+    LaneMap m = {};
+    m.batch = shape[0], m.channels = shape[1], m.height = shape[2], m.width = shape[3];
+    m.block_h = block_h, m.block_w = block_w, m.halo = halo;
+    m.row_stride = (block_w + 2 * halo) * kVector;
+    m.channel_stride = (block_h + 2 * halo) * m.row_stride;
+    m.batch_stride = m.channels * m.channel_stride;
+    Check(offset >= 0 && offset % kVector == 0 && m.batch * m.batch_stride <= program_.map_floats() - offset,
+          "map: " + SizeOf(m) + " at " + std::to_string(offset) + " leaves the arena");
+    return program_.AddMap(m, offset);
+  }
+
+  int AddChannels(int whole, int64_t first, int64_t last) {
+    const LaneMap& m = Map(whole);
+    Check(first >= 0 && first < last && last <= m.channels,
+          "map: channels " + std::to_string(first) + " .. " + std::to_string(last) + " of " + SizeOf(m));
+    return program_.AddChannels(whole, first, last);
+  }
+
+  int AddConv(const std::vector<int64_t>& s, const std::vector<int64_t>& g, int padding, const py::object& mask,
+              int kernel, bool exact) {
+    Check(s.size() == 9 && g.size() == 7, "conv: a shape has 9 numbers and a geometry 7");
+    Check(padding >= 0 && padding <= 3 && kernel >= 0 && kernel <= 3, "conv: unknown padding or kernel");
+    const ConvShape shape = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], static_cast<Padding>(padding)};
+    const ConvGeometry geometry = {g[0], g[1], g[2], g[3], g[4], g[5], g[6]};
+    for (int i = 0; i < 7; ++i) Check(s[i] >= 1 && s[i] < (1 << 24) && g[i] >= 1, "conv: a size below 1");
+    Check(shape.in_channels % shape.groups == 0 && shape.out_channels % shape.groups == 0,
+          "conv: groups must divide the channels");
+    Check(shape.pad_h >= 0 && shape.pad_w >= 0, "conv: negative padding");
+    Check(geometry.in_block_h == shape.stride * geometry.out_block_h &&
+              geometry.in_block_w == shape.stride * geometry.out_block_w,
+          "conv: input blocks must be stride times the output's");
+    const uint8_t* bytes = nullptr;
+    if (!mask.is_none()) {
+      const int64_t count = shape.out_channels * (shape.in_channels / shape.groups) * shape.kernel_h * shape.kernel_w;
+      bytes = Flat<uint8_t>(mask.cast<py::array>(), count, "mask");
+      for (int64_t i = 0; i < count; ++i) Check(bytes[i] <= 1, "mask: expected bytes 0 or 1");
+    }
+    return program_.AddConv(shape, geometry, bytes, static_cast<ConvKernel>(kernel), exact);
+  }
+
+  void FromPlain(int where, int plain, int map) {
+    Map(map);
+    Check(plain >= 0 && plain < 1024, "from_plain: input index");
+    program_.FromPlain(AsSection(where), plain, map);
+  }
+
+  void ToPlain(int where, int map, int plain) {
+    Map(map);
+    Check(plain >= 0 && plain < 1024, "to_plain: output index");
+    program_.ToPlain(AsSection(where), map, plain);
+  }
+
+  void Clear(int where, int map) {
+    Map(map);
+    program_.Clear(AsSection(where), map);
+  }
+
+  void FillHalo(int where, int map, int mode, int64_t pad) {
+    const Padding padding = AsPadding(mode, pad, Map(map));
+    program_.FillHalo(AsSection(where), map, padding, pad);
+  }
+
+  void Reblock(int where, int from, int to) {
+    Check(SameSize(Map(from), Map(to)), "reblock: the maps differ in size");
+    program_.Reblock(AsSection(where), from, to);
+  }
+
+  void ConvForward(int conv, int64_t values, int64_t bias, int x, int y) {
+    CheckConv(conv, values, bias, x, y);
+    Check(Map(x).halo >= Reach(conv), "conv: the input's halo is smaller than the padding");
+    program_.ConvForward(conv, values, bias, x, y);
+  }
+
+  void ConvInputGradient(int conv, int64_t values, int dy, int dx) {
+    CheckConv(conv, values, -1, dx, dy);
+    const ConvShape& s = program_.shape(conv);
+    const int64_t folded = s.padding == Padding::kZero ? 0 : std::max(s.pad_h, s.pad_w);
+    Check(Map(dy).halo >= program_.conv(conv).gradient_halo() && Map(dx).halo >= folded,
+          "conv: a gradient's halo is too small");
+    program_.ConvInputGradient(conv, values, dy, dx);
+  }
+
+  void ConvWeightGradient(int conv, int64_t values, int64_t bias, int x, int dy) {
+    CheckConv(conv, values, bias, x, dy);
+    Check(Map(x).halo >= Reach(conv), "conv: the input's halo is smaller than the padding");
+    program_.ConvWeightGradient(conv, values, bias, x, dy);
+  }
+
+  void NormForward(int x, int y, float epsilon, float momentum, int act, float slope,
+                   const std::vector<int64_t>& offsets, bool training, bool fill, int mode, int64_t pad) {
+    const NormSpec spec = AsNorm(x, epsilon, momentum, act, slope);
+    CheckPair(x, y);
+    const NormOffsets at = AsOffsets(offsets, spec.channels);
+    Check(training || at.running_mean >= 0, "norm: evaluation needs running statistics");
+    Check(!training || Map(x).batch * Map(x).height * Map(x).width > 1, "norm: one value has no variance");
+    const HaloSpec halo = {fill, fill ? AsPadding(mode, pad, Map(y)) : Padding::kZero, pad};
+    program_.NormForward(x, y, spec, at, training, halo);
+  }
+
+  void NormBackward(int x, int dy, int dy2, int dx, float epsilon, int act, float slope,
+                    const std::vector<int64_t>& offsets, bool training, bool zero_halo) {
+    const NormSpec spec = AsNorm(x, epsilon, 0.0f, act, slope);
+    CheckPair(x, dy);
+    CheckPair(x, dx);
+    if (dy2 >= 0) CheckPair(x, dy2);
+    program_.NormBackward(x, dy, dy2, dx, spec, AsOffsets(offsets, spec.channels), training, zero_halo);
+  }
+
+  void Activate(int x, int y, int act, float slope) {
+    CheckPair(x, y);
+    program_.Activate(x, y, AsActivation(act, slope));
+  }
+
+  void ActivateBackward(int x, int dy, int dx, int act, float slope, bool accumulate) {
+    CheckPair(x, dy);
+    CheckPair(x, dx);
+    program_.ActivateBackward(x, dy, dx, AsActivation(act, slope), accumulate);
+  }
+
+  void Combine(int where, int a, float a_scale, int b, float b_scale, float shift, int y) {
+    CheckPair(a, y);
+    if (b >= 0) CheckPair(b, y);
+    program_.Combine(AsSection(where), a, a_scale, b, b_scale, shift, y);
+  }
+
+  void PixelNorm(int x, int y, float epsilon) {
+    CheckPair(x, y);
+    program_.PixelNorm(x, y, epsilon);
+  }
+
+  void PixelNormBackward(int x, int dy, int dx, float epsilon, bool accumulate) {
+    CheckPair(x, dy);
+    CheckPair(x, dx);
+    program_.PixelNormBackward(x, dy, dx, epsilon, accumulate);
+  }
+
+  void Upsample2(bool bilinear, int x, int y) {
+    CheckDouble(x, y);
+    Check(!bilinear || Map(x).halo >= 1, "upsample: bilinear needs a halo on its input");
+    program_.Upsample2(bilinear, x, y);
+  }
+
+  void Upsample2Backward(bool bilinear, int dy, int dx, bool accumulate) {
+    CheckDouble(dx, dy);
+    Check(!bilinear || Map(dy).halo >= 1, "upsample: bilinear needs a halo on its gradient");
+    program_.Upsample2Backward(bilinear, dy, dx, accumulate);
+  }
+
+  void Resample(int x, int y, const AxisTable& rows, const AxisTable& columns) {
+    CheckTaps(Map(x), Map(y), rows, columns);
+    program_.Resample(x, y, rows, columns);
+  }
+
+  void ResampleBackward(int dy, int dx, const AxisTable& rows, const AxisTable& columns) {
+    CheckTaps(Map(dx), Map(dy), rows, columns);
+    program_.ResampleBackward(dy, dx, rows, columns);
+  }
+
+  void Pool(int x, int y, int64_t kernel, int64_t stride, int64_t pad, bool maximum) {
+    const PoolSpec spec = AsPool(x, y, kernel, stride, pad, maximum);
+    const int64_t behind = kernel - stride - pad;
+    Check(Map(x).halo >= (pad > behind ? pad : behind), "pool: the input's halo is smaller than the window's reach");
+    program_.Pool(x, y, spec);
+  }
+
+  void PoolBackward(int x, int dy, int dx, int64_t kernel, int64_t stride, int64_t pad, bool maximum) {
+    CheckPair(x, dx);
+    program_.PoolBackward(x, dy, dx, AsPool(x, dy, kernel, stride, pad, maximum));
+  }
+
+  void Run(int where, const std::vector<py::array>& tensors, int threads) {
+    const Section section = AsSection(where);
+    Check(static_cast<int>(tensors.size()) == program_.plain_count(section),
+          "run: expected " + std::to_string(program_.plain_count(section)) + " tensors, got " +
+              std::to_string(tensors.size()));
+    std::vector<PlainMap> plains;
+    for (int i = 0; i < static_cast<int>(tensors.size()); ++i) {
+      plains.push_back(AsPlainMap(tensors[i], "run"));
+      const LaneMap& m = program_.plain_map(section, i);
+      const PlainMap& p = plains.back();
+      Check(p.batch == m.batch && p.channels == m.channels && p.height == m.height && p.width == m.width,
+            "run: tensor " + std::to_string(i) + " is " + Describe(tensors[i]) + ", planned for " + SizeOf(m));
+    }
+    py::gil_scoped_release release;
+    std::lock_guard<std::mutex> lock(running_);
+    program_.Run(section, plains.data(), threads);
+  }
+
+  py::list Profile() const {
+    py::list rows;
+    for (const StepTime& time : program_.Profile()) {
+      rows.append(py::make_tuple(time.section == Section::kForward ? "forward" : "backward", time.label, time.seconds));
+    }
+    return rows;
+  }
+
+  py::tuple ConvKernels(int conv) const {
+    Check(conv >= 0 && conv < program_.conv_count(), "conv: unknown index");
+    const Conv& c = program_.conv(conv);
+    return py::make_tuple(c.forward_kernel(), c.input_gradient_kernel(), c.weight_gradient_kernel());
+  }
+
+  int64_t GradientHalo(int conv) const {
+    Check(conv >= 0 && conv < program_.conv_count(), "conv: unknown index");
+    return program_.conv(conv).gradient_halo();
+  }
+
+  Program& program() { return program_; }
+
+ private:
+  static Section AsSection(int where) {
+    Check(where == 0 || where == 1, "section is 0 (forward) or 1 (backward)");
+    return static_cast<Section>(where);
+  }
+
+  const LaneMap& Map(int index) const {
+    Check(index >= 0 && index < program_.map_count(), "unknown map " + std::to_string(index));
+    return program_.map(index);
+  }
+
+  void CheckPair(int a, int b) const {
+    Check(SameSize(Map(a), Map(b)) && SameBlocks(Map(a), Map(b)),
+          "maps differ: " + SizeOf(Map(a)) + " and " + SizeOf(Map(b)));
+  }
+
+  void CheckDouble(int x, int y) const {
+    const LaneMap &small = Map(x), &large = Map(y);
+    Check(small.batch == large.batch && small.channels == large.channels && 2 * small.height == large.height &&
+              2 * small.width == large.width && 2 * small.block_h == large.block_h &&
+              2 * small.block_w == large.block_w,
+          "upsample: " + SizeOf(large) + " is not twice " + SizeOf(small));
+  }
+
+  int64_t Reach(int conv) const {
+    const ConvShape& s = program_.shape(conv);
+    const int64_t behind_h = s.dilation * (s.kernel_h - 1) - s.pad_h - (s.stride - 1);
+    const int64_t behind_w = s.dilation * (s.kernel_w - 1) - s.pad_w - (s.stride - 1);
+    return std::max(std::max(s.pad_h, s.pad_w), std::max(behind_h, behind_w));
+  }
+
+  void CheckValues(int64_t offset, int64_t count) const {
+    Check(offset >= 0 && count <= program_.value_count() - offset, "parameter offset out of range");
+  }
+
+  void CheckConv(int conv, int64_t values, int64_t bias, int x, int y) const {
+    Check(conv >= 0 && conv < program_.conv_count(), "conv: unknown index");
+    const ConvShape& s = program_.shape(conv);
+    const ConvGeometry& g = program_.geometry(conv);
+    const LaneMap &in = Map(x), &out = Map(y);
+    Check(in.batch == g.batch && in.channels == s.in_channels && in.height == g.height && in.width == g.width &&
+              in.block_h == g.in_block_h && in.block_w == g.in_block_w,
+          "conv: its input was planned differently from " + SizeOf(in));
+    Check(out.batch == g.batch && out.channels == s.out_channels && out.height == program_.conv(conv).out_height() &&
+              out.width == program_.conv(conv).out_width() && out.block_h == g.out_block_h &&
+              out.block_w == g.out_block_w,
+          "conv: its output was planned differently from " + SizeOf(out));
+    CheckValues(values, program_.conv(conv).kept());
+    if (bias >= 0) CheckValues(bias, s.out_channels);
+  }
+
+  NormSpec AsNorm(int x, float epsilon, float momentum, int act, float slope) const {
+    return {Map(x).channels, epsilon, momentum, AsActivation(act, slope), {nullptr, nullptr}};
+  }
+
+  // gamma, beta, running mean, running variance, saved.
+  NormOffsets AsOffsets(const std::vector<int64_t>& at, int64_t channels) const {
+    Check(at.size() == 5, "norm: expected 5 offsets");
+    for (int i = 0; i < 2; ++i) {
+      if (at[i] >= 0) CheckValues(at[i], channels);
+    }
+    for (int i = 2; i < 5; ++i) {
+      const int64_t count = i == 4 ? 2 * channels : channels;
+      Check(at[i] < 0 ? i < 4 : count <= program_.statistic_count() - at[i], "norm: statistics offset out of range");
+    }
+    Check((at[2] < 0) == (at[3] < 0), "norm: one running statistic without the other");
+    return {at[0], at[1], at[2], at[3], at[4]};
+  }
+
+  static void CheckAxis(const AxisTable& axis, int64_t from, int64_t to) {
+    const size_t n = axis.first.size();
+    Check(static_cast<int64_t>(n) == to && axis.second.size() == axis.weight.size() &&
+              (axis.weight.empty() || axis.weight.size() == n),
+          "resample: a table's length is not the output's side");
+    for (int32_t i : axis.first) Check(i >= -1 && i < from, "resample: an index leaves the picture");
+    for (int32_t i : axis.second) Check(i >= 0 && i < from, "resample: an index leaves the picture");
+  }
+
+  static void CheckTaps(const LaneMap& x, const LaneMap& y, const AxisTable& rows, const AxisTable& columns) {
+    Check(x.batch == y.batch && x.channels == y.channels, "resample: the maps differ in channels");
+    CheckAxis(rows, x.height, y.height);
+    CheckAxis(columns, x.width, y.width);
+  }
+
+  PoolSpec AsPool(int x, int y, int64_t kernel, int64_t stride, int64_t pad, bool maximum) const {
+    const LaneMap &in = Map(x), &out = Map(y);
+    Check(kernel >= 1 && kernel < (1 << 16) && stride >= 1 && stride < (1 << 16) && pad >= 0 && 2 * pad <= kernel,
+          "pool: kernel, stride or padding out of range");
+    Check(in.batch == out.batch && in.channels == out.channels && in.block_h == stride * out.block_h &&
+              in.block_w == stride * out.block_w && out.height == (in.height + 2 * pad - kernel) / stride + 1 &&
+              out.width == (in.width + 2 * pad - kernel) / stride + 1,
+          "pool: " + SizeOf(out) + " does not follow from " + SizeOf(in));
+    return {kernel, stride, pad, maximum};
+  }
+
+  Program program_;
+  std::mutex running_;
+};
+
+// A view of one of the program's vectors, which keeps the program alive.
+py::array_t<float> View(py::object owner, float* data, int64_t count) {
+  return py::array_t<float>({count}, {static_cast<py::ssize_t>(sizeof(float))}, data, std::move(owner));
+}
+
+}  // namespace
+
+void BindEngine(py::module_& m) {
+  py::class_<AxisTable>(m, "AxisTable", "Which input positions each output position of one axis takes.")
+      .def(py::init([](std::vector<int32_t> first, std::vector<int32_t> second, std::vector<float> weight) {
+             return AxisTable{std::move(first), std::move(second), std::move(weight)};
+           }),
+           py::arg("first"), py::arg("second"), py::arg("weight"));
+  using P = CheckedProgram;
+  py::class_<P>(m, "Program", "A network as two lists of steps over planned memory; see csrc/engine/program.h.")
+      .def(py::init<>())
+      .def("allocate", &P::Allocate, py::arg("map_floats"), py::arg("value_count"), py::arg("statistic_count"))
+      .def("values",
+           [](py::object self) {
+             Program& p = self.cast<P&>().program();
+             return View(self, p.values(), p.value_count());
+           })
+      .def("gradients",
+           [](py::object self) {
+             Program& p = self.cast<P&>().program();
+             return View(self, p.gradients(), p.value_count());
+           })
+      .def("statistics",
+           [](py::object self) {
+             Program& p = self.cast<P&>().program();
+             return View(self, p.statistics(), p.statistic_count());
+           })
+      .def("bytes", [](P& self) { return self.program().bytes(); })
+      .def("add_map", &P::AddMap, py::arg("offset"), py::arg("shape"), py::arg("block_h"), py::arg("block_w"),
+           py::arg("halo"))
+      .def("add_channels", &P::AddChannels, py::arg("whole"), py::arg("first"), py::arg("last"))
+      .def("add_conv", &P::AddConv, py::arg("shape"), py::arg("geometry"), py::arg("padding"), py::arg("mask"),
+           py::arg("kernel"), py::arg("exact"))
+      .def("conv_kernels", &P::ConvKernels, py::arg("conv"))
+      .def("gradient_halo", &P::GradientHalo, py::arg("conv"))
+      .def("from_plain", &P::FromPlain, py::arg("section"), py::arg("plain"), py::arg("map"))
+      .def("to_plain", &P::ToPlain, py::arg("section"), py::arg("map"), py::arg("plain"))
+      .def("clear", &P::Clear, py::arg("section"), py::arg("map"))
+      .def("fill_halo", &P::FillHalo, py::arg("section"), py::arg("map"), py::arg("mode"), py::arg("pad"))
+      .def("reblock", &P::Reblock, py::arg("section"), py::arg("source"), py::arg("to"))
+      .def("conv_forward", &P::ConvForward, py::arg("conv"), py::arg("values"), py::arg("bias"), py::arg("x"),
+           py::arg("y"))
+      .def("conv_input_gradient", &P::ConvInputGradient, py::arg("conv"), py::arg("values"), py::arg("dy"),
+           py::arg("dx"))
+      .def("conv_weight_gradient", &P::ConvWeightGradient, py::arg("conv"), py::arg("values"), py::arg("bias"),
+           py::arg("x"), py::arg("dy"))
+      .def("norm_forward", &P::NormForward, py::arg("x"), py::arg("y"), py::arg("epsilon"), py::arg("momentum"),
+           py::arg("act"), py::arg("slope"), py::arg("offsets"), py::arg("training"), py::arg("fill"), py::arg("mode"),
+           py::arg("pad"))
+      .def("norm_backward", &P::NormBackward, py::arg("x"), py::arg("dy"), py::arg("dy2"), py::arg("dx"),
+           py::arg("epsilon"), py::arg("act"), py::arg("slope"), py::arg("offsets"), py::arg("training"),
+           py::arg("zero_halo"))
+      .def("activate", &P::Activate, py::arg("x"), py::arg("y"), py::arg("act"), py::arg("slope"))
+      .def("activate_backward", &P::ActivateBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("act"),
+           py::arg("slope"), py::arg("accumulate"))
+      .def("combine", &P::Combine, py::arg("section"), py::arg("a"), py::arg("a_scale"), py::arg("b"),
+           py::arg("b_scale"), py::arg("shift"), py::arg("y"))
+      .def("pixel_norm", &P::PixelNorm, py::arg("x"), py::arg("y"), py::arg("epsilon"))
+      .def("pixel_norm_backward", &P::PixelNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("epsilon"),
+           py::arg("accumulate"))
+      .def("upsample2", &P::Upsample2, py::arg("bilinear"), py::arg("x"), py::arg("y"))
+      .def("upsample2_backward", &P::Upsample2Backward, py::arg("bilinear"), py::arg("dy"), py::arg("dx"),
+           py::arg("accumulate"))
+      .def("resample", &P::Resample, py::arg("x"), py::arg("y"), py::arg("rows"), py::arg("columns"))
+      .def("resample_backward", &P::ResampleBackward, py::arg("dy"), py::arg("dx"), py::arg("rows"), py::arg("columns"))
+      .def("pool", &P::Pool, py::arg("x"), py::arg("y"), py::arg("kernel"), py::arg("stride"), py::arg("pad"),
+           py::arg("maximum"))
+      .def("pool_backward", &P::PoolBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("kernel"),
+           py::arg("stride"), py::arg("pad"), py::arg("maximum"))
+      .def("run", &P::Run, py::arg("section"), py::arg("tensors"), py::arg("threads"))
+      .def(
+          "set_profile", [](P& self, bool on) { self.program().SetProfile(on); }, py::arg("on"))
+      .def("profile", &P::Profile);
+}
+
+}  // namespace lipfast

@@ -1,0 +1,105 @@
+// Activations and their derivatives on one vector; for kernel sources only.
+#pragma once
+
+#include "cpu/pointwise.h"
+#include "cpu/vec.h"
+
+namespace lipfast {
+namespace LIPFAST_NS {
+
+// e^x to 2 units in the last place; 0 below and inf above float's range.
+static inline V Exp(V x) {
+  const V low = Set(-87.3f), high = Set(88.7f);
+  const V bounded = Max(low, Min(high, x));  // NaN comes out as NaN: the second operand wins
+  const V magic = Set(12582912.0f);          // 1.5 * 2^23: adding it rounds to a whole number
+  const V n = Sub(Add(Mul(bounded, Set(1.44269504f)), magic), magic);
+  const V r = Fma(n, Set(2.12194440e-4f), Fma(n, Set(-0.693359375f), bounded));
+  V p = Fma(Set(1.9875691500e-4f), r, Set(1.3981999507e-3f));
+  p = Fma(p, r, Set(8.3334519073e-3f));
+  p = Fma(p, r, Set(4.1665795894e-2f));
+  p = Fma(p, r, Set(1.6666665459e-1f));
+  p = Fma(p, r, Set(5.0000001201e-1f));
+  p = Add(Fma(Mul(p, r), r, r), Set(1.0f));
+  alignas(64) float power[kLanes];
+  alignas(64) int32_t bits[kLanes];
+  Store(power, n);
+  for (int i = 0; i < kLanes; ++i) bits[i] = (static_cast<int32_t>(power[i]) + 127) * (1 << 23);
+  std::memcpy(power, bits, sizeof(power));
+  return Mul(p, Load(power));
+}
+
+static inline V Sigmoid(V x) { return Div(Set(1.0f), Add(Set(1.0f), Exp(Sub(Zero(), x)))); }
+
+static inline V Tanh(V x) {
+  // Through e^(2x) - 1 directly near zero, where 2 sigmoid(2x) - 1 would cancel.
+  const V x2 = Mul(x, x);
+  const V series = Fma(Mul(x, x2), Fma(x2, Fma(x2, Set(-17.0f / 315.0f), Set(2.0f / 15.0f)), Set(-1.0f / 3.0f)), x);
+  const V full = Sub(Mul(Set(2.0f), Sigmoid(Add(x, x))), Set(1.0f));
+  return IfPositive(Sub(x2, Set(0.01f)), full, series);
+}
+
+template <Activation kAct>
+static inline V Act(V z, V slope) {
+  switch (kAct) {
+    case Activation::kRelu:
+      return Max(Zero(), z);  // this order lets NaN through
+    case Activation::kLeaky:
+      return IfPositive(z, z, Mul(z, slope));
+    case Activation::kSigmoid:
+      return Sigmoid(z);
+    case Activation::kTanh:
+      return Tanh(z);
+    case Activation::kSilu:
+      return Mul(z, Sigmoid(z));
+    default:
+      return z;
+  }
+}
+
+// d act(z) / dz
+template <Activation kAct>
+static inline V ActSlope(V z, V slope) {
+  const V one = Set(1.0f);
+  switch (kAct) {
+    case Activation::kRelu:
+      return IfPositive(z, one, Zero());
+    case Activation::kLeaky:
+      return IfPositive(z, one, slope);
+    case Activation::kSigmoid: {
+      const V s = Sigmoid(z);
+      return Mul(s, Sub(one, s));
+    }
+    case Activation::kTanh: {
+      const V t = Tanh(z);
+      return Sub(one, Mul(t, t));
+    }
+    case Activation::kSilu: {
+      const V s = Sigmoid(z);
+      return Mul(s, Fma(z, Sub(one, s), one));
+    }
+    default:
+      return one;
+  }
+}
+
+// Calls Body<activation>::Run(arguments...) for the activation chosen at run time.
+template <template <Activation> class Body, class... Arguments>
+static inline void WithActivation(Activation act, const Arguments&... arguments) {
+  switch (act) {
+    case Activation::kRelu:
+      return Body<Activation::kRelu>::Run(arguments...);
+    case Activation::kLeaky:
+      return Body<Activation::kLeaky>::Run(arguments...);
+    case Activation::kSigmoid:
+      return Body<Activation::kSigmoid>::Run(arguments...);
+    case Activation::kTanh:
+      return Body<Activation::kTanh>::Run(arguments...);
+    case Activation::kSilu:
+      return Body<Activation::kSilu>::Run(arguments...);
+    case Activation::kNone:
+      return Body<Activation::kNone>::Run(arguments...);
+  }
+}
+
+}  // namespace LIPFAST_NS
+}  // namespace lipfast

@@ -1,0 +1,252 @@
+#include "cpu/norm.h"
+
+#include "cpu/activation.h"
+#include "cpu/pool.h"
+#include "cpu/vec.h"
+
+namespace lipfast {
+namespace LIPFAST_NS {
+
+extern const LaneKernels lane_kernels;
+
+namespace {
+
+// Vectors summed in floats before they go on in double: keeps the rounding error of
+// a sum near that of 64 additions.
+constexpr int64_t kFlush = 256;
+constexpr int kChains = 4;  // independent additions, to hide their latency
+
+// sums[k] += the sum over all live pixels of channel c of term k. at_row(n, row) gives
+// a callable (col, V* terms) that writes kSums terms.
+template <int kSums, class AtRow>
+void SumChannel(const LaneMap& m, const LivePixelMask& live, const AtRow& at_row, double* sums) {
+  V part[kSums][kChains];
+  const auto clear = [&] {
+    for (int k = 0; k < kSums; ++k) {
+      for (int j = 0; j < kChains; ++j) part[k][j] = Zero();
+    }
+  };
+  const auto flush = [&] {
+    for (int k = 0; k < kSums; ++k) {
+      sums[k] += Sum(Add(Add(part[k][0], part[k][1]), Add(part[k][2], part[k][3])));
+    }
+    clear();
+  };
+  clear();
+  int64_t pending = 0;
+  for (int64_t n = 0; n < m.batch; ++n) {
+    for (int64_t row = 0; row < m.block_h; ++row) {
+      const auto at = at_row(n, row);
+      V term[kSums];
+      int64_t col = 0;
+      if (!live.rows) {
+        for (; col + kChains <= m.block_w; col += kChains) {
+          LIPFAST_UNROLL
+          for (int j = 0; j < kChains; ++j) {
+            at(col + j, term);
+            for (int k = 0; k < kSums; ++k) part[k][j] = Add(part[k][j], term[k]);
+          }
+        }
+      }
+      for (; col < m.block_w; ++col) {
+        at(col, term);
+        const V alive =
+            live.rows ? Mul(LoadU(live.rows + row * kLanes), LoadU(live.columns + col * kLanes)) : Set(1.0f);
+        for (int k = 0; k < kSums; ++k) part[k][0] = Fma(term[k], alive, part[k][0]);
+      }
+      pending += m.block_w;
+      if (pending >= kFlush) {
+        flush();
+        pending = 0;
+      }
+    }
+  }
+  flush();
+}
+
+struct Moments {
+  double mean, variance;  // biased
+};
+
+Moments ChannelMoments(const LaneMap& x, int64_t c, const LivePixelMask& live) {
+  const double count = static_cast<double>(x.batch * x.height * x.width);
+  double sum = 0;
+  SumChannel<1>(
+      x, live,
+      [&](int64_t n, int64_t row) {
+        return [in = x.At(n, c, row)](int64_t col, V* term) { term[0] = Load(in + col * kLanes); };
+      },
+      &sum);
+  const double mean = sum / count;
+  const V centre = Set(static_cast<float>(mean));
+  double squares[2] = {0, 0};
+  SumChannel<2>(
+      x, live,
+      [&](int64_t n, int64_t row) {
+        return [in = x.At(n, c, row), centre](int64_t col, V* term) {
+          term[0] = Sub(Load(in + col * kLanes), centre);
+          term[1] = Mul(term[0], term[0]);
+        };
+      },
+      squares);
+  // The mean rounded to float is off by squares[0] / count; undo what that adds.
+  const double off = squares[0] / count;
+  const double variance = squares[1] / count - off * off;
+  return {mean, variance > 0 ? variance : variance == variance ? 0.0 : variance};
+}
+
+// gamma * (x - mean) * inverse_deviation + beta = scale * x + shift
+struct Affine {
+  float scale, shift;
+};
+
+Affine AffineOf(const NormState& state, int64_t c) {
+  const float gamma = state.gamma ? state.gamma[c] : 1.0f;
+  const float scale = gamma * state.inverse_deviation[c];
+  return {scale, (state.beta ? state.beta[c] : 0.0f) - state.mean[c] * scale};
+}
+
+void FillChannelHalo(const LaneMap& m, int64_t c, const HaloSpec& halo) {
+  if (!halo.fill) return;
+  LaneMap plane = m;
+  plane.data = m.At(0, c);
+  plane.channels = 1;
+  lane_kernels.fill_halo(plane, halo.padding, halo.pad, 1);
+}
+
+template <Activation kAct>
+struct NormaliseChannel {
+  static void Run(const LaneMap& x, const LaneMap& y, int64_t c, Affine affine, float slope) {
+    const V scale = Set(affine.scale), shift = Set(affine.shift), low = Set(slope);
+    for (int64_t n = 0; n < x.batch; ++n) {
+      for (int64_t row = 0; row < x.block_h; ++row) {
+        const float* in = x.At(n, c, row);
+        float* out = y.At(n, c, row);
+        for (int64_t i = 0; i < x.block_w * kLanes; i += kLanes) {
+          Store(out + i, Act<kAct>(Fma(Load(in + i), scale, shift), low));
+        }
+      }
+    }
+  }
+};
+
+void Finish(const LaneMap& x, const LaneMap& y, int64_t c, const NormSpec& spec, const NormState& state,
+            const HaloSpec& halo) {
+  WithActivation<NormaliseChannel>(spec.act.kind, x, y, c, AffineOf(state, c), spec.act.slope);
+  FillChannelHalo(y, c, halo);
+}
+
+void Train(const LaneMap& x, const LaneMap& y, const NormSpec& spec, const NormState& state, HaloSpec halo,
+           int threads) {
+  const double count = static_cast<double>(x.batch * x.height * x.width);
+  ParallelFor(threads, spec.channels, [&](int64_t c) {
+    const Moments moments = ChannelMoments(x, c, spec.live);
+    state.mean[c] = static_cast<float>(moments.mean);
+    state.inverse_deviation[c] = static_cast<float>(1.0 / sqrt(moments.variance + spec.epsilon));
+    if (state.running_mean) {
+      const double unbiased = moments.variance * count / (count - 1);
+      const double keep = 1.0 - spec.momentum;
+      state.running_mean[c] = static_cast<float>(keep * state.running_mean[c] + spec.momentum * moments.mean);
+      state.running_variance[c] = static_cast<float>(keep * state.running_variance[c] + spec.momentum * unbiased);
+    }
+    Finish(x, y, c, spec, state, halo);
+  });
+}
+
+void Evaluate(const LaneMap& x, const LaneMap& y, const NormSpec& spec, const NormState& state, HaloSpec halo,
+              int threads) {
+  ParallelFor(threads, spec.channels, [&](int64_t c) {
+    state.mean[c] = state.running_mean[c];
+    state.inverse_deviation[c] = static_cast<float>(1.0 / sqrt(state.running_variance[c] + spec.epsilon));
+    Finish(x, y, c, spec, state, halo);
+  });
+}
+
+// The gradient before the activation at one row, and the normalised value.
+template <Activation kAct, bool kTwo>
+struct RowGradient {
+  const float *x, *dy, *dy2;
+  V scale, shift, low, mean, inverse;
+
+  void At(int64_t col, V* gradient, V* normalised) const {
+    const V in = Load(x + col * kLanes);
+    V g = Load(dy + col * kLanes);
+    if (kTwo) g = Add(g, Load(dy2 + col * kLanes));
+    *gradient = kAct == Activation::kNone ? g : Mul(g, ActSlope<kAct>(Fma(in, scale, shift), low));
+    *normalised = Mul(Sub(in, mean), inverse);
+  }
+};
+
+template <Activation kAct, bool kTwo>
+void BackwardChannel(const LaneMap& x, const LaneMap& dy, const LaneMap* dy2, const LaneMap& dx, int64_t c,
+                     const NormSpec& spec, const NormState& state, bool batch_statistics, double* sums) {
+  const Affine affine = AffineOf(state, c);
+  const auto row_gradient = [&](int64_t n, int64_t row) {
+    return RowGradient<kAct, kTwo>{x.At(n, c, row),
+                                   dy.At(n, c, row),
+                                   kTwo ? dy2->At(n, c, row) : nullptr,
+                                   Set(affine.scale),
+                                   Set(affine.shift),
+                                   Set(spec.act.slope),
+                                   Set(state.mean[c]),
+                                   Set(state.inverse_deviation[c])};
+  };
+  SumChannel<2>(
+      x, spec.live,
+      [&](int64_t n, int64_t row) {
+        return [at = row_gradient(n, row)](int64_t col, V* term) {
+          V g, normalised;
+          at.At(col, &g, &normalised);
+          term[0] = g;
+          term[1] = Mul(g, normalised);
+        };
+      },
+      sums);
+  const double count = batch_statistics ? static_cast<double>(x.batch * x.height * x.width) : 0.0;
+  const V scale = Set(affine.scale);
+  const V constant = Set(count > 0 ? static_cast<float>(sums[0] / count) : 0.0f);
+  const V along = Set(count > 0 ? static_cast<float>(-sums[1] / count) : 0.0f);
+  for (int64_t n = 0; n < x.batch; ++n) {
+    for (int64_t row = 0; row < x.block_h; ++row) {
+      const auto at = row_gradient(n, row);
+      float* out = dx.At(n, c, row);
+      for (int64_t col = 0; col < x.block_w; ++col) {
+        V g, normalised;
+        at.At(col, &g, &normalised);
+        Store(out + col * kLanes, Mul(scale, Fma(along, normalised, Sub(g, constant))));
+      }
+    }
+  }
+}
+
+template <Activation kAct>
+struct BackwardPicked {
+  static void Run(const LaneMap& x, const LaneMap& dy, const LaneMap* dy2, const LaneMap& dx, int64_t c,
+                  const NormSpec& spec, const NormState& state, bool batch_statistics, double* sums) {
+    if (dy2) {
+      BackwardChannel<kAct, true>(x, dy, dy2, dx, c, spec, state, batch_statistics, sums);
+    } else {
+      BackwardChannel<kAct, false>(x, dy, dy2, dx, c, spec, state, batch_statistics, sums);
+    }
+  }
+};
+
+void Backward(const LaneMap& x, const LaneMap& dy, const LaneMap* dy2, const LaneMap& dx, const NormSpec& spec,
+              const NormState& state, bool batch_statistics, float* dgamma, float* dbeta, bool zero_halo, int threads) {
+  ParallelFor(threads, spec.channels, [&](int64_t c) {
+    double sums[2] = {0, 0};
+    double* const out = sums;
+    WithActivation<BackwardPicked>(spec.act.kind, x, dy, dy2, dx, c, spec, state, batch_statistics, out);
+    if (dbeta) dbeta[c] = static_cast<float>(sums[0]);
+    if (dgamma) dgamma[c] = static_cast<float>(sums[1]);
+    FillChannelHalo(dx, c, {zero_halo, Padding::kZero, 0});
+  });
+}
+
+}  // namespace
+
+extern const NormKernels norm_kernels;
+const NormKernels norm_kernels = {Train, Evaluate, Backward};
+
+}  // namespace LIPFAST_NS
+}  // namespace lipfast

@@ -1,0 +1,65 @@
+// BatchNorm on lane maps, fused with the activation behind it and the halo of what
+// it writes.
+//
+// A channel is one unit of work: statistics, normalisation and halo pass over its
+// plane while it is in the cache, and sums are taken in one fixed order, so results
+// do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/lanes.h"
+#include "cpu/pointwise.h"
+
+namespace lipfast {
+
+// Which lanes of a row and of a column of vectors are pixels of the picture: 1 or 0
+// each. rows [block_h][16], columns [block_w][16]; both null where all are.
+struct LivePixelMask {
+  const float* rows;
+  const float* columns;
+};
+
+// The halo a kernel fills behind its own writes.
+struct HaloSpec {
+  bool fill;
+  Padding padding;
+  int64_t pad;
+};
+
+struct NormSpec {
+  int64_t channels;
+  float epsilon;
+  float momentum;  // weight of the new statistics in the running ones
+  ActivationSpec act;
+  LivePixelMask live;
+};
+
+// All [channels].
+struct NormState {
+  const float* gamma;   // null: 1
+  const float* beta;    // null: 0
+  float* running_mean;  // null: not tracked
+  float* running_variance;
+  float* mean;  // of the batch, for the backward pass
+  float* inverse_deviation;
+};
+
+struct NormKernels {
+  // y = act(gamma * (x - mean) / sqrt(variance + epsilon) + beta) with the batch's
+  // statistics, which also move the running ones (variance: unbiased).
+  void (*train)(const LaneMap& x, const LaneMap& y, const NormSpec& spec, const NormState& state, HaloSpec halo,
+                int threads);
+  // The same with the running statistics.
+  void (*evaluate)(const LaneMap& x, const LaneMap& y, const NormSpec& spec, const NormState& state, HaloSpec halo,
+                   int threads);
+  // Gradients for dy + dy2 (dy2 may be null) at y. dgamma and dbeta may be null.
+  //   batch_statistics  mean and inverse_deviation are the batch's, as train() leaves
+  //                     them (evaluate() leaves the running ones there)
+  //   dx                may be dy or dy2; `zero_halo`: its halo and dead pixels become 0
+  void (*backward)(const LaneMap& x, const LaneMap& dy, const LaneMap* dy2, const LaneMap& dx, const NormSpec& spec,
+                   const NormState& state, bool batch_statistics, float* dgamma, float* dbeta, bool zero_halo,
+                   int threads);
+};
+
+}  // namespace lipfast

@@ -1,0 +1,119 @@
+#include "cpu/pointwise.h"
+
+#include "cpu/activation.h"
+#include "cpu/pool.h"
+#include "cpu/vec.h"
+
+namespace lipfast {
+namespace LIPFAST_NS {
+namespace {
+
+// body(n, c, row) for every row of every plane; a plane is one chunk.
+template <class Body>
+void ForEachRow(const LaneMap& m, int threads, const Body& body) {
+  ParallelFor(threads, m.batch * m.channels, [&](int64_t i) {
+    for (int64_t row = 0; row < m.block_h; ++row) body(i / m.channels, i % m.channels, row);
+  });
+}
+
+template <Activation kAct>
+struct Activate {
+  static void Run(const LaneMap& x, const LaneMap& y, float slope, int threads) {
+    const V low = Set(slope);
+    ForEachRow(x, threads, [&](int64_t n, int64_t c, int64_t row) {
+      const float* in = x.At(n, c, row);
+      float* out = y.At(n, c, row);
+      for (int64_t i = 0; i < x.block_w * kLanes; i += kLanes) Store(out + i, Act<kAct>(Load(in + i), low));
+    });
+  }
+};
+
+template <Activation kAct>
+struct ActivateBackward {
+  static void Run(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, float slope, bool accumulate, int threads) {
+    const V low = Set(slope);
+    ForEachRow(x, threads, [&](int64_t n, int64_t c, int64_t row) {
+      const float* in = x.At(n, c, row);
+      const float* gradient = dy.At(n, c, row);
+      float* out = dx.At(n, c, row);
+      for (int64_t i = 0; i < x.block_w * kLanes; i += kLanes) {
+        const V change = Mul(Load(gradient + i), ActSlope<kAct>(Load(in + i), low));
+        Store(out + i, accumulate ? Add(Load(out + i), change) : change);
+      }
+    });
+  }
+};
+
+void CallActivate(const LaneMap& x, const LaneMap& y, ActivationSpec act, int threads) {
+  WithActivation<Activate>(act.kind, x, y, act.slope, threads);
+}
+
+void CallActivateBackward(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, ActivationSpec act, bool accumulate,
+                          int threads) {
+  WithActivation<ActivateBackward>(act.kind, x, dy, dx, act.slope, accumulate, threads);
+}
+
+void Combine(const LaneMap& a, float a_scale, const LaneMap* b, float b_scale, float shift, const LaneMap& y,
+             int threads) {
+  const V as = Set(a_scale), bs = Set(b_scale), base = Set(shift);
+  ForEachRow(a, threads, [&](int64_t n, int64_t c, int64_t row) {
+    const float* first = a.At(n, c, row);
+    const float* second = b ? b->At(n, c, row) : nullptr;
+    float* out = y.At(n, c, row);
+    for (int64_t i = 0; i < a.block_w * kLanes; i += kLanes) {
+      V sum = Fma(as, Load(first + i), base);
+      if (second) sum = Fma(bs, Load(second + i), sum);
+      Store(out + i, sum);
+    }
+  });
+}
+
+// body(n, row, col) for every pixel vector of every image; a row is one chunk.
+template <class Body>
+void ForEachPixel(const LaneMap& m, int threads, const Body& body) {
+  ParallelFor(threads, m.batch * m.block_h, [&](int64_t i) {
+    for (int64_t col = 0; col < m.block_w; ++col) body(i / m.block_h, i % m.block_h, col);
+  });
+}
+
+// 1 / sqrt(mean over channels of x^2 + epsilon)
+V InverseNorm(const LaneMap& x, int64_t n, int64_t row, int64_t col, float epsilon) {
+  V squares = Zero();
+  for (int64_t c = 0; c < x.channels; ++c) {
+    const V v = Load(x.At(n, c, row, col));
+    squares = Fma(v, v, squares);
+  }
+  return Div(Set(1.0f), Sqrt(Fma(squares, Set(1.0f / static_cast<float>(x.channels)), Set(epsilon))));
+}
+
+void PixelNorm(const LaneMap& x, const LaneMap& y, float epsilon, int threads) {
+  ForEachPixel(x, threads, [&](int64_t n, int64_t row, int64_t col) {
+    const V scale = InverseNorm(x, n, row, col, epsilon);
+    for (int64_t c = 0; c < x.channels; ++c) Store(y.At(n, c, row, col), Mul(Load(x.At(n, c, row, col)), scale));
+  });
+}
+
+void PixelNormBackward(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, float epsilon, bool accumulate,
+                       int threads) {
+  ForEachPixel(x, threads, [&](int64_t n, int64_t row, int64_t col) {
+    const V scale = InverseNorm(x, n, row, col, epsilon);
+    V product = Zero();
+    for (int64_t c = 0; c < x.channels; ++c) {
+      product = Fma(Load(x.At(n, c, row, col)), Load(dy.At(n, c, row, col)), product);
+    }
+    const V along = Mul(Mul(product, Set(-1.0f / static_cast<float>(x.channels))), Mul(scale, Mul(scale, scale)));
+    for (int64_t c = 0; c < x.channels; ++c) {
+      float* out = dx.At(n, c, row, col);
+      const V change = Fma(along, Load(x.At(n, c, row, col)), Mul(Load(dy.At(n, c, row, col)), scale));
+      Store(out, accumulate ? Add(Load(out), change) : change);
+    }
+  });
+}
+
+}  // namespace
+
+extern const PointwiseKernels pointwise_kernels;
+const PointwiseKernels pointwise_kernels = {CallActivate, CallActivateBackward, Combine, PixelNorm, PixelNormBackward};
+
+}  // namespace LIPFAST_NS
+}  // namespace lipfast

@@ -1,0 +1,36 @@
+// What works pixel by pixel on lane maps: activations, sums, scaling, PixelNorm.
+//
+// Maps of one call agree in batch, channels, sides and blocks; halos may differ and
+// are neither read nor written. Dead pixels get values as any other pixel does.
+// Output maps may be input maps.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/lanes.h"
+
+namespace lipfast {
+
+enum class Activation { kNone = 0, kRelu = 1, kLeaky = 2, kSigmoid = 3, kTanh = 4, kSilu = 5 };
+
+struct ActivationSpec {
+  Activation kind;
+  float slope;  // of kLeaky below zero
+};
+
+struct PointwiseKernels {
+  // y = act(x)
+  void (*activate)(const LaneMap& x, const LaneMap& y, ActivationSpec act, int threads);
+  // dx = dy * act'(x), added to what dx holds where `accumulate`
+  void (*activate_backward)(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, ActivationSpec act, bool accumulate,
+                            int threads);
+  // y = a_scale * a + b_scale * b + shift; b may be null.
+  void (*combine)(const LaneMap& a, float a_scale, const LaneMap* b, float b_scale, float shift, const LaneMap& y,
+                  int threads);
+  // y = x / sqrt(mean over channels of x^2 + epsilon)
+  void (*pixel_norm)(const LaneMap& x, const LaneMap& y, float epsilon, int threads);
+  void (*pixel_norm_backward)(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, float epsilon, bool accumulate,
+                              int threads);
+};
+
+}  // namespace lipfast

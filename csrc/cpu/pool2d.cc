@@ -1,0 +1,97 @@
+#include "cpu/pool2d.h"
+
+#include "cpu/pool.h"
+#include "cpu/vec.h"
+
+namespace lipfast {
+namespace LIPFAST_NS {
+namespace {
+
+// The larger, NaN if either is NaN.
+V Larger(V a, V b) {
+  const V half = Set(0.5f);  // Max returns its second operand where either is NaN
+  return Fma(Max(a, b), half, Mul(Max(b, a), half));
+}
+
+void Forward(const LaneMap& x, const LaneMap& y, const PoolSpec& spec, int threads) {
+  const V share = Set(1.0f / static_cast<float>(spec.kernel * spec.kernel));
+  ParallelFor(threads, y.batch * y.channels, [&](int64_t i) {
+    const int64_t n = i / y.channels, c = i % y.channels;
+    for (int64_t row = 0; row < y.block_h; ++row) {
+      for (int64_t col = 0; col < y.block_w; ++col) {
+        const float* window = x.At(n, c, row * spec.stride - spec.pad, col * spec.stride - spec.pad);
+        V result = spec.maximum ? Load(window) : Zero();
+        for (int64_t dy = 0; dy < spec.kernel; ++dy) {
+          for (int64_t dx = 0; dx < spec.kernel; ++dx) {
+            const V v = Load(window + dy * x.row_stride + dx * kLanes);
+            result = spec.maximum ? Larger(result, v) : Add(result, v);
+          }
+        }
+        Store(y.At(n, c, row, col), spec.maximum ? result : Mul(result, share));
+      }
+    }
+  });
+}
+
+int64_t Offset(const LaneMap& m, int64_t y, int64_t x) {
+  return y % m.block_h * m.row_stride + x % m.block_w * kLanes + y / m.block_h * kGrid + x / m.block_w;
+}
+
+// The pixels of the window of output (row, col) that lie in the picture.
+struct Window {
+  int64_t top, bottom, left, right;
+};
+
+Window WindowAt(const LaneMap& x, const PoolSpec& spec, int64_t row, int64_t col) {
+  const int64_t top = row * spec.stride - spec.pad, left = col * spec.stride - spec.pad;
+  const int64_t bottom = top + spec.kernel, right = left + spec.kernel;
+  return {top < 0 ? 0 : top, bottom > x.height ? x.height : bottom, left < 0 ? 0 : left,
+          right > x.width ? x.width : right};
+}
+
+int64_t FirstMaximum(const float* in, const LaneMap& x, const Window& w) {
+  int64_t best = Offset(x, w.top, w.left);
+  for (int64_t row = w.top; row < w.bottom; ++row) {
+    for (int64_t col = w.left; col < w.right; ++col) {
+      const int64_t at = Offset(x, row, col);
+      if (in[at] > in[best] || in[at] != in[at]) best = at;
+    }
+  }
+  return best;
+}
+
+// Pixel by pixel: windows may overlap across blocks.
+void Backward(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const PoolSpec& spec, int threads) {
+  const float share = 1.0f / static_cast<float>(spec.kernel * spec.kernel);
+  ParallelFor(threads, dy.batch * dy.channels, [&](int64_t i) {
+    const int64_t n = i / dy.channels, c = i % dy.channels;
+    const float* in = x.At(n, c);
+    const float* gradient = dy.At(n, c);
+    float* out = dx.At(n, c);
+    for (int64_t row = 0; row < dy.height; ++row) {
+      for (int64_t col = 0; col < dy.width; ++col) {
+        const Window w = WindowAt(x, spec, row, col);
+        const float g = gradient[Offset(dy, row, col)];
+        if (spec.maximum) {
+          // x and dx may differ in halo, so an offset holds for one map only.
+          const int64_t at = FirstMaximum(in, x, w);
+          const int64_t lane = at % kLanes, vector = at - lane;
+          const int64_t vy = vector / x.row_stride, vx = vector % x.row_stride;
+          out[vy * dx.row_stride + vx + lane] += g;
+          continue;
+        }
+        for (int64_t r = w.top; r < w.bottom; ++r) {
+          for (int64_t q = w.left; q < w.right; ++q) out[Offset(dx, r, q)] += g * share;
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+extern const PoolKernels pool_kernels;
+const PoolKernels pool_kernels = {Forward, Backward};
+
+}  // namespace LIPFAST_NS
+}  // namespace lipfast

@@ -1,0 +1,173 @@
+#include "cpu/resample.h"
+
+#include "cpu/pool.h"
+#include "cpu/vec.h"
+
+namespace lipfast {
+namespace LIPFAST_NS {
+namespace {
+
+template <class Body>
+void ForEachPlane(const LaneMap& m, int threads, const Body& body) {
+  ParallelFor(threads, m.batch * m.channels, [&](int64_t i) { body(i / m.channels, i % m.channels); });
+}
+
+// near * 3 / 4 + far / 4
+V Blend(V near, V far) { return Fma(near, Set(0.75f), Mul(far, Set(0.25f))); }
+
+void Nearest2(const LaneMap& x, const LaneMap& y, int threads) {
+  ForEachPlane(x, threads, [&](int64_t n, int64_t c) {
+    for (int64_t row = 0; row < x.block_h; ++row) {
+      const float* in = x.At(n, c, row);
+      float* upper = y.At(n, c, 2 * row);
+      float* lower = y.At(n, c, 2 * row + 1);
+      for (int64_t col = 0; col < x.block_w; ++col) {
+        const V v = Load(in + col * kLanes);
+        Store(upper + 2 * col * kLanes, v);
+        Store(upper + (2 * col + 1) * kLanes, v);
+        Store(lower + 2 * col * kLanes, v);
+        Store(lower + (2 * col + 1) * kLanes, v);
+      }
+    }
+  });
+}
+
+// One output row between two input rows: three columns slide along.
+void BilinearRow(const float* near, const float* far, float* out, int64_t columns) {
+  const auto column = [&](int64_t col) { return Blend(Load(near + col * kLanes), Load(far + col * kLanes)); };
+  V left = column(-1), here = column(0);
+  for (int64_t col = 0; col < columns; ++col) {
+    const V right = column(col + 1);
+    Store(out + 2 * col * kLanes, Blend(here, left));
+    Store(out + (2 * col + 1) * kLanes, Blend(here, right));
+    left = here;
+    here = right;
+  }
+}
+
+void Bilinear2(const LaneMap& x, const LaneMap& y, int threads) {
+  ForEachPlane(x, threads, [&](int64_t n, int64_t c) {
+    for (int64_t row = 0; row < x.block_h; ++row) {
+      BilinearRow(x.At(n, c, row), x.At(n, c, row - 1), y.At(n, c, 2 * row), x.block_w);
+      BilinearRow(x.At(n, c, row), x.At(n, c, row + 1), y.At(n, c, 2 * row + 1), x.block_w);
+    }
+  });
+}
+
+void Put(float* at, V v, bool accumulate) { Store(at, accumulate ? Add(Load(at), v) : v); }
+
+void Nearest2Backward(const LaneMap& dy, const LaneMap& dx, bool accumulate, int threads) {
+  ForEachPlane(dx, threads, [&](int64_t n, int64_t c) {
+    for (int64_t row = 0; row < dx.block_h; ++row) {
+      const float* upper = dy.At(n, c, 2 * row);
+      const float* lower = dy.At(n, c, 2 * row + 1);
+      float* out = dx.At(n, c, row);
+      for (int64_t col = 0; col < dx.block_w; ++col) {
+        const V top = Add(Load(upper + 2 * col * kLanes), Load(upper + (2 * col + 1) * kLanes));
+        const V bottom = Add(Load(lower + 2 * col * kLanes), Load(lower + (2 * col + 1) * kLanes));
+        Put(out + col * kLanes, Add(top, bottom), accumulate);
+      }
+    }
+  });
+}
+
+// Input pixel i is three quarters of outputs 2i, 2i + 1 and a quarter of 2i - 1, 2i + 2.
+V Gather4(V before, V first, V second, V after) { return Blend(Add(first, second), Add(before, after)); }
+
+void Bilinear2Backward(const LaneMap& dy, const LaneMap& dx, bool accumulate, int threads) {
+  ForEachPlane(dx, threads, [&](int64_t n, int64_t c) {
+    for (int64_t row = 0; row < dx.block_h; ++row) {
+      const float* rows[4];
+      for (int64_t k = 0; k < 4; ++k) rows[k] = dy.At(n, c, 2 * row - 1 + k);
+      const auto column = [&](int64_t col) {
+        const int64_t at = col * kLanes;
+        return Gather4(Load(rows[0] + at), Load(rows[1] + at), Load(rows[2] + at), Load(rows[3] + at));
+      };
+      float* out = dx.At(n, c, row);
+      V before = column(-1), first = column(0);
+      for (int64_t col = 0; col < dx.block_w; ++col) {
+        const V second = column(2 * col + 1), after = column(2 * col + 2);
+        Put(out + col * kLanes, Gather4(before, first, second, after), accumulate);
+        before = second;
+        first = after;
+      }
+    }
+  });
+}
+
+// Where pixel y (or x) of a map lies, in floats from the plane's start.
+int64_t RowOffset(const LaneMap& m, int64_t y) { return y % m.block_h * m.row_stride + y / m.block_h * kGrid; }
+int64_t ColumnOffset(const LaneMap& m, int64_t x) { return x % m.block_w * kLanes + x / m.block_w; }
+
+// The taps of output position i: up to two input positions and their weights.
+struct Taps {
+  int count;
+  int64_t at[2];
+  float weight[2];
+};
+
+template <class Offset>
+Taps TapsAt(const AxisTaps& axis, int64_t i, const LaneMap& m, const Offset& offset) {
+  Taps taps = {};
+  if (axis.first[i] < 0) return taps;
+  taps.count = 1;
+  taps.at[0] = offset(m, axis.first[i]);
+  taps.weight[0] = axis.weight ? 1.0f - axis.weight[i] : 1.0f;
+  if (axis.weight && axis.weight[i] != 0.0f) {
+    taps.count = 2;
+    taps.at[1] = offset(m, axis.second[i]);
+    taps.weight[1] = axis.weight[i];
+  }
+  return taps;
+}
+
+// body(row taps, column taps, offset of the output pixel) for every output pixel.
+template <class Body>
+void ForEachTap(const LaneMap& x, const LaneMap& y, const AxisTaps& rows, const AxisTaps& columns, const Body& body) {
+  for (int64_t row = 0; row < rows.count; ++row) {
+    const Taps vertical = TapsAt(rows, row, x, RowOffset);
+    const int64_t out = RowOffset(y, row);
+    for (int64_t col = 0; col < columns.count; ++col) {
+      body(vertical, TapsAt(columns, col, x, ColumnOffset), out + ColumnOffset(y, col));
+    }
+  }
+}
+
+void General(const LaneMap& x, const LaneMap& y, const AxisTaps& rows, const AxisTaps& columns, int threads) {
+  ForEachPlane(y, threads, [&](int64_t n, int64_t c) {
+    const float* in = x.At(n, c);
+    float* out = y.At(n, c);
+    ForEachTap(x, y, rows, columns, [&](const Taps& vertical, const Taps& horizontal, int64_t at) {
+      float sum = 0;
+      for (int i = 0; i < vertical.count; ++i) {
+        for (int j = 0; j < horizontal.count; ++j) {
+          sum += vertical.weight[i] * horizontal.weight[j] * in[vertical.at[i] + horizontal.at[j]];
+        }
+      }
+      out[at] = sum;
+    });
+  });
+}
+
+void GeneralBackward(const LaneMap& dy, const LaneMap& dx, const AxisTaps& rows, const AxisTaps& columns, int threads) {
+  ForEachPlane(dy, threads, [&](int64_t n, int64_t c) {
+    const float* in = dy.At(n, c);
+    float* out = dx.At(n, c);
+    ForEachTap(dx, dy, rows, columns, [&](const Taps& vertical, const Taps& horizontal, int64_t at) {
+      for (int i = 0; i < vertical.count; ++i) {
+        for (int j = 0; j < horizontal.count; ++j) {
+          out[vertical.at[i] + horizontal.at[j]] += vertical.weight[i] * horizontal.weight[j] * in[at];
+        }
+      }
+    });
+  });
+}
+
+}  // namespace
+
+extern const ResampleKernels resample_kernels;
+const ResampleKernels resample_kernels = {Nearest2,          Bilinear2, Nearest2Backward,
+                                          Bilinear2Backward, General,   GeneralBackward};
+
+}  // namespace LIPFAST_NS
+}  // namespace lipfast

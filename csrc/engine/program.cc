@@ -1,0 +1,314 @@
+#include "engine/program.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <utility>
+
+#include "cpu/isa.h"
+#include "cpu/pool.h"
+
+namespace lipfast {
+namespace {
+
+constexpr int64_t kFloatBytes = sizeof(float);
+
+std::string SizeLabel(const LaneMap& m) {
+  return std::to_string(m.channels) + "x" + std::to_string(m.height) + "x" + std::to_string(m.width);
+}
+
+std::string ConvLabel(const char* what, const ConvShape& s, const LaneMap& y) {
+  return std::string(what) + " " + std::to_string(s.in_channels) + "->" + std::to_string(s.out_channels) + " " +
+         std::to_string(s.kernel_h) + "x" + std::to_string(s.kernel_w) + "/" + std::to_string(s.stride) + " " +
+         std::to_string(y.height) + "x" + std::to_string(y.width);
+}
+
+void ClearPlane(const LaneMap& m, int64_t n, int64_t c) {
+  const int64_t width = (m.block_w + 2 * m.halo) * kGrid * kGrid;
+  for (int64_t row = -m.halo; row < m.block_h + m.halo; ++row) {
+    std::memset(m.At(n, c, row, -m.halo), 0, static_cast<size_t>(width * kFloatBytes));
+  }
+}
+
+}  // namespace
+
+void Program::Allocate(int64_t map_floats, int64_t value_count, int64_t statistic_count) {
+  memory_ = std::make_unique<Arena>(map_floats * kFloatBytes);
+  vectors_ = std::make_unique<Arena>((2 * Padded(value_count) + Padded(statistic_count)) * kFloatBytes);
+  map_floats_ = map_floats;
+  value_count_ = value_count;
+  statistic_count_ = statistic_count;
+}
+
+int64_t Program::bytes() const {
+  return (memory_ ? memory_->bytes() + vectors_->bytes() : 0) + (scratch_ ? scratch_->bytes() : 0);
+}
+
+int Program::AddMap(const LaneMap& shape, int64_t offset) {
+  LaneMap map = shape;
+  map.data = memory_->data() + offset;
+  map.data = map.At(0, 0, map.halo, map.halo);
+  maps_.push_back(map);
+  return map_count() - 1;
+}
+
+int Program::AddChannels(int whole, int64_t first, int64_t last) {
+  LaneMap map = maps_[whole];
+  map.data = map.At(0, first);
+  map.channels = last - first;
+  maps_.push_back(map);
+  return map_count() - 1;
+}
+
+int Program::AddConv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* mask, ConvKernel asked,
+                     bool exact) {
+  convs_.push_back({std::make_unique<Conv>(shape, geometry, mask, asked, exact), shape, geometry});
+  return conv_count() - 1;
+}
+
+float* Program::Scratch(int threads) {
+  if (threads > scratch_threads_) {
+    int64_t floats = 0;
+    for (const ConvEntry& entry : convs_) floats = std::max(floats, entry.conv->scratch_floats(threads));
+    scratch_.reset();
+    scratch_ = std::make_unique<Arena>(floats * kFloatBytes);
+    scratch_threads_ = threads;
+  }
+  return scratch_->data();
+}
+
+void Program::Add(Section where, std::string label, std::function<void(const RunContext&)> run) {
+  steps_[static_cast<int>(where)].push_back({std::move(label), std::move(run)});
+}
+
+const LaneMap& Program::plain_map(Section where, int plain) const {
+  return maps_[plain_maps_[static_cast<int>(where)][plain]];
+}
+
+void Program::FromPlain(Section where, int plain, int map) {
+  const int section = static_cast<int>(where);
+  plain_count_[section] = std::max(plain_count_[section], plain + 1);
+  plain_maps_[section].resize(plain_count_[section], map);
+  plain_maps_[section][plain] = map;
+  Add(where, "convert in " + SizeLabel(maps_[map]), [plain, to = maps_[map]](const RunContext& context) {
+    Kernels<LaneKernels>().from_plain(context.plains[plain], to, context.threads);
+  });
+}
+
+void Program::ToPlain(Section where, int map, int plain) {
+  const int section = static_cast<int>(where);
+  plain_count_[section] = std::max(plain_count_[section], plain + 1);
+  plain_maps_[section].resize(plain_count_[section], map);
+  plain_maps_[section][plain] = map;
+  Add(where, "convert out " + SizeLabel(maps_[map]), [plain, from = maps_[map]](const RunContext& context) {
+    Kernels<LaneKernels>().to_plain(from, context.plains[plain], context.threads);
+  });
+}
+
+void Program::Clear(Section where, int map) {
+  Add(where, "clear " + SizeLabel(maps_[map]), [m = maps_[map]](const RunContext& context) {
+    ParallelFor(context.threads, m.batch * m.channels,
+                [&](int64_t i) { ClearPlane(m, i / m.channels, i % m.channels); });
+  });
+}
+
+void Program::FillHalo(Section where, int map, Padding mode, int64_t pad) {
+  Add(where, "halo " + SizeLabel(maps_[map]), [m = maps_[map], mode, pad](const RunContext& context) {
+    Kernels<LaneKernels>().fill_halo(m, mode, pad, context.threads);
+  });
+}
+
+void Program::Reblock(Section where, int from, int to) {
+  Add(where, "reblock " + SizeLabel(maps_[to]), [x = maps_[from], y = maps_[to]](const RunContext& context) {
+    Kernels<LaneKernels>().reblock(x, y, context.threads);
+  });
+}
+
+void Program::ConvForward(int conv, int64_t values, int64_t bias, int x, int y) {
+  const float* weight = this->values() + values;
+  const float* shift = bias < 0 ? nullptr : this->values() + bias;
+  Add(Section::kForward, ConvLabel("conv", convs_[conv].shape, maps_[y]),
+      [run = convs_[conv].conv.get(), weight, shift, in = maps_[x], out = maps_[y]](const RunContext& context) {
+        run->Forward(weight, shift, in, out, context.scratch, context.threads);
+      });
+}
+
+void Program::ConvInputGradient(int conv, int64_t values, int dy, int dx) {
+  const float* weight = this->values() + values;
+  Add(Section::kBackward, ConvLabel("conv dx", convs_[conv].shape, maps_[dy]),
+      [run = convs_[conv].conv.get(), weight, in = maps_[dy], out = maps_[dx]](const RunContext& context) {
+        run->InputGradient(weight, in, out, context.scratch, context.threads);
+      });
+}
+
+void Program::ConvWeightGradient(int conv, int64_t values, int64_t bias, int x, int dy) {
+  float* weight = gradients() + values;
+  float* shift = bias < 0 ? nullptr : gradients() + bias;
+  Add(Section::kBackward, ConvLabel("conv dw", convs_[conv].shape, maps_[dy]),
+      [run = convs_[conv].conv.get(), weight, shift, in = maps_[x], out = maps_[dy]](const RunContext& context) {
+        run->WeightGradient(in, out, weight, shift, context.scratch, context.threads);
+      });
+}
+
+LivePixelMask Program::LiveMask(const LaneMap& m) {
+  if (kGrid * m.block_h == m.height && kGrid * m.block_w == m.width) return {nullptr, nullptr};
+  constexpr int kLaneCount = kGrid * kGrid;
+  masks_.push_back(std::make_unique<std::vector<float>>((m.block_h + m.block_w) * kLaneCount));
+  float* rows = masks_.back()->data();
+  float* columns = rows + m.block_h * kLaneCount;
+  for (int lane = 0; lane < kLaneCount; ++lane) {
+    for (int64_t y = 0; y < m.block_h; ++y) {
+      rows[y * kLaneCount + lane] = lane / kGrid * m.block_h + y < m.height ? 1.0f : 0.0f;
+    }
+    for (int64_t x = 0; x < m.block_w; ++x) {
+      columns[x * kLaneCount + lane] = lane % kGrid * m.block_w + x < m.width ? 1.0f : 0.0f;
+    }
+  }
+  return {rows, columns};
+}
+
+NormState Program::StateOf(const NormOffsets& offsets, int64_t channels) const {
+  const auto at = [](float* base, int64_t offset) { return offset < 0 ? nullptr : base + offset; };
+  return {at(values(), offsets.gamma),
+          at(values(), offsets.beta),
+          at(statistics(), offsets.running_mean),
+          at(statistics(), offsets.running_variance),
+          statistics() + offsets.saved,
+          statistics() + offsets.saved + channels};
+}
+
+void Program::NormForward(int x, int y, const NormSpec& spec, const NormOffsets& offsets, bool training,
+                          const HaloSpec& halo) {
+  NormSpec full = spec;
+  full.live = LiveMask(maps_[x]);
+  Add(Section::kForward, "norm " + SizeLabel(maps_[x]),
+      [full, halo, training, state = StateOf(offsets, spec.channels), in = maps_[x],
+       out = maps_[y]](const RunContext& context) {
+        const NormKernels& kernels = Kernels<NormKernels>();
+        (training ? kernels.train : kernels.evaluate)(in, out, full, state, halo, context.threads);
+      });
+}
+
+void Program::NormBackward(int x, int dy, int dy2, int dx, const NormSpec& spec, const NormOffsets& offsets,
+                           bool training, bool zero_halo) {
+  NormSpec full = spec;
+  full.live = LiveMask(maps_[x]);
+  float* dgamma = offsets.gamma < 0 ? nullptr : gradients() + offsets.gamma;
+  float* dbeta = offsets.beta < 0 ? nullptr : gradients() + offsets.beta;
+  Add(Section::kBackward, "norm backward " + SizeLabel(maps_[x]),
+      [full, training, zero_halo, dgamma, dbeta, state = StateOf(offsets, spec.channels), in = maps_[x],
+       first = maps_[dy], second = dy2 < 0 ? LaneMap{} : maps_[dy2], out = maps_[dx]](const RunContext& context) {
+        Kernels<NormKernels>().backward(in, first, second.data ? &second : nullptr, out, full, state, training, dgamma,
+                                        dbeta, zero_halo, context.threads);
+      });
+}
+
+void Program::Activate(int x, int y, ActivationSpec act) {
+  Add(Section::kForward, "activation " + SizeLabel(maps_[x]),
+      [act, in = maps_[x], out = maps_[y]](const RunContext& context) {
+        Kernels<PointwiseKernels>().activate(in, out, act, context.threads);
+      });
+}
+
+void Program::ActivateBackward(int x, int dy, int dx, ActivationSpec act, bool accumulate) {
+  Add(Section::kBackward, "activation backward " + SizeLabel(maps_[x]),
+      [act, accumulate, in = maps_[x], gradient = maps_[dy], out = maps_[dx]](const RunContext& context) {
+        Kernels<PointwiseKernels>().activate_backward(in, gradient, out, act, accumulate, context.threads);
+      });
+}
+
+void Program::Combine(Section where, int a, float a_scale, int b, float b_scale, float shift, int y) {
+  Add(where, "combine " + SizeLabel(maps_[y]),
+      [=, first = maps_[a], second = b < 0 ? LaneMap{} : maps_[b], out = maps_[y]](const RunContext& context) {
+        Kernels<PointwiseKernels>().combine(first, a_scale, second.data ? &second : nullptr, b_scale, shift, out,
+                                            context.threads);
+      });
+}
+
+void Program::PixelNorm(int x, int y, float epsilon) {
+  Add(Section::kForward, "pixel norm " + SizeLabel(maps_[x]),
+      [epsilon, in = maps_[x], out = maps_[y]](const RunContext& context) {
+        Kernels<PointwiseKernels>().pixel_norm(in, out, epsilon, context.threads);
+      });
+}
+
+void Program::PixelNormBackward(int x, int dy, int dx, float epsilon, bool accumulate) {
+  Add(Section::kBackward, "pixel norm backward " + SizeLabel(maps_[x]),
+      [epsilon, accumulate, in = maps_[x], gradient = maps_[dy], out = maps_[dx]](const RunContext& context) {
+        Kernels<PointwiseKernels>().pixel_norm_backward(in, gradient, out, epsilon, accumulate, context.threads);
+      });
+}
+
+void Program::Upsample2(bool bilinear, int x, int y) {
+  Add(Section::kForward, "upsample " + SizeLabel(maps_[y]),
+      [bilinear, in = maps_[x], out = maps_[y]](const RunContext& context) {
+        const ResampleKernels& kernels = Kernels<ResampleKernels>();
+        (bilinear ? kernels.bilinear2 : kernels.nearest2)(in, out, context.threads);
+      });
+}
+
+void Program::Upsample2Backward(bool bilinear, int dy, int dx, bool accumulate) {
+  Add(Section::kBackward, "upsample backward " + SizeLabel(maps_[dy]),
+      [bilinear, accumulate, gradient = maps_[dy], out = maps_[dx]](const RunContext& context) {
+        const ResampleKernels& kernels = Kernels<ResampleKernels>();
+        (bilinear ? kernels.bilinear2_backward : kernels.nearest2_backward)(gradient, out, accumulate, context.threads);
+      });
+}
+
+void Program::Resample(int x, int y, const AxisTable& rows, const AxisTable& columns) {
+  Add(Section::kForward, "resample " + SizeLabel(maps_[y]),
+      [rows, columns, in = maps_[x], out = maps_[y]](const RunContext& context) {
+        Kernels<ResampleKernels>().general(in, out, rows.View(), columns.View(), context.threads);
+      });
+}
+
+void Program::ResampleBackward(int dy, int dx, const AxisTable& rows, const AxisTable& columns) {
+  Add(Section::kBackward, "resample backward " + SizeLabel(maps_[dy]),
+      [rows, columns, gradient = maps_[dy], out = maps_[dx]](const RunContext& context) {
+        Kernels<ResampleKernels>().general_backward(gradient, out, rows.View(), columns.View(), context.threads);
+      });
+}
+
+void Program::Pool(int x, int y, const PoolSpec& spec) {
+  Add(Section::kForward, "pool " + SizeLabel(maps_[x]),
+      [spec, in = maps_[x], out = maps_[y]](const RunContext& context) {
+        Kernels<PoolKernels>().forward(in, out, spec, context.threads);
+      });
+}
+
+void Program::PoolBackward(int x, int dy, int dx, const PoolSpec& spec) {
+  Add(Section::kBackward, "pool backward " + SizeLabel(maps_[x]),
+      [spec, in = maps_[x], gradient = maps_[dy], out = maps_[dx]](const RunContext& context) {
+        Kernels<PoolKernels>().backward(in, gradient, out, spec, context.threads);
+      });
+}
+
+void Program::Run(Section where, const PlainMap* plains, int threads) {
+  const RunContext context = {plains, Scratch(threads), threads};
+  for (Step& step : steps_[static_cast<int>(where)]) {
+    if (!profile_) {
+      step.run(context);
+      continue;
+    }
+    const auto start = std::chrono::steady_clock::now();
+    step.run(context);
+    step.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+}
+
+void Program::SetProfile(bool on) {
+  profile_ = on;
+  for (auto& steps : steps_) {
+    for (Step& step : steps) step.seconds = 0;
+  }
+}
+
+std::vector<StepTime> Program::Profile() const {
+  std::vector<StepTime> times;
+  for (int section = 0; section < 2; ++section) {
+    for (const Step& step : steps_[section]) times.push_back({step.label, static_cast<Section>(section), step.seconds});
+  }
+  return times;
+}
+
+}  // namespace lipfast

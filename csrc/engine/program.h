@@ -1,0 +1,157 @@
+// A network as two lists of steps over planned memory: forward and backward.
+//
+// The planner (lipfast/engine/plan.py) decides everything: which maps exist, where
+// they lie in the arena, which may share memory, when a halo is filled. A Program
+// only owns the memory and runs the steps in order; nothing in it depends on the
+// number of threads. Indices and offsets are trusted: csrc/bindings/engine.cc
+// checks each step when it is added.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/arena.h"
+#include "cpu/conv.h"
+#include "cpu/lanes.h"
+#include "cpu/norm.h"
+#include "cpu/pointwise.h"
+#include "cpu/pool2d.h"
+#include "cpu/resample.h"
+
+namespace lipfast {
+
+enum class Section { kForward = 0, kBackward = 1 };
+
+// The taps of AxisTaps with their memory.
+struct AxisTable {
+  std::vector<int32_t> first, second;
+  std::vector<float> weight;
+
+  AxisTaps View() const {
+    return {static_cast<int64_t>(first.size()), first.data(), second.empty() ? nullptr : second.data(),
+            weight.empty() ? nullptr : weight.data()};
+  }
+};
+
+// Where a BatchNorm's numbers lie: offsets into values and statistics, -1 for none.
+struct NormOffsets {
+  int64_t gamma, beta;                     // in values and gradients
+  int64_t running_mean, running_variance;  // in statistics
+  int64_t saved;                           // in statistics: the batch's mean, then inverse deviation
+};
+
+// Time spent in one step since the last ResetProfile.
+struct StepTime {
+  std::string label;
+  Section section;
+  double seconds;
+};
+
+class Program {
+ public:
+  // Convolutions are added first: how wide a halo their gradients want decides how
+  // much memory the maps need. Then comes the memory, then maps and steps.
+  // Throws std::bad_alloc when the memory cannot be had.
+  //   map_floats        memory for maps
+  //   value_count       trainable numbers: as many gradients
+  //   statistic_count   running statistics and what BatchNorm keeps for backward
+  void Allocate(int64_t map_floats, int64_t value_count, int64_t statistic_count);
+
+  // Trainable numbers and their gradients; BatchNorm's statistics.
+  float* values() const { return vectors_->data(); }
+  float* gradients() const { return values() + Padded(value_count_); }
+  float* statistics() const { return gradients() + Padded(value_count_); }
+  int64_t value_count() const { return value_count_; }
+  int64_t statistic_count() const { return statistic_count_; }
+  int64_t map_floats() const { return map_floats_; }
+  int64_t bytes() const;
+
+  // A map at `offset` floats into the arena, the first float of its halo.
+  // Channels [first, last) of `whole` make another map.
+  int AddMap(const LaneMap& shape, int64_t offset);
+  int AddChannels(int whole, int64_t first, int64_t last);
+  const LaneMap& map(int index) const { return maps_[index]; }
+  int map_count() const { return static_cast<int>(maps_.size()); }
+
+  int AddConv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* mask, ConvKernel asked, bool exact);
+  const Conv& conv(int index) const { return *convs_[index].conv; }
+  const ConvGeometry& geometry(int index) const { return convs_[index].geometry; }
+  const ConvShape& shape(int index) const { return convs_[index].shape; }
+  int conv_count() const { return static_cast<int>(convs_.size()); }
+
+  // Steps. Maps and convs by index; `values` and `bias` are offsets, -1 for none.
+  void FromPlain(Section where, int plain, int map);
+  void ToPlain(Section where, int map, int plain);
+  void Clear(Section where, int map);
+  void FillHalo(Section where, int map, Padding mode, int64_t pad);
+  void Reblock(Section where, int from, int to);
+  void ConvForward(int conv, int64_t values, int64_t bias, int x, int y);
+  void ConvInputGradient(int conv, int64_t values, int dy, int dx);
+  void ConvWeightGradient(int conv, int64_t values, int64_t bias, int x, int dy);
+  void NormForward(int x, int y, const NormSpec& spec, const NormOffsets& offsets, bool training, const HaloSpec& halo);
+  void NormBackward(int x, int dy, int dy2, int dx, const NormSpec& spec, const NormOffsets& offsets, bool training,
+                    bool zero_halo);
+  void Activate(int x, int y, ActivationSpec act);
+  void ActivateBackward(int x, int dy, int dx, ActivationSpec act, bool accumulate);
+  void Combine(Section where, int a, float a_scale, int b, float b_scale, float shift, int y);
+  void PixelNorm(int x, int y, float epsilon);
+  void PixelNormBackward(int x, int dy, int dx, float epsilon, bool accumulate);
+  void Upsample2(bool bilinear, int x, int y);
+  void Upsample2Backward(bool bilinear, int dy, int dx, bool accumulate);
+  void Resample(int x, int y, const AxisTable& rows, const AxisTable& columns);
+  void ResampleBackward(int dy, int dx, const AxisTable& rows, const AxisTable& columns);
+  void Pool(int x, int y, const PoolSpec& spec);
+  void PoolBackward(int x, int dy, int dx, const PoolSpec& spec);
+
+  // The tensors that FromPlain and ToPlain of a section use, by index.
+  int plain_count(Section where) const { return plain_count_[static_cast<int>(where)]; }
+  // The map that a plain tensor of a section is copied to or from.
+  const LaneMap& plain_map(Section where, int plain) const;
+
+  // Runs a section. plains: plain_count(where) tensors of the shapes of their maps.
+  void Run(Section where, const PlainMap* plains, int threads);
+
+  // From the next Run on, measures the time of each step (or stops doing so).
+  void SetProfile(bool on);
+  std::vector<StepTime> Profile() const;
+
+ private:
+  struct RunContext {
+    const PlainMap* plains;
+    float* scratch;
+    int threads;
+  };
+  struct Step {
+    std::string label;
+    std::function<void(const RunContext&)> run;
+    double seconds = 0;
+  };
+  struct ConvEntry {
+    std::unique_ptr<Conv> conv;
+    ConvShape shape;
+    ConvGeometry geometry;
+  };
+
+  static int64_t Padded(int64_t floats) { return (floats + 15) / 16 * 16; }
+  void Add(Section where, std::string label, std::function<void(const RunContext&)> run);
+  // Memory that every convolution may use, for that many threads.
+  float* Scratch(int threads);
+  LivePixelMask LiveMask(const LaneMap& map);
+  NormState StateOf(const NormOffsets& offsets, int64_t channels) const;
+
+  int64_t map_floats_ = 0, value_count_ = 0, statistic_count_ = 0;
+  std::unique_ptr<Arena> memory_, vectors_, scratch_;
+  std::vector<LaneMap> maps_;
+  std::vector<ConvEntry> convs_;
+  std::vector<std::unique_ptr<std::vector<float>>> masks_;
+  std::vector<Step> steps_[2];
+  std::vector<int> plain_maps_[2];
+  int plain_count_[2] = {0, 0};
+  int scratch_threads_ = 0;
+  bool profile_ = false;
+};
+
+}  // namespace lipfast

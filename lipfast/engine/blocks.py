@@ -1,0 +1,163 @@
+"""Rewriting a graph before it is planned: fusing operators, choosing how each map is cut into blocks."""
+
+import dataclasses
+
+from lipfast.engine.graph import Graph, Node
+
+GRID = 4
+Block = tuple[int, int]  # rows, columns of pixels
+
+# A block may grow to fit a neighbour's stride if the map's memory grows by at most this much; else it is re-cut.
+_MOST_WASTE = 1.3
+
+_SAME_BLOCKS = ("norm", "act", "combine", "cat", "channels", "pixel_norm")
+
+
+def fuse(graph: Graph) -> None:
+    """Padding goes into the conv behind it, an activation into the BatchNorm before it; unread operators go."""
+    _fuse_padding(graph)
+    _fuse_activation(graph)
+    _drop_unread(graph)
+
+
+def _producers(graph: Graph) -> dict[int, Node]:
+    return {node.output: node for node in graph.nodes}
+
+
+def _fuse_padding(graph: Graph) -> None:
+    producers = _producers(graph)
+    for node in graph.nodes:
+        source = producers.get(node.inputs[0]) if node.kind == "conv" else None
+        if source is None or source.kind != "resample" or not source.attributes.get("pads") or min(source.pads) < 0:
+            continue
+        if node.pad == (0, 0):
+            node.attributes |= {"pad": source.pads, "padding_mode": source.padding_mode}
+        elif node.padding_mode == source.padding_mode == "zeros":
+            node.attributes["pad"] = (node.pad[0] + source.pads[0], node.pad[1] + source.pads[1])
+        else:
+            continue
+        node.inputs[0] = source.inputs[0]
+
+
+def _fuse_activation(graph: Graph) -> None:
+    producers, readers = _producers(graph), graph.consumers()
+    for node in graph.nodes:
+        source = producers.get(node.inputs[0]) if node.kind == "act" else None
+        alone = source is not None and len(readers[source.output]) == 1 and source.output not in graph.outputs
+        if source is not None and alone and source.kind == "norm" and source.act == "none":
+            source.attributes |= {"act": node.act, "slope": node.slope}
+            source.output = node.output
+            node.kind = "gone"
+    graph.nodes = [node for node in graph.nodes if node.kind != "gone"]
+
+
+def _drop_unread(graph: Graph) -> None:
+    wanted = set(graph.outputs)
+    kept = []
+    for node in reversed(graph.nodes):
+        if node.output in wanted:
+            kept.append(node)
+            wanted.update(node.inputs)
+    graph.nodes = kept[::-1]
+
+
+@dataclasses.dataclass
+class _Edge:
+    """Blocks of value ``large`` must be ``factor`` times those of ``small`` where ``node`` runs."""
+
+    node: Node
+    large: int
+    small: int
+    factor: int
+
+
+def choose_blocks(graph: Graph) -> dict[int, Block]:
+    """The blocks of every value; inserts a ``reblock`` where two neighbours cannot agree."""
+    classes = _Classes(graph)
+    edges = _edges(graph, classes)
+    for edge in edges:
+        classes.cover(edge)
+    for _ in range(len(edges)):
+        changed = [classes.agree(edge) for edge in edges]
+        if not any(changed):
+            break
+    blocks = {value: classes.block(value) for value in graph.shapes}
+    for edge in edges:
+        _reblock(graph, edge, blocks)
+    return blocks
+
+
+def _edges(graph: Graph, classes: "_Classes") -> list[_Edge]:
+    edges = []
+    for node in graph.nodes:
+        first = node.inputs[0]
+        if node.kind in _SAME_BLOCKS or (node.kind in ("conv", "pool") and node.stride == 1):
+            for value in node.inputs:
+                classes.join(value, node.output)
+        elif node.kind in ("conv", "pool"):
+            edges.append(_Edge(node, first, node.output, node.stride))
+        elif node.kind == "upsample2":
+            edges.append(_Edge(node, node.output, first, 2))
+    return edges
+
+
+class _Classes:
+    """Values that must have equal blocks."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._shapes = graph.shapes
+        self._parent = {value: value for value in graph.shapes}
+        self._block = {value: [-(-side // GRID) for side in shape[2:]] for value, shape in graph.shapes.items()}
+
+    def root(self, value: int) -> int:
+        while self._parent[value] != value:
+            value = self._parent[value]
+        return value
+
+    def join(self, a: int, b: int) -> None:
+        a, b = self.root(a), self.root(b)
+        if a != b:
+            self._parent[a] = b
+            self._block[b] = [max(pair) for pair in zip(self._block[a], self._block[b], strict=True)]
+
+    def block(self, value: int) -> Block:
+        rows, columns = self._block[self.root(value)]
+        return rows, columns
+
+    def cover(self, edge: _Edge) -> None:
+        """A window may leave pixels out: 9 px become 4, whose blocks of 1 px times 2 would not hold all 9."""
+        small = self._block[self.root(edge.small)]
+        for axis in (0, 1):
+            natural = -(-self._shapes[edge.large][2 + axis] // GRID)
+            small[axis] = max(small[axis], -(-natural // edge.factor))
+
+    def agree(self, edge: _Edge) -> bool:
+        """Grow one side of an edge if that is cheap; True if something changed."""
+        changed = False
+        large, small = self._block[self.root(edge.large)], self._block[self.root(edge.small)]
+        for axis in (0, 1):
+            need = edge.factor * small[axis]
+            if need > large[axis] and self._cheap(edge.large, axis, need):
+                large[axis], changed = need, True
+            elif need < large[axis] and self._cheap(edge.small, axis, -(-large[axis] // edge.factor)):
+                small[axis], changed = -(-large[axis] // edge.factor), True
+        return changed
+
+    def _cheap(self, value: int, axis: int, block: int) -> bool:
+        return GRID * block <= _MOST_WASTE * self._shapes[value][2 + axis]
+
+
+def _reblock(graph: Graph, edge: _Edge, blocks: dict[int, Block]) -> None:
+    rows, columns = blocks[edge.small]
+    wanted = (edge.factor * rows, edge.factor * columns)
+    if blocks[edge.large] == wanted:
+        return
+    copy = graph.fresh(graph.shapes[edge.large])
+    blocks[copy] = wanted
+    at = next(i for i, node in enumerate(graph.nodes) if node is edge.node)
+    if edge.node.kind == "upsample2":  # the operator writes the copy, which is re-cut into what others expect
+        edge.node.output = copy
+        graph.nodes.insert(at + 1, Node("reblock", [copy], edge.large))
+    else:
+        edge.node.inputs[0] = copy
+        graph.nodes.insert(at, Node("reblock", [edge.large], copy))

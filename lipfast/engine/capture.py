@@ -1,0 +1,179 @@
+"""What a module does, recorded by running it once on tensors without data.
+
+Running beats tracing here: sizes are known, so Python that depends on them (centre crops, loops over scales) just runs,
+and every torch function is seen as the user wrote it. Python that depends on the *values* of tensors fails on tensors
+without data, and says so.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from lipfast.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """A tensor of the recording, by number."""
+
+    number: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass
+class Call:
+    """One torch function as it was called; tensors are replaced by `Ref`."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any  # Refs, in whatever structure the function returned
+
+    @property
+    def name(self) -> str:
+        """The function's name, for messages."""
+        return getattr(self.function, "__qualname__", str(self.function)).removeprefix("_VariableFunctionsClass.")
+
+    def refs(self) -> list[Ref]:
+        """The tensors it reads."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Ref)]
+
+
+@dataclasses.dataclass
+class Recording:
+    """Straight-line code of one module at one input size.
+
+    Attributes:
+        inputs: the tensors given to the module, in order.
+        leaves: number -> name of the parameter or buffer it is.
+        constants: number -> tensor made outside torch's functions or captured by the module's code.
+        calls: what ran, in order.
+        result: what the module returned, with `Ref` for tensors.
+        counted: buffers the module adds a number to each time it runs (BatchNorm's batch counter), and that number.
+    """
+
+    inputs: list[Ref]
+    leaves: dict[int, str]
+    constants: dict[int, Tensor]
+    calls: list[Call]
+    result: Any
+    counted: list[tuple[str, int]]
+
+
+def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mapping[str, Tensor]) -> Recording:
+    """Run ``function(leaves on the meta device, *inputs on the meta device)`` and record it.
+
+    Args:
+        function: takes a dict of the leaves' stand-ins, then the inputs' stand-ins.
+        inputs: example tensors; only shape and dtype count.
+        leaves: parameters and buffers by name.
+
+    Raises:
+        InputError: the code depends on the values of tensors or changes one through a view.
+    """
+    recorder = _Recorder()
+    stand_ins = {name: recorder.leaf(name, tensor) for name, tensor in leaves.items()}
+    refs = [recorder.input(tensor) for tensor in inputs]
+    with torch.no_grad(), recorder, torch.device("meta"):
+        try:
+            result = function(stand_ins, *recorder.input_tensors)
+        except InputError:
+            raise
+        except (NotImplementedError, RuntimeError) as failure:
+            raise InputError(
+                f"engine: the module cannot be recorded without running it on data: {failure}"
+            ) from failure
+    recording = Recording(refs, recorder.leaves, recorder.constants, recorder.calls, None, recorder.counted)
+    recording.result = pytree.tree_map(recorder.known, result)
+    return recording
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes each torch function; tensors are known by identity, so they are kept alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.leaves: dict[int, str] = {}
+        self.constants: dict[int, Tensor] = {}
+        self.counted: list[tuple[str, int]] = []
+        self.input_tensors: list[Tensor] = []
+        self._refs: dict[int, Ref] = {}
+        self._alive: list[Tensor] = []
+        self._count = 0
+
+    def leaf(self, name: str, tensor: Tensor) -> Tensor:
+        stand_in = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        if isinstance(tensor, torch.nn.Parameter):
+            stand_in = torch.nn.Parameter(stand_in, requires_grad=tensor.requires_grad)
+        self.leaves[self._new(stand_in).number] = name
+        return stand_in
+
+    def input(self, tensor: Tensor) -> Ref:
+        stand_in = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        self.input_tensors.append(stand_in)
+        return self._new(stand_in)
+
+    def known(self, value: Any) -> Any:
+        """The Ref of a tensor; anything else unchanged."""
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) in self._refs:
+            return self._refs[id(value)]
+        if value.device.type == "meta":
+            raise InputError("engine: the module made a tensor in a way that cannot be recorded")
+        ref = self._new(value)
+        self.constants[ref.number] = value
+        return ref
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        noted = pytree.tree_map(self.known, (args, kwargs))
+        args, kwargs = pytree.tree_map(_on_meta, (args, kwargs))
+        result = func(*args, **kwargs)
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+            return result
+        if func is Tensor.add_ and self._is_counter(noted[0]):
+            self.counted.append((self.leaves[noted[0][0].number], noted[0][1]))
+            return result
+        self._check_in_place(result)
+        self.calls.append(Call(func, noted[0], noted[1], pytree.tree_map(self._written, result)))
+        return result
+
+    def _is_counter(self, args: tuple[Any, ...]) -> bool:
+        return isinstance(args[0], Ref) and args[0].number in self.leaves and isinstance(args[1], int)
+
+    def _written(self, value: Any) -> Any:
+        return self._new(value) if isinstance(value, Tensor) else value
+
+    def _check_in_place(self, result: Any) -> None:
+        """A tensor written in place gets a new number; that is wrong if another known tensor shares its memory."""
+        for tensor in pytree.tree_leaves(result):
+            if not isinstance(tensor, Tensor) or id(tensor) not in self._refs:
+                continue
+            if self._refs[id(tensor)].number in self.leaves:
+                raise InputError("engine: the module changes one of its own parameters or buffers while it runs")
+            memory = tensor.untyped_storage()._cdata
+            sharing = sum(1 for other in self._alive if other.untyped_storage()._cdata == memory)
+            if sharing > 1:
+                raise InputError("engine: the module changes a tensor in place that another tensor is a view of")
+
+    def _new(self, tensor: Tensor) -> Ref:
+        if id(tensor) not in self._refs:
+            self._alive.append(tensor)
+        ref = Ref(self._count, tuple(tensor.shape), tensor.dtype)
+        self._count += 1
+        self._refs[id(tensor)] = ref
+        return ref
+
+
+def _on_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) and value.device.type != "meta" else value

@@ -1,0 +1,79 @@
+"""What the planner reads: a network as operators on feature maps.
+
+A `Graph` is straight-line code over numbered values, each a ``(batch, channels, height, width)`` map. Weights are named
+by number, too: ``weights[k]`` says which tensor holds them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Shape = tuple[int, int, int, int]  # batch, channels, height, width
+
+# Numbers of csrc/cpu/pointwise.h's Activation.
+ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "sigmoid": 3, "tanh": 4, "silu": 5}
+
+
+@dataclass
+class Node:
+    """One operator. ``kind`` and its attributes:
+
+    conv        weight, bias (weight numbers; bias may be None), stride, pad (h, w), dilation, groups, padding_mode
+    norm        gamma, beta (weight numbers or None), running (statistics number or None), training, momentum, epsilon,
+                act, slope
+    act         act, slope
+    combine     a_scale, b_scale, shift: a_scale * inputs[0] + b_scale * inputs[1] + shift (second input optional)
+    cat         channels of all inputs one after the other
+    channels    first, last: a range of the input's channels
+    upsample2   bilinear (else nearest)
+    resample    rows, columns: a `Taps` each
+    pool        kernel, stride, pad, maximum
+    pixel_norm  epsilon
+    reblock     nothing: only how the map is cut into blocks changes
+    """
+
+    kind: str
+    inputs: list[int]
+    output: int
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["attributes"][name]
+        except KeyError:
+            raise AttributeError(f"{self.__dict__.get('kind')} has no attribute {name!r}") from None
+
+
+@dataclass(frozen=True)
+class Taps:
+    """One axis of a resampling: output i takes ``(1 - weight[i]) * in[first[i]] + weight[i] * in[second[i]]``.
+
+    ``first[i] == -1`` stands for zero. ``second`` and ``weight`` are empty for a selection.
+    """
+
+    first: tuple[int, ...]
+    second: tuple[int, ...] = ()
+    weight: tuple[float, ...] = ()
+
+
+@dataclass
+class Graph:
+    """Operators in the order they run; ``inputs`` and ``outputs`` are values, ``shapes`` those of all values."""
+
+    inputs: list[int]
+    outputs: list[int]
+    nodes: list[Node]
+    shapes: dict[int, Shape]
+
+    def consumers(self) -> dict[int, list[int]]:
+        """For each value the positions in ``nodes`` that read it, in order."""
+        readers: dict[int, list[int]] = {value: [] for value in self.shapes}
+        for position, node in enumerate(self.nodes):
+            for value in node.inputs:
+                readers[value].append(position)
+        return readers
+
+    def fresh(self, shape: Shape) -> int:
+        """A new value of that shape."""
+        value = max(self.shapes, default=-1) + 1
+        self.shapes[value] = shape
+        return value

@@ -1,0 +1,421 @@
+"""`accelerate`: an ordinary module, pruned or not, as one that runs in lanes."""
+
+import copy
+import dataclasses
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+from torch.utils import _pytree as pytree
+
+from lipfast.engine.capture import Call, Recording, Ref, record
+from lipfast.engine.lower import Lowered, Segment, lower
+from lipfast.engine.plan import Options, Weight
+from lipfast.engine.runtime import Running, hooked_module, pack, weights_of
+from lipfast.errors import InputError
+
+# A conv weight with fewer zeros than this, and no mask, is taken to be dense.
+FEWEST_ZEROS = 0.05
+# Input sizes and modes whose programs are kept.
+PLANS_KEPT = 8
+
+
+def accelerate(model: nn.Module, masks: Mapping[str, Tensor] | None = None, *, exact: bool = False) -> "LaneModule":
+    """A copy of ``model`` that computes the same with sparse and fused kernels; ``model`` itself is not changed.
+
+    What is pruned comes from ``masks``, from the hooks of ``torch.nn.utils.prune``, from parametrizations whose result
+    holds zeros, and from zeros in the weights of ``Conv2d`` (at least 5 %, not all). Pruned parameters hold only their
+    kept values, in row-major order, so optimisers and ``.grad`` see only those; ``state_dict`` and ``load_state_dict``
+    keep the dense names and shapes.
+
+    Args:
+        model: any module on the CPU in float32. Operators that the engine does not know run in torch; a warning names
+            them once.
+        masks: parameter name -> bool tensor of its shape, True where the weight is kept.
+        exact: never Winograd, whose rounding error is a few times that of a direct sum.
+
+    Raises:
+        InputError: a mask that fits no parameter, or hooks on inner modules (they would not run).
+    """
+    return LaneModule(model, masks, exact=exact)
+
+
+class LaneModule(nn.Module):
+    """What `accelerate` returns. Called like the original; ``to_dense()`` gives an ordinary module back."""
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor] | None = None, *, exact: bool = False) -> None:
+        super().__init__()
+        source = _copy(model)
+        found = {**_strip_pruning(source), **_given(source, masks or {})}
+        _refuse_hooks(source)
+        for name in _zeroed_convs(source):
+            found.setdefault(name, source.get_parameter(name).detach() != 0)
+        for name, mask in found.items():
+            _replace(source, name, pack(source.get_parameter(name), mask))
+        # The same dicts: parameters keep their names, and the source's code finds what optimisers change.
+        self._parameters, self._buffers, self._modules = source._parameters, source._buffers, source._modules
+        self._non_persistent_buffers_set = source._non_persistent_buffers_set
+        self.training = source.training
+        self._hidden = (source,)  # in a tuple, so that it is not a child
+        self._masks: dict[str, Tensor] = found
+        self._exact = exact
+        self._names = [name for name, _ in self.named_parameters()]
+        self._warned: set[str] = set()
+        self._forget_plans()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's result."""
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        compiled = self._compiled_for(leaves, structure)
+        return compiled.run([leaf for leaf in leaves if isinstance(leaf, Tensor)], self._tensors())
+
+    def to_dense(self) -> nn.Module:
+        """The ordinary module with the current weights, pruned ones exactly 0; it shares no memory with this one."""
+        self._source().training = self.training
+        dense: nn.Module = copy.deepcopy(self._source())
+        for name, mask in self._masks.items():
+            _replace(dense, name, _scatter(dense.get_parameter(name).detach(), mask))
+        return dense
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Parameter name -> which of its weights live, for the pruned parameters."""
+        return {name: mask.clone() for name, mask in self._masks.items()}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the dense module's: dense names and shapes."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for name, mask in self._masks.items():
+            state[prefix + name] = _scatter(state[prefix + name], mask)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, mask in self._masks.items():
+            given = state_dict.get(prefix + name)
+            if given is None or given.shape == self.get_parameter(name).shape:
+                continue
+            if given.shape != mask.shape:
+                raise InputError(f"load_state_dict: {name} must be {tuple(mask.shape)}, got {tuple(given.shape)}")
+            if bool((given[~mask] != 0).any()):
+                raise InputError(
+                    f"load_state_dict: {name} has weights where this module is pruned; accelerate() their model"
+                )
+            state_dict[prefix + name] = given[mask]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without programs: copies and pickles plan their own."""
+        kept = ("_compiled", "_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget_plans()
+
+    def _source(self) -> nn.Module:
+        """The module whose code is recorded; its parameters are this module's."""
+        return self._hidden[0]
+
+    def _forget_plans(self) -> None:
+        self._compiled: OrderedDict[Any, _Compiled] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+    def _compiled_for(self, leaves: Sequence[Any], structure: Any) -> "_Compiled":
+        self._source().training = self.training
+        shapes = tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        modes = tuple(module.training for module in self._source().modules())
+        types = tuple((p.dtype, p.device, p.shape) for p in self.parameters())
+        key = (shapes, str(structure), modes, types)
+        with self._lock:
+            if key not in self._compiled:
+                self._compiled[key] = self._compile(leaves, structure)
+                while len(self._compiled) > PLANS_KEPT:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(key)
+            return self._compiled[key]
+
+    def _compile(self, leaves: Sequence[Any], structure: Any) -> "_Compiled":
+        if [name for name, _ in self.named_parameters()] != self._names:
+            raise InputError("accelerate: the module's parameters changed; call accelerate() after pruning, not before")
+        dense = self._dense_stand_ins()
+
+        def call(stand_ins: dict[str, Tensor], *tensors: Tensor) -> Any:
+            remaining = iter(tensors)
+            filled = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = pytree.tree_unflatten(filled, structure)
+            return torch.func.functional_call(self._source(), stand_ins, args, kwargs)
+
+        recording = record(call, [leaf for leaf in leaves if isinstance(leaf, Tensor)], dense)
+        lowered = lower(recording)
+        self._warn(lowered)
+        return _Compiled(lowered, self._masks, self._exact)
+
+    def _dense_stand_ins(self) -> dict[str, Tensor]:
+        """Parameters and buffers; the pruned ones as empty tensors of their dense shape."""
+        tensors = self._tensors()
+        for name, mask in self._masks.items():
+            packed = tensors[name]
+            tensors[name] = nn.Parameter(packed.new_empty(()).expand(mask.shape), requires_grad=packed.requires_grad)
+        return tensors
+
+    def _warn(self, lowered: Lowered) -> None:
+        for reason in lowered.refused:
+            if reason not in self._warned:
+                self._warned.add(reason)
+                warnings.warn(
+                    f"lipfast: {reason}; it runs in torch, and maps are converted to torch's layout and back around it",
+                    stacklevel=5,
+                )
+
+
+class _Compiled:
+    """One recording with the programs of its segments."""
+
+    def __init__(self, lowered: Lowered, masks: Mapping[str, Tensor], exact: bool) -> None:
+        self._recording = lowered.recording
+        self._masks = masks
+        self._items = [
+            _SegmentRunner(item, lowered.recording, masks, exact) if isinstance(item, Segment) else item
+            for item in lowered.items
+        ]
+        self._leaf_numbers = self._leaves_read()
+
+    def run(self, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Any:
+        """The module's result for these inputs and these parameters and buffers."""
+        known: dict[int, Any] = dict(self._recording.constants)
+        known.update({ref.number: tensor for ref, tensor in zip(self._recording.inputs, inputs, strict=True)})
+        for number in self._leaf_numbers:
+            known[number] = self._dense(self._recording.leaves[number], tensors)
+        for item in self._items:
+            if isinstance(item, Call):
+                _run_call(item, known)
+            else:
+                item.run(known, tensors)
+        with torch.no_grad():
+            for name, amount in self._recording.counted:
+                tensors[name].add_(amount)
+        return pytree.tree_map(
+            lambda leaf: known[leaf.number] if isinstance(leaf, Ref) else leaf, self._recording.result
+        )
+
+    def _leaves_read(self) -> list[int]:
+        """Leaves that torch calls read; segments take theirs packed."""
+        read = {ref.number for item in self._items if isinstance(item, Call) for ref in item.refs()}
+        read |= {
+            ref.number for leaf in [self._recording.result] for ref in pytree.tree_leaves(leaf) if isinstance(ref, Ref)
+        }
+        return [number for number in self._recording.leaves if number in read]
+
+    def _dense(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        return _scatter(tensors[name], self._masks[name]) if name in self._masks else tensors[name]
+
+
+def _run_call(call: Call, known: dict[int, Any]) -> None:
+    def fill(leaf: Any) -> Any:
+        return known[leaf.number] if isinstance(leaf, Ref) else leaf
+
+    args, kwargs = pytree.tree_map(fill, (call.args, call.kwargs))
+    result = call.function(*args, **kwargs)
+    for ref, tensor in zip(pytree.tree_leaves(call.result), pytree.tree_leaves(result), strict=True):
+        if isinstance(ref, Ref):
+            known[ref.number] = tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Use:
+    """What a program was built for: which gradients are wanted (none: inference)."""
+
+    inputs: tuple[bool, ...]
+    weights: tuple[bool, ...]
+
+
+class _SegmentRunner:
+    """A segment and its programs; each forward pass that awaits its backward pass holds one."""
+
+    def __init__(self, segment: Segment, recording: Recording, masks: Mapping[str, Tensor], exact: bool) -> None:
+        self._segment, self._leaves, self._masks, self._exact = segment, recording.leaves, masks, exact
+        self._free: dict[_Use, list[Running]] = {}
+        self._lock = threading.Lock()
+
+    def run(self, known: dict[int, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Compute the segment's outputs into ``known``."""
+        inputs = [known[ref.number] for ref in self._segment.inputs]
+        weights = [self._weight(ref, known, tensors) for ref in self._segment.weights]
+        outputs = _SegmentFunction.apply(self, tensors, len(inputs), *inputs, *weights)  # type: ignore[no-untyped-call]
+        for ref, output in zip(self._segment.outputs, outputs, strict=True):
+            known[ref.number] = output
+
+    def _weight(self, ref: Ref, known: Mapping[int, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+        name = self._leaves.get(ref.number)
+        return tensors[name] if name is not None else known[ref.number]
+
+    def lease(self, use: _Use) -> "_Lease":
+        """A program that nobody else uses."""
+        with self._lock:
+            free = self._free.setdefault(use, [])
+            running = free.pop() if free else None
+        return _Lease(running or self._build(use), self, use)
+
+    def give_back(self, running: Running, use: _Use) -> None:
+        """The end of a lease."""
+        with self._lock:
+            self._free[use].append(running)
+
+    def _build(self, use: _Use) -> Running:
+        listed = weights_of(self._segment, self._leaves, self._masks, trained=False)
+        backward = any(use.inputs) or any(use.weights)
+        weights = [Weight(w.shape, w.mask, trained) for w, trained in zip(listed, use.weights, strict=True)]
+        return Running(self._segment, weights, Options(backward, use.inputs, exact=self._exact))
+
+    def load(self, running: Running, weights: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Copy weights and running statistics in."""
+        parts = [running.value(k) for k in range(len(weights))]
+        if parts:
+            torch._foreach_copy_(parts, [weight.detach().reshape(-1) for weight in weights])
+        for views, refs in zip(running.statistics, self._segment.statistics, strict=True):
+            for view, ref in zip(views, refs, strict=True):
+                view.copy_(tensors[self._leaves[ref.number]])
+
+    def save_statistics(self, running: Running, tensors: Mapping[str, Tensor]) -> None:
+        """Copy running statistics out, where the segment changes them."""
+        changed = {node.running for node in self._segment.graph.nodes if node.kind == "norm" and node.training}
+        for number in changed - {None}:
+            for view, ref in zip(running.statistics[number], self._segment.statistics[number], strict=True):
+                tensors[self._leaves[ref.number]].copy_(view)
+
+
+class _Lease:
+    """Holds a program until the last reference goes, which is when autograd drops the forward pass."""
+
+    def __init__(self, running: Running, runner: _SegmentRunner, use: _Use) -> None:
+        self.running, self._runner, self._use = running, runner, use
+
+    def __del__(self) -> None:
+        self._runner.give_back(self.running, self._use)
+
+
+class _SegmentFunction(torch.autograd.Function):
+    """A segment for autograd: one call forward, one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, runner: _SegmentRunner, tensors: Mapping[str, Tensor], count: int, *operands: Tensor) -> Any:
+        needs = ctx.needs_input_grad[3:]
+        lease = runner.lease(_Use(tuple(needs[:count]), tuple(needs[count:])))
+        threads = torch.get_num_threads()
+        runner.load(lease.running, operands[count:], tensors)
+        outputs = lease.running.forward(operands[:count], threads)
+        runner.save_statistics(lease.running, tensors)
+        if any(needs):
+            ctx.lease, ctx.count = lease, count
+            ctx.shapes = [operand.shape for operand in operands[count:]]
+            ctx.set_materialize_grads(True)
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *output_gradients: Tensor) -> Any:
+        running = ctx.lease.running
+        found = running.backward([g.float() for g in output_gradients], torch.get_num_threads())
+        inputs: list[Tensor | None] = [None] * ctx.count
+        for number, gradient in zip(running.plan.input_gradients, found, strict=True):
+            inputs[number] = gradient
+        copied = running.gradients.clone()  # the program's own are overwritten by its next run
+        parts = [copied[part].reshape(shape) for part, shape in zip(running.plan.values, ctx.shapes, strict=True)]
+        wanted = ctx.needs_input_grad[3 + ctx.count :]
+        return (None, None, None, *inputs, *(part if want else None for part, want in zip(parts, wanted, strict=True)))
+
+
+def _scatter(packed: Tensor, mask: Tensor) -> Tensor:
+    """The dense tensor of packed values; differentiable."""
+    return packed.new_zeros(mask.shape).masked_scatter(mask.to(packed.device), packed)
+
+
+def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter another tensor, and so another shape."""
+    owner_name, _, own = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    owner._parameters[own] = nn.Parameter(value.clone(), requires_grad=module.get_parameter(name).requires_grad)
+
+
+def _strip_pruning(model: nn.Module) -> dict[str, Tensor]:
+    """Undo pruning hooks and pruning parametrizations in place; the masks by parameter name."""
+    masks = {}
+    for prefix, module in model.named_modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                name = hook._tensor_name
+                masks[_join(prefix, name)] = getattr(module, f"{name}_mask").bool()
+                prune.remove(module, name)  # type: ignore[no-untyped-call]
+    for prefix, module in list(model.named_modules()):
+        if parametrize.is_parametrized(module):
+            values = {name: getattr(module, name).detach() for name in module.parametrizations}
+            alive = {name: value != 0 for name, value in values.items()}
+            if all(_is_pruned(mask) for mask in alive.values()):  # not weight norm and the like: they stay
+                _unparametrize(module, values)
+                masks.update({_join(prefix, name): mask for name, mask in alive.items()})
+    return masks
+
+
+def _unparametrize(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """As ``parametrize.remove_parametrizations``, which would change the class that the original shares."""
+    module.__class__ = type(module).__bases__[0]
+    del module._modules["parametrizations"]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value.clone()))
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy. Pruning hooks leave a computed tensor as an attribute, which torch refuses to copy."""
+    known: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                known[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, known)
+
+
+def _is_pruned(alive: Tensor) -> bool:
+    return bool(alive.any()) and float(alive.float().mean()) <= 1 - FEWEST_ZEROS
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _zeroed_convs(model: nn.Module) -> Iterator[str]:
+    """Conv weights that hold zeros without saying why. One that is all zeros is an initialisation, not a mask."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and isinstance(module._parameters.get("weight"), nn.Parameter):
+            alive = module.weight.detach() != 0
+            if alive.dim() == 4 and _is_pruned(alive):
+                yield _join(prefix, "weight")
+
+
+def _given(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    checked = {}
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise InputError(f"accelerate: the model has no parameter {name!r}")
+        if mask.dtype != torch.bool or mask.shape != parameters[name].shape:
+            raise InputError(
+                f"accelerate: the mask of {name!r} must be bool {tuple(parameters[name].shape)}, "
+                f"got {mask.dtype} {tuple(mask.shape)}"
+            )
+        checked[name] = mask.clone()
+    return checked
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    name = hooked_module(model)
+    if name is not None:
+        raise InputError(f"accelerate: module {name or 'itself'!r} has hooks, which would not run; remove them")

@@ -1,0 +1,208 @@
+"""Training steps in the lane layout: packed weights, one call into C++ forward and one backward, packed Adam."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lipfast import ops
+from lipfast.engine.capture import Recording, Ref, record
+from lipfast.engine.lower import Segment, lower
+from lipfast.engine.plan import Options
+from lipfast.engine.runtime import Running, pack, unpack, weights_of
+from lipfast.engine.trainer import FIRST_MOMENT, SECOND_MOMENT, STEP_COUNT, TorchTrainer, check_masks, check_snapshot
+from lipfast.errors import ConfigError, InputError
+
+
+class LaneTrainer:
+    """A `lipfast.engine.trainer.Trainer` on a lane program.
+
+    The network is planned at the first step, when the input's size is known, and again when it changes. A network that
+    the engine cannot run whole goes to torch, with one warning that names the operator.
+    """
+
+    def __init__(self, network: nn.Module, masks: Mapping[str, Tensor] | None, *, lr: float) -> None:
+        if not lr > 0:
+            raise ConfigError(f"the learning rate must be above 0, got {lr}")
+        self._network = network.train()
+        self._lr = lr
+        self._parameters = dict(network.named_parameters())
+        pairs = check_masks(self._parameters, masks or {})
+        self._masks = {name: mask.contiguous() for name, (_, mask) in pairs.items()}
+        self._moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self._parameters.items()}
+        self._steps = 0
+        self._program: _Fitted | None = None
+        self._torch: TorchTrainer | None = None
+        self._silence_dead_weights()
+
+    def step(self, z: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """See `lipfast.engine.trainer.Trainer`."""
+        if self._torch is None and (self._program is None or not self._program.fits(z)):
+            self._replan(z)
+        if self._torch is not None:
+            return self._torch.step(z, loss)
+        assert self._program is not None
+        self._steps += 1
+        return self._program.step(z, loss, self._steps, self._lr)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """See `lipfast.engine.trainer.Trainer`."""
+        if self._torch is not None:
+            return self._torch.snapshot()
+        self._unpack()
+        return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in self._live()}
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """See `lipfast.engine.trainer.Trainer`."""
+        if self._torch is not None:
+            return self._torch.restore(snapshot)
+        live = dict(self._live())
+        check_snapshot(live, snapshot)
+        with torch.no_grad():
+            for name, tensor in live.items():
+                tensor.copy_(snapshot[name])
+        self._steps = int(snapshot[STEP_COUNT])
+        self._silence_dead_weights()
+        if self._program is not None:
+            self._program.load(self._moments)
+        return None
+
+    def network(self) -> nn.Module:
+        """See `lipfast.engine.trainer.Trainer`."""
+        if self._torch is None:
+            self._unpack()
+        return self._network
+
+    def _live(self) -> Iterator[tuple[str, Tensor]]:
+        """What a snapshot copies, under its names."""
+        yield from self._network.state_dict().items()
+        for name, (first, second) in self._moments.items():
+            yield FIRST_MOMENT + name, first
+            yield SECOND_MOMENT + name, second
+        yield STEP_COUNT, torch.tensor(float(self._steps))
+
+    def _unpack(self) -> None:
+        """Bring the network's tensors and the dense moments up to date."""
+        if self._program is not None:
+            self._program.save(self._moments)
+
+    def _silence_dead_weights(self) -> None:
+        with torch.no_grad():
+            for name, mask in self._masks.items():
+                for tensor in (self._parameters[name], *self._moments[name]):
+                    tensor.masked_fill_(~mask, 0.0)
+
+    def _replan(self, z: Tensor) -> None:
+        self._unpack()
+        self._program = None
+        try:
+            self._program = _Fitted(self._network, self._masks, z)
+        except InputError as reason:
+            warnings.warn(f"lipfast: this fit runs in torch, not in lanes: {reason}", stacklevel=3)
+            self._torch = TorchTrainer(self._network, self._masks, lr=self._lr)
+            self._torch.restore(dict(self._live()))
+            return
+        self._program.load(self._moments)
+
+
+class _Fitted:
+    """The program of one network at one input size, with its optimiser's state."""
+
+    def __init__(self, network: nn.Module, masks: Mapping[str, Tensor], z: Tensor) -> None:
+        _check_input(z)
+        self._leaves = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        self._parameters = dict(network.named_parameters())
+        recording = record(lambda leaves, x: torch.func.functional_call(network, leaves, (x,)), [z], self._leaves)
+        segment = _whole_network(recording, self._parameters)
+        weights = weights_of(segment, recording.leaves, masks, trained=True)
+        self.running = Running(segment, weights, Options(True, [False], backward_again=False))
+        self._shape = z.shape
+        self._names = [recording.leaves[ref.number] for ref in segment.weights]
+        self._masks = [weight.mask for weight in weights]
+        self._statistics = [tuple(recording.leaves[ref.number] for ref in pair) for pair in segment.statistics]
+        self._counted, self._uncounted = recording.counted, 0
+        self._first, self._second = torch.zeros_like(self.running.values), torch.zeros_like(self.running.values)
+
+    def fits(self, z: Tensor) -> bool:
+        """Whether the program was planned for inputs like this."""
+        return z.shape == self._shape and z.dtype == torch.float32 and z.device.type == "cpu"
+
+    def step(self, z: Tensor, loss: Callable[[Tensor], Tensor], count: int, lr: float) -> tuple[Tensor, Tensor]:
+        """Forward, loss, backward, Adam number ``count``."""
+        threads = torch.get_num_threads()
+        with _torch_on_one_thread(threads):
+            (output,) = self.running.forward([z], threads)
+            value = loss(output.requires_grad_())
+            (gradient,) = torch.autograd.grad(value, output)
+            self.running.backward([gradient], threads)
+        running = self.running
+        ops.adam_step(running.values, running.gradients, self._first, self._second, count, lr)
+        self._uncounted += 1
+        return value.detach(), output.detach()
+
+    def load(self, moments: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Take weights and statistics from the network, and Adam's moments."""
+        with torch.no_grad():
+            for weight, (name, mask) in enumerate(zip(self._names, self._masks, strict=True)):
+                part = self.running.plan.values[weight]
+                for packed, dense in zip(self._packed(), (self._parameters[name], *moments[name]), strict=True):
+                    packed[part] = pack(dense, mask)
+            for (mean, variance), names in zip(self.running.statistics, self._statistics, strict=True):
+                mean.copy_(self._leaves[names[0]])
+                variance.copy_(self._leaves[names[1]])
+        self._uncounted = 0
+
+    def save(self, moments: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """The reverse of `load`."""
+        with torch.no_grad():
+            for weight, (name, mask) in enumerate(zip(self._names, self._masks, strict=True)):
+                part = self.running.plan.values[weight]
+                for packed, dense in zip(self._packed(), (self._parameters[name], *moments[name]), strict=True):
+                    dense.copy_(unpack(packed[part], dense.shape, mask))
+            for (mean, variance), names in zip(self.running.statistics, self._statistics, strict=True):
+                self._leaves[names[0]].copy_(mean)
+                self._leaves[names[1]].copy_(variance)
+            for name, number in self._counted:
+                self._leaves[name].add_(number * self._uncounted)
+        self._uncounted = 0
+
+    def _packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.running.values, self._first, self._second
+
+
+def _check_input(z: Tensor) -> None:
+    if z.dtype != torch.float32 or z.device.type != "cpu":
+        raise InputError(f"the engine runs float32 on the CPU, the input is {z.dtype} on {z.device}")
+
+
+def _whole_network(recording: Recording, parameters: Mapping[str, Tensor]) -> Segment:
+    """The recording as one segment from its input to its result, with every parameter used once.
+
+    Raises:
+        InputError: it is not; the message names the operator or parameter.
+    """
+    lowered = lower(recording)
+    if lowered.refused:
+        raise InputError(f"no kernel for {lowered.refused[0]}")
+    items = lowered.items
+    if len(items) != 1 or not isinstance(items[0], Segment) or not isinstance(recording.result, Ref):
+        raise InputError("the network is not one chain of operators from one input to one output")
+    segment = items[0]
+    if segment.inputs != recording.inputs or segment.outputs != [recording.result]:
+        raise InputError("the network is not one chain of operators from one input to one output")
+    names = [recording.leaves.get(ref.number) for ref in segment.weights]
+    if len(set(names)) != len(names) or set(names) != set(parameters):
+        raise InputError("a parameter is shared, unused or computed")
+    return segment
+
+
+@contextmanager
+def _torch_on_one_thread(threads: int) -> Iterator[None]:
+    """torch's threads would spin against the engine's between two small operations of a loss."""
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

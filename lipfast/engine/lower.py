@@ -1,0 +1,469 @@
+"""From recorded torch calls to the engine's operators, in segments.
+
+A run of calls that the engine knows becomes one `Segment`; a call that it does not know stays a torch call between two
+segments. Each handler below has the signature of the torch function it stands for.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lipfast.engine.capture import Call, Recording, Ref
+from lipfast.engine.graph import Graph, Node, Taps
+
+
+class Unsupported(Exception):
+    """The engine has no kernel for a call; the message says why."""
+
+
+@dataclasses.dataclass
+class Segment:
+    """A graph and the recording's tensors it touches.
+
+    ``graph.inputs[k]`` is tensor ``inputs[k]``, likewise outputs; weight number k is tensor ``weights[k]``, statistics
+    number k is the pair ``statistics[k]`` (running mean, running variance).
+    """
+
+    graph: Graph
+    inputs: list[Ref]
+    outputs: list[Ref]
+    weights: list[Ref]
+    statistics: list[tuple[Ref, Ref]]
+    calls: list[Call]
+
+
+@dataclasses.dataclass
+class Lowered:
+    """A recording with its lane segments; ``refused`` says why each torch call is left."""
+
+    recording: Recording
+    items: list["Segment | Call"]
+    refused: list[str]
+
+
+def lower(recording: Recording) -> Lowered:
+    """Split a recording into lane segments and torch calls, in order."""
+    last_use = _last_uses(recording)
+    items: list[Segment | Call] = []
+    refused: list[str] = []
+    builder = _Builder()
+    for position, call in enumerate(recording.calls):
+        try:
+            builder.add(call, position)
+        except Unsupported as reason:
+            items += builder.finish(last_use, position)
+            items.append(call)
+            refused.append(f"{call.name}: {reason}")
+            builder = _Builder()
+    items += builder.finish(last_use, len(recording.calls))
+    return Lowered(recording, items, refused)
+
+
+def _last_uses(recording: Recording) -> dict[int, int]:
+    """Number -> position of the last call that reads it; the module's result counts as one more call."""
+    uses: dict[int, int] = {}
+    for position, call in enumerate(recording.calls):
+        uses.update({ref.number: position for ref in call.refs()})
+    for leaf in pytree.tree_leaves(recording.result):
+        if isinstance(leaf, Ref):
+            uses[leaf.number] = len(recording.calls)
+    return uses
+
+
+class _Builder:
+    """Collects calls into one graph."""
+
+    def __init__(self) -> None:
+        self.graph = Graph([], [], [], {})
+        self._values: dict[int, int] = {}  # tensor number -> value
+        self._made: dict[int, Ref] = {}  # tensors that calls of this segment made
+        self._inputs: list[Ref] = []
+        self._weights: list[Ref] = []
+        self._statistics: list[tuple[Ref, Ref]] = []
+        self._calls: list[Call] = []
+
+    def add(self, call: Call, position: int) -> None:
+        """Append a call, or raise `Unsupported` and change nothing that matters."""
+        handler = _HANDLERS.get(call.function)
+        if handler is None:
+            raise Unsupported("the engine has no such operator")
+        if not isinstance(call.result, Ref):
+            raise Unsupported("it returns more than one tensor")
+        before = len(self.graph.nodes), dict(self._values), len(self._inputs), len(self._weights), len(self._statistics)
+        try:
+            value = handler(self, *call.args, **call.kwargs)
+            if self.graph.shapes[value] != call.result.shape:
+                raise Unsupported(f"a result of shape {call.result.shape}")
+        except (Unsupported, TypeError) as reason:
+            nodes, self._values, inputs, weights, statistics = before
+            for made in (self.graph.nodes, nodes), (self._inputs, inputs), (self._weights, weights):
+                del made[0][made[1] :]
+            del self.graph.inputs[inputs:], self._statistics[statistics:]
+            raise reason if isinstance(reason, Unsupported) else Unsupported(str(reason)) from reason
+        self._values[call.result.number] = value
+        self._made[call.result.number] = call.result
+        self._calls.append(call)
+
+    def finish(self, last_use: dict[int, int], position: int) -> "list[Segment | Call]":
+        """The segment up to the call at ``position``; the plain calls when there is nothing worth a conversion."""
+        if not any(node.kind == "conv" for node in self.graph.nodes):
+            return list(self._calls)
+        outputs = [ref for number, ref in self._made.items() if last_use.get(number, -1) >= position]
+        self.graph.outputs = [self._values[ref.number] for ref in outputs]
+        return [Segment(self.graph, self._inputs, outputs, self._weights, self._statistics, self._calls)]
+
+    # What handlers use.
+
+    def map(self, tensor: Any) -> int:
+        """The value of a 4-D float32 tensor."""
+        if not isinstance(tensor, Ref) or len(tensor.shape) != 4 or tensor.dtype != torch.float32:
+            raise Unsupported("an operand is not a 4-D float32 tensor")
+        if 0 in tensor.shape:
+            raise Unsupported("an operand is empty")
+        if tensor.number not in self._values:
+            self._values[tensor.number] = self.graph.fresh(tensor.shape)
+            self._inputs.append(tensor)
+            self.graph.inputs.append(self._values[tensor.number])
+        return self._values[tensor.number]
+
+    def shape(self, tensor: Any) -> tuple[int, int, int, int]:
+        """The sides of a map."""
+        return self.graph.shapes[self.map(tensor)]
+
+    def weight(self, tensor: Ref | None) -> int | None:
+        """The number of a tensor that is a weight of this segment: not computed inside it."""
+        if tensor is None:
+            return None
+        if not isinstance(tensor, Ref) or tensor.dtype != torch.float32 or tensor.number in self._made:
+            raise Unsupported("a weight that is not a float32 tensor from outside")
+        if tensor not in self._weights:
+            self._weights.append(tensor)
+        return self._weights.index(tensor)
+
+    def running(self, mean: Ref | None, variance: Ref | None) -> int | None:
+        """The number of a pair of running statistics."""
+        if mean is None or variance is None:
+            return None
+        if mean.dtype != torch.float32:
+            raise Unsupported("running statistics that are not float32")
+        self._statistics.append((mean, variance))
+        return len(self._statistics) - 1
+
+    def node(self, kind: str, inputs: list[int], shape: tuple[int, int, int, int], **attributes: Any) -> int:
+        """Append an operator and return its value."""
+        value = self.graph.fresh(shape)
+        self.graph.nodes.append(Node(kind, inputs, value, attributes))
+        return value
+
+    def same(self, kind: str, tensor: Any, **attributes: Any) -> int:
+        """An operator that keeps the shape."""
+        return self.node(kind, [self.map(tensor)], self.shape(tensor), **attributes)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    if len(value) == 1:
+        return value[0], value[0]
+    return value[0], value[1]
+
+
+def _conv2d(
+    b: _Builder,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> int:
+    n, _, height, width = b.shape(input)
+    out_channels, _, kernel_h, kernel_w = weight.shape
+    stride_h, stride_w = _pair(stride)
+    dilation_h, dilation_w = _pair(dilation)
+    reach = dilation_h * (kernel_h - 1), dilation_w * (kernel_w - 1)
+    if padding == "same":
+        if reach[0] % 2 or reach[1] % 2:
+            raise Unsupported("padding='same' with an even kernel")
+        padding = reach[0] // 2, reach[1] // 2
+    pad = (0, 0) if padding == "valid" else _pair(padding)
+    if stride_h != stride_w or dilation_h != dilation_w:
+        raise Unsupported("stride or dilation differs between rows and columns")
+    if stride_h > 2 or max(kernel_h, kernel_w) > 7:
+        raise Unsupported(f"kernel {kernel_h} x {kernel_w}, stride {stride_h}: the kernels go to 7 x 7 and stride 2")
+    out_h = (height + 2 * pad[0] - reach[0] - 1) // stride_h + 1
+    out_w = (width + 2 * pad[1] - reach[1] - 1) // stride_w + 1
+    attributes: dict[str, Any] = {"weight": b.weight(weight), "bias": b.weight(bias), "padding_mode": "zeros"}
+    attributes |= {"stride": stride_h, "pad": pad, "dilation": dilation_h, "groups": groups}
+    return b.node("conv", [b.map(input)], (n, out_channels, out_h, out_w), **attributes)
+
+
+def _batch_norm(
+    b: _Builder,
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> int:
+    n, _, height, width = b.shape(input)
+    if training and n * height * width == 1:
+        raise Unsupported("one value per channel has no variance")
+    attributes: dict[str, Any] = {"gamma": b.weight(weight), "beta": b.weight(bias)}
+    attributes |= {
+        "running": b.running(running_mean, running_var),
+        "training": training,
+        "momentum": momentum,
+        "epsilon": eps,
+        "act": "none",
+        "slope": 0.0,
+    }
+    return b.same("norm", input, **attributes)
+
+
+def _activation(act: str) -> Callable[..., int]:
+    def handler(b: _Builder, input: Any, inplace: bool = False) -> int:
+        return b.same("act", input, act=act, slope=0.0)
+
+    return handler
+
+
+def _leaky_relu(b: _Builder, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> int:
+    return b.same("act", input, act="leaky_relu", slope=float(negative_slope))
+
+
+def _dropout(b: _Builder, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> int:
+    if training and p > 0:
+        raise Unsupported("dropout in training draws random numbers")
+    return b.map(input)
+
+
+def _same_value(b: _Builder, input: Any, *, memory_format: Any = None) -> int:
+    return b.map(input)
+
+
+def _cat(b: _Builder, tensors: Any, dim: int = 0) -> int:
+    if dim not in (1, -3):
+        raise Unsupported(f"concatenation along axis {dim}")
+    n, _, height, width = b.shape(tensors[0])
+    values = [b.map(tensor) for tensor in tensors]
+    return b.node("cat", values, (n, sum(b.graph.shapes[value][1] for value in values), height, width))
+
+
+def _pool(b: _Builder, input: Any, kernel: Any, stride: Any, padding: Any, maximum: bool) -> int:
+    n, c, height, width = b.shape(input)
+    sides, steps, pads = _pair(kernel), _pair(kernel if stride is None or stride == [] else stride), _pair(padding)
+    if sides[0] != sides[1] or steps[0] != steps[1] or pads[0] != pads[1]:
+        raise Unsupported("a window that is not square")
+    side, step, pad = sides[0], steps[0], pads[0]
+    out_h, out_w = (height + 2 * pad - side) // step + 1, (width + 2 * pad - side) // step + 1
+    return b.node("pool", [b.map(input)], (n, c, out_h, out_w), kernel=side, stride=step, pad=pad, maximum=maximum)
+
+
+def _avg_pool2d(
+    b: _Builder,
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> int:
+    if ceil_mode or divisor_override is not None or (_pair(padding) != (0, 0) and not count_include_pad):
+        raise Unsupported("ceil_mode, divisor_override or count_include_pad=False")
+    return _pool(b, input, kernel_size, stride, padding, False)
+
+
+def _max_pool2d(
+    b: _Builder,
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> int:
+    if ceil_mode or return_indices or _pair(dilation) != (1, 1):
+        raise Unsupported("ceil_mode, return_indices or dilation")
+    return _pool(b, input, kernel_size, stride, padding, True)
+
+
+def _interpolate(
+    b: _Builder,
+    input: Any,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> int:
+    n, c, *sides = b.shape(input)
+    if mode not in ("nearest", "bilinear") or antialias:
+        raise Unsupported(f"mode {mode}, antialias {antialias}")
+    factors: tuple[float | None, float | None] = (None, None)
+    if size is not None:
+        out = _pair(size)
+    else:
+        pair = (scale_factor, scale_factor) if isinstance(scale_factor, (int, float)) else tuple(scale_factor)
+        out = int(sides[0] * pair[0]), int(sides[1] * pair[1])
+        factors = (None, None) if recompute_scale_factor else (float(pair[0]), float(pair[1]))
+    shape = (n, c, *out)
+    doubles = out == (2 * sides[0], 2 * sides[1]) and factors in ((None, None), (2.0, 2.0))
+    if doubles and not align_corners:
+        return b.node("upsample2", [b.map(input)], shape, bilinear=mode == "bilinear")
+    taps = _nearest_taps if mode == "nearest" else (_corner_taps if align_corners else _bilinear_taps)
+    rows, columns = (taps(side, wanted, factor) for side, wanted, factor in zip(sides, out, factors, strict=True))
+    return b.node("resample", [b.map(input)], shape, rows=rows, columns=columns)
+
+
+def _nearest_taps(side: int, wanted: int, factor: float | None) -> Taps:
+    step = side / wanted if factor is None else 1.0 / factor
+    return Taps(tuple(min(int(i * step), side - 1) for i in range(wanted)))
+
+
+def _bilinear_taps(side: int, wanted: int, factor: float | None) -> Taps:
+    step = side / wanted if factor is None else 1.0 / factor
+    return _between([max((i + 0.5) * step - 0.5, 0.0) for i in range(wanted)], side)
+
+
+def _corner_taps(side: int, wanted: int, factor: float | None) -> Taps:
+    step = (side - 1) / (wanted - 1) if wanted > 1 else 0.0
+    return _between([i * step for i in range(wanted)], side)
+
+
+def _between(positions: list[float], side: int) -> Taps:
+    first = [min(int(at), side - 1) for at in positions]
+    weight = tuple(at - i for at, i in zip(positions, first, strict=True))
+    return Taps(tuple(first), tuple(min(i + 1, side - 1) for i in first), weight)
+
+
+def _pad(b: _Builder, input: Any, pad: Any, mode: str = "constant", value: float | None = None) -> int:
+    n, c, height, width = b.shape(input)
+    before_after = [*pad, *[0] * (4 - len(pad))]
+    if len(before_after) > 4 or (mode == "constant" and value):
+        raise Unsupported("padding of channels, or with a constant other than 0")
+    left, right, top, bottom = before_after
+    if mode != "constant" and min(before_after) < 0:
+        raise Unsupported("negative padding")
+    rows, columns = _padded(height, top, bottom, mode), _padded(width, left, right, mode)
+    shape = (n, c, len(rows), len(columns))
+    amount = (top, left) if (top, left) == (bottom, right) else None
+    names = {"constant": "zeros"}
+    attributes = {"rows": Taps(tuple(rows)), "columns": Taps(tuple(columns))}
+    return b.node("resample", [b.map(input)], shape, **attributes, pads=amount, padding_mode=names.get(mode, mode))
+
+
+def _padded(side: int, before: int, after: int, mode: str) -> list[int]:
+    """The source of each position of a padded axis; -1 is zero."""
+    positions = range(-before, side + after)
+    if mode == "constant":
+        return [i if 0 <= i < side else -1 for i in positions]
+    if mode == "reflect":
+        return [-i if i < 0 else i if i < side else 2 * (side - 1) - i for i in positions]
+    if mode == "replicate":
+        return [min(max(i, 0), side - 1) for i in positions]
+    return [i % side for i in positions]
+
+
+def _getitem(b: _Builder, input: Any, index: Any) -> int:
+    shape = b.shape(input)
+    entries = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in entries:
+        at = entries.index(Ellipsis)
+        entries[at : at + 1] = [slice(None)] * (5 - len(entries))
+    entries += [slice(None)] * (4 - len(entries))
+    if len(entries) != 4 or not all(isinstance(entry, slice) for entry in entries):
+        raise Unsupported("indexing by anything but slices")
+    batch, channels, rows, columns = (range(*entry.indices(side)) for entry, side in zip(entries, shape, strict=True))
+    if len(batch) != shape[0] or channels.step != 1:
+        raise Unsupported("slices of the batch, or of channels with a step")
+    value = b.map(input)
+    if len(channels) != shape[1]:
+        sliced = (shape[0], len(channels), *shape[2:])
+        value = b.node("channels", [value], sliced, first=channels.start, last=channels.stop)
+    if (len(rows), len(columns)) == shape[2:] and rows.step == columns.step == 1:
+        return value
+    cropped = (shape[0], len(channels), len(rows), len(columns))
+    return b.node("resample", [value], cropped, rows=Taps(tuple(rows)), columns=Taps(tuple(columns)))
+
+
+def _linear(b: _Builder, first: Any, second: Any, first_scale: float, second_scale: float) -> int:
+    """first_scale * first + second_scale * second, either of them a map or a number."""
+    if not isinstance(first, Ref):
+        first, second, first_scale, second_scale = second, first, second_scale, first_scale
+    if isinstance(second, (int, float)):
+        return b.same("combine", first, a_scale=first_scale, b_scale=0.0, shift=second_scale * second)
+    if b.shape(first) != b.shape(second):
+        raise Unsupported(f"shapes {first.shape} and {getattr(second, 'shape', second)} (broadcasting)")
+    values = [b.map(first), b.map(second)]
+    return b.node("combine", values, b.shape(first), a_scale=first_scale, b_scale=second_scale, shift=0.0)
+
+
+def _add(b: _Builder, input: Any, other: Any, *, alpha: float = 1) -> int:
+    return _linear(b, input, other, 1.0, float(alpha))
+
+
+def _sub(b: _Builder, input: Any, other: Any, *, alpha: float = 1) -> int:
+    return _linear(b, input, other, 1.0, -float(alpha))
+
+
+def _rsub(b: _Builder, input: Any, other: Any, *, alpha: float = 1) -> int:
+    return _linear(b, other, input, 1.0, -float(alpha))
+
+
+def _mul(b: _Builder, input: Any, other: Any) -> int:
+    tensor, number = (input, other) if isinstance(input, Ref) else (other, input)
+    if not isinstance(number, (int, float)):
+        raise Unsupported("the product of two tensors")
+    return b.same("combine", tensor, a_scale=float(number), b_scale=0.0, shift=0.0)
+
+
+def _div(b: _Builder, input: Any, other: Any, *, rounding_mode: str | None = None) -> int:
+    if not isinstance(input, Ref) or not isinstance(other, (int, float)) or rounding_mode or other == 0:
+        raise Unsupported("division by a tensor")
+    return b.same("combine", input, a_scale=1.0 / other, b_scale=0.0, shift=0.0)
+
+
+def _neg(b: _Builder, input: Any) -> int:
+    return b.same("combine", input, a_scale=-1.0, b_scale=0.0, shift=0.0)
+
+
+def _spellings(handler: Callable[..., int], *functions: Any) -> dict[Any, Callable[..., int]]:
+    return dict.fromkeys(functions, handler)
+
+
+_HANDLERS: dict[Any, Callable[..., int]] = {
+    **_spellings(_conv2d, torch.conv2d, F.conv2d),
+    **_spellings(_batch_norm, F.batch_norm),
+    **_spellings(_activation("relu"), F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_),
+    **_spellings(_leaky_relu, F.leaky_relu, F.leaky_relu_),
+    **_spellings(_activation("sigmoid"), F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.sigmoid_, Tensor.sigmoid_),
+    **_spellings(_activation("tanh"), F.tanh, torch.tanh, Tensor.tanh, torch.tanh_, Tensor.tanh_),
+    **_spellings(_activation("silu"), F.silu),
+    **_spellings(_dropout, F.dropout, F.dropout2d),
+    **_spellings(_same_value, torch.clone, Tensor.clone, Tensor.contiguous),
+    **_spellings(_cat, torch.cat, torch.concat, torch.concatenate),
+    **_spellings(_avg_pool2d, F.avg_pool2d),
+    **_spellings(_max_pool2d, F.max_pool2d, torch.max_pool2d),
+    **_spellings(_interpolate, F.interpolate, F.upsample),
+    **_spellings(_pad, F.pad, torch._C._nn.pad),
+    **_spellings(_getitem, Tensor.__getitem__),
+    **_spellings(_add, torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__),
+    **_spellings(_sub, torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__, torch.subtract),
+    **_spellings(_rsub, torch.rsub, Tensor.__rsub__),
+    **_spellings(_mul, torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__),
+    **_spellings(_div, torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__),
+    **_spellings(_neg, torch.neg, Tensor.neg, Tensor.__neg__),
+}

@@ -1,0 +1,654 @@
+"""From a graph to a `Program`: which maps exist, where they lie in memory, which step runs when.
+
+Steps are written down first, forward and then backward, with maps as `Slot`s. That gives each map the span of steps in
+which it is alive, and so its place in the arena: maps alive at different times share memory. Then the program is built.
+
+A halo is filled right before the first step that reads it, or by the step that writes the map where that step can; the
+planner follows what each halo holds, so nothing is filled twice.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+import lipfast._C as _C
+from lipfast.engine.blocks import Block, choose_blocks, fuse
+from lipfast.engine.graph import ACTIVATIONS, Graph, Node, Shape, Taps
+from lipfast.ops.lanes import LANES, PADDING_MODES
+
+_ALIGNMENT = 16  # floats: one vector
+_FORWARD, _BACKWARD = 0, 1
+_NEVER_FREED = 1 << 60
+# Activations whose slope can be told from their result, so that they may overwrite their input.
+_SLOPE_FROM_RESULT = ("relu", "leaky_relu")
+
+
+@dataclasses.dataclass
+class Weight:
+    """One weight of a segment: its dense shape, which entries live (None: all) and whether it is trained."""
+
+    shape: tuple[int, ...]
+    mask: Tensor | None
+    trained: bool
+
+    @property
+    def count(self) -> int:
+        """How many numbers it has."""
+        return int(self.mask.sum()) if self.mask is not None else int(numpy.prod(self.shape))
+
+
+@dataclasses.dataclass
+class Options:
+    """What a program is for.
+
+    Attributes:
+        backward: whether gradients are wanted at all.
+        input_gradients: for each graph input.
+        backward_again: the backward pass may run twice after one forward pass, so it must not overwrite activations.
+        kernel: "auto", "sparse", "winograd" or "dense" for all convolutions.
+        exact: no Winograd.
+    """
+
+    backward: bool
+    input_gradients: Sequence[bool]
+    backward_again: bool = True
+    kernel: str = "auto"
+    exact: bool = False
+
+
+@dataclasses.dataclass
+class Plan:
+    """A program and where its numbers are.
+
+    ``values[k]`` is the part of the program's values (and gradients) that holds weight k; ``statistics[k]`` those of
+    the program's statistics that hold running mean and variance k. Section 0 takes the graph's inputs, then its
+    outputs; section 1 the gradients of the outputs, then those of the inputs in ``input_gradients``.
+    """
+
+    program: _C.Program
+    values: list[slice]
+    statistics: list[tuple[slice, slice]]
+    input_gradients: list[int]
+
+
+@dataclasses.dataclass(eq=False)
+class Storage:
+    """Memory of one map; steps are counted over both sections."""
+
+    shape: Shape
+    block: Block
+    halo: int = 0
+    first: int = -1
+    last: int = -1
+    offset: int = -1
+
+    @property
+    def floats(self) -> int:
+        n, c, _, _ = self.shape
+        return n * c * (self.block[0] + 2 * self.halo) * (self.block[1] + 2 * self.halo) * LANES
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Channels ``first .. last`` of a storage."""
+
+    storage: Storage
+    first: int
+    last: int
+
+    def part(self, first: int, last: int) -> "Slot":
+        """A range of its channels."""
+        return Slot(self.storage, self.first + first, self.first + last)
+
+
+@dataclasses.dataclass(frozen=True)
+class Halo:
+    """What a step wants around a map: ``pad`` pixels of padding, and the blocks' seams ``reach`` pixels wide."""
+
+    mode: str
+    pad: int
+    reach: int
+
+
+_ZERO = ("zeros", 0)
+
+
+def plan(graph: Graph, weights: Sequence[Weight], statistics: Sequence[int], options: Options) -> Plan:
+    """Plan and build the program of a graph, which is left as it is.
+
+    Args:
+        graph: what to compute.
+        weights: by weight number.
+        statistics: channels of each pair of running statistics.
+        options: what the program is for.
+
+    Raises:
+        MemoryError: the maps do not fit.
+    """
+    return _Planner(copy.deepcopy(graph), weights, statistics, options).build()
+
+
+def _own(shape: Shape, block: Block) -> Slot:
+    return Slot(Storage(shape, block), 0, shape[1])
+
+
+def _halo_of(node: Node, shapes: dict[int, Any], weights: Sequence[Weight]) -> Halo | None:
+    """What a node wants around its input."""
+    if node.kind == "conv":
+        kernel = weights[node.weight].shape[2:]
+        behind = max(node.dilation * (k - 1) - p - (node.stride - 1) for k, p in zip(kernel, node.pad, strict=True))
+        reach = max(*node.pad, behind)
+        return Halo(node.padding_mode, max(node.pad), reach) if reach > 0 else None
+    if node.kind == "upsample2" and node.bilinear:
+        return Halo("replicate", 1, 1)
+    if node.kind == "pool":
+        reach = max(node.pad, node.kernel - node.stride - node.pad)
+        return Halo("replicate" if node.maximum else "zeros", node.pad, reach) if reach > 0 else None
+    return None
+
+
+class _Planner:
+    def __init__(self, graph: Graph, weights: Sequence[Weight], statistics: Sequence[int], options: Options) -> None:
+        fuse(graph)
+        self.blocks = choose_blocks(graph)
+        self.graph, self.weights, self.options = graph, weights, options
+        self.readers = graph.consumers()
+        self.steps: list[tuple[str, tuple[Any, ...]]] = []
+        self.filled: dict[Storage, dict[tuple[int, int], tuple[str, int]]] = {}
+        self.values = _slices([weight.count for weight in weights])
+        starts = _slices([2 * channels for channels in statistics])
+        self.statistics = [
+            (slice(part.start, part.start + channels), slice(part.start + channels, part.stop))
+            for part, channels in zip(starts, statistics, strict=True)
+        ]
+        self.statistic_count = starts[-1].stop if starts else 0
+        self.saved: dict[int, int] = {}
+        self.program = _C.Program()
+        self.convs = {at: self._add_conv(node) for at, node in enumerate(graph.nodes) if node.kind == "conv"}
+        self.home = self._place()
+
+    def build(self) -> Plan:
+        self._forward()
+        self.forward_steps = len(self.steps)
+        wanted: list[int] = []
+        if self.options.backward:
+            wanted = _Backward(self).emit()
+        value_count = self.values[-1].stop if self.values else 0
+        self.program.allocate(self._allocate(), value_count, self.statistic_count)
+        self._write()
+        return Plan(self.program, self.values, self.statistics, wanted)
+
+    # Placing values.
+
+    def _place(self) -> dict[int, Slot]:
+        """The memory of each value: producers write straight into the concatenation that reads them, and operators that
+        can overwrite their only-read input do."""
+        home: dict[int, Slot] = {}
+        for node in reversed(self.graph.nodes):
+            if node.output not in home:
+                home[node.output] = _own(self.graph.shapes[node.output], self.blocks[node.output])
+            if node.kind == "cat":
+                start = 0
+                for value in node.inputs:
+                    stop = start + self.graph.shapes[value][1]
+                    home.setdefault(value, home[node.output].part(start, stop))
+                    start = stop
+            elif self._may_overwrite(node):
+                home.setdefault(node.inputs[0], home[node.output])
+        for value in self.graph.inputs:
+            if value not in home:
+                home[value] = _own(self.graph.shapes[value], self.blocks[value])
+        return home
+
+    def _may_overwrite(self, node: Node) -> bool:
+        source = node.inputs[0]
+        made_by = next((other.kind for other in self.graph.nodes if other.output == source), "input")
+        if len(self.readers[source]) != 1 or source in self.graph.outputs or made_by == "cat":
+            return False  # a concatenation's inputs may have other readers
+        if self.options.backward:
+            return node.kind == "act" and node.act in _SLOPE_FROM_RESULT and (node.act == "relu" or node.slope > 0)
+        return node.kind in ("act", "norm", "combine")
+
+    # Writing steps.
+
+    def emit(self, name: str, *args: Any) -> None:
+        """Note a step. Slots among the arguments are alive at it."""
+        for slot in args:
+            if isinstance(slot, Slot):
+                storage = slot.storage
+                storage.first = len(self.steps) if storage.first < 0 else storage.first
+                storage.last = len(self.steps)
+        self.steps.append((name, args))
+
+    def wrote(self, slot: Slot) -> None:
+        """The slot's pixels are new, so its halo is stale."""
+        states = self.filled.setdefault(slot.storage, {})
+        for first, last in [key for key in states if key[0] < slot.last and slot.first < key[1]]:
+            del states[first, last]
+
+    def need(self, section: int, slot: Slot, halo: Halo | None) -> None:
+        """Fill the slot's halo unless it holds that already."""
+        if halo is None:
+            return
+        slot.storage.halo = max(slot.storage.halo, halo.reach)
+        state = (halo.mode, halo.pad) if halo.mode != "zeros" else _ZERO
+        if not self._holds(slot, state):
+            self.emit("fill_halo", section, slot, PADDING_MODES[halo.mode], state[1])
+            self.now_holds(slot, state)
+
+    def _holds(self, slot: Slot, state: tuple[str, int]) -> bool:
+        states = self.filled.get(slot.storage, {})
+        return any(
+            first <= slot.first and slot.last <= last and held == state for (first, last), held in states.items()
+        )
+
+    def now_holds(self, slot: Slot, state: tuple[str, int]) -> None:
+        """The slot's halo and dead pixels are as `need` would make them."""
+        self.wrote(slot)
+        self.filled[slot.storage][slot.first, slot.last] = state
+
+    def has_dead_pixels(self, value: int) -> bool:
+        """Whether the blocks cover more than the picture."""
+        return any(
+            GRID_SIDE * block != side
+            for block, side in zip(self.blocks[value], self.graph.shapes[value][2:], strict=True)
+        )
+
+    # Forward.
+
+    def _forward(self) -> None:
+        for number, value in enumerate(self.graph.inputs):
+            self.emit("from_plain", _FORWARD, number, self.home[value])
+            self.wrote(self.home[value])
+        for position, node in enumerate(self.graph.nodes):
+            slot = self.home[node.inputs[0]]
+            self.need(_FORWARD, slot, _halo_of(node, self.graph.shapes, self.weights))
+            getattr(self, f"_{node.kind}")(position, node, slot, self.home[node.output])
+        for number, value in enumerate(self.graph.outputs):
+            self.emit("to_plain", _FORWARD, self.home[value], len(self.graph.inputs) + number)
+
+    def offset(self, weight: int | None) -> int:
+        """Where a weight starts in the values; -1 for none."""
+        return -1 if weight is None else self.values[weight].start
+
+    def _conv(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("conv_forward", self.convs[position], self.offset(node.weight), self.offset(node.bias), x, y)
+        self.wrote(y)
+
+    def norm_offsets(self, position: int, node: Node) -> list[int]:
+        """gamma, beta, running mean, running variance, what backward needs."""
+        channels = self.graph.shapes[node.output][1]
+        if position not in self.saved:
+            self.saved[position] = self.statistic_count
+            self.statistic_count += 2 * channels
+        running = [-1, -1] if node.running is None else [part.start for part in self.statistics[node.running]]
+        return [self.offset(node.gamma), self.offset(node.beta), *running, self.saved[position]]
+
+    def _norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        training = node.training or node.running is None
+        halo = self._first_halo(node.output)
+        fill = (halo.mode, halo.pad if halo.mode != "zeros" else 0) if halo else _ZERO
+        numbers = (node.epsilon, node.momentum, ACTIVATIONS[node.act], node.slope, self.norm_offsets(position, node))
+        if halo:
+            y.storage.halo = max(y.storage.halo, halo.reach)
+        self.emit("norm_forward", x, y, *numbers, training, halo is not None, PADDING_MODES[fill[0]], fill[1])
+        self.wrote(y)
+        if halo:
+            self.now_holds(y, fill)
+
+    def _first_halo(self, value: int) -> Halo | None:
+        for position in self.readers[value]:
+            if halo := _halo_of(self.graph.nodes[position], self.graph.shapes, self.weights):
+                return halo
+        return None
+
+    def _act(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("activate", x, y, ACTIVATIONS[node.act], node.slope)
+        self.wrote(y)
+
+    def _combine(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        second = self.home[node.inputs[1]] if len(node.inputs) > 1 else -1
+        self.emit("combine", _FORWARD, x, node.a_scale, second, node.b_scale, node.shift, y)
+        self.wrote(y)
+
+    def _cat(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        for value, slot in self.cat_slots(node):
+            if self.home[value] != slot:
+                self.copy(_FORWARD, self.home[value], slot)
+
+    def cat_slots(self, node: Node) -> list[tuple[int, Slot]]:
+        """Each input of a concatenation with its place in the result."""
+        pairs, start = [], 0
+        for value in node.inputs:
+            stop = start + self.graph.shapes[value][1]
+            pairs.append((value, self.home[node.output].part(start, stop)))
+            start = stop
+        return pairs
+
+    def copy(self, section: int, x: Slot, y: Slot) -> None:
+        """y = x"""
+        self.emit("combine", section, x, 1.0, -1, 0.0, 0.0, y)
+        self.wrote(y)
+
+    def _channels(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.copy(_FORWARD, x.part(node.first, node.last), y)
+
+    def _upsample2(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("upsample2", node.bilinear, x, y)
+        self.wrote(y)
+
+    def _resample(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("resample", x, y, node.rows, node.columns)
+        self.wrote(y)
+
+    def _pool(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("pool", x, y, node.kernel, node.stride, node.pad, node.maximum)
+        self.wrote(y)
+
+    def _pixel_norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("pixel_norm", x, y, node.epsilon)
+        self.wrote(y)
+
+    def _reblock(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("reblock", _FORWARD, x, y)
+        self.wrote(y)
+
+    # Memory.
+
+    def _allocate(self) -> int:
+        """Give each storage its offset, largest first, at the lowest place that is free while it lives."""
+        storages = list({slot.storage for _, args in self.steps for slot in args if isinstance(slot, Slot)})
+        storages.sort(key=lambda s: (-s.floats, s.first))
+        placed: list[Storage] = []
+        for storage in storages:
+            if self.options.backward_again and storage.first < self.forward_steps <= storage.last:
+                storage.last = _NEVER_FREED
+            storage.offset = _lowest_gap(storage, placed)
+            placed.append(storage)
+        return max((s.offset + s.floats for s in placed), default=0)
+
+    # Building.
+
+    def _write(self) -> None:
+        maps: dict[Slot, int] = {}
+        for name, args in self.steps:
+            getattr(self.program, name)(*[self._argument(maps, arg) for arg in args])
+
+    def _argument(self, maps: dict[Slot, int], arg: Any) -> Any:
+        if isinstance(arg, Taps):
+            return _C.AxisTable(list(arg.first), list(arg.second), list(arg.weight))
+        if not isinstance(arg, Slot):
+            return arg
+        whole = Slot(arg.storage, 0, arg.storage.shape[1])
+        if whole not in maps:
+            s = arg.storage
+            maps[whole] = self.program.add_map(s.offset, list(s.shape), *s.block, s.halo)
+        if arg not in maps:
+            maps[arg] = self.program.add_channels(maps[whole], arg.first, arg.last)
+        return maps[arg]
+
+    def _add_conv(self, node: Node) -> int:
+        weight = self.weights[node.weight]
+        out_channels, in_channels, *kernel = weight.shape
+        shape = [out_channels, in_channels * node.groups, node.groups, *kernel, node.stride, node.dilation, *node.pad]
+        n, _, height, width = self.graph.shapes[node.inputs[0]]
+        geometry = [n, height, width, *self.blocks[node.inputs[0]], *self.blocks[node.output]]
+        mask = None if weight.mask is None else weight.mask.contiguous().view(torch.uint8).numpy()
+        kernels = ("auto", "sparse", "winograd", "dense")
+        number = kernels.index(self.options.kernel)
+        padding = PADDING_MODES[node.padding_mode]
+        conv: int = self.program.add_conv(shape, geometry, padding, mask, number, self.options.exact)
+        return conv
+
+
+GRID_SIDE = 4
+
+
+def _slices(counts: Sequence[int]) -> list[slice]:
+    """Consecutive ranges, each starting at a whole vector."""
+    parts, start = [], 0
+    for count in counts:
+        parts.append(slice(start, start + count))
+        start += -(-count // _ALIGNMENT) * _ALIGNMENT
+    return parts
+
+
+def _lowest_gap(storage: Storage, placed: list[Storage]) -> int:
+    alive = sorted((p for p in placed if p.first <= storage.last and storage.first <= p.last), key=lambda p: p.offset)
+    offset = 0
+    for other in alive:
+        if other.offset - offset >= storage.floats:
+            break
+        offset = max(offset, other.offset + other.floats)
+    return offset
+
+
+class _Backward:
+    """Writes the steps of the backward pass."""
+
+    def __init__(self, planner: _Planner) -> None:
+        self.planner, self.graph, self.weights = planner, planner.graph, planner.weights
+        self.needed = self._needed()
+        self.homes: dict[int, Slot] = {}  # value -> memory of its gradient
+        self.aliases = self._aliases()  # value -> the concatenation in whose gradient its own lies
+        self.written: set[int] = set()
+        self.second: dict[int, Slot] = {}  # a second part of a gradient, which BatchNorm adds as it reads
+
+    def emit(self) -> list[int]:
+        """Write all steps; return the positions of the graph inputs whose gradients come out."""
+        planner, graph = self.planner, self.graph
+        for number, value in enumerate(graph.outputs):
+            if value in self.needed:
+                self._into(value, lambda slot, number=number: planner.emit("from_plain", _BACKWARD, number, slot))
+        for position in range(len(graph.nodes) - 1, -1, -1):
+            node = graph.nodes[position]
+            if node.output in self.needed and self._has(node.output):
+                if node.kind != "norm":
+                    self._flush(node.output)
+                getattr(self, f"_{node.kind}")(position, node)
+        wanted = [n for n, value in enumerate(graph.inputs) if self._wants_input(n) and self._has(value)]
+        for place, number in enumerate(wanted):
+            self._flush(graph.inputs[number])
+            planner.emit("to_plain", _BACKWARD, self._home(graph.inputs[number]), len(graph.outputs) + place)
+        return wanted
+
+    def _wants_input(self, number: int) -> bool:
+        return bool(self.planner.options.input_gradients[number])
+
+    def _needed(self) -> set[int]:
+        """Values whose gradient something trained or asked for depends on."""
+        needed = {value for n, value in enumerate(self.graph.inputs) if self._wants_input(n)}
+        for node in self.graph.nodes:
+            own = [node.attributes.get(name) for name in ("weight", "bias", "gamma", "beta")]
+            trained = any(number is not None and self.weights[number].trained for number in own)
+            if trained or any(value in needed for value in node.inputs):
+                needed.add(node.output)
+        return needed
+
+    def _aliases(self) -> dict[int, int]:
+        """Values whose gradient is simply the part of a concatenation's gradient that lies in their place: the
+        concatenation's gradient is complete before any other reader adds to theirs."""
+        aliases = {}
+        for position, node in enumerate(self.graph.nodes):
+            if node.kind != "cat" or node.output not in self.needed:
+                continue
+            complete = min(self.planner.readers[node.output], default=len(self.graph.nodes))
+            for value, slot in self.planner.cat_slots(node):
+                others = [p for p in self.planner.readers[value] if p != position]
+                if (
+                    self.planner.home[value] == slot
+                    and node.inputs.count(value) == 1
+                    and value not in self.graph.outputs
+                    and all(p < complete for p in others)
+                ):
+                    aliases[value] = node.output
+        return aliases
+
+    # Where gradients are.
+
+    def _has(self, value: int) -> bool:
+        return value in self.written or (value in self.aliases and self._has(self.aliases[value]))
+
+    def _home(self, value: int) -> Slot:
+        if value not in self.homes:
+            if value in self.aliases:
+                whole = self.planner.home[self.aliases[value]]
+                part = self.planner.home[value]
+                self.homes[value] = self._home(self.aliases[value]).part(
+                    part.first - whole.first, part.last - whole.first
+                )
+            else:
+                self.homes[value] = self._temporary(value)
+        return self.homes[value]
+
+    def _temporary(self, value: int) -> Slot:
+        return _own(self.graph.shapes[value], self.planner.blocks[value])
+
+    def _wrote(self, value: int) -> None:
+        self.written.add(value)
+        self.planner.wrote(self._home(value))
+
+    def _into(self, value: int, write: Any, halo: int = 0) -> Slot:
+        """Let ``write(slot)`` overwrite a slot whose content becomes part of the value's gradient; returns the slot."""
+        if not self._has(value):
+            slot = self._home(value)
+            slot.storage.halo = max(slot.storage.halo, halo)
+            write(slot)
+            self._wrote(value)
+            return slot
+        self._flush(value)
+        slot = self._temporary(value)
+        slot.storage.halo = halo
+        write(slot)
+        self.planner.wrote(slot)
+        self.second[value] = slot
+        return slot
+
+    def _flush(self, value: int) -> None:
+        """Add the second part of a gradient to the first."""
+        if value in self.second:
+            home = self._home(value)
+            self.planner.emit("combine", _BACKWARD, home, 1.0, self.second.pop(value), 1.0, 0.0, home)
+            self._wrote(value)
+
+    def _added(self, value: int) -> tuple[Slot, bool]:
+        """The slot of a gradient and whether a kernel must add to it."""
+        accumulate = self._has(value)
+        return self._home(value), accumulate
+
+    def _cleared(self, value: int) -> Slot:
+        """The slot of a gradient for a kernel that always adds."""
+        if not self._has(value):
+            self.planner.emit("clear", _BACKWARD, self._home(value))
+        return self._home(value)
+
+    # Operators.
+
+    def _conv(self, position: int, node: Node) -> None:
+        planner = self.planner
+        x, dy = node.inputs[0], self._home(node.output)
+        conv, values = planner.convs[position], planner.offset(node.weight)
+        bias = node.bias if node.bias is not None and self.weights[node.bias].trained else None
+        propagates = x in self.needed
+        reach = planner.program.gradient_halo(conv) if propagates else 0
+        if reach > 0 or planner.has_dead_pixels(node.output):
+            planner.need(_BACKWARD, dy, Halo("zeros", 0, reach))
+        if self.weights[node.weight].trained or bias is not None:
+            planner.need(_BACKWARD, planner.home[x], _halo_of(node, self.graph.shapes, self.weights))
+            planner.emit("conv_weight_gradient", conv, values, planner.offset(bias), planner.home[x], dy)
+        if propagates:
+            pad = max(node.pad) if node.padding_mode != "zeros" else 0
+            self._into(x, lambda slot: planner.emit("conv_input_gradient", conv, values, dy, slot), halo=pad)
+
+    def _norm(self, position: int, node: Node) -> None:
+        planner = self.planner
+        x = node.inputs[0]
+        dy, second = self._home(node.output), self.second.pop(node.output, -1)
+        training = node.training or node.running is None
+        numbers = (node.epsilon, ACTIVATIONS[node.act], node.slope, planner.norm_offsets(position, node), training)
+        reach = self._zero_halo_wanted(x)
+
+        def write(slot: Slot) -> None:
+            planner.emit("norm_backward", planner.home[x], dy, second, slot, *numbers, reach > 0)
+
+        slot = self._into(x, write, halo=reach)
+        if reach > 0:
+            planner.now_holds(slot, _ZERO)
+
+    def _zero_halo_wanted(self, value: int) -> int:
+        """How wide a zero halo the conv that made a value wants around its gradient."""
+        for position, conv in self.planner.convs.items():
+            node = self.graph.nodes[position]
+            if node.output == value and node.inputs[0] in self.needed:
+                return int(self.planner.program.gradient_halo(conv))
+        return 0
+
+    def _act(self, position: int, node: Node) -> None:
+        dx, accumulate = self._added(node.inputs[0])
+        x = self.planner.home[node.inputs[0]]
+        dy = self._home(node.output)
+        self.planner.emit("activate_backward", x, dy, dx, ACTIVATIONS[node.act], node.slope, accumulate)
+        self._wrote(node.inputs[0])
+
+    def _combine(self, position: int, node: Node) -> None:
+        dy = self._home(node.output)
+        for value, scale in zip(node.inputs, (node.a_scale, node.b_scale), strict=False):
+            if value in self.needed:
+                dx, accumulate = self._added(value)
+                second = dx if accumulate else -1
+                self.planner.emit("combine", _BACKWARD, dy, scale, second, 1.0, 0.0, dx)
+                self._wrote(value)
+
+    def _cat(self, position: int, node: Node) -> None:
+        start = 0
+        for value in node.inputs:
+            stop = start + self.graph.shapes[value][1]
+            if value in self.needed and self.aliases.get(value) != node.output:
+                self._add_part(value, self._home(node.output).part(start, stop))
+            start = stop
+
+    def _add_part(self, value: int, part: Slot) -> None:
+        dx, accumulate = self._added(value)
+        self.planner.emit("combine", _BACKWARD, part, 1.0, dx if accumulate else -1, 1.0, 0.0, dx)
+        self._wrote(value)
+
+    def _channels(self, position: int, node: Node) -> None:
+        dx = self._cleared(node.inputs[0]).part(node.first, node.last)
+        self.planner.emit("combine", _BACKWARD, dx, 1.0, self._home(node.output), 1.0, 0.0, dx)
+        self._wrote(node.inputs[0])
+
+    def _upsample2(self, position: int, node: Node) -> None:
+        dy = self._home(node.output)
+        if node.bilinear:
+            self.planner.need(_BACKWARD, dy, Halo("replicate", 1, 1))
+        dx, accumulate = self._added(node.inputs[0])
+        self.planner.emit("upsample2_backward", node.bilinear, dy, dx, accumulate)
+        self._wrote(node.inputs[0])
+
+    def _resample(self, position: int, node: Node) -> None:
+        dx = self._cleared(node.inputs[0])
+        self.planner.emit("resample_backward", self._home(node.output), dx, node.rows, node.columns)
+        self._wrote(node.inputs[0])
+
+    def _pool(self, position: int, node: Node) -> None:
+        x = node.inputs[0]
+        dx = self._cleared(x)
+        window = (node.kernel, node.stride, node.pad, node.maximum)
+        self.planner.emit("pool_backward", self.planner.home[x], self._home(node.output), dx, *window)
+        self._wrote(x)
+
+    def _pixel_norm(self, position: int, node: Node) -> None:
+        x = node.inputs[0]
+        dx, accumulate = self._added(x)
+        dy = self._home(node.output)
+        self.planner.emit("pixel_norm_backward", self.planner.home[x], dy, dx, node.epsilon, accumulate)
+        self._wrote(x)
+
+    def _reblock(self, position: int, node: Node) -> None:
+        dy = self._home(node.output)
+        self._into(node.inputs[0], lambda slot: self.planner.emit("reblock", _BACKWARD, dy, slot))

@@ -1,0 +1,83 @@
+"""Programs with the tensors they work on: what trainers and modules share."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lipfast.engine.lower import Segment
+from lipfast.engine.plan import Options, Plan, Weight, plan
+
+
+class Running:
+    """One segment's program, planned for one input size, and views of its numbers."""
+
+    def __init__(self, segment: Segment, weights: Sequence[Weight], options: Options) -> None:
+        channels = [mean.shape[0] for mean, _ in segment.statistics]
+        self.plan: Plan = plan(segment.graph, weights, channels, options)
+        self.program = self.plan.program
+        self.values = torch.from_numpy(self.program.values())
+        self.gradients = torch.from_numpy(self.program.gradients())
+        statistics = torch.from_numpy(self.program.statistics())
+        self.statistics = [(statistics[mean], statistics[variance]) for mean, variance in self.plan.statistics]
+        graph = segment.graph
+        self._output_shapes = [graph.shapes[value] for value in graph.outputs]
+        self._input_shapes = [graph.shapes[graph.inputs[n]] for n in self.plan.input_gradients]
+
+    def value(self, weight: int) -> Tensor:
+        """The packed values of a weight, a view."""
+        return self.values[self.plan.values[weight]]
+
+    def gradient(self, weight: int) -> Tensor:
+        """The packed gradient of a weight, a view."""
+        return self.gradients[self.plan.values[weight]]
+
+    def forward(self, inputs: Sequence[Tensor], threads: int) -> list[Tensor]:
+        """Outputs for float32 inputs of the planned shapes, in fresh tensors."""
+        outputs = [torch.empty(shape) for shape in self._output_shapes]
+        self.program.run(0, [tensor.detach().numpy() for tensor in [*inputs, *outputs]], threads)
+        return outputs
+
+    def backward(self, output_gradients: Sequence[Tensor], threads: int) -> list[Tensor]:
+        """Gradients of the inputs that were asked for; those of the weights are in ``gradients`` afterwards."""
+        inputs = [torch.empty(shape) for shape in self._input_shapes]
+        self.program.run(1, [tensor.detach().numpy() for tensor in [*output_gradients, *inputs]], threads)
+        return inputs
+
+    def profile(self) -> list[tuple[str, str, float]]:
+        """(section, step, seconds) since ``program.set_profile(True)``."""
+        rows: list[tuple[str, str, float]] = self.program.profile()
+        return rows
+
+
+def pack(dense: Tensor, mask: Tensor | None) -> Tensor:
+    """The living entries in row-major order, 1-D."""
+    return dense.detach().reshape(-1) if mask is None else dense.detach()[mask]
+
+
+def unpack(values: Tensor, shape: Sequence[int], mask: Tensor | None) -> Tensor:
+    """The dense tensor of packed values; dead entries are 0."""
+    if mask is None:
+        return values.reshape(tuple(shape)).clone()
+    dense = torch.zeros(tuple(shape), dtype=values.dtype)
+    dense[mask] = values
+    return dense
+
+
+def weights_of(segment: Segment, leaves: Mapping[int, str], masks: Mapping[str, Tensor], trained: bool) -> list[Weight]:
+    """The planner's view of a segment's weights. A tensor that is no parameter is dense."""
+    listed = []
+    for ref in segment.weights:
+        mask = masks.get(leaves.get(ref.number, ""))
+        listed.append(Weight(ref.shape, None if mask is None or bool(mask.all()) else mask, trained))
+    return listed
+
+
+def hooked_module(model: nn.Module) -> str | None:
+    """Name of a module with hooks, which a recording would run once and never again; None if there is none."""
+    name: str
+    for name, module in model.named_modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if any(hooks):
+            return name
+    return None

@@ -1,0 +1,83 @@
+"""Running one module or graph through the engine and through torch in float64."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lipfast.engine.capture import record
+from lipfast.engine.lower import Segment, lower
+from lipfast.engine.plan import Options
+from lipfast.engine.runtime import Running, pack, unpack, weights_of
+
+# A float32 sum of n terms of size 1 is off by about sqrt(n) epsilon when errors are random, n epsilon at worst. Every
+# comparison here is relative to the largest entry of the float64 answer; networks below sum at most a few thousand
+# terms one after the other in up to a dozen layers.
+EPSILON = 2.0**-23
+TOLERANCE = 500 * EPSILON
+
+
+def relative_error(got: Tensor, reference: Tensor) -> float:
+    """Largest difference, relative to the largest entry of the reference."""
+    scale = float(reference.detach().abs().max())
+    return float((got.double() - reference.detach()).abs().max()) / (scale if scale > 0 else 1.0)
+
+
+def leaves_of(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def segment_of(module: nn.Module, x: Tensor) -> tuple[Segment, dict[int, str]]:
+    """The module as one lane segment; fails if any of it is left to torch."""
+    recording = record(lambda leaves, x: torch.func.functional_call(module, leaves, (x,)), [x], leaves_of(module))
+    lowered = lower(recording)
+    assert lowered.refused == []
+    (segment,) = lowered.items
+    assert isinstance(segment, Segment)
+    return segment, recording.leaves
+
+
+@pytest.fixture
+def compare() -> Callable[..., None]:
+    """Outputs, gradients of input and parameters, and buffers of a module: engine against torch in float64."""
+
+    def run(module: nn.Module, x: Tensor, masks: dict[str, Tensor] | None = None, tolerance: float = TOLERANCE) -> None:
+        masks = masks or {}
+        for name, mask in masks.items():
+            module.get_parameter(name).data.mul_(mask)
+        exact = copy.deepcopy(module).double()
+        x64 = x.double().requires_grad_()
+        expected = exact(x64)
+        dy = torch.randn(expected.shape)
+        expected.backward(dy.double())
+
+        segment, names = segment_of(module, x)
+        leaves = leaves_of(module)
+        weights = weights_of(segment, names, masks, trained=True)
+        running = Running(segment, weights, Options(backward=True, input_gradients=[True]))
+        for number, ref in enumerate(segment.weights):
+            running.value(number).copy_(pack(leaves[names[ref.number]], weights[number].mask))
+        for views, refs in zip(running.statistics, segment.statistics, strict=True):
+            for view, ref in zip(views, refs, strict=True):
+                view.copy_(leaves[names[ref.number]])
+        (y,) = running.forward([x], 2)
+        (dx,) = running.backward([dy], 2)
+
+        assert relative_error(y, expected) < tolerance
+        assert relative_error(dx, x64.grad) < tolerance
+        gradients = {name: parameter.grad for name, parameter in exact.named_parameters()}
+        scale = max(float(gradient.abs().max()) for gradient in gradients.values()) if gradients else 1.0
+        for number, ref in enumerate(segment.weights):
+            name = names[ref.number]
+            mask = weights[number].mask
+            got = unpack(running.gradient(number), ref.shape, mask).double()
+            wanted = gradients[name] if mask is None else gradients[name] * mask
+            assert float((got - wanted).abs().max()) < tolerance * scale, name
+        buffers = dict(exact.named_buffers())
+        for views, refs in zip(running.statistics, segment.statistics, strict=True):
+            for view, ref in zip(views, refs, strict=True):
+                assert relative_error(view, buffers[names[ref.number]]) < tolerance
+
+    return run

@@ -1,0 +1,359 @@
+"""`lipfast.accelerate`: the same results as the model it was given, through everything people do with modules."""
+
+import copy
+import io
+import threading
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+import lipfast
+from lipfast.engine.lane_module import LaneModule
+from lipfast.errors import InputError
+
+# Outputs and gradients are relative to their largest entry; float32 against float32, so both sides round.
+TOLERANCE = 2e-5
+
+
+class UNet(nn.Module):
+    """Two scales, skip connections, a valid convolution at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = self._pair(3, 6), self._pair(6, 8)
+        self.up = nn.Upsample(scale_factor=2, mode="bilinear")
+        self.third, self.last = self._pair(14, 6), nn.Conv2d(6, 2, 1)
+
+    @staticmethod
+    def _pair(c_in: int, c_out: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(c_in, c_out, 3, padding=1),
+            nn.BatchNorm2d(c_out),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(c_out, c_out, 3, padding=1),
+            nn.ReLU(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.first(x)
+        coarse = self.second(F.max_pool2d(fine, 2))
+        return self.last(self.third(torch.cat([fine, self.up(coarse)], dim=1)))
+
+
+class ResNet(nn.Module):
+    """A stem, two residual blocks (the second halves), a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 7, 2, 3, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(6))
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, s, 1, bias=False) for s in (1, 1, 2, 1))
+        self.short = nn.Conv2d(8, 8, 1, 2, bias=False)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.norms[0](self.stem(x))), 3, 2, 1)
+        y = F.relu(self.norms[1](self.convs[0](x)))
+        x = F.relu(x + self.norms[2](self.convs[1](y)))
+        y = F.relu(self.norms[3](self.convs[2](x)))
+        y = self.norms[4](self.convs[3](y))
+        y += self.norms[5](self.short(x))
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(F.relu(y), 1), 1))
+
+
+def prune_half(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            prune.random_unstructured(module, "weight", 0.6)
+    return model
+
+
+def make(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(3)
+    return prune_half(kind())
+
+
+def accelerated(model: nn.Module) -> LaneModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the head of the ResNet runs in torch and says so
+        return lipfast.accelerate(model)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return float((a - b).detach().abs().max()) <= TOLERANCE * float(b.detach().abs().max().clamp(min=1e-6))
+
+
+def call(model: nn.Module, x: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return model(x)
+
+
+@pytest.mark.parametrize("kind", [UNet, ResNet])
+@pytest.mark.parametrize("training", [True, False])
+def test_whole_nets_forward_and_backward(kind, training):
+    model = make(kind).train(training)
+    fast = accelerated(model)
+    x = torch.randn(2, 3, 32, 48, requires_grad=True)
+    x2 = x.detach().clone().requires_grad_()
+    expected, got = model(x), call(fast, x2)
+    assert close(got, expected)
+    expected.square().mean().backward()
+    got.square().mean().backward()
+    assert close(x2.grad, x.grad)
+    dense = dict(model.named_parameters())
+    for name, parameter in fast.named_parameters():
+        mask = fast.masks.get(name)
+        reference = dense[f"{name}_orig"].grad[mask] if mask is not None else dense[name].grad
+        scale = max(float(p.grad.abs().max()) for p in dense.values())
+        assert float((parameter.grad - reference).abs().max()) <= TOLERANCE * scale, name
+    for name, buffer in fast.named_buffers():
+        assert torch.allclose(buffer, dict(model.named_buffers())[name], rtol=1e-4, atol=1e-5), name
+
+
+def zeros_after_remove(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if prune.is_pruned(module) and isinstance(module, nn.Conv2d):
+            prune.remove(module, "weight")
+    return model
+
+
+class Masked(nn.Module):
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+def parametrized() -> nn.Module:
+    torch.manual_seed(3)
+    model = UNet()
+    for module in list(model.modules()):
+        if isinstance(module, nn.Conv2d):
+            parametrize.register_parametrization(
+                module, "weight", Masked((torch.rand_like(module.weight) < 0.4).float())
+            )
+    return model
+
+
+@pytest.mark.parametrize(
+    "model", [make(UNet), zeros_after_remove(make(UNet)), parametrized()], ids=["hooks", "zeros", "parametrize"]
+)
+def test_all_ways_of_pruning_are_understood(model):
+    model.eval()
+    fast = accelerated(model)
+    x = torch.randn(1, 3, 16, 24)
+    with torch.no_grad():
+        assert close(fast(x), model(x))
+    kept = sum(parameter.numel() for name, parameter in fast.named_parameters() if name in fast.masks)
+    assert len(fast.masks) == 7
+    assert 0.3 < kept / sum(mask.numel() for mask in fast.masks.values()) < 0.5
+
+
+def test_a_dict_of_masks():
+    torch.manual_seed(0)
+    model = UNet().eval()
+    masks = {"first.0.weight": torch.rand(6, 3, 3, 3) < 0.2}
+    fast = lipfast.accelerate(model, masks)
+    assert fast.get_parameter("first.0.weight").shape == (int(masks["first.0.weight"].sum()),)
+    with torch.no_grad():
+        model.first[0].weight.mul_(masks["first.0.weight"])
+        x = torch.randn(1, 3, 16, 16)
+        assert close(fast(x), model(x))
+
+
+def test_state_dicts_go_both_ways():
+    model = zeros_after_remove(make(UNet))
+    fast = accelerated(model)
+    state = fast.state_dict()
+    assert list(state) == list(model.state_dict())
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    changed = {name: tensor * 2 for name, tensor in state.items()}
+    fast.load_state_dict(changed)
+    model.load_state_dict(fast.state_dict())
+    x = torch.randn(1, 3, 16, 16)
+    assert close(fast.eval()(x), model.eval()(x))
+    assert close(fast.to_dense()(x), model(x))
+    assert not isinstance(fast.to_dense(), LaneModule)
+
+
+def test_a_checkpoint_with_other_zeros_is_refused():
+    fast = accelerated(make(UNet))
+    state = {name: torch.ones_like(tensor) for name, tensor in fast.state_dict().items()}
+    with pytest.raises(InputError, match=r"first\.0\.weight has weights where this module is pruned"):
+        fast.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda m: torch.load(io.BytesIO(saved(m)), weights_only=False)],
+    ids=["deepcopy", "pickle"],
+)
+def test_copies_are_independent(copied):
+    fast = accelerated(make(UNet)).eval()
+    x = torch.randn(1, 3, 16, 16)
+    before = fast(x).detach()
+    other = copied(fast)
+    assert torch.equal(other(x), before)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2.0)
+    assert torch.equal(fast(x), before)
+    assert not torch.equal(other(x), before)
+
+
+def saved(module: nn.Module) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    return buffer.getvalue()
+
+
+def lbfgs(parameters):
+    return torch.optim.LBFGS(parameters, lr=0.1, max_iter=3)
+
+
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=1e-3),
+        lambda p: torch.optim.AdamW(p, lr=1e-3),
+        lbfgs,
+    ],
+    ids=["sgd", "adamw", "lbfgs"],
+)
+def test_optimisers_train_as_on_the_pruned_model(optimiser):
+    """No BatchNorm: behind it a bias has a gradient of pure rounding noise, which Adam would blow up."""
+    torch.manual_seed(0)
+    model = prune_half(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1)))
+    fast = accelerated(model)
+    x, target = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16)
+    for module in (model, fast):
+        stepper = optimiser(module.parameters())
+
+        def closure(module=module, stepper=stepper):
+            stepper.zero_grad()
+            loss = F.mse_loss(module(x), target)
+            loss.backward()
+            return loss
+
+        for _ in range(4):
+            stepper.step(closure)
+    with torch.no_grad():
+        assert float((fast(x) - model(x)).abs().max()) < 1e-4
+
+
+def test_gradients_accumulate_over_passes_in_any_order():
+    model = make(UNet).eval()
+    fast = accelerated(model)
+    first, second = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 16, 16)
+    outputs = [fast(first), fast(second)]  # both passes await their backward pass
+    outputs[0].sum().backward()
+    outputs[1].sum().backward()
+    (model(first).sum() + model(second).sum()).backward()
+    assert close(fast.last.weight.grad, model.last.weight_orig.grad[fast.masks["last.weight"]])
+
+
+def test_backward_twice_gives_the_same_gradients():
+    fast = accelerated(make(UNet))
+    x = torch.randn(1, 3, 16, 16, requires_grad=True)
+    y = fast(x).square().sum()
+    (first,) = torch.autograd.grad(y, x, retain_graph=True)
+    (second,) = torch.autograd.grad(y, x)
+    assert torch.equal(first, second)
+
+
+def test_double_backward_is_refused():
+    fast = accelerated(make(UNet))
+    x = torch.randn(1, 3, 16, 16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_changing_sizes_and_modes():
+    model = make(UNet)
+    fast = accelerated(model)
+    for size in ((16, 16), (20, 28), (16, 16)):
+        x = torch.randn(1, 3, *size)
+        for training in (True, False):
+            assert close(fast.train(training)(x), model.train(training)(x))
+
+
+def test_threads_may_call_one_module():
+    fast = accelerated(make(UNet)).eval()
+    inputs = [torch.randn(1, 3, 16, 16) for _ in range(4)]
+    with torch.no_grad():
+        expected = [fast(x) for x in inputs]
+        got: dict[int, Tensor] = {}
+
+        def work(k: int) -> None:
+            with torch.no_grad():
+                for _ in range(5):
+                    got[k] = fast(inputs[k])
+
+        workers = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert all(torch.equal(got[k], expected[k]) for k in range(4))
+
+
+def test_frozen_parameters_get_no_gradient():
+    fast = accelerated(make(UNet))
+    fast.last.weight.requires_grad_(False)
+    fast(torch.randn(1, 3, 16, 16)).sum().backward()
+    assert fast.last.weight.grad is None
+    assert fast.last.bias.grad is not None
+
+
+def test_nan_in_weights_comes_out():
+    model = zeros_after_remove(make(UNet)).eval()
+    with torch.no_grad():
+        model.first[0].weight[0, 0, 0, 0] = float("nan")
+    assert bool(accelerated(model)(torch.randn(1, 3, 16, 16)).isnan().any())
+
+
+def test_unknown_operators_run_in_torch_and_are_named_once():
+    torch.manual_seed(0)
+    model = prune_half(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GELU(), nn.Conv2d(4, 3, 3, padding=1))).eval()
+    fast = lipfast.accelerate(model)
+    x = torch.randn(1, 3, 16, 16)
+    with pytest.warns(UserWarning, match="gelu: the engine has no such operator"):
+        y = fast(x)
+    assert close(y, model(x))
+    assert close(fast(x[:, :, :8]), model(x[:, :, :8]))  # a second warning would be an error
+
+
+def test_hooks_inside_are_refused_and_outside_run():
+    model = UNet()
+    fast = lipfast.accelerate(model)
+    seen = []
+    fast.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    fast(torch.randn(1, 3, 16, 16))
+    assert seen == [(1, 2, 16, 16)]
+    model.first[0].register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(InputError, match=r"'first\.0' has hooks"):
+        lipfast.accelerate(model)
+
+
+def test_code_that_depends_on_values_is_refused():
+    class Peeks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if float(x.sum()) > 0 else x
+
+    with pytest.raises(InputError, match="cannot be recorded"):
+        lipfast.accelerate(Peeks())(torch.randn(1, 3, 8, 8))
+
+
+def test_other_dtypes_run_in_torch():
+    model = UNet().double().eval()
+    with pytest.warns(UserWarning, match="float32"):
+        y = lipfast.accelerate(model)(torch.randn(1, 3, 16, 16, dtype=torch.float64))
+    assert y.dtype == torch.float64

@@ -1,0 +1,160 @@
+"""The lane engine's training steps against torch's."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lipfast.engine.lane_trainer import LaneTrainer
+from lipfast.engine.trainer import TorchTrainer, make_trainer
+from lipfast.errors import InputError
+from lipfast.priors.skip import SkipNet
+
+SMALL = {"in_channels": 4, "down": (8, 8), "skip": 2}
+CONFIGS = [
+    SMALL,
+    {**SMALL, "down": (8, 8, 8), "skip": 0, "upsample": "nearest", "downsample": "avg", "activation": "swish"},
+    {**SMALL, "upsample": "nearest", "downsample": "max", "activation": "relu", "padding": "zeros"},
+    {**SMALL, "mix": False, "sigmoid": False, "kernel_down": 5, "kernel_skip": 3},
+]
+
+
+def build(config: dict, density: float = 0.3) -> tuple[SkipNet, dict]:
+    """A network whose BatchNorms are not at their initial 1 and 0, where many gradients vanish, and masks."""
+    torch.manual_seed(0)
+    network = SkipNet(**config)
+    for parameter in network.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    masks = {n: torch.rand(p.shape) < density for n, p in network.named_parameters() if p.dim() == 4 and density < 1}
+    for name, mask in masks.items():
+        network.get_parameter(name).data *= mask
+    return network, masks
+
+
+def mse(target):
+    return lambda output: ((output - target) ** 2).mean()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+@pytest.mark.parametrize(("size", "density"), [((32, 32), 1.0), ((32, 48), 0.3), ((37, 45), 0.3)])
+def test_first_step_has_torchs_gradients(config, size, density):
+    network, masks = build(config, density)
+    exact = copy.deepcopy(network).double().train()
+    z, target = (
+        torch.rand(network.input_shape(*size)),
+        torch.rand(1, 3, *exact(torch.rand(1, 4, *size).double()).shape[2:]),
+    )
+    exact = copy.deepcopy(network).double().train()
+    expected = mse(target.double())(exact(z.double()))
+    expected.backward()
+    trainer = LaneTrainer(network, masks, lr=0.01)
+    loss, output = trainer.step(z, mse(target))
+    assert not loss.requires_grad
+    assert not output.requires_grad
+    assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-5)
+    snapshot = trainer.snapshot()
+    scale = max(float(p.grad.abs().max()) for p in exact.parameters())
+    for name, parameter in exact.named_parameters():
+        gradient = parameter.grad * masks[name] if name in masks else parameter.grad
+        # Adam's first moment after one step is a tenth of the gradient. A pre-activation within rounding error of an
+        # activation's kink may fall on its other side: one pixel of a thousand, hence not a matter of epsilons.
+        assert float((10 * snapshot[f"adam.exp_avg.{name}"] - gradient).abs().max()) < 2e-3 * scale, name
+    for name, buffer in exact.named_buffers():
+        assert torch.allclose(snapshot[name].double(), buffer.double(), rtol=1e-4, atol=1e-6), name
+
+
+def test_two_hundred_steps_follow_torch():
+    network, masks = build(SMALL)
+    z, target = torch.rand(1, 4, 32, 32), torch.rand(1, 3, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    losses = {}
+    for kind in (LaneTrainer, TorchTrainer):
+        trainer = kind(copy.deepcopy(network), masks, lr=0.01)
+        losses[kind] = torch.stack([trainer.step(z, mse(target))[0] for _ in range(200)])
+    # Single steps of Adam at this rate jump about; averages over 20 steps do not.
+    lanes, torchs = (losses[kind].reshape(10, 20).mean(1) for kind in (LaneTrainer, TorchTrainer))
+    assert torchs[-1] < torchs[0] / 3
+    assert float((lanes / torchs - 1).abs().max()) < 0.1
+
+
+def test_restoring_a_snapshot_is_bit_exact():
+    network, masks = build(SMALL)
+    trainer = LaneTrainer(network, masks, lr=0.01)
+    z, target = torch.rand(1, 4, 32, 32), torch.rand(1, 3, 32, 32)
+    start = trainer.snapshot()
+    first = [trainer.step(z, mse(target))[0] for _ in range(4)]
+    middle = trainer.snapshot()
+    second = [trainer.step(z, mse(target))[0] for _ in range(3)]
+    end = trainer.snapshot()
+    trainer.restore(middle)
+    assert [trainer.step(z, mse(target))[0] for _ in range(3)] == second
+    assert all(torch.equal(end[name], tensor) for name, tensor in trainer.snapshot().items())
+    assert float(end["adam.step"]) == 7
+    fresh = LaneTrainer(build(SMALL)[0], masks, lr=0.01)
+    fresh.restore(start)
+    assert [fresh.step(z, mse(target))[0] for _ in range(4)] == first
+
+
+def test_snapshots_are_interchangeable_with_the_torch_trainer():
+    network, masks = build(SMALL)
+    lanes, dense = LaneTrainer(network, masks, lr=0.01), TorchTrainer(copy.deepcopy(network), masks, lr=0.01)
+    z, target = torch.rand(1, 4, 32, 32), torch.rand(1, 3, 32, 32)
+    for _ in range(3):
+        lanes.step(z, mse(target))
+    dense.restore(lanes.snapshot())
+    assert float(dense.step(z, mse(target))[0]) == pytest.approx(float(lanes.step(z, mse(target))[0]), rel=1e-5)
+
+
+def test_dead_weights_stay_exactly_zero():
+    network, masks = build(SMALL)
+    trainer = LaneTrainer(network, masks, lr=0.01)
+    for _ in range(3):
+        trainer.step(torch.rand(1, 4, 32, 32), mse(torch.rand(1, 3, 32, 32)))
+    parameters = dict(trainer.network().state_dict())
+    assert all(float(parameters[name][~mask].abs().sum()) == 0 for name, mask in masks.items())
+    assert all(bool((parameters[name][mask] != 0).all()) for name, mask in masks.items())
+
+
+def test_the_number_of_threads_does_not_change_a_bit():
+    outcomes = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        network, masks = build(SMALL)
+        trainer = LaneTrainer(network, masks, lr=0.01)
+        torch.manual_seed(1)
+        for _ in range(3):
+            trainer.step(torch.rand(1, 4, 40, 36), mse(torch.rand(1, 3, 40, 36)))
+        assert torch.get_num_threads() == threads
+        outcomes.append(trainer.snapshot())
+    torch.set_num_threads(before)
+    for other in outcomes[1:]:
+        assert all(torch.equal(other[name], tensor) for name, tensor in outcomes[0].items())
+
+
+def test_a_new_input_size_is_planned_anew():
+    network, masks = build(SMALL)
+    lanes, dense = LaneTrainer(network, masks, lr=0.01), TorchTrainer(copy.deepcopy(network), masks, lr=0.01)
+    for side in (32, 48, 32):
+        z, target = torch.rand(1, 4, side, side), torch.rand(1, 3, side, side)
+        dense.restore(lanes.snapshot())
+        expected = dense.step(z, mse(target))[0]
+        assert float(lanes.step(z, mse(target))[0]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_an_unknown_operator_goes_to_torch_and_says_so():
+    network = nn.Sequential(nn.Conv2d(4, 3, 3, padding=1), nn.GELU())
+    trainer = make_trainer(network, None, lr=0.01)
+    with pytest.warns(UserWarning, match="gelu"):
+        loss, _ = trainer.step(torch.rand(1, 4, 8, 8), mse(torch.rand(1, 3, 8, 8)))
+    assert float(trainer.step(torch.rand(1, 4, 8, 8), mse(torch.rand(1, 3, 8, 8)))[0]) < 10 * float(loss)
+    assert float(trainer.snapshot()["adam.step"]) == 2
+
+
+def test_a_foreign_snapshot_is_refused():
+    trainer = LaneTrainer(build(SMALL)[0], None, lr=0.01)
+    snapshot = trainer.snapshot()
+    snapshot.pop("output.bias")
+    with pytest.raises(InputError, match=r"output\.bias"):
+        trainer.restore(snapshot)

@@ -1,0 +1,179 @@
+"""Every operator of the engine, behind a convolution, against torch in float64: outputs and all gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHANNELS = 5
+# Sides around the grid of 4 x 4 blocks: exact, one off, smaller than the grid.
+SIZES = [(16, 16), (17, 14), (8, 20), (3, 5)]
+
+
+def behind_conv(*modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, CHANNELS, 3, padding=1), *modules)
+
+
+class Apply(nn.Module):
+    """A function as a module, behind a convolution."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, CHANNELS, 3, padding=1)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.conv(x))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(), nn.LeakyReLU(0.2), nn.Sigmoid(), nn.Tanh(), nn.SiLU(), nn.ReLU(inplace=True)], ids=str
+)
+def test_activations(compare, size, activation):
+    compare(behind_conv(activation), torch.randn(2, 3, *size))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm(compare, size, affine, training):
+    norm = nn.BatchNorm2d(CHANNELS, affine=affine)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    compare(behind_conv(norm, nn.LeakyReLU(0.2)).train(training), torch.randn(3, 3, *size))
+
+
+def test_batch_norm_without_running_statistics(compare):
+    compare(behind_conv(nn.BatchNorm2d(CHANNELS, track_running_stats=False)).eval(), torch.randn(2, 3, 12, 9))
+
+
+def test_batch_norm_of_a_large_mean_keeps_its_digits(compare):
+    """A sum of squares minus a squared sum would lose all of them."""
+    module = behind_conv(nn.BatchNorm2d(CHANNELS))
+    with torch.no_grad():
+        module[0].bias.fill_(1000.0)
+    # The conv's result is rounded at 1000, so the normalised values carry that error: 1000 epsilon / deviation.
+    compare(module, torch.randn(2, 3, 16, 16), tolerance=3e-3)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_upsampling_by_two(compare, size, mode):
+    compare(behind_conv(nn.Upsample(scale_factor=2, mode=mode)), torch.randn(2, 3, *size))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale_factor": 2, "mode": "bilinear", "align_corners": True},
+        {"size": (13, 7), "mode": "bilinear", "align_corners": False},
+        {"size": (5, 31), "mode": "bilinear", "align_corners": True},
+        {"size": (13, 31), "mode": "nearest"},
+        {"scale_factor": 1.7, "mode": "nearest"},
+        {"scale_factor": (3, 2), "mode": "bilinear", "align_corners": False},
+    ],
+    ids=str,
+)
+def test_any_resampling(compare, options):
+    # torch's own positions are rounded to float32: at 31 px a weight is off by up to 31 epsilon.
+    compare(Apply(lambda x: F.interpolate(x, **options)), torch.randn(2, 3, 9, 12))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (18, 14), (9, 21)])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(2),
+        nn.MaxPool2d(2),
+        nn.MaxPool2d(3, 2, 1),
+        nn.AvgPool2d(3, 2, 1),
+        nn.MaxPool2d(3, 1, 1),
+        nn.AvgPool2d(3, 3),
+    ],
+    ids=str,
+)
+def test_pooling(compare, size, pool):
+    compare(behind_conv(pool, nn.Conv2d(CHANNELS, 2, 1)), torch.randn(2, 3, *size))
+
+
+def test_equal_maxima_go_to_the_first_pixel(compare):
+    module = behind_conv(nn.MaxPool2d(3, 2, 1))
+    nn.init.zeros_(module[0].weight)
+    compare(module, torch.randn(2, 3, 12, 9))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("size", [(16, 16), (13, 10)])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2), (5, 1), (1, 2)])
+def test_convolutions(compare, mode, size, kernel, stride):
+    second = nn.Conv2d(CHANNELS, 4, kernel, stride, kernel // 2, padding_mode=mode)
+    module = behind_conv(second)
+    compare(module, torch.randn(2, 3, *size), {"1.weight": torch.rand(second.weight.shape) < 0.3})
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(CHANNELS, 4, 3),
+        nn.Conv2d(CHANNELS, 4, 3, padding=2),
+        nn.Conv2d(CHANNELS, 4, 3, padding=2, dilation=2),
+        nn.Conv2d(CHANNELS, 10, 3, padding=1, groups=5),
+        nn.Conv2d(CHANNELS, 4, (1, 3), padding=(0, 1)),
+        nn.Conv2d(CHANNELS, 4, 3, padding="same"),
+        nn.Conv2d(CHANNELS, 4, 2),
+        nn.Conv2d(CHANNELS, 4, 3, stride=2),
+        nn.Conv2d(CHANNELS, 4, 7, stride=2, padding=3),
+        nn.Conv2d(CHANNELS, 4, 3, padding=1, bias=False),
+    ],
+    ids=str,
+)
+def test_other_forms_of_convolution(compare, conv):
+    compare(behind_conv(conv), torch.randn(2, 3, 14, 11))
+
+
+@pytest.mark.parametrize(
+    "padding",
+    [
+        nn.ReflectionPad2d(2),
+        nn.ReplicationPad2d(1),
+        nn.ZeroPad2d(1),
+        nn.CircularPad2d(2),
+        nn.ReflectionPad2d((1, 0, 2, 1)),
+        nn.ZeroPad2d(-1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_padding_modules(compare, padding, kernel):
+    compare(behind_conv(padding, nn.Conv2d(CHANNELS, 2, kernel)), torch.randn(2, 3, 12, 13))
+    compare(behind_conv(padding), torch.randn(2, 3, 12, 13))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: 2 * x,
+        lambda x: x / 3 - 1,
+        lambda x: 1 - x,
+        lambda x: -x + x * 0.5,
+        lambda x: torch.add(x, x, alpha=3),
+        lambda x: x[:, 1:3],
+        lambda x: x[:, :, 2:-1, ::2],
+        lambda x: x[..., 3:],
+        lambda x: torch.cat([x, x[:, :2], x], dim=1),
+        lambda x: torch.cat([torch.relu(x), x], dim=1) + 1,
+        lambda x: F.dropout(x, training=False),
+    ],
+    ids=range(11),
+)
+def test_arithmetic_slices_and_concatenation(compare, function):
+    compare(Apply(function), torch.randn(2, 3, 9, 12))
