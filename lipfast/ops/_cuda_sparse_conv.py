@@ -39,7 +39,7 @@ class Kernels:
         rows, columns = ((size + 2 * padding - shape[2]) // stride + 1 for size in x.shape[2:])
         y = torch.empty(len(x), shape[0], rows, columns, device=x.device)
         convolve(self._library, x.contiguous(), values, bias, lists, y, pad=padding, padding_mode=padding_mode)
-        return y
+        return _padding.in_layout_of(x, y)
 
     def input_gradient(
         self,
@@ -62,7 +62,7 @@ class Kernels:
             convolve(self._library, dy.contiguous(), values, None, lists, dx, pad=shape[2] - 1 - cut)
         else:
             convolve(self._library, dy.contiguous(), values, None, lists, dx, pad=1, output_offset=cut)
-        return _padding.fold(dx, input_size, (margin, margin), padding_mode)
+        return _padding.in_layout_of(dy, _padding.fold(dx, input_size, (margin, margin), padding_mode))
 
     def weight_gradient(
         self, x: Tensor, dy: Tensor, positions: Tensor, shape: torch.Size, stride: int, padding: int, padding_mode: str

@@ -27,8 +27,8 @@ def fold(gradient: Tensor, size: torch.Size, padding: tuple[int, int], mode: str
         folded: Tensor = torch.ops.aten.reflection_pad2d_backward(gradient, gradient.new_empty(size), widths)
         return folded
     if mode == "replicate":
-        folded = torch.ops.aten.replication_pad2d_backward(gradient, gradient.new_empty(size), widths)
-        return folded
+        summed: Tensor = torch.ops.aten.replication_pad2d_backward(gradient, gradient.new_empty(size), widths)
+        return summed
     if mode == "circular":
         return _unroll(_unroll(gradient, rows, 2), columns, 3)
     return gradient[:, :, rows : rows + size[2], columns : columns + size[3]].contiguous()
@@ -46,3 +46,8 @@ def _unroll(gradient: Tensor, width: int, axis: int) -> Tensor:
 def is_channels_last(x: Tensor) -> bool:
     """True where the channels of a pixel lie together, and only then."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
+    """``y`` in the memory format of ``x``: channels_last if ``x`` is."""
+    return y.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else y

@@ -168,6 +168,20 @@ def test_sparse_convolution_and_both_gradients(size, shape, stride, padding, mod
     close(got, want, terms=dy[0, 0].numel() * len(dy))
 
 
+def test_channels_last_comes_back_as_channels_last():
+    shape = torch.Size((4, 3, 3, 3))
+    positions, x = torch.arange(0, shape.numel(), 3), torch.randn(2, 3, 6, 5)
+    values, layout = torch.randn(len(positions)), ((1, 1), (1, 1), "reflect")
+    given = x.to(DEVICE).contiguous(memory_format=torch.channels_last)
+    y = ops.sparse_conv2d_forward(given, values.to(DEVICE), positions.to(DEVICE), shape, None, *layout)
+    dx = ops.sparse_conv2d_input_gradient(y, values.to(DEVICE), positions.to(DEVICE), shape, x.shape, *layout)
+    want = reference.sparse_conv2d_forward(x, values, positions, shape, None, *layout)
+    for got in (y, dx):
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert not got.is_contiguous()
+    close(y, want, terms=27)
+
+
 def test_a_layer_without_weights_is_its_bias():
     shape, empty = torch.Size((2, 3, 3, 3)), torch.zeros(0)
     positions = torch.zeros(0, dtype=torch.int64)

@@ -137,7 +137,7 @@ def sparse_conv2d_forward(
     padding_mode: str,
 ) -> Tensor:
     """See ``lipfast.ops.reference.sparse_conv2d_forward``."""
-    x = _padding.pad(x, padding, padding_mode).contiguous()
+    given, x = x, _padding.pad(x, padding, padding_mode).contiguous()
     entries = _entries(positions, shape)
     batch, channels, rows, columns = x.shape
     y_rows, y_columns = (rows - shape[2]) // stride[0] + 1, (columns - shape[3]) // stride[1] + 1
@@ -150,7 +150,7 @@ def sparse_conv2d_forward(
             y_rows * y_columns, y_columns, *stride, columns, channels * rows * columns, shape[0],
             BIASED=bias is not None, **config["meta"], num_warps=config["warps"],
         )  # fmt: skip
-    return y
+    return _padding.in_layout_of(given, y)
 
 
 def sparse_conv2d_input_gradient(
@@ -164,7 +164,7 @@ def sparse_conv2d_input_gradient(
     padding_mode: str,
 ) -> Tensor:
     """See ``lipfast.ops.reference.sparse_conv2d_input_gradient``."""
-    dy = dy.contiguous()
+    given, dy = dy, dy.contiguous()
     entries = _entries(positions, shape)
     rows, columns = (size + 2 * side for size, side in zip(input_size[2:], padding, strict=True))
     dx = torch.empty(len(dy), shape[1], rows, columns, dtype=dy.dtype, device=dy.device)
@@ -176,7 +176,7 @@ def sparse_conv2d_input_gradient(
             entries.source_starts, dx, rows * columns, columns, shape[1], dy.shape[2], dy.shape[3], shape[0], *stride,
             **config["meta"], num_warps=config["warps"],
         )  # fmt: skip
-    return _padding.fold(dx, input_size, padding, padding_mode)
+    return _padding.in_layout_of(given, _padding.fold(dx, input_size, padding, padding_mode))
 
 
 def sparse_conv2d_weight_gradient(
