@@ -1,11 +1,14 @@
 """Training with a captured network is training: same bits, whatever capturing did to the network."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
+from lipfast.engine import graph_trainer, trainer
 from lipfast.engine.graph_trainer import GraphTrainer
-from lipfast.engine.trainer import TorchTrainer
+from lipfast.engine.trainer import TorchTrainer, make_trainer
 
 
 def warm_up_like_cuda(module, sample):
@@ -30,13 +33,13 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 1))
 
 
-def train(trainer, sizes=(8, 8, 8)):
+def train(trained, sizes=(8, 8, 8)):
     torch.manual_seed(1)
     target = torch.rand(1, 1, 8, 8)
     outputs = []
     for size in sizes:
         z = torch.rand(1, 2, size, size)
-        outputs.append(trainer.step(z, lambda y: ((y - target[..., : y.shape[-2], : y.shape[-1]]) ** 2).mean()))
+        outputs.append(trained.step(z, lambda y: ((y - target[..., : y.shape[-2], : y.shape[-1]]) ** 2).mean()))
     return outputs
 
 
@@ -65,6 +68,19 @@ def test_the_callers_module_keeps_its_own_forward():
         module.forward = None  # the real capture replaces it, too
         return nn.Conv2d(2, 1, 1)
 
-    trainer = GraphTrainer(network(), None, lr=0.01, capture=spoil)
-    train(trainer, sizes=(8,))
-    assert trainer.network()(torch.rand(1, 2, 8, 8)).shape == (1, 1, 8, 8)
+    trained = GraphTrainer(network(), None, lr=0.01, capture=spoil)
+    train(trained, sizes=(8,))
+    assert trained.network()(torch.rand(1, 2, 8, 8)).shape == (1, 1, 8, 8)
+
+
+def test_auto_takes_graphs_for_a_network_on_a_gpu(monkeypatch):
+    class OnGpu(nn.Linear):
+        def parameters(self, recurse=True):
+            return iter([SimpleNamespace(is_cuda=True)])
+
+    monkeypatch.setattr(graph_trainer, "GraphTrainer", lambda network, masks, *, lr: ("graphs", lr))
+    assert make_trainer(OnGpu(1, 1), None, lr=0.5, engine="auto") == ("graphs", 0.5)
+    hooked = OnGpu(1, 1)
+    hooked.register_forward_hook(lambda *_: None)
+    monkeypatch.setattr(trainer, "TorchTrainer", lambda network, masks, *, lr: "torch")
+    assert make_trainer(hooked, None, lr=0.5, engine="auto") == "torch"
