@@ -381,7 +381,7 @@ int64_t Conv::Impl::ScratchFloats(int threads) const {
                         shape.kernel_h * shape.kernel_w;
   int64_t most = std::max(dense, kept);
   if (weight_gradient == ConvKernel::kSparse) most = std::max(most, 4 * kept * kVector);  // see sparse_dot_chunks
-  if (weight_gradient == ConvKernel::kDense) most = std::max(most, 5 * dense);            // see dense_dot_chunks
+  if (weight_gradient == ConvKernel::kDense) most = std::max(most, 9 * dense);            // see dense_dot_chunks
   const WinogradKernels& winograd = Kernels<WinogradKernels>();
   const LaneMap x = Sketch(true), y = Sketch(false);
   const int64_t weight_floats = RoundUp(DenseWeightFloats());

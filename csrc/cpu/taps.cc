@@ -251,7 +251,7 @@ int64_t DotChunks(const Region* regions, int64_t count) { return Least(TileCount
 void SparseDot(const Region* regions, int64_t count, const TapList& taps, float* partial, float* d_values,
                int threads) {
   const int64_t tiles = TileCount(regions, count), chunks = DotChunks(regions, count);
-  const int64_t parts = OutputParts(chunks, taps.outputs);
+  const int64_t parts = Least(2, OutputParts(chunks, taps.outputs));  // each reads the whole input
   const int64_t total = taps.starts[taps.outputs * (taps.blocks + 1) - 1];
   ParallelFor(threads, chunks * parts, [&](int64_t i) {
     const int64_t chunk = i / parts, part = i % parts;
@@ -283,8 +283,10 @@ void SparseDot(const Region* regions, int64_t count, const TapList& taps, float*
 
 constexpr int kGroup = 4;                             // output channels that share a load of the input
 constexpr int kDenseCols = kRegisters >= 32 ? 6 : 1;  // kGroup * kDenseCols sums in registers
-constexpr int64_t kDenseBlock = 144;                  // taps between two visits of a sum to memory
+constexpr int64_t kDenseBlock = 72;                   // taps between two visits of a sum to memory
 constexpr int kDotTaps = kRegisters >= 32 ? 6 : 1;    // kGroup * kDotTaps sums in registers
+
+constexpr int64_t kDotVectors = 96;  // positions whose output gradients stay in the first cache level
 
 struct DenseTask {
   const Region* region;
@@ -324,6 +326,13 @@ void DenseTile(const DenseTask& task) {
             sum[k][c] = begin ? Load(row + c * out_col) : Set(task.bias[group * kGroup + k]);
           }
         }
+      }
+      // The next tile's input, a share with every group: its lines come from far away.
+      const int64_t share = task.last - task.first;
+      const int64_t ahead = begin + (end - begin) * (group - task.first + 1) / share;
+      for (int64_t t = begin + (end - begin) * (group - task.first) / share; t < ahead; ++t) {
+        LIPFAST_UNROLL
+        for (int c = 0; c < kCols; ++c) Prefetch(in + offsets[t] + (kCols + c) * in_col);
       }
       const float* w = task.weights + (group * count + begin) * kGroup;
       for (int64_t t = begin; t < end; ++t, w += kGroup) {
@@ -404,57 +413,62 @@ void DenseAccumulate(const Region* regions, int64_t count, const DenseTaps& taps
   });
 }
 
-// kGroup output channels times kTaps taps over one line of a region.
+// kGroup output channels times kTaps taps over rows [row, last) of a region.
 template <int kTaps>
-void DenseDotLine(const Region& g, int64_t row, const int32_t* offsets, int64_t group, int live, float* sums,
-                  int64_t sums_stride) {
-  const float* dy[kGroup];
-  for (int k = 0; k < kGroup; ++k) {
-    dy[k] = g.out + (group * kGroup + (k < live ? k : 0)) * g.out_channel + row * g.out_row;
-  }
-  const float* x[kTaps];
-  LIPFAST_UNROLL
-  for (int t = 0; t < kTaps; ++t) x[t] = g.in + row * g.in_row + offsets[t];
+void DenseDotRows(const Region& g, int64_t row, int64_t last, const int32_t* offsets, int64_t group, int live,
+                  float* sums, int64_t sums_stride) {
   V sum[kGroup][kTaps];
   LIPFAST_UNROLL
   for (int k = 0; k < kGroup; ++k) {
     LIPFAST_UNROLL
     for (int t = 0; t < kTaps; ++t) sum[k][t] = Zero();
   }
-  int64_t at_out = 0, at_in = 0;
-  for (int64_t col = 0; col < g.cols; ++col, at_out += g.out_col, at_in += g.in_col) {
-    V d[kGroup];
+  for (; row < last; ++row) {
+    const float* dy[kGroup];
     LIPFAST_UNROLL
-    for (int k = 0; k < kGroup; ++k) d[k] = Load(dy[k] + at_out);
+    for (int k = 0; k < kGroup; ++k) {
+      dy[k] = g.out + (group * kGroup + (k < live ? k : 0)) * g.out_channel + row * g.out_row;
+    }
+    const float* x[kTaps];
     LIPFAST_UNROLL
-    for (int t = 0; t < kTaps; ++t) {
-      const V v = Load(x[t] + at_in);
+    for (int t = 0; t < kTaps; ++t) x[t] = g.in + row * g.in_row + offsets[t];
+    int64_t at_out = 0, at_in = 0;
+    for (int64_t col = 0; col < g.cols; ++col, at_out += g.out_col, at_in += g.in_col) {
+      V d[kGroup];
       LIPFAST_UNROLL
-      for (int k = 0; k < kGroup; ++k) sum[k][t] = Fma(d[k], v, sum[k][t]);
+      for (int k = 0; k < kGroup; ++k) d[k] = Load(dy[k] + at_out);
+      LIPFAST_UNROLL
+      for (int t = 0; t < kTaps; ++t) {
+        const V v = Load(x[t] + at_in);
+        LIPFAST_UNROLL
+        for (int k = 0; k < kGroup; ++k) sum[k][t] = Fma(d[k], v, sum[k][t]);
+      }
     }
   }
-  for (int k = 0; k < live; ++k) {
+  LIPFAST_UNROLL
+  for (int k = 0; k < kGroup; ++k) {
+    if (k >= live) continue;
     LIPFAST_UNROLL
     for (int t = 0; t < kTaps; ++t) sums[k * sums_stride + t] += Sum(sum[k][t]);
   }
 }
 
-void DenseDotRow(const Region& g, int64_t row, const DenseTaps& taps, int64_t group, float* sums) {
+void DenseDotGroup(const Region& g, int64_t row, int64_t last, const DenseTaps& taps, int64_t group, float* sums) {
   const int live = static_cast<int>(Least(kGroup, taps.outputs - group * kGroup));
   float* out = sums + group * kGroup * taps.taps;
   int64_t t = 0;
   for (; t + kDotTaps <= taps.taps; t += kDotTaps) {
-    DenseDotLine<kDotTaps>(g, row, taps.offsets + t, group, live, out + t, taps.taps);
+    DenseDotRows<kDotTaps>(g, row, last, taps.offsets + t, group, live, out + t, taps.taps);
   }
-  for (; t < taps.taps; ++t) DenseDotLine<1>(g, row, taps.offsets + t, group, live, out + t, taps.taps);
+  for (; t < taps.taps; ++t) DenseDotRows<1>(g, row, last, taps.offsets + t, group, live, out + t, taps.taps);
 }
 
-int64_t DenseDotChunks(const Region* regions, int64_t count) { return Least(RowCount(regions, count), 4); }
+int64_t DenseDotChunks(const Region* regions, int64_t count) { return Least(RowCount(regions, count), 8); }
 
 void DenseDot(const Region* regions, int64_t count, const DenseTaps& taps, float* partial, float* d_weights,
               int threads) {
   const int64_t rows = RowCount(regions, count), chunks = DenseDotChunks(regions, count);
-  const int64_t groups = Parts(taps.outputs, kGroup), parts = Least(groups, kEnoughChunks);
+  const int64_t groups = Parts(taps.outputs, kGroup), parts = OutputParts(chunks, taps.outputs);
   const int64_t size = taps.outputs * taps.taps;
   ParallelFor(threads, chunks * parts, [&](int64_t i) {
     const int64_t chunk = i / parts, part = i % parts;
@@ -462,10 +476,15 @@ void DenseDot(const Region* regions, int64_t count, const DenseTaps& taps, float
     float* sums = partial + chunk * size;
     const int64_t begin = first * kGroup * taps.taps, end = Least(last * kGroup, taps.outputs) * taps.taps;
     std::memset(sums + begin, 0, sizeof(float) * (end - begin));
-    for (int64_t line = rows * chunk / chunks; line < rows * (chunk + 1) / chunks; ++line) {
+    const int64_t line_end = rows * (chunk + 1) / chunks;
+    for (int64_t line = rows * chunk / chunks; line < line_end;) {
       int64_t row = line;
       const Region* region = RegionOfRow(regions, &row);
-      for (int64_t group = first; group < last; ++group) DenseDotRow(*region, row, taps, group, sums);
+      const int64_t count = Least(Least(Parts(kDotVectors, region->cols), region->rows - row), line_end - line);
+      for (int64_t group = first; group < last; ++group) {
+        DenseDotGroup(*region, row, row + count, taps, group, sums);
+      }
+      line += count;
     }
   });
   constexpr int64_t kPerChunk = 1 << 14;

@@ -120,12 +120,24 @@ static inline V IfPositive(V a, V b, V c) { LIPFAST_EACH(a.v[i] > 0.0f ? b.v[i] 
 
 // Sum of the 16 lanes, always in the same order: halves are added to halves.
 static inline float Sum(V x) {
+#if LIPFAST_TARGET > 0
+#if LIPFAST_TARGET == 2
+  const __m256 upper = _mm512_extractf32x8_ps(x, 1);
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), upper);
+#else
+  const __m256 eight = _mm256_add_ps(x.a, x.b);
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
   alignas(64) float t[kLanes];
   Store(t, x);
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) t[i] += t[i + width];
   }
   return t[0];
+#endif
 }
 
 // The first n floats at p, zeros behind them; reads nothing past p + n.

@@ -39,6 +39,7 @@ KEEP_MALLOC = {
 WARM_UP_CALLS = 2
 FEWEST_TURNS = 5
 MOST_TURNS = 1000
+SETTLE_SECONDS = 10e-3  # untimed calls before a sample
 SHORTEST_SAMPLE = 2e-3  # seconds; shorter calls are repeated within a sample
 CEILING_SECONDS = 0.1
 LARGEST_COPY = 256 << 20  # bytes; beyond any cache
@@ -178,7 +179,10 @@ def _sample(function: Callable[[], object], reset: Callable[[], None] | None, re
     if reset:
         reset()
     else:
-        function()  # warms its caches, and outlasts the other's worker threads, which spin for a while after a call
+        # Warm caches, and outlast the other's worker threads: torch's go on spinning on their core for milliseconds.
+        settled = time.perf_counter() + SETTLE_SECONDS
+        while time.perf_counter() < settled:
+            function()
     start = time.perf_counter()
     for _ in range(repeats):
         function()

@@ -1,0 +1,148 @@
+"""Convolutions on maps that stay in lanes, against torch's channels_last convolution of the masked dense weight."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lipfast.bench.harness import Case, Size, Timed
+from lipfast.ops import ConvForm, LaneConv, LaneMap
+from lipfast.ops.lane_conv import asked_kernel
+
+CHANNELS = 128  # the paper's network
+DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05)
+TOLERANCE = 1e-5  # relative, in norm, against torch in float64 on a few rows of channels
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of the benchmark and the densities it is timed at."""
+
+    name: str
+    kernel: int
+    stride: int
+    pixels: int
+    densities: tuple[float, ...]
+
+
+LAYERS = [_Layer(f"3x3 {pixels} px", 3, 1, pixels, DENSITIES) for pixels in (64, 128, 256, 512)]
+LAYERS += [
+    _Layer("3x3 stride 2 128 px", 3, 2, 128, (1.0, 0.2, 0.1, 0.05)),
+    _Layer("1x1 128 px", 1, 1, 128, (1.0, 0.1)),
+]
+DENSE_LAYERS = [
+    _Layer("3x3 stride 2 128 px", 3, 2, 128, (1.0,)),
+    _Layer("1x1 128 px", 1, 1, 128, (1.0,)),
+    _Layer("5x5 64 px", 5, 1, 64, (1.0,)),
+    _Layer("3x3 128 px, exact", 3, 1, 128, (1.0,)),
+]
+
+
+def cases(size: Size) -> list[Case]:
+    """Forward alone, and forward with both gradients, of every layer and density."""
+    return _cases(LAYERS if size == "full" else [_Layer("3x3 toy", 3, 1, 16, (1.0, 0.1))], size, "auto")
+
+
+def dense_cases(size: Size) -> list[Case]:
+    """The register-blocked dense kernels, which run what Winograd cannot."""
+    return _cases(DENSE_LAYERS if size == "full" else [_Layer("5x5 toy", 5, 1, 16, (1.0,))], size, "dense")
+
+
+def _cases(layers: list[_Layer], size: Size, kernel: str) -> list[Case]:
+    channels = CHANNELS if size == "full" else 8
+    return [
+        Case(
+            op="conv_training" if training else "conv_forward",
+            name=f"{layer.name} {1 - density:.0%} zeros",
+            shape=f"{channels} -> {channels} channels, {layer.kernel}x{layer.kernel}, stride {layer.stride}, "
+            f"{layer.pixels} px, batch 1",
+            density=density,
+            setup=functools.partial(_setup, layer, channels, density, training, kernel),
+        )
+        for layer in layers
+        for density in layer.densities
+        for training in (False, True)
+    ]
+
+
+def _setup(layer: _Layer, channels: int, density: float, training: bool, kernel: str) -> Timed:
+    generator = torch.Generator().manual_seed(0)
+    padding = layer.kernel // 2
+    x = torch.randn(1, channels, layer.pixels, layer.pixels, generator=generator)
+    weight = torch.randn(channels, channels, layer.kernel, layer.kernel, generator=generator)
+    mask = torch.rand(weight.shape, generator=generator) < density
+    weight, bias = weight * mask, torch.randn(channels, generator=generator)
+    form = ConvForm(channels, channels, (layer.kernel, layer.kernel), layer.stride, (padding, padding))
+    asked = kernel if kernel != "auto" else asked_kernel()
+    ours = _OnLanes(
+        LaneConv(form, None if density == 1 else mask, 1, layer.pixels, layer.pixels, kernel=asked),
+        x,
+        weight[mask],
+        bias,
+    )
+    with_bf16 = {"torch bf16": torch.bfloat16} if kernel == "auto" else {}
+    dtypes = {"torch": torch.float32, **with_bf16}
+    products = ours.dy.numel() // channels * len(ours.values)
+    return Timed(
+        ours=ours.train if training else ours.forward,
+        baselines={name: _in_torch(x, weight, bias, ours.dy, form, dtype, training) for name, dtype in dtypes.items()},
+        check=functools.partial(_check, ours, x, weight, mask, bias, form),
+        backend="cpu: " + "/".join(ours.conv.kernels.values() if training else [ours.conv.kernels["forward"]]),
+        flops=2.0 * products * (3 if training else 1),
+    )
+
+
+class _OnLanes:
+    """A layer with its maps in lanes."""
+
+    def __init__(self, conv: LaneConv, x: Tensor, values: Tensor, bias: Tensor) -> None:
+        self.conv, self.values, self.bias = conv, values.contiguous(), bias
+        self.x = LaneMap.from_tensor(x, conv.in_halo, block=conv.in_block)
+        self.y, self.dx = conv.output_map(), conv.input_map()
+        self.dy = torch.randn(1, conv.form.out_channels, conv.out_height, conv.out_width)
+        self.dy_lanes = LaneMap.from_tensor(self.dy, conv.gradient_halo, block=conv.out_block)
+        self.dvalues, self.dbias = torch.empty(conv.kept), torch.empty(conv.form.out_channels)
+
+    def forward(self) -> None:
+        self.conv.forward(self.values, self.bias, self.x, self.y)
+
+    def train(self) -> None:
+        self.forward()
+        self.conv.input_gradient(self.values, self.dy_lanes, self.dx)
+        self.conv.weight_gradient(self.x, self.dy_lanes, self.dvalues, self.dbias)
+
+
+def _in_torch(
+    x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, form: ConvForm, dtype: torch.dtype, training: bool
+) -> Callable[[], object]:
+    x, weight, dy = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, weight, dy))
+    bias, stride, padding = bias.to(dtype), [form.stride] * 2, list(form.padding)
+
+    def forward() -> object:
+        return functional.conv2d(x, weight, bias, stride, padding)
+
+    def train() -> object:
+        forward()
+        wanted = [True, True, True]
+        return torch.ops.aten.convolution_backward(
+            dy, x, weight, [len(bias)], stride, padding, [1, 1], False, [0, 0], 1, wanted
+        )
+
+    return train if training else forward
+
+
+def _check(ours: _OnLanes, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, form: ConvForm) -> None:
+    ours.train()
+    x, weight, bias = (t.double().requires_grad_() for t in (x, weight, bias))
+    y = functional.conv2d(x, weight, bias, form.stride, list(form.padding))
+    dx, dw = torch.autograd.grad(y, (x, weight), ours.dy.double())
+    for name, got, want in (
+        ("y", ours.y.to_tensor(), y.detach()),
+        ("dx", ours.dx.to_tensor(), dx),
+        ("dw", ours.dvalues, dw[mask]),
+    ):
+        error = float((got - want).norm() / want.norm())
+        assert error <= TOLERANCE, f"{name} is off by {error:.1e} of its norm"
