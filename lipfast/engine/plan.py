@@ -529,6 +529,15 @@ class _Backward:
         self.second[value] = slot
         return slot
 
+    def _take_over(self, output: int, value: int) -> None:
+        """Let the gradient of an operator's input overwrite that of its output, where nothing else lies there: memory
+        that was just read needs not be fetched again to be written."""
+        dy = self._home(output)
+        whole = dy.last - dy.first == dy.storage.shape[1]
+        shared = output in self.aliases or output in self.aliases.values()
+        if whole and not shared and value not in self.aliases and value not in self.homes:
+            self.homes[value] = dy
+
     def _flush(self, value: int) -> None:
         """Add the second part of a gradient to the first."""
         if value in self.second:
@@ -569,6 +578,7 @@ class _Backward:
         planner = self.planner
         x = node.inputs[0]
         dy, second = self._home(node.output), self.second.pop(node.output, -1)
+        self._take_over(node.output, x)
         training = node.training or node.running is None
         numbers = (node.epsilon, ACTIVATIONS[node.act], node.slope, planner.norm_offsets(position, node), training)
         reach = self._zero_halo_wanted(x)
@@ -589,6 +599,7 @@ class _Backward:
         return 0
 
     def _act(self, position: int, node: Node) -> None:
+        self._take_over(node.output, node.inputs[0])
         dx, accumulate = self._added(node.inputs[0])
         x = self.planner.home[node.inputs[0]]
         dy = self._home(node.output)
