@@ -138,27 +138,33 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         noted = pytree.tree_map(self.known, (args, kwargs))
         args, kwargs = pytree.tree_map(_on_meta, (args, kwargs))
+        versions = {id(leaf): leaf._version for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **kwargs)
-        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
-            return result
+        written = [t for t in self._alive if id(t) in versions and t._version != versions[id(t)]]
+        results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         if func is Tensor.add_ and self._is_counter(noted[0]):
             self.counted.append((self.leaves[noted[0][0].number], noted[0][1]))
             return result
-        self._check_in_place(result)
+        self._check_writes(written, results)
+        if all(id(leaf) in versions and not written for leaf in results):
+            return result  # no tensor, or the very tensor it was given, unchanged
         self.calls.append(Call(func, noted[0], noted[1], pytree.tree_map(self._written, result)))
         return result
 
     def _is_counter(self, args: tuple[Any, ...]) -> bool:
-        return isinstance(args[0], Ref) and args[0].number in self.leaves and isinstance(args[1], int)
+        target, amount = args[0], args[1]
+        whole_number = isinstance(target, Ref) and target.shape == () and not target.dtype.is_floating_point
+        return whole_number and target.number in self.leaves and isinstance(amount, int)
 
     def _written(self, value: Any) -> Any:
         return self._new(value) if isinstance(value, Tensor) else value
 
-    def _check_in_place(self, result: Any) -> None:
-        """A tensor written in place gets a new number; that is wrong if another known tensor shares its memory."""
-        for tensor in pytree.tree_leaves(result):
-            if not isinstance(tensor, Tensor) or id(tensor) not in self._refs:
-                continue
+    def _check_writes(self, written: list[Tensor], results: list[Tensor]) -> None:
+        """A tensor written in place and returned gets a new number; that is wrong if another known tensor shares its
+        memory, and not enough if it is not returned."""
+        for tensor in written:
+            if not any(tensor is result for result in results):
+                raise InputError("engine: the module writes into a tensor (an assignment to a part, or out=)")
             if self._refs[id(tensor)].number in self.leaves:
                 raise InputError("engine: the module changes one of its own parameters or buffers while it runs")
             memory = tensor.untyped_storage()._cdata

@@ -123,13 +123,13 @@ class LaneModule(nn.Module):
         return self._hidden[0]
 
     def _forget_plans(self) -> None:
-        self._compiled: OrderedDict[Any, _Compiled] = OrderedDict()
+        self._compiled: OrderedDict[Any, Compiled] = OrderedDict()
         self._lock = threading.Lock()
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
-    def _compiled_for(self, leaves: Sequence[Any], structure: Any) -> "_Compiled":
+    def _compiled_for(self, leaves: Sequence[Any], structure: Any) -> "Compiled":
         self._source().training = self.training
         shapes = tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         modes = tuple(module.training for module in self._source().modules())
@@ -143,7 +143,7 @@ class LaneModule(nn.Module):
             self._compiled.move_to_end(key)
             return self._compiled[key]
 
-    def _compile(self, leaves: Sequence[Any], structure: Any) -> "_Compiled":
+    def _compile(self, leaves: Sequence[Any], structure: Any) -> "Compiled":
         if [name for name, _ in self.named_parameters()] != self._names:
             raise InputError("accelerate: the module's parameters changed; call accelerate() after pruning, not before")
         dense = self._dense_stand_ins()
@@ -157,7 +157,7 @@ class LaneModule(nn.Module):
         recording = record(call, [leaf for leaf in leaves if isinstance(leaf, Tensor)], dense)
         lowered = lower(recording)
         self._warn(lowered)
-        return _Compiled(lowered, self._masks, self._exact)
+        return Compiled(lowered, self._masks, self._exact)
 
     def _dense_stand_ins(self) -> dict[str, Tensor]:
         """Parameters and buffers; the pruned ones as empty tensors of their dense shape."""
@@ -177,14 +177,22 @@ class LaneModule(nn.Module):
                 )
 
 
-class _Compiled:
-    """One recording with the programs of its segments."""
+class Compiled:
+    """One recording with the programs of its segments.
 
-    def __init__(self, lowered: Lowered, masks: Mapping[str, Tensor], exact: bool) -> None:
+    Args:
+        lowered: what to run.
+        masks: leaf name -> which of its weights live.
+        exact: never Winograd.
+        packed: whether the masked leaves are given as their kept values, not as dense tensors.
+    """
+
+    def __init__(self, lowered: Lowered, masks: Mapping[str, Tensor], exact: bool, packed: bool = True) -> None:
         self._recording = lowered.recording
         self._masks = masks
+        self._packed = packed
         self._items = [
-            _SegmentRunner(item, lowered.recording, masks, exact) if isinstance(item, Segment) else item
+            SegmentRunner(item, lowered.recording, masks, exact, packed) if isinstance(item, Segment) else item
             for item in lowered.items
         ]
         self._leaf_numbers = self._leaves_read()
@@ -209,14 +217,13 @@ class _Compiled:
 
     def _leaves_read(self) -> list[int]:
         """Leaves that torch calls read; segments take theirs packed."""
-        read = {ref.number for item in self._items if isinstance(item, Call) for ref in item.refs()}
-        read |= {
-            ref.number for leaf in [self._recording.result] for ref in pytree.tree_leaves(leaf) if isinstance(ref, Ref)
-        }
+        read = {ref.number for item in self._items for ref in (item.refs() if isinstance(item, Call) else item.inputs)}
+        read |= {ref.number for ref in pytree.tree_leaves(self._recording.result) if isinstance(ref, Ref)}
         return [number for number in self._recording.leaves if number in read]
 
     def _dense(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        return _scatter(tensors[name], self._masks[name]) if name in self._masks else tensors[name]
+        scatter = self._packed and name in self._masks
+        return _scatter(tensors[name], self._masks[name]) if scatter else tensors[name]
 
 
 def _run_call(call: Call, known: dict[int, Any]) -> None:
@@ -238,11 +245,14 @@ class _Use:
     weights: tuple[bool, ...]
 
 
-class _SegmentRunner:
+class SegmentRunner:
     """A segment and its programs; each forward pass that awaits its backward pass holds one."""
 
-    def __init__(self, segment: Segment, recording: Recording, masks: Mapping[str, Tensor], exact: bool) -> None:
+    def __init__(
+        self, segment: Segment, recording: Recording, masks: Mapping[str, Tensor], exact: bool, packed: bool
+    ) -> None:
         self._segment, self._leaves, self._masks, self._exact = segment, recording.leaves, masks, exact
+        self._kept = {} if packed else {name: mask.reshape(-1).nonzero().squeeze(1) for name, mask in masks.items()}
         self._free: dict[_Use, list[Running]] = {}
         self._lock = threading.Lock()
 
@@ -256,7 +266,15 @@ class _SegmentRunner:
 
     def _weight(self, ref: Ref, known: Mapping[int, Any], tensors: Mapping[str, Tensor]) -> Tensor:
         name = self._leaves.get(ref.number)
-        return tensors[name] if name is not None else known[ref.number]
+        if name is None:
+            weight: Tensor = known[ref.number]
+            return weight
+        return tensors[name].reshape(-1)[self._kept[name]] if name in self._kept else tensors[name]
+
+    @property
+    def inputs(self) -> list[Ref]:
+        """The tensors it reads beside its weights."""
+        return self._segment.inputs
 
     def lease(self, use: _Use) -> "_Lease":
         """A program that nobody else uses."""
@@ -296,7 +314,7 @@ class _SegmentRunner:
 class _Lease:
     """Holds a program until the last reference goes, which is when autograd drops the forward pass."""
 
-    def __init__(self, running: Running, runner: _SegmentRunner, use: _Use) -> None:
+    def __init__(self, running: Running, runner: SegmentRunner, use: _Use) -> None:
         self.running, self._runner, self._use = running, runner, use
 
     def __del__(self) -> None:
@@ -307,7 +325,7 @@ class _SegmentFunction(torch.autograd.Function):
     """A segment for autograd: one call forward, one backward."""
 
     @staticmethod
-    def forward(ctx: Any, runner: _SegmentRunner, tensors: Mapping[str, Tensor], count: int, *operands: Tensor) -> Any:
+    def forward(ctx: Any, runner: SegmentRunner, tensors: Mapping[str, Tensor], count: int, *operands: Tensor) -> Any:
         needs = ctx.needs_input_grad[3:]
         lease = runner.lease(_Use(tuple(needs[:count]), tuple(needs[count:])))
         threads = torch.get_num_threads()

@@ -39,7 +39,7 @@ class Segment:
 
 @dataclasses.dataclass
 class Lowered:
-    """A recording with its lane segments; ``refused`` says why each torch call is left."""
+    """A recording with its lane segments; ``refused`` says why torch calls on maps are left."""
 
     recording: Recording
     items: list["Segment | Call"]
@@ -50,7 +50,7 @@ def lower(recording: Recording) -> Lowered:
     """Split a recording into lane segments and torch calls, in order."""
     last_use = _last_uses(recording)
     items: list[Segment | Call] = []
-    refused: list[str] = []
+    refused: list[tuple[Call, str]] = []
     builder = _Builder()
     for position, call in enumerate(recording.calls):
         try:
@@ -58,10 +58,17 @@ def lower(recording: Recording) -> Lowered:
         except Unsupported as reason:
             items += builder.finish(last_use, position)
             items.append(call)
-            refused.append(f"{call.name}: {reason}")
+            refused.append((call, f"{call.name}: {reason}"))
             builder = _Builder()
     items += builder.finish(last_use, len(recording.calls))
-    return Lowered(recording, items, refused)
+    maps = {ref.number for item in items if isinstance(item, Segment) for ref in item.inputs}
+    return Lowered(recording, items, [why for call, why in refused if not _makes_a_weight(call, recording, maps)])
+
+
+def _makes_a_weight(call: Call, recording: Recording, maps: set[int]) -> bool:
+    """Whether a call only computes on parameters, so that leaving it to torch converts no map."""
+    made = {leaf.number for leaf in pytree.tree_leaves(call.result) if isinstance(leaf, Ref)}
+    return all(ref.number in recording.leaves for ref in call.refs()) and not made & maps
 
 
 def _last_uses(recording: Recording) -> dict[int, int]:

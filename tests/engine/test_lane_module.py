@@ -357,3 +357,14 @@ def test_other_dtypes_run_in_torch():
     with pytest.warns(UserWarning, match="float32"):
         y = lipfast.accelerate(model)(torch.randn(1, 3, 16, 16, dtype=torch.float64))
     assert y.dtype == torch.float64
+
+
+def test_writing_into_a_part_of_a_tensor_is_refused():
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            y[:, 0] = 0
+            return y
+
+    with pytest.raises(InputError, match="writes into a tensor"):
+        lipfast.accelerate(Writes())(torch.randn(1, 3, 8, 8))

@@ -1,0 +1,152 @@
+"""``torch.compile(model, backend="lipfast")``: the graphs that dynamo cuts out, run in lanes.
+
+Found by torch through the entry point group ``torch_dynamo_backends``. dynamo hands over parameters as dense
+arguments: which weights are pruned is read off the graph or off the numbers.
+
+- In training a weight is pruned where the graph multiplies it by a mask of zeros and ones, as the hooks of
+  ``torch.nn.utils.prune`` do; a zero without a mask may be trained away from zero and counts as a weight.
+- In inference every zero counts as pruned. Each call checks that no more weights live than it was planned for.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from lipfast.engine.capture import Call, Recording, Ref, record
+from lipfast.engine.lane_module import FEWEST_ZEROS, PLANS_KEPT, Compiled
+from lipfast.engine.lower import Lowered, Segment, lower
+from lipfast.errors import InputError
+
+_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+
+
+def lipfast(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The dynamo backend: a function that computes what ``module`` does.
+
+    What the engine has no kernel for runs in torch, and a warning names it once.
+    """
+    return _CompiledGraph(module)
+
+
+@dataclasses.dataclass
+class _Variant:
+    """A graph for one set of sizes, and the masks it was planned for.
+
+    ``sources``: leaf name -> the leaf that holds its mask in the graph; absent where zeros were counted.
+    """
+
+    compiled: Compiled
+    masks: dict[str, Tensor]
+    sources: dict[str, str]
+
+    def fits(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether the masks still hold."""
+        for name, mask in self.masks.items():
+            if name in self.sources:
+                if not torch.equal(tensors[self.sources[name]] != 0, mask):
+                    return False
+            elif int(torch.count_nonzero(tensors[name])) != int(torch.count_nonzero(tensors[name][mask])):
+                return False
+        return True
+
+
+class _CompiledGraph:
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        self._module = module
+        self._variants: dict[Any, _Variant | None] = {}
+        self._warned: set[str] = set()
+
+    def __call__(self, *args: Any) -> Any:
+        tensors = {str(place): arg for place, arg in enumerate(args) if isinstance(arg, Tensor)}
+        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
+        shapes = tuple((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in args)
+        key = (training, shapes)
+        variant = self._variants.get(key)
+        if key not in self._variants or (variant is not None and not variant.fits(tensors)):
+            variant = self._variants[key] = self._plan(args, tensors, training)
+            while len(self._variants) > PLANS_KEPT:
+                del self._variants[next(iter(self._variants))]
+        if variant is None:
+            return self._module(*args)
+        return variant.compiled.run([], tensors)
+
+    def _plan(self, args: Sequence[Any], tensors: Mapping[str, Tensor], training: bool) -> _Variant | None:
+        def call(stand_ins: dict[str, Tensor]) -> Any:
+            return self._module(*[stand_ins.get(str(place), arg) for place, arg in enumerate(args)])
+
+        try:
+            recording = record(call, [], tensors)
+        except InputError as reason:
+            self._say(f"a graph runs in torch: {reason}")
+            return None
+        masks, sources = _masks_in_graph(recording, tensors)
+        lowered = lower(recording)
+        if not training:
+            masks = {**_zeros(lowered, tensors), **masks}
+        for refused in lowered.refused:
+            self._say(f"{refused}; it runs in torch, and maps are converted to torch's layout and back around it")
+        return _Variant(Compiled(lowered, masks, exact=False, packed=False), masks, sources)
+
+    def _say(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"lipfast: {reason}", stacklevel=2)
+
+
+def _masks_in_graph(recording: Recording, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Find products of a parameter and a mask that serve as a conv's weight, and let the conv read the parameter.
+
+    Changes the recording: each such weight becomes another reference to the parameter's leaf.
+    """
+    masks: dict[str, Tensor] = {}
+    sources: dict[str, str] = {}
+    products: dict[int, Ref] = {}
+    leaves = dict(recording.leaves)  # also the results of conversions that change nothing
+    count = 1 + max([*leaves, *(ref.number for call in recording.calls for ref in _results(call))], default=0)
+    for call in recording.calls:
+        if call.function is Tensor.to and call.refs()[0].number in leaves and _results(call)[0].dtype == torch.float32:
+            leaves[_results(call)[0].number] = leaves[call.refs()[0].number]
+        elif call.function in _PRODUCTS and len(call.refs()) == 2 and all(ref.number in leaves for ref in call.refs()):
+            first, second = (leaves[ref.number] for ref in call.refs())
+            weight, mask = (first, second) if _is_mask(tensors[second]) else (second, first)
+            product = _results(call)[0]
+            if _is_mask(tensors[mask]) and tensors[mask].shape == tensors[weight].shape == product.shape:
+                masks[weight], sources[weight] = tensors[mask] != 0, mask
+                products[product.number] = Ref(count, product.shape, product.dtype)
+                recording.leaves[count] = weight
+                count += 1
+        elif call.function is torch.conv2d and len(call.args) > 1 and isinstance(call.args[1], Ref):
+            weight_ref = products.get(call.args[1].number, call.args[1])
+            call.args = (call.args[0], weight_ref, *call.args[2:])
+    return masks, sources
+
+
+def _results(call: Call) -> list[Ref]:
+    return [ref for ref in torch.utils._pytree.tree_leaves(call.result) if isinstance(ref, Ref)]
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """All zeros and ones, some of them zeros; a parameter is none."""
+    if tensor.requires_grad or tensor.dim() != 4:
+        return False
+    return bool(((tensor == 0) | (tensor == 1)).all()) and not bool((tensor == 1).all())
+
+
+def _zeros(lowered: Lowered, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks of the weights that are zero often enough to matter."""
+    found = {}
+    for segment in lowered.items:
+        if isinstance(segment, Segment):
+            for node in segment.graph.nodes:
+                name = (
+                    lowered.recording.leaves.get(segment.weights[node.weight].number) if node.kind == "conv" else None
+                )
+                alive = tensors[name] != 0 if name is not None else None
+                if alive is not None and bool(alive.any()) and float(alive.float().mean()) <= 1 - FEWEST_ZEROS:
+                    found[str(name)] = alive
+    return found

@@ -1,0 +1,143 @@
+"""``torch.compile`` with the lipfast backend: the same results, whatever the graph holds."""
+
+import copy
+import warnings
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import tomllib
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from lipfast.engine import dynamo
+
+TOLERANCE = 2e-5
+
+
+def small(activation: nn.Module | None = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"),
+        nn.BatchNorm2d(6),
+        activation or nn.ReLU(inplace=True),
+        nn.Conv2d(6, 4, 3, 2, 1),
+    )
+
+
+def pruned(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            prune.random_unstructured(module, "weight", 0.7)
+    return model
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    torch._dynamo.reset()
+    return torch.compile(model, backend=dynamo.lipfast)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return float((a - b).detach().abs().max()) <= TOLERANCE * float(b.detach().abs().max())
+
+
+def test_torch_finds_the_backend_by_its_entry_point():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    module, name = project["project"]["entry-points"]["torch_dynamo_backends"]["lipfast"].split(":")
+    assert getattr(import_module(module), name) is dynamo.lipfast
+
+
+@pytest.mark.parametrize("prepare", [lambda m: m, pruned], ids=["dense", "pruned"])
+def test_training(prepare):
+    model, twin = prepare(small()), prepare(small())
+    with torch.no_grad():  # pruning drew other masks for the twin
+        for buffer, other in zip(twin.buffers(), model.buffers(), strict=True):
+            buffer.copy_(other)
+    x = torch.randn(2, 3, 16, 20)
+    optimisers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin)]
+    fast = compiled(model)
+    for _ in range(3):
+        results = [fast(x), twin(x)]
+        assert close(*results)
+        for result, optimiser in zip(results, optimisers, strict=True):
+            optimiser.zero_grad()
+            result.square().mean().backward()
+            optimiser.step()
+    for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(parameter.grad, other.grad, rtol=1e-3, atol=1e-5), name
+    for buffer, other in zip(model.buffers(), twin.buffers(), strict=True):
+        assert torch.allclose(buffer.float(), other.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_inference_uses_zeros_and_sees_them_go():
+    model = pruned(small()).eval()
+    for module in (model[0], model[3]):
+        prune.remove(module, "weight")
+    fast = compiled(model)
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        assert close(fast(x), model(x))
+        model[0].weight.data[0] += 1.0  # revives weights behind everybody's back
+        assert close(fast(x), model(x))
+        model[3].weight.data.mul_(0.5)
+        assert close(fast(x), model(x))
+
+
+def test_a_changed_mask_is_seen():
+    model = pruned(small())
+    fast = compiled(model)
+    x = torch.randn(1, 3, 16, 16)
+    fast(x)
+    model[0].weight_mask.copy_(torch.ones_like(model[0].weight_mask))
+    twin = copy.deepcopy(small())
+    assert close(fast(x), nn.Sequential(*model)(x))
+    assert close(twin[0](x), model[0](x))  # the mask is off: the seeded initial weights are back
+
+
+def test_graph_breaks_and_unknown_operators():
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = small(nn.GELU()), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(x) * float(x.detach().mean() > -1e9)
+
+    torch.manual_seed(0)
+    model = Broken().eval()
+    fast = compiled(model)
+    x = torch.randn(1, 3, 16, 16, requires_grad=True)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = fast(x)
+    assert any("gelu: the engine has no such operator" in str(warning.message) for warning in said)
+    assert close(result, model(x))
+    (fast_gradient,) = torch.autograd.grad(result.sum(), x)
+    (gradient,) = torch.autograd.grad(model(x).sum(), x)
+    assert close(fast_gradient, gradient)
+
+
+def test_sizes_may_change():
+    model = small().eval()
+    fast = compiled(model)
+    for size in ((16, 16), (12, 20), (24, 8)):
+        x = torch.randn(2, 3, *size)
+        assert close(fast(x), model(x))
+
+
+def test_writing_into_the_callers_tensor_is_left_to_torch():
+    def write(x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x.relu_(), torch.ones(2, 3, 1, 1))
+
+    torch._dynamo.reset()
+    fast = torch.compile(write, backend=dynamo.lipfast)
+    x = torch.randn(1, 3, 8, 8)
+    other = x.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        result = fast(x)
+    assert close(result, write(other))
+    assert torch.equal(x, other)
