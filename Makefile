@@ -4,8 +4,8 @@
 #   make check    format, lint, types
 #   make test-gpu-static   what nvcc makes of the GPU kernels; needs nvcc, no GPU
 #   make test-gpu, bench-gpu   test and time them on a GPU; results in gpu-tests.xml, gpu-bench.jsonl
-# On a network where torch's CPU wheels are not on the default index:
-#   make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#   make sanitize C++ kernel tests under AddressSanitizer and UBSan, then under valgrind
+# Where pip's default index has no CPU wheel of torch, name one that has: make test PIP_FLAGS="--extra-index-url URL"
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,13 +14,20 @@ PIP_FLAGS ?=
 BIN := $(VENV)/bin
 CXX_FILES = $(shell find csrc tests \( -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: demo test test-gpu-static test-gpu bench-gpu gpu-tables check format clean
+.PHONY: demo test sanitize test-gpu-static test-gpu bench-gpu gpu-tables check format clean
 
 demo: $(VENV)/installed
 	$(BIN)/lipfast demo --out demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# valgrind knows no AVX-512, so it runs the AVX2 kernels.
+sanitize: $(VENV)/installed
+	$(BIN)/python tests/cpp/build.py build/sanitize/kernels -fsanitize=address,undefined -fno-sanitize-recover=all
+	build/sanitize/kernels
+	$(BIN)/python tests/cpp/build.py build/valgrind/kernels
+	LIPFAST_ISA=avx2 valgrind -q --error-exitcode=1 --leak-check=full build/valgrind/kernels
 
 test-gpu-static: $(VENV)/installed
 	$(BIN)/python -m pytest tests/gpu -m nvcc

@@ -76,16 +76,17 @@ class BuildKernels(build_ext):
         super().build_extension(ext)
 
 
-os.chdir(ROOT)
-setup(
-    ext_modules=[
-        Pybind11Extension(
-            "lipfast._C",
-            plain_sources(),
-            include_dirs=["csrc"],
-            extra_compile_args=COMMON_FLAGS,
-            extra_link_args=["-pthread"],
-        )
-    ],
-    cmdclass={"build_ext": BuildKernels},
-)
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    setup(
+        ext_modules=[
+            Pybind11Extension(
+                "lipfast._C",
+                plain_sources(),
+                include_dirs=["csrc"],
+                extra_compile_args=COMMON_FLAGS,
+                extra_link_args=["-pthread"],
+            )
+        ],
+        cmdclass={"build_ext": BuildKernels},
+    )

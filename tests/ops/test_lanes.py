@@ -13,12 +13,7 @@ SIZES = [(1, 1), (2, 3), (4, 4), (5, 7), (8, 8), (13, 33), (16, 64), (67, 70)]  
 BORDERS = [(0, 0), (1, 1), (2, 1), (3, 3)]  # halo, padding
 
 
-@pytest.fixture(params=_C.available_isas(), autouse=True)
-def isa(request):
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 def allowed(mode: str, pad: int, size: tuple[int, int]) -> bool:

@@ -18,14 +18,6 @@ ISAS = _C.available_isas()
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
 def draw(form: ConvForm, size: tuple[int, int], batch: int, density: float, seed: int = 0):
     """Input, weight, mask, bias for a form."""
     generator = torch.Generator().manual_seed(seed)
@@ -152,18 +144,11 @@ def test_any_convolution_equals_torch(case, isa, kernel):
 
 
 @pytest.mark.parametrize("density", [0.1, 1.0])
-def test_same_bits_for_any_number_of_threads(density):
+def test_same_bits_for_any_number_of_threads(for_each_thread_count, density):
     conv_form = form(24, 20, 3, mode="reflect")
     x, weight, mask, bias = draw(conv_form, (33, 36), 2, density)
     dy = torch.randn(2, 24, 33, 36)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            results.append(on_lanes(x, weight, mask, bias, conv_form, dy)[1])
-    finally:
-        torch.set_num_threads(before)
+    results = for_each_thread_count(lambda: on_lanes(x, weight, mask, bias, conv_form, dy)[1])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -1,0 +1,192 @@
+// The convolution and layout kernels without Python, for sanitizers and valgrind:
+// every instruction set, every kernel, awkward sizes, maps in memory of exactly
+// their size, answers compared with plain loops in double. Prints a plain closing
+// line and exits 1 when anything is wrong.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/conv.h"
+#include "cpu/isa.h"
+#include "cpu/lanes.h"
+
+namespace lipfast {
+namespace {
+
+int passed = 0, failed = 0;
+
+void Expect(bool ok, const std::string& what) {
+  ok ? ++passed : ++failed;
+  if (!ok) std::printf("FAILED: %s\n", what.c_str());
+}
+
+// 64-byte aligned floats; a sanitizer sees the first one past the end.
+struct Floats {
+  explicit Floats(int64_t n) : size(n), data(static_cast<float*>(std::aligned_alloc(64, (n * 4 + 63) / 64 * 64))) {
+    for (int64_t i = 0; i < n; ++i) data[i] = 0.0f;
+  }
+  ~Floats() { std::free(data); }
+  Floats(const Floats&) = delete;
+  int64_t size;
+  float* data;
+};
+
+struct Map {
+  Map(int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t block_h, int64_t block_w, int64_t halo)
+      : floats(batch * channels * (block_h + 2 * halo) * (block_w + 2 * halo) * 16) {
+    const int64_t row = (block_w + 2 * halo) * 16, plane = (block_h + 2 * halo) * row;
+    lanes = {floats.data, batch, channels, height, width, block_h, block_w, halo, channels * plane, plane, row};
+    lanes.data = lanes.At(0, 0, halo, halo);
+  }
+  Floats floats;
+  LaneMap lanes;
+};
+
+using Tensor = std::vector<float>;  // NCHW
+
+PlainMap Plain(Tensor& t, int64_t batch, int64_t channels, int64_t height, int64_t width) {
+  return {t.data(), batch, channels, height, width, channels * height * width, height * width, width, 1};
+}
+
+Tensor Draw(int64_t n, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  Tensor t(n);
+  for (float& x : t) x = normal(random);
+  return t;
+}
+
+struct Case {
+  int64_t batch, in, out, height, width, kernel, stride, pad;
+  Padding padding;
+  double density;
+};
+
+// Where padding takes pixel `at` from; -1 is zero.
+int64_t Source(int64_t at, int64_t side, Padding mode) {
+  if (at >= 0 && at < side) return at;
+  switch (mode) {
+    case Padding::kReflect:
+      return at < 0 ? -at : 2 * (side - 1) - at;
+    case Padding::kReplicate:
+      return at < 0 ? 0 : side - 1;
+    case Padding::kCircular:
+      return (at + side) % side;
+    default:
+      return -1;
+  }
+}
+
+double Error(const Tensor& got, const std::vector<double>& want) {
+  double difference = 0, norm = 1.0 + static_cast<double>(want.size());  // inputs are of size 1
+  for (size_t i = 0; i < want.size(); ++i) {
+    difference += (got[i] - want[i]) * (got[i] - want[i]);
+    norm += want[i] * want[i];
+  }
+  return std::sqrt(difference / norm);
+}
+
+void RunCase(const Case& c, ConvKernel kernel, int threads, const std::string& name) {
+  std::mt19937 random(7);
+  const int64_t out_h = (c.height + 2 * c.pad - c.kernel) / c.stride + 1;
+  const int64_t out_w = (c.width + 2 * c.pad - c.kernel) / c.stride + 1;
+  const auto block = [&](int64_t side, int64_t out_side) {
+    return std::max((out_side + 3) / 4, (side + 4 * c.stride - 1) / (4 * c.stride));
+  };
+  const int64_t block_h = block(c.height, out_h), block_w = block(c.width, out_w);
+  const int64_t weight_count = c.out * c.in * c.kernel * c.kernel;
+  std::vector<uint8_t> mask(weight_count);
+  std::uniform_real_distribution<double> uniform;
+  Tensor weight = Draw(weight_count, random), packed;
+  for (int64_t i = 0; i < weight_count; ++i) {
+    mask[i] = uniform(random) < c.density;
+    if (mask[i]) {
+      packed.push_back(weight[i]);
+    } else {
+      weight[i] = 0.0f;
+    }
+  }
+  Tensor x = Draw(c.batch * c.in * c.height * c.width, random), bias = Draw(c.out, random);
+  Tensor dy = Draw(c.batch * c.out * out_h * out_w, random);
+  std::vector<double> y_want(dy.size()), dx_want(x.size()), dw_want(weight_count);
+  for (int64_t n = 0; n < c.batch; ++n) {
+    for (int64_t o = 0; o < c.out; ++o) {
+      for (int64_t r = 0; r < out_h; ++r) {
+        for (int64_t q = 0; q < out_w; ++q) {
+          const int64_t at = ((n * c.out + o) * out_h + r) * out_w + q;
+          y_want[at] = bias[o];
+          for (int64_t i = 0; i < c.in; ++i) {
+            for (int64_t k = 0; k < c.kernel * c.kernel; ++k) {
+              const int64_t row = Source(r * c.stride + k / c.kernel - c.pad, c.height, c.padding);
+              const int64_t col = Source(q * c.stride + k % c.kernel - c.pad, c.width, c.padding);
+              if (row < 0 || col < 0) continue;
+              const int64_t from = ((n * c.in + i) * c.height + row) * c.width + col;
+              const int64_t w = (o * c.in + i) * c.kernel * c.kernel + k;
+              y_want[at] += static_cast<double>(weight[w]) * x[from];
+              dx_want[from] += static_cast<double>(weight[w]) * dy[at];
+              dw_want[w] += static_cast<double>(x[from]) * dy[at];
+            }
+          }
+        }
+      }
+    }
+  }
+  const ConvShape shape = {c.out, c.in, 1, c.kernel, c.kernel, c.stride, 1, c.pad, c.pad, c.padding};
+  const ConvGeometry geometry = {c.batch, c.height, c.width, c.stride * block_h, c.stride * block_w, block_h, block_w};
+  const Conv conv(shape, geometry, mask.data(), kernel, false);
+  const int64_t in_halo = std::max(c.pad, c.kernel - 1 - c.pad);
+  Map xs(c.batch, c.in, c.height, c.width, c.stride * block_h, c.stride * block_w, in_halo);
+  Map dxs(c.batch, c.in, c.height, c.width, c.stride * block_h, c.stride * block_w, in_halo);
+  Map ys(c.batch, c.out, out_h, out_w, block_h, block_w, 0);
+  Map dys(c.batch, c.out, out_h, out_w, block_h, block_w, conv.gradient_halo());
+  const LaneKernels& lanes = Kernels<LaneKernels>();
+  Floats scratch(conv.scratch_floats(threads));
+  lanes.from_plain(Plain(x, c.batch, c.in, c.height, c.width), xs.lanes, threads);
+  lanes.fill_halo(xs.lanes, c.padding, c.pad, threads);
+  lanes.from_plain(Plain(dy, c.batch, c.out, out_h, out_w), dys.lanes, threads);
+  lanes.fill_halo(dys.lanes, Padding::kZero, 0, threads);
+  Tensor y(dy.size()), dx(x.size()), dvalues(packed.size()), dbias(c.out);
+  conv.Forward(packed.data(), bias.data(), xs.lanes, ys.lanes, scratch.data, threads);
+  conv.InputGradient(packed.data(), dys.lanes, dxs.lanes, scratch.data, threads);
+  conv.WeightGradient(xs.lanes, dys.lanes, dvalues.data(), dbias.data(), scratch.data, threads);
+  lanes.to_plain(ys.lanes, Plain(y, c.batch, c.out, out_h, out_w), threads);
+  lanes.to_plain(dxs.lanes, Plain(dx, c.batch, c.in, c.height, c.width), threads);
+  std::vector<double> dvalues_want;
+  for (int64_t i = 0; i < weight_count; ++i) {
+    if (mask[i]) dvalues_want.push_back(dw_want[i]);
+  }
+  Expect(Error(y, y_want) < 1e-5, name + " forward");
+  Expect(Error(dx, dx_want) < 1e-5, name + " input gradient");
+  Expect(Error(dvalues, dvalues_want) < 1e-5, name + " weight gradient");
+}
+
+constexpr Case kCases[] = {
+    {1, 5, 7, 9, 13, 3, 1, 1, Padding::kReflect, 0.3},  {2, 3, 4, 16, 16, 3, 1, 1, Padding::kZero, 1.0},
+    {1, 4, 6, 16, 17, 3, 2, 1, Padding::kReflect, 0.5}, {1, 9, 5, 8, 20, 1, 1, 0, Padding::kZero, 0.4},
+    {1, 2, 3, 1, 1, 3, 1, 1, Padding::kReplicate, 1.0}, {1, 3, 5, 12, 33, 5, 1, 2, Padding::kCircular, 0.2},
+    {1, 3, 2, 7, 6, 2, 2, 0, Padding::kZero, 0.0},      {3, 2, 9, 33, 5, 3, 3, 1, Padding::kReplicate, 0.7},
+};
+
+}  // namespace
+}  // namespace lipfast
+
+int main() {
+  using namespace lipfast;
+  for (Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kPlain}) {
+    const char* only = std::getenv("LIPFAST_ISA");
+    if (!IsaAvailable(isa) || (only && std::string(only) != IsaName(isa))) continue;
+    SetIsa(isa);
+    for (ConvKernel kernel : {ConvKernel::kSparse, ConvKernel::kWinograd, ConvKernel::kDense, ConvKernel::kAuto}) {
+      for (size_t i = 0; i < std::size(kCases); ++i) {
+        RunCase(kCases[i], kernel, 2,
+                std::string(IsaName(isa)) + " kernel " + std::to_string(static_cast<int>(kernel)) + " case " +
+                    std::to_string(i));
+      }
+    }
+  }
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed != 0 || passed == 0;
+}
