@@ -13,7 +13,9 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "conv": ("lipfast.bench.conv", "Convolutions in lanes, forward and training, against torch's."),
     "dense": ("lipfast.bench.dense", "Dense direct convolutions in lanes against torch's."),
     "layout": ("lipfast.bench.layout", "Conversion to lanes and back against copying."),
+    "model": ("lipfast.bench.model", "Inference of whole pruned networks against dense torch."),
     "select": ("lipfast.bench.select", "A pruning round (select, prune, rewind, pack) against torch's own means."),
+    "step": ("lipfast.bench.step", "A training step of the paper's network against torch's fastest forms."),
 }
 
 

@@ -1,0 +1,128 @@
+"""One training step of the paper's network (forward, backward, Adam) against torch in its fastest forms.
+
+The masks have the layer densities of a real magnitude pruning (below) at random positions.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lipfast import priors
+from lipfast.bench.harness import Case, Size, Timed
+from lipfast.engine.lane_trainer import LaneTrainer
+from lipfast.engine.trainer import TorchTrainer
+
+# Sparsity -> density of each conv layer, in network order, of the paper's network after 400 steps of denoising
+# (Set5 baby, 128 px, sigma 25) and one global magnitude pruning to that sparsity. Skip branches and 1x1 layers lose
+# fewer weights than the 3x3 layers that hold most of them.
+LAYER_DENSITIES: dict[float, tuple[float, ...]] = {
+    0.59: (
+        *(0.789, 0.432, 0.421, 0.734, 0.419, 0.418, 0.551, 0.416, 0.411, 0.461, 0.412, 0.405, 0.467, 0.403, 0.397),
+        *(0.403, 0.460, 0.402, 0.455, 0.396, 0.458, 0.398, 0.457, 0.405, 0.464, 0.292),
+    ),
+    0.79: (
+        *(0.695, 0.277, 0.199, 0.654, 0.198, 0.200, 0.420, 0.201, 0.202, 0.357, 0.204, 0.208, 0.338, 0.203, 0.204),
+        *(0.205, 0.331, 0.208, 0.329, 0.210, 0.329, 0.211, 0.331, 0.201, 0.333, 0.159),
+    ),
+    0.89: (
+        *(0.633, 0.194, 0.094, 0.607, 0.093, 0.095, 0.344, 0.095, 0.099, 0.283, 0.100, 0.107, 0.270, 0.102, 0.106),
+        *(0.104, 0.256, 0.108, 0.255, 0.113, 0.256, 0.114, 0.257, 0.103, 0.258, 0.091),
+    ),
+    0.97: (
+        *(0.539, 0.097, 0.021, 0.531, 0.019, 0.020, 0.250, 0.019, 0.019, 0.201, 0.020, 0.025, 0.193, 0.022, 0.024),
+        *(0.021, 0.164, 0.024, 0.163, 0.029, 0.168, 0.032, 0.166, 0.030, 0.170, 0.036),
+    ),
+}
+SIDES = (128, 256, 512)  # px
+
+
+def cases(size: Size) -> list[Case]:
+    """One case for each picture size and sparsity."""
+    if size == "toy":
+        config = {"in_channels": 4, "down": (8, 8), "skip": 2}
+        return [_case(config, 32, 0.0), _case(config, 32, 0.89)]
+    return [_case({}, side, sparsity) for side in SIDES for sparsity in (0.0, *LAYER_DENSITIES)]
+
+
+def _case(config: dict[str, object], side: int, sparsity: float) -> Case:
+    return Case(
+        op="training_step",
+        name=f"{side} px, {sparsity:.0%} zeros",
+        shape=f"skip net, {side} x {side} px",
+        density=1 - sparsity,
+        setup=functools.partial(_setup, config, side, sparsity),
+    )
+
+
+def masks_like_a_search(network: nn.Module, sparsity: float) -> dict[str, Tensor]:
+    """Masks of the layer densities above, at positions drawn with a fixed seed; {} for sparsity 0."""
+    if sparsity == 0:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    names = priors.prunable(network)
+    densities = LAYER_DENSITIES[sparsity]
+    masks = {}
+    for index, name in enumerate(names):
+        density = densities[index * len(densities) // len(names)]
+        masks[name] = torch.rand(network.get_parameter(name).shape, generator=generator) < density
+    return masks
+
+
+def _setup(config: dict[str, object], side: int, sparsity: float) -> Timed:
+    network = priors.build("skip", dict(config), seed=0)
+    masks = masks_like_a_search(network, sparsity)
+    for name, mask in masks.items():
+        network.get_parameter(name).data.mul_(mask)
+    generator = torch.Generator().manual_seed(1)
+    z = torch.rand(network.input_shape(side, side), generator=generator) * 0.1  # type: ignore[operator]
+    target = torch.rand(1, 3, side, side, generator=generator)
+
+    def loss(output: Tensor) -> Tensor:
+        return nn.functional.mse_loss(output, target)
+
+    def step_of(trainer: LaneTrainer | TorchTrainer) -> Callable[[], object]:
+        return lambda: trainer.step(z, loss)
+
+    def check() -> None:
+        mine, output = LaneTrainer(copy.deepcopy(network), masks, lr=0.01).step(z, loss)
+        theirs, expected = TorchTrainer(copy.deepcopy(network), masks, lr=0.01).step(z, loss)
+        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
+
+    baselines = {
+        "channels_last": step_of(TorchTrainer(copy.deepcopy(network), masks, lr=0.01)),
+        "contiguous": _contiguous_step(copy.deepcopy(network), masks, z, loss),
+        "bf16 autocast": _autocast_step(step_of(TorchTrainer(copy.deepcopy(network), masks, lr=0.01))),
+    }
+    ours = step_of(LaneTrainer(network, masks, lr=0.01))
+    return Timed(ours=ours, baselines=baselines, check=check, backend="cpu")
+
+
+def _contiguous_step(
+    network: nn.Module, masks: dict[str, Tensor], z: Tensor, loss: Callable[[Tensor], Tensor]
+) -> Callable[[], object]:
+    """The torch step in torch's default layout."""
+    parameters = dict(network.named_parameters())
+    pairs = [(parameters[name], mask.float()) for name, mask in masks.items()]
+    optimiser = torch.optim.Adam(parameters.values(), lr=0.01, fused=True)
+
+    def step() -> None:
+        optimiser.zero_grad(set_to_none=True)
+        loss(network(z)).backward()  # type: ignore[no-untyped-call]
+        for parameter, mask in pairs:
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
+        optimiser.step()
+
+    return step
+
+
+def _autocast_step(step: Callable[[], object]) -> Callable[[], object]:
+    def run() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            step()
+
+    return run
