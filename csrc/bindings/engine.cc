@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings/checks.h"
+#include "engine/fingerprint.h"
 #include "engine/program.h"
 
 namespace lipfast {
@@ -363,9 +364,23 @@ py::array_t<float> View(py::object owner, float* data, int64_t count) {
   return py::array_t<float>({count}, {static_cast<py::ssize_t>(sizeof(float))}, data, std::move(owner));
 }
 
+// One mark of several arrays of bytes.
+uint64_t FingerprintAll(const std::vector<py::array>& arrays, int threads) {
+  uint64_t mark = 0;
+  for (const py::array& array : arrays) {
+    const uint8_t* data = Flat<uint8_t>(array, -1, "fingerprint");
+    const int64_t bytes = array.nbytes();
+    py::gil_scoped_release release;
+    mark = Fingerprint(data, bytes, mark, threads);
+  }
+  return mark;
+}
+
 }  // namespace
 
 void BindEngine(py::module_& m) {
+  m.def("fingerprint", &FingerprintAll, py::arg("arrays"), py::arg("threads"),
+        "A 64-bit mark of arrays of bytes that changes when any of them does.");
   py::class_<AxisTable>(m, "AxisTable", "Which input positions each output position of one axis takes.")
       .def(py::init([](std::vector<int32_t> first, std::vector<int32_t> second, std::vector<float> weight) {
              return AxisTable{std::move(first), std::move(second), std::move(weight)};

@@ -1,4 +1,4 @@
-"""Inference of whole pruned networks, by `accelerate` and by `torch.compile(backend="lipfast")`, against dense torch."""
+"""Inference of whole pruned networks, by `accelerate` and by `torch.compile`, against dense torch."""
 
 import copy
 import functools

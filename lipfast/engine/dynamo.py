@@ -5,7 +5,9 @@ arguments: which weights are pruned is read off the graph or off the numbers.
 
 - In training a weight is pruned where the graph multiplies it by a mask of zeros and ones, as the hooks of
   ``torch.nn.utils.prune`` do; a zero without a mask may be trained away from zero and counts as a weight.
-- In inference every zero counts as pruned. Each call checks that no more weights live than it was planned for.
+- In inference every zero counts as pruned.
+
+Each call takes a fingerprint of the numbers that this rests on, and packs or plans anew when it differs.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
+import lipfast._C as _C
 from lipfast.engine.capture import Call, Recording, Ref, record
 from lipfast.engine.lane_module import FEWEST_ZEROS, PLANS_KEPT, Compiled
 from lipfast.engine.lower import Lowered, Segment, lower
@@ -37,22 +40,42 @@ def lipfast(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Call
 class _Variant:
     """A graph for one set of sizes, and the masks it was planned for.
 
-    ``sources``: leaf name -> the leaf that holds its mask in the graph; absent where zeros were counted.
+    Attributes:
+        masks: leaf name -> which of its weights live.
+        sources: leaf name -> the leaf that holds its mask in the graph; absent where zeros were counted.
+        training: gradients are wanted, so weights are packed by a differentiable step in each call.
+        mark: fingerprint of what the masks (and, in inference, the packed weights) were made from.
+        packed: the packed weights, in inference.
     """
 
     compiled: Compiled
     masks: dict[str, Tensor]
     sources: dict[str, str]
+    training: bool
+    mark: int = 0
+    packed: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def fingerprint(self, tensors: Mapping[str, Tensor]) -> int:
+        """Of the tensors that must not change unnoticed. Writing through ``.data`` leaves no other trace."""
+        watched = [tensors[source] for source in self.sources.values()]
+        watched += [] if self.training else [tensors[name] for name in self.masks]
+        arrays = [tensor.detach().reshape(-1).view(torch.uint8).numpy() for tensor in watched]
+        return _C.fingerprint(arrays, torch.get_num_threads())
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether the masks still hold."""
+        """Whether no weight lives that the masks call dead."""
         for name, mask in self.masks.items():
-            if name in self.sources:
-                if not torch.equal(tensors[self.sources[name]] != 0, mask):
-                    return False
-            elif int(torch.count_nonzero(tensors[name])) != int(torch.count_nonzero(tensors[name][mask])):
+            if name in self.sources and not torch.equal(tensors[self.sources[name]] != 0, mask):
+                return False
+            if name not in self.sources and bool((tensors[name][~mask] != 0).any()):
                 return False
         return True
+
+    def settle(self, tensors: Mapping[str, Tensor]) -> None:
+        """Remember what the variant was made from."""
+        self.mark = self.fingerprint(tensors)
+        if not self.training:
+            self.packed = {name: tensors[name].detach()[mask] for name, mask in self.masks.items()}
 
 
 class _CompiledGraph:
@@ -67,13 +90,16 @@ class _CompiledGraph:
         shapes = tuple((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in args)
         key = (training, shapes)
         variant = self._variants.get(key)
-        if key not in self._variants or (variant is not None and not variant.fits(tensors)):
+        changed = variant is not None and variant.fingerprint(tensors) != variant.mark
+        if variant is not None and changed and variant.fits(tensors):
+            variant.settle(tensors)  # the weights moved, the masks did not
+        elif changed or key not in self._variants:
             variant = self._variants[key] = self._plan(args, tensors, training)
             while len(self._variants) > PLANS_KEPT:
                 del self._variants[next(iter(self._variants))]
         if variant is None:
             return self._module(*args)
-        return variant.compiled.run([], tensors)
+        return variant.compiled.run([], {**tensors, **variant.packed})
 
     def _plan(self, args: Sequence[Any], tensors: Mapping[str, Tensor], training: bool) -> _Variant | None:
         def call(stand_ins: dict[str, Tensor]) -> Any:
@@ -90,7 +116,9 @@ class _CompiledGraph:
             masks = {**_zeros(lowered, tensors), **masks}
         for refused in lowered.refused:
             self._say(f"{refused}; it runs in torch, and maps are converted to torch's layout and back around it")
-        return _Variant(Compiled(lowered, masks, exact=False, packed=False), masks, sources)
+        variant = _Variant(Compiled(lowered, masks, exact=False, packed=not training), masks, sources, training)
+        variant.settle(tensors)
+        return variant
 
     def _say(self, reason: str) -> None:
         if reason not in self._warned:

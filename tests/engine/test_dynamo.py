@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+import lipfast._C as _C
 from lipfast.engine import dynamo
 
 TOLERANCE = 2e-5
@@ -141,3 +142,25 @@ def test_writing_into_the_callers_tensor_is_left_to_torch():
         result = fast(x)
     assert close(result, write(other))
     assert torch.equal(x, other)
+
+
+def test_the_fingerprint_sees_every_change():
+    def mark(tensor: Tensor, threads: int = 2) -> int:
+        return _C.fingerprint([tensor.view(torch.uint8).numpy()], threads)
+
+    torch.manual_seed(0)
+    numbers = torch.randn(200_003)
+    before = mark(numbers)
+    assert all(mark(numbers, threads) == before for threads in (1, 3))
+    for change in (
+        lambda t: t.neg_(),  # every sign bit, the highest of its word
+        lambda t: t[-1:].add_(1e-3),
+        lambda t: t.copy_(t.flip(0)),
+        lambda t: t[70_000:70_002].copy_(t[70_000:70_002].flip(0)),
+    ):
+        other = numbers.clone()
+        change(other)
+        assert mark(other) != before
+    swapped = numbers.clone()
+    swapped[0], swapped[16] = -numbers[0], -numbers[16]
+    assert mark(swapped) != before
