@@ -27,7 +27,7 @@ sanitize: $(VENV)/installed
 	$(BIN)/python tests/cpp/build.py build/sanitize/kernels -fsanitize=address,undefined -fno-sanitize-recover=all
 	build/sanitize/kernels
 	$(BIN)/python tests/cpp/build.py build/valgrind/kernels
-	LIPFAST_ISA=avx2 valgrind -q --error-exitcode=1 --leak-check=full build/valgrind/kernels
+	LIPFAST_ISA=avx2 valgrind -q --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite --show-leak-kinds=definite build/valgrind/kernels
 
 test-gpu-static: $(VENV)/installed
 	$(BIN)/python -m pytest tests/gpu -m nvcc
