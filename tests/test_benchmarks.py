@@ -26,7 +26,7 @@ def test_every_family_runs_and_checks_its_answer(family):
     for row in rows:
         assert 0 < row.seconds.p20 <= row.seconds.median <= row.seconds.p80
         assert row.turns >= harness.FEWEST_TURNS
-        assert row.backend == "cpu"
+        assert row.backend.split(":")[0] == "cpu"
         assert row.isa == _C.isa()
         assert row.threads == torch.get_num_threads()
         assert json.loads(row.json_line())["versions"]["torch"] == torch.__version__
