@@ -45,7 +45,8 @@ class CheckedProgram {
     program_.Allocate(map_floats, value_count, statistic_count);
   }
 
-  int AddMap(int64_t offset, const std::vector<int64_t>& shape, int64_t block_h, int64_t block_w, int64_t halo) {
+  int AddMap(int64_t offset, const std::vector<int64_t>& shape, int64_t block_h, int64_t block_w, int64_t halo,
+             int64_t plane) {
     Check(shape.size() == 4, "map: a shape has 4 sides");
     for (int64_t side : shape) Check(side >= 1 && side < (int64_t{1} << 31), "map: a side below 1 or above 2^31");
     Check(block_h >= 1 && block_w >= 1 && halo >= 0 && block_h < (1 << 24) && block_w < (1 << 24) && halo < (1 << 16) &&
@@ -55,7 +56,9 @@ class CheckedProgram {
     m.batch = shape[0], m.channels = shape[1], m.height = shape[2], m.width = shape[3];
     m.block_h = block_h, m.block_w = block_w, m.halo = halo;
     m.row_stride = (block_w + 2 * halo) * kVector;
-    m.channel_stride = (block_h + 2 * halo) * m.row_stride;
+    Check(plane >= (block_h + 2 * halo) * (block_w + 2 * halo) && plane < (int64_t{1} << 40),
+          "map: planes of " + std::to_string(plane) + " vectors overlap");
+    m.channel_stride = plane * kVector;
     m.batch_stride = m.channels * m.channel_stride;
     Check(offset >= 0 && offset % kVector == 0 && m.batch * m.batch_stride <= program_.map_floats() - offset,
           "map: " + SizeOf(m) + " at " + std::to_string(offset) + " leaves the arena");
@@ -407,7 +410,7 @@ void BindEngine(py::module_& m) {
            })
       .def("bytes", [](P& self) { return self.program().bytes(); })
       .def("add_map", &P::AddMap, py::arg("offset"), py::arg("shape"), py::arg("block_h"), py::arg("block_w"),
-           py::arg("halo"))
+           py::arg("halo"), py::arg("plane"))
       .def("add_channels", &P::AddChannels, py::arg("whole"), py::arg("first"), py::arg("last"))
       .def("add_conv", &P::AddConv, py::arg("shape"), py::arg("geometry"), py::arg("padding"), py::arg("mask"),
            py::arg("kernel"), py::arg("exact"))

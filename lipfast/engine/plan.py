@@ -19,7 +19,7 @@ from torch import Tensor
 import lipfast._C as _C
 from lipfast.engine.blocks import Block, choose_blocks, fuse
 from lipfast.engine.graph import ACTIVATIONS, Graph, Node, Shape, Taps
-from lipfast.ops.lanes import LANES, PADDING_MODES
+from lipfast.ops.lanes import LANES, PADDING_MODES, plane_vectors
 
 _ALIGNMENT = 16  # floats: one vector
 _FORWARD, _BACKWARD = 0, 1
@@ -88,9 +88,14 @@ class Storage:
     offset: int = -1
 
     @property
+    def plane(self) -> int:
+        """Vectors from one channel to the next."""
+        return plane_vectors((self.block[0] + 2 * self.halo) * (self.block[1] + 2 * self.halo))
+
+    @property
     def floats(self) -> int:
-        n, c, _, _ = self.shape
-        return n * c * (self.block[0] + 2 * self.halo) * (self.block[1] + 2 * self.halo) * LANES
+        """Size of the whole map."""
+        return self.shape[0] * self.shape[1] * self.plane * LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,7 +392,7 @@ class _Planner:
         whole = Slot(arg.storage, 0, arg.storage.shape[1])
         if whole not in maps:
             s = arg.storage
-            maps[whole] = self.program.add_map(s.offset, list(s.shape), *s.block, s.halo)
+            maps[whole] = self.program.add_map(s.offset, list(s.shape), *s.block, s.halo, s.plane)
         if arg not in maps:
             maps[arg] = self.program.add_channels(maps[whole], arg.first, arg.last)
         return maps[arg]
