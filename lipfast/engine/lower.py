@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lipfast.engine.capture import Call, Recording, Ref
 from lipfast.engine.graph import Graph, Node, Taps
+from lipfast.engine.patterns import gather_patterns, pixel_norm
 
 
 class Unsupported(Exception):
@@ -47,7 +48,8 @@ class Lowered:
 
 
 def lower(recording: Recording) -> Lowered:
-    """Split a recording into lane segments and torch calls, in order."""
+    """Split a recording into lane segments and torch calls, in order. Patterns in the recording become one call."""
+    gather_patterns(recording)
     last_use = _last_uses(recording)
     items: list[Segment | Call] = []
     refused: list[tuple[Call, str]] = []
@@ -447,6 +449,10 @@ def _neg(b: _Builder, input: Any) -> int:
     return b.same("combine", input, a_scale=-1.0, b_scale=0.0, shift=0.0)
 
 
+def _pixel_norm(b: _Builder, x: Any, epsilon: float) -> int:
+    return b.same("pixel_norm", x, epsilon=epsilon)
+
+
 def _spellings(handler: Callable[..., int], *functions: Any) -> dict[Any, Callable[..., int]]:
     return dict.fromkeys(functions, handler)
 
@@ -472,5 +478,6 @@ _HANDLERS: dict[Any, Callable[..., int]] = {
     **_spellings(_rsub, torch.rsub, Tensor.__rsub__),
     **_spellings(_mul, torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__),
     **_spellings(_div, torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__),
+    **_spellings(_pixel_norm, pixel_norm),
     **_spellings(_neg, torch.neg, Tensor.neg, Tensor.__neg__),
 }

@@ -1,9 +1,13 @@
 """Every operator of the engine, behind a convolution, against torch in float64: outputs and all gradients."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import lipfast
 
 CHANNELS = 5
 # Sides around the grid of 4 x 4 blocks: exact, one off, smaller than the grid.
@@ -177,3 +181,32 @@ def test_padding_modules(compare, padding, kernel):
 )
 def test_arithmetic_slices_and_concatenation(compare, function):
     compare(Apply(function), torch.randn(2, 3, 9, 12))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x: x * torch.rsqrt(torch.mean(x**2, dim=1, keepdim=True) + 1e-8),
+        lambda x: x * ((x * x).mean(1, keepdim=True) + 1e-8).rsqrt(),
+        lambda x: x / torch.sqrt(torch.mean(x.square(), 1, True) + 1e-8),
+        lambda x: torch.rsqrt(x.pow(2).mean(dim=1, keepdim=True) + 1e-8).mul(x) * 0.7 + x,
+    ],
+    ids=range(4),
+)
+def test_pixel_norm_as_people_write_it(compare, norm):
+    compare(Apply(norm), torch.randn(2, 3, 9, 12))
+
+
+def test_what_only_looks_like_a_pixel_norm_stays_in_torch():
+    y = nn.Parameter(torch.randn(1, CHANNELS, 1, 1))
+    for norm in (
+        lambda x: x * torch.rsqrt(torch.mean(x**3, dim=1, keepdim=True).abs() + 1.0),
+        lambda x: x * torch.rsqrt(torch.mean(x**2, dim=2, keepdim=True) + 1.0),
+        lambda x: x * torch.rsqrt(torch.mean((2 * x) ** 2, dim=1, keepdim=True) + 1.0),
+        lambda x: x * torch.rsqrt(torch.mean(x**2, dim=1, keepdim=True) + y.abs()),
+    ):
+        module = Apply(norm).eval()
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore", UserWarning)
+            x = torch.randn(1, 3, 8, 8)
+            assert torch.allclose(lipfast.accelerate(module)(x), module(x), rtol=1e-4, atol=1e-5)
