@@ -65,7 +65,7 @@ def verdict(rows: Sequence[Row], stop: str) -> str:
         if (ticket := psnr(row, "ticket", stop)) is not None and (random := psnr(row, "random", stop)) is not None
     ]
     sentences = [_compare("the dense network", against_dense), _compare("random masks", against_random)]
-    return f"At the {STOP_NAMES[stop]}: " + " ".join(filter(None, sentences))
+    return f"At the {STOP_NAMES[stop]}: " + "; ".join(filter(None, sentences)) + "."
 
 
 def _compare(other: str, gains: Sequence[tuple[float, Row]]) -> str:
