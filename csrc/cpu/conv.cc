@@ -175,7 +175,7 @@ enum class Direction { kForward, kInputGradient, kWeightGradient };
 // equal bits.
 ConvKernel Choose(ConvKernel asked, Direction direction, const ConvShape& shape, const ConvGeometry& geometry,
                   double density, bool exact) {
-  const double winograd_above = direction == Direction::kWeightGradient ? 0.3 : 0.2;
+  const double winograd_above = direction == Direction::kWeightGradient ? 0.17 : 0.22;
   if (shape.groups > 1 || asked == ConvKernel::kSparse) return ConvKernel::kSparse;
   const bool winograd = WinogradPossible(shape) && !exact;
   if (asked == ConvKernel::kWinograd && winograd) return ConvKernel::kWinograd;
