@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
@@ -78,6 +78,7 @@ class BuildKernels(build_ext):
 
 if __name__ == "__main__":
     os.chdir(ROOT)
+    ParallelCompile(default=0).install()  # all cores
     setup(
         ext_modules=[
             Pybind11Extension(
