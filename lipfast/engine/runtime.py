@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lipfast import ops
 from lipfast.engine.lower import Segment
 from lipfast.engine.plan import Options, Plan, Weight, plan
 
@@ -52,16 +53,18 @@ class Running:
 
 def pack(dense: Tensor, mask: Tensor | None) -> Tensor:
     """The living entries in row-major order, 1-D."""
-    return dense.detach().reshape(-1) if mask is None else dense.detach()[mask]
+    if mask is None:
+        return dense.detach().reshape(-1)
+    if dense.dtype != torch.float32:
+        return dense.detach()[mask]
+    return ops.gather_kept(dense.detach(), mask)
 
 
 def unpack(values: Tensor, shape: Sequence[int], mask: Tensor | None) -> Tensor:
-    """The dense tensor of packed values; dead entries are 0."""
+    """The dense float32 tensor of packed values; dead entries are 0."""
     if mask is None:
         return values.reshape(tuple(shape)).clone()
-    dense = torch.zeros(tuple(shape), dtype=values.dtype)
-    dense[mask] = values
-    return dense
+    return ops.scatter_kept(values.detach(), mask)
 
 
 def weights_of(segment: Segment, leaves: Mapping[int, str], masks: Mapping[str, Tensor], trained: bool) -> list[Weight]:
