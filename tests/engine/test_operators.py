@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lipfast
+from lipfast.errors import InputError
 
 CHANNELS = 5
 # Sides around the grid of 4 x 4 blocks: exact, one off, smaller than the grid.
@@ -210,3 +211,30 @@ def test_what_only_looks_like_a_pixel_norm_stays_in_torch():
             warnings.simplefilter("ignore", UserWarning)
             x = torch.randn(1, 3, 8, 8)
             assert torch.allclose(lipfast.accelerate(module)(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+class ReadLate(nn.Module):
+    """Reads a part of a concatenation again after what was computed from the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 2, 1)
+        self.join, self.late = nn.Conv2d(6, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.first(x)
+        joined = self.join(torch.cat([first, self.second(x)], dim=1))
+        return joined + self.late(first)
+
+
+def test_a_part_of_a_concatenation_may_have_other_readers(compare):
+    compare(ReadLate(), torch.randn(2, 3, 9, 12))
+
+
+def test_writing_to_what_has_a_view_is_refused():
+    def write(x: Tensor) -> Tensor:
+        part = x[:, :2]
+        return torch.cat([torch.relu_(x), part], dim=1)
+
+    with pytest.raises(InputError, match="view"):
+        lipfast.accelerate(Apply(write))(torch.randn(1, 3, 8, 8))
