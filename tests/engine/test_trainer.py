@@ -1,6 +1,8 @@
 """The dense trainer against a plainly written loop, and its promises about dead weights and snapshots."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -145,3 +147,14 @@ def test_bad_settings_are_refused():
         make_trainer(network, None, lr=-1)
     with pytest.raises(ConfigError, match="unknown engine 'warp'; known: auto, torch"):
         make_trainer(network, None, lr=0.01, engine="warp")
+
+
+def test_the_first_square_root_of_a_process_is_right():
+    program = (
+        "import lipfast.engine, torch\n"
+        "squares = torch.arange(1.0, 4001).double()\n"
+        "assert torch.allclose(squares.float().sqrt().double(), squares.sqrt(), rtol=1e-7, atol=0)\n"
+    )
+    for _ in range(4):  # without the guard each process goes wrong with a chance of a third
+        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr
