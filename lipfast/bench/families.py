@@ -14,9 +14,12 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "dense": ("lipfast.bench.dense", "Dense direct convolutions in lanes against torch's."),
     "layout": ("lipfast.bench.layout", "Conversion to lanes and back against copying."),
     "model": ("lipfast.bench.model", "Inference of whole pruned networks against dense torch."),
+    "search": ("lipfast.bench.search", "A whole search against the same search with torch's trainer, round by round."),
     "select": ("lipfast.bench.select", "A pruning round (select, prune, rewind, pack) against torch's own means."),
     "step": ("lipfast.bench.step", "A training step of the paper's network against torch's fastest forms."),
 }
+# Their cases time themselves (`lipfast.bench.harness.Measured`).
+MEASURE_THEMSELVES = ("search",)
 
 
 def cases(family: str, size: "Size") -> "list[Case]":

@@ -69,6 +69,21 @@ class Timed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a case measured itself, where calling it again and again would not do.
+
+    Attributes:
+        samples: name -> seconds of each turn; ``""`` is lipfast, the others are baselines.
+        backend: as in `Timed`.
+        peak_bytes: name -> most resident memory above what the process had before; {} where that was not measured.
+    """
+
+    samples: Mapping[str, list[float]]
+    backend: str
+    peak_bytes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """One thing to time. ``setup`` makes the data, so a list of cases costs nothing."""
 
@@ -76,7 +91,7 @@ class Case:
     name: str
     shape: str
     density: float
-    setup: Callable[[], Timed]
+    setup: Callable[[], Timed | Measured]
     dtype: str = "float32"
 
 
@@ -115,6 +130,8 @@ class Row:
     fma_peak: float  # floating-point operations a second at most, measured in this run
     bytes_per_second: float
     copy_peak: float  # bytes a second of a memcpy that moves as much, measured in this run
+    peak_bytes: int  # most resident memory above what the process had before; 0 where not measured
+    baseline_peak_bytes: int
     threads: int
     isa: str
     device: str
@@ -148,13 +165,18 @@ def measure(cases: Iterable[Case], *, seconds: float = 2.0) -> Iterator[Row]:
     if seconds <= 0:
         raise InputError(f"bench: seconds must be positive, got {seconds}")
     for case in cases:
-        timed = case.setup()
-        if timed.reset:
-            timed.reset()
-        timed.check()
-        samples = _interleave({"": timed.ours, **timed.baselines}, timed.reset, seconds)
-        for baseline in timed.baselines:
-            yield _row(case, timed, baseline, samples[""], samples[baseline])
+        made = case.setup()
+        if isinstance(made, Measured):
+            for baseline in [name for name in made.samples if name]:
+                yield _row(case, made, baseline)
+            continue
+        if made.reset:
+            made.reset()
+        made.check()
+        samples = _interleave({"": made.ours, **made.baselines}, made.reset, seconds)
+        for baseline in made.baselines:
+            measured = Measured(samples=samples, backend=made.backend)
+            yield _row(case, measured, baseline, flops=made.flops, moved=made.bytes)
 
 
 def _interleave(
@@ -189,7 +211,8 @@ def _sample(function: Callable[[], object], reset: Callable[[], None] | None, re
     return (time.perf_counter() - start) / repeats
 
 
-def _row(case: Case, timed: Timed, baseline: str, ours: list[float], theirs: list[float]) -> Row:
+def _row(case: Case, measured: Measured, baseline: str, *, flops: float = 0.0, moved: float = 0.0) -> Row:
+    ours, theirs = measured.samples[""], measured.samples[baseline]
     seconds = Spread.of(ours)
     threads = torch.get_num_threads()
     isa = _C.isa()
@@ -199,16 +222,18 @@ def _row(case: Case, timed: Timed, baseline: str, ours: list[float], theirs: lis
         shape=case.shape,
         density=case.density,
         dtype=case.dtype,
-        backend=timed.backend,
+        backend=measured.backend,
         baseline=baseline,
         seconds=seconds,
         baseline_seconds=Spread.of(theirs),
         speedup=Spread.of([their / our for our, their in zip(ours, theirs, strict=True)]),
         turns=len(ours),
-        flops_per_second=timed.flops / seconds.median,
+        flops_per_second=flops / seconds.median,
         fma_peak=fma_peak(threads, isa),
-        bytes_per_second=timed.bytes / seconds.median,
-        copy_peak=copy_peak(min(max(int(timed.bytes / 2), 1 << 16), LARGEST_COPY), threads),
+        bytes_per_second=moved / seconds.median,
+        copy_peak=copy_peak(min(max(int(moved / 2), 1 << 16), LARGEST_COPY), threads),
+        peak_bytes=measured.peak_bytes.get("", 0),
+        baseline_peak_bytes=measured.peak_bytes.get(baseline, 0),
         threads=threads,
         isa=isa,
         device="cpu",

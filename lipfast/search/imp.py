@@ -4,7 +4,7 @@ import dataclasses
 import fnmatch
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -122,6 +122,42 @@ def search(
         InputError, ConfigError, BackendError: one line that names the value and the way out.
         KeyboardInterrupt: ``watch`` asked for it; the same call continues.
     """
+    work = rounds(
+        pictures,
+        task,
+        config=config,
+        fit_config=fit_config,
+        out=out,
+        degraded=degraded,
+        engine=engine,
+        device=device,
+        checkpoint_every=checkpoint_every,
+        watch=watch,
+    )
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return cast(SearchResult, end.value)
+
+
+def rounds(
+    pictures: Sequence[Picture] | Picture,
+    task: tasks.Task | Any,
+    *,
+    config: SearchConfig | None = None,
+    fit_config: FitConfig | None = None,
+    out: str | os.PathLike[str] = "runs",
+    degraded: bool = False,
+    engine: str = "auto",
+    device: str = "cpu",
+    checkpoint_every: int = 250,
+    watch: Watch | None = None,
+) -> Generator[dict[str, Any], None, SearchResult]:
+    """`search` a round at a time: yields each round's row when the round is done, and returns the result.
+
+    Arguments and errors are those of `search`; errors come with the first round.
+    """
     config = config or SearchConfig()
     task = tasks.as_task(task)
     fit_config = dataclasses.replace(fit_config or FitConfig.for_task(task), seed=config.seed)
@@ -156,7 +192,7 @@ def search(
         work = _Search(
             run, config, fit_config, task, observation, full, engine, checked_device(device), checkpoint_every, watch
         )
-        return work.run_all()
+        return (yield from work.run_all())
 
 
 class _Search:
@@ -186,8 +222,8 @@ class _Search:
         elif not config.evaluate:
             self.fits -= 1
 
-    def run_all(self) -> SearchResult:
-        """Every round in order; what is on disk is not done again."""
+    def run_all(self) -> Generator[dict[str, Any], None, SearchResult]:
+        """Every round in order, its row yielded; what is on disk is not done again."""
         self._cut_log()
         self.run.log("start", lipfast=lipfast.__version__, torch=torch.__version__, threads=torch.get_num_threads())
         rows, tickets = [], []
@@ -195,6 +231,7 @@ class _Search:
         for number in range(self.config.rounds + 1):
             row, following = self._round(number, current)
             rows.append(row)
+            yield row
             if following is None:
                 break
             tickets.append(following)

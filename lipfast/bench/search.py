@@ -1,0 +1,107 @@
+"""A whole search in lanes against the same search with torch's trainer, a round of each in turn.
+
+Both are `lipfast.search`: same picture, steps, rounds, pruning and files; only the engine differs. torch runs eager in
+channels_last, its fastest form here. A round is everything from the ticket to the next: planning, the fit with its
+PSNR in every step, pruning, saving. Few steps a fit count planning and files more than a real search does.
+"""
+
+import functools
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lipfast import demo, images, tasks
+from lipfast.bench.harness import Case, Measured, Size
+from lipfast.fit import FitConfig
+from lipfast.search import SearchConfig
+from lipfast.search.imp import rounds
+
+ROUNDS = 16  # of pruning, and the dense fit before them
+STEPS = 25  # of every fit
+WARM_UP_STEPS = 2
+TASK = tasks.Denoise(sigma=25)
+ENGINES = {"": "auto", "channels_last": "torch"}
+# dB between the two. They differ by rounding alone, which the steps of Adam enlarge.
+PSNR_TOLERANCE = 1.0
+
+Rounds = Generator[dict[str, Any], None, Any]
+
+
+def cases(size: Size) -> list[Case]:
+    """A case for each round and one for their sum."""
+    picture, config, steps = demo.picture(demo.SEARCHED), SearchConfig(rounds=ROUNDS), STEPS
+    if size == "toy":
+        picture = images.shrink_to_square(picture, 32)
+        config = SearchConfig(rounds=2, network={"in_channels": 4, "down": [8, 8], "skip": 2})
+        steps = 3
+    race = _Race(picture, config, steps)
+    turns = [
+        Case(
+            op="search_round",
+            name=f"round {number:02d}",
+            shape=race.shape,
+            density=(1 - config.prune) ** number,
+            setup=functools.partial(race.round, number),
+        )
+        for number in range(config.rounds + 1)
+    ]
+    total = f"all {config.rounds + 1} fits"
+    return [*turns, Case(op="search", name=total, shape=race.shape, density=1.0, setup=race.total)]
+
+
+class _Race:
+    """Both searches, advanced round by round as far as somebody asks."""
+
+    def __init__(self, picture: Tensor, config: SearchConfig, steps: int) -> None:
+        self.picture, self.config, self.steps = picture, config, steps
+        self.shape = f"{picture.shape[-2]} x {picture.shape[-1]} px, {steps} steps a fit"
+        self.seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
+        self.searches: dict[str, Rounds] = {}
+
+    def round(self, number: int) -> Measured:
+        """The seconds of one round."""
+        while len(self.seconds[""]) <= number:
+            self._advance()
+        return _measured({name: seconds[number] for name, seconds in self.seconds.items()})
+
+    def total(self) -> Measured:
+        """The seconds of all rounds."""
+        self.round(self.config.rounds)
+        return _measured({name: sum(seconds) for name, seconds in self.seconds.items()})
+
+    def _advance(self) -> None:
+        """One round of each search; who is first alternates."""
+        if not self.searches:
+            folder = Path(tempfile.mkdtemp(prefix="lipfast-bench-"))
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            for engine in ENGINES.values():  # torch compiles its kernels in the first steps of a process
+                next(self._start(engine, folder, WARM_UP_STEPS))
+            self.searches = {name: self._start(engine, folder, self.steps) for name, engine in ENGINES.items()}
+        rows = {}
+        order = list(ENGINES)
+        for name in order if len(self.seconds[""]) % 2 else reversed(order):
+            started = time.perf_counter()
+            rows[name] = next(self.searches[name])
+            self.seconds[name].append(time.perf_counter() - started)
+        _check(rows[""], rows["channels_last"])
+
+    def _start(self, engine: str, folder: Path, steps: int) -> Rounds:
+        settings = FitConfig.for_task(TASK, iterations=steps, average=demo.AVERAGE)
+        picture = (demo.SEARCHED, self.picture)
+        return rounds(picture, TASK, config=self.config, fit_config=settings, out=folder, engine=engine)
+
+
+def _check(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert mine["kept"] == theirs["kept"], f"{mine['kept']} weights kept, torch's search kept {theirs['kept']}"
+    ours, torchs = (row["ticket"]["last"]["psnr"] for row in (mine, theirs))
+    assert abs(ours - torchs) < PSNR_TOLERANCE, f"{ours:.2f} dB, torch's search {torchs:.2f} dB"
+
+
+def _measured(seconds: dict[str, float]) -> Measured:
+    return Measured(samples={name: [value] for name, value in seconds.items()}, backend="cpu")
