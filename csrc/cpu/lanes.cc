@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 
+#include "cpu/halo.h"
 #include "cpu/pool.h"
 #include "cpu/transpose.h"
 #include "cpu/vec.h"
@@ -139,92 +140,6 @@ void ToPlain(const LaneMap& from, const PlainMap& to, int threads) {
   });
 }
 
-// Where one position along one axis takes its pixels from, for each of the four
-// blocks along that axis: block `from[g]` at position `source[g]`; from[g] < 0
-// means zero. `pads` marks the blocks for which it is padding and not the copy of
-// a padding pixel that another block has closer to its own pixels.
-struct AxisRule {
-  int64_t source[kGrid];
-  int from[kGrid];
-  bool pads[kGrid];
-  bool identity;  // the position already holds all four blocks' own pixels
-};
-
-// The pixel that padding copies to `at`, which lies outside [0, side); -1 is zero.
-int64_t PaddingSource(int64_t at, int64_t side, Padding mode, int64_t pad) {
-  if (mode == Padding::kZero || at < -pad || at >= side + pad) return -1;
-  switch (mode) {
-    case Padding::kReflect:
-      return at < 0 ? -at : 2 * (side - 1) - at;
-    case Padding::kReplicate:
-      return at < 0 ? 0 : side - 1;
-    default:
-      return at < 0 ? at + side : at - side;
-  }
-}
-
-AxisRule RuleAt(int64_t position, int64_t block, int64_t side, Padding mode, int64_t pad) {
-  AxisRule rule;
-  rule.identity = position >= 0 && position < block;
-  for (int g = 0; g < kGrid; ++g) {
-    const int64_t at = g * block + position;
-    const bool outside = at < 0 || at >= side;
-    rule.pads[g] = outside && g == (at < 0 ? 0 : AtMost(at / block, kGrid - 1));
-    const int64_t source = outside ? PaddingSource(at, side, mode, pad) : at;
-    rule.from[g] = source < 0 ? -1 : static_cast<int>(source / block);
-    rule.source[g] = source < 0 ? 0 : source % block;
-    if (outside) rule.identity = false;
-  }
-  return rule;
-}
-
-// The lane-level form of a rule: out[l] = vector source[k] at lane[k][l] for the
-// lanes in mask[k]; lanes in no mask are zero.
-struct LaneRule {
-  int count;
-  int64_t source[kGrid];
-  int32_t lane[kGrid][kLanes];
-  uint16_t mask[kGrid];
-};
-
-int LaneOf(int g, int other, bool rows) { return rows ? g * kGrid + other : other * kGrid + g; }
-
-LaneRule ToLanes(const AxisRule& axis, bool rows, bool only_pads) {
-  LaneRule rule = {};
-  for (int g = 0; g < kGrid; ++g) {
-    if (axis.from[g] < 0 || (only_pads && !axis.pads[g])) continue;
-    int k = 0;
-    while (k < rule.count && rule.source[k] != axis.source[g]) ++k;
-    if (k == rule.count) rule.source[rule.count++] = axis.source[g];
-    for (int other = 0; other < kGrid; ++other) {
-      const int l = LaneOf(g, other, rows);
-      rule.lane[k][l] = LaneOf(axis.from[g], other, rows);
-      rule.mask[k] = static_cast<uint16_t>(rule.mask[k] | 1u << l);
-    }
-  }
-  return rule;
-}
-
-void Gather(const LaneRule& rule, const float* base, int64_t step, float* out) {
-#if LIPFAST_TARGET == 2
-  V v = Zero();
-  for (int k = 0; k < rule.count; ++k) {
-    v = _mm512_mask_permutexvar_ps(v, rule.mask[k], _mm512_loadu_si512(rule.lane[k]),
-                                   Load(base + rule.source[k] * step));
-  }
-  Store(out, v);
-#else
-  alignas(64) float t[kLanes] = {};
-  for (int k = 0; k < rule.count; ++k) {
-    const float* from = base + rule.source[k] * step;
-    for (int l = 0; l < kLanes; ++l) {
-      if (rule.mask[k] >> l & 1) t[l] = from[rule.lane[k][l]];
-    }
-  }
-  std::memcpy(out, t, sizeof(t));
-#endif
-}
-
 // Adds lanes to where they came from, one by one: two lanes may share a source.
 void Scatter(const LaneRule& rule, const float* in, float* base, int64_t step) {
   for (int k = 0; k < rule.count; ++k) {
@@ -235,65 +150,30 @@ void Scatter(const LaneRule& rule, const float* in, float* base, int64_t step) {
   }
 }
 
-// Positions along an axis that FillHalo must write: the halo, and dead pixels.
-template <class Visit>
-void ForEachBorder(int64_t block, int64_t side, int64_t halo, Padding mode, int64_t pad, bool rows, bool only_pads,
-                   const Visit& visit) {
-  const int64_t first_dead = side - (kGrid - 1) * block;  // of the last block
-  for (int64_t position = -halo; position < block + halo; ++position) {
-    if (position == 0 && first_dead >= block) position = block;  // no dead pixels
-    if (position >= block + halo) break;
-    const AxisRule axis = RuleAt(position, block, side, mode, pad);
-    if (!axis.identity) visit(position, ToLanes(axis, rows, only_pads));
-  }
-}
-
 void FillHalo(const LaneMap& m, Padding mode, int64_t pad, int threads) {
-  ParallelFor(threads, m.batch * m.channels, [&](int64_t i) {
-    float* plane = m.At(i / m.channels, i % m.channels);
-    ForEachBorder(m.block_h, m.height, m.halo, mode, pad, true, false, [&](int64_t row, const LaneRule& rule) {
-      for (int64_t col = 0; col < m.block_w; ++col) {
-        float* column = plane + col * kLanes;
-        Gather(rule, column, m.row_stride, column + row * m.row_stride);
-      }
-    });
-    ForEachBorder(m.block_w, m.width, m.halo, mode, pad, false, false, [&](int64_t col, const LaneRule& rule) {
-      for (int64_t row = -m.halo; row < m.block_h + m.halo; ++row) {
-        float* line = plane + row * m.row_stride;
-        Gather(rule, line, kLanes, line + col * kLanes);
-      }
-    });
-  });
+  const HaloFiller filler(m, mode, pad);
+  ParallelFor(threads, m.batch * m.channels, [&](int64_t i) { filler.Fill(m.At(i / m.channels, i % m.channels)); });
 }
 
 void FoldHalo(const LaneMap& m, Padding mode, int64_t pad, int threads) {
-  // Dead pixels end as zeros: kZero's rules say which lanes of a position live.
+  const std::vector<Border> columns = Borders(m.block_w, m.width, m.halo, mode, pad, false, true);
+  const std::vector<Border> rows = Borders(m.block_h, m.height, m.halo, mode, pad, true, true);
+  const HaloFiller dead(m, 0, Padding::kZero, 0);
   ParallelFor(threads, m.batch * m.channels, [&](int64_t i) {
     float* plane = m.At(i / m.channels, i % m.channels);
-    ForEachBorder(m.block_w, m.width, m.halo, mode, pad, false, true, [&](int64_t col, const LaneRule& rule) {
+    for (const Border& border : columns) {
       for (int64_t row = -m.halo; row < m.block_h + m.halo; ++row) {
         float* line = plane + row * m.row_stride;
-        Scatter(rule, line + col * kLanes, line, kLanes);
+        Scatter(border.rule, line + border.position * kLanes, line, kLanes);
       }
-    });
-    ForEachBorder(m.block_h, m.height, m.halo, mode, pad, true, true, [&](int64_t row, const LaneRule& rule) {
+    }
+    for (const Border& border : rows) {
       for (int64_t col = 0; col < m.block_w; ++col) {
         float* column = plane + col * kLanes;
-        Scatter(rule, column + row * m.row_stride, column, m.row_stride);
+        Scatter(border.rule, column + border.position * m.row_stride, column, m.row_stride);
       }
-    });
-    ForEachBorder(m.block_h, m.height, 0, Padding::kZero, 0, true, false, [&](int64_t row, const LaneRule& rule) {
-      for (int64_t col = 0; col < m.block_w; ++col) {
-        float* column = plane + col * kLanes;
-        Gather(rule, column, m.row_stride, column + row * m.row_stride);
-      }
-    });
-    ForEachBorder(m.block_w, m.width, 0, Padding::kZero, 0, false, false, [&](int64_t col, const LaneRule& rule) {
-      for (int64_t row = 0; row < m.block_h; ++row) {
-        float* line = plane + row * m.row_stride;
-        Gather(rule, line, kLanes, line + col * kLanes);
-      }
-    });
+    }
+    dead.Fill(plane);
   });
 }
 

@@ -1,13 +1,12 @@
 #include "cpu/norm.h"
 
 #include "cpu/activation.h"
+#include "cpu/halo.h"
 #include "cpu/pool.h"
 #include "cpu/vec.h"
 
 namespace lipfast {
 namespace LIPFAST_NS {
-
-extern const LaneKernels lane_kernels;
 
 namespace {
 
@@ -106,13 +105,20 @@ Affine AffineOf(const NormState& state, int64_t c) {
   return {scale, (state.beta ? state.beta[c] : 0.0f) - state.mean[c] * scale};
 }
 
-void FillChannelHalo(const LaneMap& m, int64_t c, const HaloSpec& halo) {
-  if (!halo.fill) return;
-  LaneMap plane = m;
-  plane.data = m.At(0, c);
-  plane.channels = 1;
-  lane_kernels.fill_halo(plane, halo.padding, halo.pad, 1);
-}
+// Fills the halos of one channel after another.
+class ChannelHalos {
+ public:
+  ChannelHalos(const LaneMap& m, const HaloSpec& halo)
+      : map_(m), wanted_(halo.fill), filler_(m, halo.padding, halo.pad) {}
+  void Fill(int64_t c) const {
+    for (int64_t n = 0; wanted_ && n < map_.batch; ++n) filler_.Fill(map_.At(n, c));
+  }
+
+ private:
+  LaneMap map_;
+  bool wanted_;
+  HaloFiller filler_;
+};
 
 // While one channel is written, the next one, which the same thread takes next, is
 // fetched: a core alone does not keep enough loads from beyond its cache in flight.
@@ -144,14 +150,15 @@ struct NormaliseChannel {
 };
 
 void Finish(const LaneMap& x, const LaneMap& y, int64_t c, const NormSpec& spec, const NormState& state,
-            const HaloSpec& halo) {
+            const ChannelHalos& halos) {
   WithActivation<NormaliseChannel>(spec.act.kind, x, y, c, AffineOf(state, c), spec.act.slope);
-  FillChannelHalo(y, c, halo);
+  halos.Fill(c);
 }
 
 void Train(const LaneMap& x, const LaneMap& y, const NormSpec& spec, const NormState& state, HaloSpec halo,
            int threads) {
   const double count = static_cast<double>(x.batch * x.height * x.width);
+  const ChannelHalos halos(y, halo);
   ParallelFor(threads, spec.channels, [&](int64_t c) {
     const Moments moments = ChannelMoments(x, c, spec.live);
     state.mean[c] = static_cast<float>(moments.mean);
@@ -162,16 +169,17 @@ void Train(const LaneMap& x, const LaneMap& y, const NormSpec& spec, const NormS
       state.running_mean[c] = static_cast<float>(keep * state.running_mean[c] + spec.momentum * moments.mean);
       state.running_variance[c] = static_cast<float>(keep * state.running_variance[c] + spec.momentum * unbiased);
     }
-    Finish(x, y, c, spec, state, halo);
+    Finish(x, y, c, spec, state, halos);
   });
 }
 
 void Evaluate(const LaneMap& x, const LaneMap& y, const NormSpec& spec, const NormState& state, HaloSpec halo,
               int threads) {
+  const ChannelHalos halos(y, halo);
   ParallelFor(threads, spec.channels, [&](int64_t c) {
     state.mean[c] = state.running_mean[c];
     state.inverse_deviation[c] = static_cast<float>(1.0 / sqrt(state.running_variance[c] + spec.epsilon));
-    Finish(x, y, c, spec, state, halo);
+    Finish(x, y, c, spec, state, halos);
   });
 }
 
@@ -249,13 +257,14 @@ struct BackwardPicked {
 
 void Backward(const LaneMap& x, const LaneMap& dy, const LaneMap* dy2, const LaneMap& dx, const NormSpec& spec,
               const NormState& state, bool batch_statistics, float* dgamma, float* dbeta, bool zero_halo, int threads) {
+  const ChannelHalos halos(dx, {zero_halo, Padding::kZero, 0});
   ParallelFor(threads, spec.channels, [&](int64_t c) {
     double sums[2] = {0, 0};
     double* const out = sums;
     WithActivation<BackwardPicked>(spec.act.kind, x, dy, dy2, dx, c, spec, state, batch_statistics, out);
     if (dbeta) dbeta[c] = static_cast<float>(sums[0]);
     if (dgamma) dgamma[c] = static_cast<float>(sums[1]);
-    FillChannelHalo(dx, c, {zero_halo, Padding::kZero, 0});
+    halos.Fill(c);
   });
 }
 

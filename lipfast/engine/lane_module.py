@@ -260,9 +260,21 @@ class SegmentRunner:
         """Compute the segment's outputs into ``known``."""
         inputs = [known[ref.number] for ref in self._segment.inputs]
         weights = [self._weight(ref, known, tensors) for ref in self._segment.weights]
-        outputs = _SegmentFunction.apply(self, tensors, len(inputs), *inputs, *weights)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in [*inputs, *weights]):
+            outputs = _SegmentFunction.apply(self, tensors, len(inputs), *inputs, *weights)  # type: ignore[no-untyped-call]
+        else:
+            outputs = self._infer(inputs, weights, tensors)
         for ref, output in zip(self._segment.outputs, outputs, strict=True):
             known[ref.number] = output
+
+    def _infer(self, inputs: list[Tensor], weights: list[Tensor], tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """The outputs, by a program without a backward pass: its maps share memory."""
+        use = _Use((False,) * len(inputs), (False,) * len(weights))
+        lease = self.lease(use)
+        self.load(lease.running, weights, tensors)
+        outputs = lease.running.forward(inputs, torch.get_num_threads())
+        self.save_statistics(lease.running, tensors)
+        return outputs
 
     def _weight(self, ref: Ref, known: Mapping[int, Any], tensors: Mapping[str, Tensor]) -> Tensor:
         name = self._leaves.get(ref.number)

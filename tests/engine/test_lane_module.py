@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import lipfast
-from lipfast.engine.lane_module import LaneModule
+from lipfast.engine.lane_module import LaneModule, SegmentRunner
 from lipfast.errors import InputError
 
 # Outputs and gradients are relative to their largest entry; float32 against float32, so both sides round.
@@ -368,3 +368,14 @@ def test_writing_into_a_part_of_a_tensor_is_refused():
 
     with pytest.raises(InputError, match="writes into a tensor"):
         lipfast.accelerate(Writes())(torch.randn(1, 3, 8, 8))
+
+
+def test_without_gradients_nothing_is_planned_for_a_backward_pass():
+    model, x = make(UNet), torch.randn(1, 3, 16, 16)
+    fast = lipfast.accelerate(model.eval())
+    with torch.no_grad():
+        fast(x)
+    (compiled,) = fast._compiled.values()
+    (runner,) = [item for item in compiled._items if isinstance(item, SegmentRunner)]
+    ((running,),) = runner._free.values()
+    assert {section for section, _, _ in running.profile()} == {"forward"}

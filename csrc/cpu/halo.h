@@ -1,0 +1,156 @@
+// How halos are filled and folded; for kernel sources only.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "cpu/lanes.h"
+#include "cpu/vec.h"
+
+namespace lipfast {
+namespace LIPFAST_NS {
+
+// Where one position along one axis takes its pixels from, for each of the four
+// blocks along that axis: block `from[g]` at position `source[g]`; from[g] < 0
+// means zero. `pads` marks the blocks for which it is padding and not the copy of
+// a padding pixel that another block has closer to its own pixels.
+struct AxisRule {
+  int64_t source[kGrid];
+  int from[kGrid];
+  bool pads[kGrid];
+  bool identity;  // the position already holds all four blocks' own pixels
+};
+
+// The pixel that padding copies to `at`, which lies outside [0, side); -1 is zero.
+static inline int64_t PaddingSource(int64_t at, int64_t side, Padding mode, int64_t pad) {
+  if (mode == Padding::kZero || at < -pad || at >= side + pad) return -1;
+  switch (mode) {
+    case Padding::kReflect:
+      return at < 0 ? -at : 2 * (side - 1) - at;
+    case Padding::kReplicate:
+      return at < 0 ? 0 : side - 1;
+    default:
+      return at < 0 ? at + side : at - side;
+  }
+}
+
+static inline AxisRule RuleAt(int64_t position, int64_t block, int64_t side, Padding mode, int64_t pad) {
+  AxisRule rule;
+  rule.identity = position >= 0 && position < block;
+  for (int g = 0; g < kGrid; ++g) {
+    const int64_t at = g * block + position;
+    const bool outside = at < 0 || at >= side;
+    rule.pads[g] = outside && g == (at < 0 ? 0 : (at / block < kGrid - 1 ? at / block : kGrid - 1));
+    const int64_t source = outside ? PaddingSource(at, side, mode, pad) : at;
+    rule.from[g] = source < 0 ? -1 : static_cast<int>(source / block);
+    rule.source[g] = source < 0 ? 0 : source % block;
+    if (outside) rule.identity = false;
+  }
+  return rule;
+}
+
+// The lane-level form of a rule: out[l] = vector source[k] at lane[k][l] for the
+// lanes in mask[k]; lanes in no mask are zero.
+struct LaneRule {
+  int count;
+  int64_t source[kGrid];
+  int32_t lane[kGrid][kLanes];
+  uint16_t mask[kGrid];
+};
+
+static inline int LaneOf(int g, int other, bool rows) { return rows ? g * kGrid + other : other * kGrid + g; }
+
+static inline LaneRule ToLanes(const AxisRule& axis, bool rows, bool only_pads) {
+  LaneRule rule = {};
+  for (int g = 0; g < kGrid; ++g) {
+    if (axis.from[g] < 0 || (only_pads && !axis.pads[g])) continue;
+    int k = 0;
+    while (k < rule.count && rule.source[k] != axis.source[g]) ++k;
+    if (k == rule.count) rule.source[rule.count++] = axis.source[g];
+    for (int other = 0; other < kGrid; ++other) {
+      const int l = LaneOf(g, other, rows);
+      rule.lane[k][l] = LaneOf(axis.from[g], other, rows);
+      rule.mask[k] = static_cast<uint16_t>(rule.mask[k] | 1u << l);
+    }
+  }
+  return rule;
+}
+
+static inline void Gather(const LaneRule& rule, const float* base, int64_t step, float* out) {
+#if LIPFAST_TARGET == 2
+  V v = Zero();
+  for (int k = 0; k < rule.count; ++k) {
+    v = _mm512_mask_permutexvar_ps(v, rule.mask[k], _mm512_loadu_si512(rule.lane[k]),
+                                   Load(base + rule.source[k] * step));
+  }
+  Store(out, v);
+#else
+  alignas(64) float t[kLanes] = {};
+  for (int k = 0; k < rule.count; ++k) {
+    const float* from = base + rule.source[k] * step;
+    for (int l = 0; l < kLanes; ++l) {
+      if (rule.mask[k] >> l & 1) t[l] = from[rule.lane[k][l]];
+    }
+  }
+  std::memcpy(out, t, sizeof(t));
+#endif
+}
+
+// A position along an axis, in pixels of a block, and what belongs there.
+struct Border {
+  int64_t position;
+  LaneRule rule;
+};
+
+// The positions along an axis that filling must write: the halo, and dead pixels.
+static inline std::vector<Border> Borders(int64_t block, int64_t side, int64_t halo, Padding mode, int64_t pad,
+                                          bool rows, bool only_pads) {
+  std::vector<Border> borders;
+  const int64_t first_dead = side - (kGrid - 1) * block;  // of the last block
+  for (int64_t position = -halo; position < block + halo; ++position) {
+    if (position == 0 && first_dead >= block) position = block;  // no dead pixels
+    if (position >= block + halo) break;
+    const AxisRule axis = RuleAt(position, block, side, mode, pad);
+    if (!axis.identity) borders.push_back({position, ToLanes(axis, rows, only_pads)});
+  }
+  return borders;
+}
+
+// Fills halos and dead pixels of planes of one shape: the rules are worked out once.
+class HaloFiller {
+ public:
+  // The whole halo.
+  HaloFiller(const LaneMap& m, Padding mode, int64_t pad) : HaloFiller(m, m.halo, mode, pad) {}
+  // Of the halo only the innermost `reach` vectors; 0 fills dead pixels alone.
+  HaloFiller(const LaneMap& m, int64_t reach, Padding mode, int64_t pad)
+      : rows_(Borders(m.block_h, m.height, reach, mode, pad, true, false)),
+        columns_(Borders(m.block_w, m.width, reach, mode, pad, false, false)),
+        block_h_(m.block_h),
+        block_w_(m.block_w),
+        reach_(reach),
+        row_stride_(m.row_stride) {}
+
+  // plane: pixel (0, 0) of every block.
+  void Fill(float* plane) const {
+    for (const Border& border : rows_) {
+      for (int64_t col = 0; col < block_w_; ++col) {
+        float* column = plane + col * kLanes;
+        Gather(border.rule, column, row_stride_, column + border.position * row_stride_);
+      }
+    }
+    for (const Border& border : columns_) {
+      for (int64_t row = -reach_; row < block_h_ + reach_; ++row) {
+        float* line = plane + row * row_stride_;
+        Gather(border.rule, line, kLanes, line + border.position * kLanes);
+      }
+    }
+  }
+
+ private:
+  std::vector<Border> rows_, columns_;
+  int64_t block_h_, block_w_, reach_, row_stride_;
+};
+
+}  // namespace LIPFAST_NS
+}  // namespace lipfast
