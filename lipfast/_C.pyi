@@ -175,6 +175,19 @@ class Program:
         training: bool,
         zero_halo: bool,
     ) -> None: ...
+    def finish(
+        self,
+        x: int,
+        residual: int,
+        y: int,
+        epsilon: float,
+        offsets: list[int],
+        act: int,
+        slope: float,
+        fill: bool,
+        mode: int,
+        pad: int,
+    ) -> None: ...
     def activate(self, x: int, y: int, act: int, slope: float) -> None: ...
     def activate_backward(self, x: int, dy: int, dx: int, act: int, slope: float, accumulate: bool) -> None: ...
     def combine(self, section: int, a: int, a_scale: float, b: int, b_scale: float, shift: float, y: int) -> None: ...

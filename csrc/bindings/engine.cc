@@ -162,6 +162,16 @@ class CheckedProgram {
     program_.NormBackward(x, dy, dy2, dx, spec, AsOffsets(offsets, spec.channels), training, zero_halo);
   }
 
+  void Finish(int x, int residual, int y, float epsilon, const std::vector<int64_t>& offsets, int act, float slope,
+              bool fill, int mode, int64_t pad) {
+    CheckPair(x, y);
+    if (residual >= 0) CheckPair(residual, y);
+    Check(offsets.size() == 4, "finish: expected 4 offsets");
+    const NormOffsets at = AsOffsets({offsets[0], offsets[1], offsets[2], offsets[3], -1}, Map(x).channels, false);
+    const HaloSpec halo = {fill, fill ? AsPadding(mode, pad, Map(y)) : Padding::kZero, pad};
+    program_.Finish(x, residual, y, epsilon, at, AsActivation(act, slope), halo);
+  }
+
   void Activate(int x, int y, int act, float slope) {
     CheckPair(x, y);
     program_.Activate(x, y, AsActivation(act, slope));
@@ -318,15 +328,16 @@ class CheckedProgram {
     return {Map(x).channels, epsilon, momentum, AsActivation(act, slope), {nullptr, nullptr}};
   }
 
-  // gamma, beta, running mean, running variance, saved.
-  NormOffsets AsOffsets(const std::vector<int64_t>& at, int64_t channels) const {
+  // gamma, beta, running mean, running variance, saved (-1 where nothing is).
+  NormOffsets AsOffsets(const std::vector<int64_t>& at, int64_t channels, bool saves = true) const {
     Check(at.size() == 5, "norm: expected 5 offsets");
     for (int i = 0; i < 2; ++i) {
       if (at[i] >= 0) CheckValues(at[i], channels);
     }
     for (int i = 2; i < 5; ++i) {
       const int64_t count = i == 4 ? 2 * channels : channels;
-      Check(at[i] < 0 ? i < 4 : count <= program_.statistic_count() - at[i], "norm: statistics offset out of range");
+      Check(at[i] < 0 ? i < 4 || !saves : count <= program_.statistic_count() - at[i],
+            "norm: statistics offset out of range");
     }
     Check((at[2] < 0) == (at[3] < 0), "norm: one running statistic without the other");
     return {at[0], at[1], at[2], at[3], at[4]};
@@ -433,6 +444,8 @@ void BindEngine(py::module_& m) {
       .def("norm_backward", &P::NormBackward, py::arg("x"), py::arg("dy"), py::arg("dy2"), py::arg("dx"),
            py::arg("epsilon"), py::arg("act"), py::arg("slope"), py::arg("offsets"), py::arg("training"),
            py::arg("zero_halo"))
+      .def("finish", &P::Finish, py::arg("x"), py::arg("residual"), py::arg("y"), py::arg("epsilon"),
+           py::arg("offsets"), py::arg("act"), py::arg("slope"), py::arg("fill"), py::arg("mode"), py::arg("pad"))
       .def("activate", &P::Activate, py::arg("x"), py::arg("y"), py::arg("act"), py::arg("slope"))
       .def("activate_backward", &P::ActivateBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("act"),
            py::arg("slope"), py::arg("accumulate"))

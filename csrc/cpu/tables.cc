@@ -1,6 +1,7 @@
 // The kernel tables of every family, one line each.
 #include "cpu/adam.h"
 #include "cpu/ceiling.h"
+#include "cpu/finish.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
 #include "cpu/norm.h"
@@ -14,6 +15,7 @@
 namespace lipfast {
 
 LIPFAST_KERNEL_TABLE(CeilingKernels, ceiling_kernels)
+LIPFAST_KERNEL_TABLE(FinishKernels, finish_kernels)
 LIPFAST_KERNEL_TABLE(LaneKernels, lane_kernels)
 LIPFAST_KERNEL_TABLE(TapKernels, tap_kernels)
 LIPFAST_KERNEL_TABLE(WinogradKernels, winograd_kernels)

@@ -203,6 +203,19 @@ void Program::NormBackward(int x, int dy, int dy2, int dx, const NormSpec& spec,
       });
 }
 
+void Program::Finish(int x, int residual, int y, float epsilon, const NormOffsets& offsets, ActivationSpec act,
+                     const HaloSpec& halo) {
+  const auto at = [](const float* base, int64_t offset) { return offset < 0 ? nullptr : base + offset; };
+  const NormNumbers norm = {at(values(), offsets.gamma), at(values(), offsets.beta),
+                            at(statistics(), offsets.running_mean), at(statistics(), offsets.running_variance),
+                            epsilon};
+  Add(Section::kForward, "finish " + SizeLabel(maps_[y]),
+      [norm, act, halo, in = maps_[x], add = residual < 0 ? LaneMap{} : maps_[residual],
+       out = maps_[y]](const RunContext& context) {
+        Kernels<FinishKernels>().finish(in, add.data ? &add : nullptr, out, norm, act, halo, context.threads);
+      });
+}
+
 void Program::Activate(int x, int y, ActivationSpec act) {
   Add(Section::kForward, "activation " + SizeLabel(maps_[x]),
       [act, in = maps_[x], out = maps_[y]](const RunContext& context) {

@@ -15,6 +15,7 @@
 
 #include "cpu/arena.h"
 #include "cpu/conv.h"
+#include "cpu/finish.h"
 #include "cpu/lanes.h"
 #include "cpu/norm.h"
 #include "cpu/pointwise.h"
@@ -94,6 +95,9 @@ class Program {
   void NormForward(int x, int y, const NormSpec& spec, const NormOffsets& offsets, bool training, const HaloSpec& halo);
   void NormBackward(int x, int dy, int dy2, int dx, const NormSpec& spec, const NormOffsets& offsets, bool training,
                     bool zero_halo);
+  // Without gradients. residual -1: none; a running mean of -1: no BatchNorm.
+  void Finish(int x, int residual, int y, float epsilon, const NormOffsets& offsets, ActivationSpec act,
+              const HaloSpec& halo);
   void Activate(int x, int y, ActivationSpec act);
   void ActivateBackward(int x, int dy, int dx, ActivationSpec act, bool accumulate);
   void Combine(Section where, int a, float a_scale, int b, float b_scale, float shift, int y);

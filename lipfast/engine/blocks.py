@@ -1,6 +1,7 @@
 """Rewriting a graph before it is planned: fusing operators, choosing how each map is cut into blocks."""
 
 import dataclasses
+from typing import Any
 
 from lipfast.engine.graph import Graph, Node
 
@@ -10,13 +11,18 @@ Block = tuple[int, int]  # rows, columns of pixels
 # A block may grow to fit a neighbour's stride if the map's memory grows by at most this much; else it is re-cut.
 _MOST_WASTE = 1.3
 
-_SAME_BLOCKS = ("norm", "act", "combine", "cat", "channels", "pixel_norm")
+_SAME_BLOCKS = ("norm", "act", "finish", "combine", "cat", "channels", "pixel_norm")
 
 
-def fuse(graph: Graph) -> None:
-    """Padding goes into the conv behind it, an activation into the BatchNorm before it; unread operators go."""
+def fuse(graph: Graph, backward: bool) -> None:
+    """Padding goes into the conv behind it, an activation into the BatchNorm before it; unread operators go.
+
+    Without a backward pass BatchNorm with running statistics, a residual sum and an activation become one operator.
+    """
     _fuse_padding(graph)
     _fuse_activation(graph)
+    if not backward:
+        _fuse_finish(graph)
     _drop_unread(graph)
 
 
@@ -51,11 +57,52 @@ def _fuse_activation(graph: Graph) -> None:
     graph.nodes = [node for node in graph.nodes if node.kind != "gone"]
 
 
+_PLAIN = {"gamma": None, "beta": None, "running": None, "epsilon": 0.0, "act": "none", "slope": 0.0}
+
+
+def _fuse_finish(graph: Graph) -> None:
+    """One ``finish`` for each run of norm, sum and act in which nothing else reads what lies between."""
+    readers = graph.consumers()
+    makers: dict[int, Node] = {}
+    for node in graph.nodes:
+        own = _as_finish(node)
+        if own is None:
+            continue
+        for place, value in enumerate(node.inputs):
+            source = makers.get(value)
+            alone = len(readers[value]) == 1 and value not in graph.outputs
+            if source is not None and alone and _joins(source, own, node.inputs):
+                node.inputs = [*source.inputs, *node.inputs[:place], *node.inputs[place + 1 :]]
+                own |= {name: source.attributes[name] for name in ("gamma", "beta", "running", "epsilon")}
+                source.kind = "gone"
+                break
+        node.kind, node.attributes = "finish", own
+        makers[node.output] = node
+    graph.nodes = [node for node in graph.nodes if node.kind != "gone"]
+
+
+def _as_finish(node: Node) -> dict[str, Any] | None:
+    """The attributes of the ``finish`` that does the same; None if there is none."""
+    if node.kind == "norm" and not node.training and node.running is not None:
+        return {name: node.attributes[name] for name in _PLAIN}
+    if node.kind == "act":
+        return {**_PLAIN, "act": node.act, "slope": node.slope}
+    if node.kind == "combine" and len(node.inputs) == 2 and node.a_scale == node.b_scale == 1 and node.shift == 0:
+        return dict(_PLAIN)
+    return None
+
+
+def _joins(source: Node, own: dict[str, Any], inputs: list[int]) -> bool:
+    """Whether what ``source`` does may come before ``own``: norm, then sum, then act."""
+    return source.act == "none" and own["running"] is None and len(source.inputs) + len(inputs) <= 3
+
+
 def _drop_unread(graph: Graph) -> None:
     wanted = set(graph.outputs)
     kept = []
     for node in reversed(graph.nodes):
-        if node.output in wanted:
+        moves_statistics = node.kind == "norm" and node.training and node.running is not None
+        if node.output in wanted or moves_statistics:
             kept.append(node)
             wanted.update(node.inputs)
     graph.nodes = kept[::-1]

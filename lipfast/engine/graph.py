@@ -21,6 +21,8 @@ class Node:
     norm        gamma, beta (weight numbers or None), running (statistics number or None), training, momentum, epsilon,
                 act, slope
     act         act, slope
+    finish      act(norm(inputs[0]) + inputs[1]), in inference only: gamma, beta, running (None: no norm), epsilon, act,
+                slope; the second input is optional
     combine     a_scale, b_scale, shift: a_scale * inputs[0] + b_scale * inputs[1] + shift (second input optional)
     cat         channels of all inputs one after the other
     channels    first, last: a range of the input's channels

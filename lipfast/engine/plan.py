@@ -159,7 +159,7 @@ def _halo_of(node: Node, shapes: dict[int, Any], weights: Sequence[Weight]) -> H
 
 class _Planner:
     def __init__(self, graph: Graph, weights: Sequence[Weight], statistics: Sequence[int], options: Options) -> None:
-        fuse(graph)
+        fuse(graph, options.backward)
         self.blocks = choose_blocks(graph)
         self.graph, self.weights, self.options = graph, weights, options
         self.readers = graph.consumers()
@@ -217,7 +217,7 @@ class _Planner:
             return False  # a concatenation's inputs may have other readers
         if self.options.backward:
             return node.kind == "act" and node.act in _SLOPE_FROM_RESULT and (node.act == "relu" or node.slope > 0)
-        return node.kind in ("act", "norm", "combine")
+        return node.kind in ("act", "norm", "finish", "combine")
 
     # Writing steps.
 
@@ -294,17 +294,34 @@ class _Planner:
         running = [-1, -1] if node.running is None else [part.start for part in self.statistics[node.running]]
         return [self.offset(node.gamma), self.offset(node.beta), *running, self.saved[position]]
 
+    def _finish(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        residual = self.home[node.inputs[1]] if len(node.inputs) > 1 else -1
+        running = [-1, -1] if node.running is None else [part.start for part in self.statistics[node.running]]
+        offsets = [self.offset(node.gamma), self.offset(node.beta), *running]
+        halo = self._halo_written(node.output, y)
+        self.emit("finish", x, residual, y, node.epsilon, offsets, ACTIVATIONS[node.act], node.slope, *halo)
+        self._wrote_with_halo(y, halo)
+
     def _norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         training = node.training or node.running is None
-        halo = self._first_halo(node.output)
-        fill = (halo.mode, halo.pad if halo.mode != "zeros" else 0) if halo else _ZERO
+        halo = self._halo_written(node.output, y)
         numbers = (node.epsilon, node.momentum, ACTIVATIONS[node.act], node.slope, self.norm_offsets(position, node))
-        if halo:
-            y.storage.halo = max(y.storage.halo, halo.reach)
-        self.emit("norm_forward", x, y, *numbers, training, halo is not None, PADDING_MODES[fill[0]], fill[1])
-        self.wrote(y)
-        if halo:
-            self.now_holds(y, fill)
+        self.emit("norm_forward", x, y, *numbers, training, *halo)
+        self._wrote_with_halo(y, halo)
+
+    def _halo_written(self, value: int, slot: Slot) -> tuple[bool, int, int]:
+        """The halo that the step writing a value fills for its first reader: whether, padding mode, width."""
+        halo = self._first_halo(value)
+        if halo is None:
+            return False, PADDING_MODES["zeros"], 0
+        slot.storage.halo = max(slot.storage.halo, halo.reach)
+        return True, PADDING_MODES[halo.mode], halo.pad if halo.mode != "zeros" else 0
+
+    def _wrote_with_halo(self, slot: Slot, halo: tuple[bool, int, int]) -> None:
+        self.wrote(slot)
+        if halo[0]:
+            modes = {number: name for name, number in PADDING_MODES.items()}
+            self.now_holds(slot, (modes[halo[1]], halo[2]))
 
     def _first_halo(self, value: int) -> Halo | None:
         for position in self.readers[value]:

@@ -1,6 +1,7 @@
 """Every operator of the engine, behind a convolution, against torch in float64: outputs and all gradients."""
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -238,3 +239,43 @@ def test_writing_to_what_has_a_view_is_refused():
 
     with pytest.raises(InputError, match="view"):
         lipfast.accelerate(Apply(write))(torch.randn(1, 3, 8, 8))
+
+
+class Blocks(nn.Module):
+    """Two convs with BatchNorm, and what a block makes of them."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(2))
+        self.join = join
+        for norm in self.norms:
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = (norm(conv(x)) for conv, norm in zip(self.convs, self.norms, strict=False))
+        return self.convs[2](self.join(a, b, x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda a, b, x: torch.relu(a + x),
+        lambda a, b, x: torch.relu(x + a),
+        lambda a, b, x: torch.relu(a + b),
+        lambda a, b, x: torch.sigmoid(a) + b,
+        lambda a, b, x: torch.relu(a + a),
+        lambda a, b, x: torch.relu(a) + a,
+        lambda a, b, x: F.leaky_relu(torch.relu(a + b) + x, 0.2),
+        lambda a, b, x: torch.relu(a - b),
+        lambda a, b, x: torch.relu(a + b + x + 1),
+        lambda a, b, x: torch.cat([torch.relu(a + x), b], dim=1)[:, 1:4],
+    ],
+    ids=range(10),
+)
+def test_residual_blocks(compare, join, training):
+    compare(Blocks(join).train(training), torch.randn(2, 3, 9, 12))

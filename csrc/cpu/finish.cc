@@ -1,0 +1,61 @@
+#include "cpu/finish.h"
+
+#include <cmath>
+
+#include "cpu/activation.h"
+#include "cpu/halo.h"
+#include "cpu/pool.h"
+#include "cpu/vec.h"
+
+namespace lipfast {
+namespace LIPFAST_NS {
+namespace {
+
+// gamma * (x - mean) / deviation + beta = scale * x + shift
+struct Affine {
+  float scale = 1.0f, shift = 0.0f;
+
+  Affine(const NormNumbers& norm, int64_t c) {
+    if (!norm.mean) return;
+    scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(norm.variance[c]) + norm.epsilon));
+    if (norm.gamma) scale *= norm.gamma[c];
+    shift = (norm.beta ? norm.beta[c] : 0.0f) - norm.mean[c] * scale;
+  }
+};
+
+template <Activation kAct>
+struct FinishPlane {
+  static void Run(const LaneMap& x, const LaneMap* residual, const LaneMap& y, int64_t n, int64_t c, Affine affine,
+                  float slope) {
+    const V scale = Set(affine.scale), shift = Set(affine.shift), low = Set(slope);
+    const int64_t width = x.block_w * kLanes;
+    for (int64_t row = 0; row < x.block_h; ++row) {
+      const float* in = x.At(n, c, row);
+      const float* add = residual ? residual->At(n, c, row) : nullptr;
+      float* out = y.At(n, c, row);
+      for (int64_t i = 0; i < width; i += kLanes) {
+        V sum = Fma(Load(in + i), scale, shift);
+        if (add) sum = Add(sum, Load(add + i));
+        Store(out + i, Act<kAct>(sum, low));
+      }
+    }
+  }
+};
+
+void Finish(const LaneMap& x, const LaneMap* residual, const LaneMap& y, const NormNumbers& norm, ActivationSpec act,
+            HaloSpec halo, int threads) {
+  const HaloFiller filler(y, halo.padding, halo.pad);
+  ParallelFor(threads, x.batch * x.channels, [&](int64_t i) {
+    const int64_t n = i / x.channels, c = i % x.channels;
+    WithActivation<FinishPlane>(act.kind, x, residual, y, n, c, Affine(norm, c), act.slope);
+    if (halo.fill) filler.Fill(y.At(n, c));
+  });
+}
+
+}  // namespace
+
+extern const FinishKernels finish_kernels;
+const FinishKernels finish_kernels = {Finish};
+
+}  // namespace LIPFAST_NS
+}  // namespace lipfast
