@@ -8,12 +8,14 @@ int64_t StrideInFloats(const py::array& array, int axis) {
 }
 
 float* FloatData(const py::array& array, int axes, const char* name) {
-  Check(py::isinstance<py::array_t<float>>(array) && array.ndim() == axes,
-        std::string(name) + ": expected float32 with " + std::to_string(axes) + " axes, got " + Describe(array));
+  if (!py::isinstance<py::array_t<float>>(array) || array.ndim() != axes) {
+    Refuse(std::string(name) + ": expected float32 with " + std::to_string(axes) + " axes, got " + Describe(array));
+  }
   for (int axis = 0; axis < axes; ++axis) {
-    Check(array.strides(axis) >= 0 && array.strides(axis) % static_cast<int64_t>(sizeof(float)) == 0,
-          std::string(name) + ": stride " + std::to_string(array.strides(axis)) + " bytes of axis " +
-              std::to_string(axis) + " is negative or splits a float; pass a contiguous tensor");
+    if (array.strides(axis) < 0 || array.strides(axis) % static_cast<int64_t>(sizeof(float)) != 0) {
+      Refuse(std::string(name) + ": stride " + std::to_string(array.strides(axis)) + " bytes of axis " +
+             std::to_string(axis) + " is negative or splits a float; pass a contiguous tensor");
+    }
   }
   return static_cast<float*>(const_cast<void*>(array.data()));
 }

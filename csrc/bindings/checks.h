@@ -15,9 +15,13 @@ namespace lipfast {
 
 namespace py = pybind11;
 
-// Throws ValueError(message) unless ok. A message says where, what, and what came.
+// Throws ValueError(message). A message says where, what, and what came.
+[[noreturn]] inline void Refuse(const std::string& message) { throw py::value_error(message); }
+
+// The same unless ok. Making a message takes longer than any check: what runs often
+// calls Refuse in an if.
 inline void Check(bool ok, const std::string& message) {
-  if (!ok) throw py::value_error(message);
+  if (!ok) Refuse(message);
 }
 
 // "float32 (3, 4)", for messages.
@@ -26,9 +30,10 @@ std::string Describe(const py::array& array);
 // An aligned, C-contiguous vector of n elements of type T (n < 0: any length).
 template <class T>
 T* Flat(const py::array& array, int64_t n, const char* name) {
-  Check(py::isinstance<py::array_t<T, py::array::c_style>>(array) && (n < 0 || array.size() == n),
-        std::string(name) + ": expected contiguous " + py::str(py::dtype::of<T>()).cast<std::string>() +
-            (n < 0 ? "" : " of " + std::to_string(n) + " elements") + ", got " + Describe(array));
+  if (!py::isinstance<py::array_t<T, py::array::c_style>>(array) || (n >= 0 && array.size() != n)) {
+    Refuse(std::string(name) + ": expected contiguous " + py::str(py::dtype::of<T>()).cast<std::string>() +
+           (n < 0 ? "" : " of " + std::to_string(n) + " elements") + ", got " + Describe(array));
+  }
   return static_cast<T*>(const_cast<void*>(array.data()));
 }
 

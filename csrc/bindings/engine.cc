@@ -234,18 +234,37 @@ class CheckedProgram {
     program_.PoolBackward(x, dy, dx, AsPool(x, dy, kernel, stride, pad, maximum));
   }
 
+  // arrays[i] goes to `counts[i]` numbers from `starts[i]` on: of the values, and from array `values` on of the
+  // statistics.
+  void Load(const std::vector<py::array>& arrays, const std::vector<int64_t>& starts,
+            const std::vector<int64_t>& counts, int64_t values, int threads) {
+    Check(starts.size() == arrays.size() && counts.size() == arrays.size(), "load: a start and a count for each array");
+    std::vector<Program::Source> sources;
+    for (int64_t i = 0; i < static_cast<int64_t>(arrays.size()); ++i) {
+      const int64_t all = i < values ? program_.value_count() : program_.statistic_count();
+      if (starts[i] < 0 || counts[i] < 0 || counts[i] > all - starts[i]) Refuse("load: a place out of range");
+      float* to = (i < values ? program_.values() : program_.statistics()) + starts[i];
+      sources.push_back({Flat<float>(arrays[i], counts[i], "load"), to, counts[i]});
+    }
+    py::gil_scoped_release release;
+    std::lock_guard<std::mutex> lock(running_);
+    Program::Load(sources, threads);
+  }
+
   void Run(int where, const std::vector<py::array>& tensors, int threads) {
     const Section section = AsSection(where);
-    Check(static_cast<int>(tensors.size()) == program_.plain_count(section),
-          "run: expected " + std::to_string(program_.plain_count(section)) + " tensors, got " +
-              std::to_string(tensors.size()));
+    if (static_cast<int>(tensors.size()) != program_.plain_count(section)) {
+      Refuse("run: expected " + std::to_string(program_.plain_count(section)) + " tensors, got " +
+             std::to_string(tensors.size()));
+    }
     std::vector<PlainMap> plains;
     for (int i = 0; i < static_cast<int>(tensors.size()); ++i) {
       plains.push_back(AsPlainMap(tensors[i], "run"));
       const LaneMap& m = program_.plain_map(section, i);
       const PlainMap& p = plains.back();
-      Check(p.batch == m.batch && p.channels == m.channels && p.height == m.height && p.width == m.width,
-            "run: tensor " + std::to_string(i) + " is " + Describe(tensors[i]) + ", planned for " + SizeOf(m));
+      if (p.batch != m.batch || p.channels != m.channels || p.height != m.height || p.width != m.width) {
+        Refuse("run: tensor " + std::to_string(i) + " is " + Describe(tensors[i]) + ", planned for " + SizeOf(m));
+      }
     }
     py::gil_scoped_release release;
     std::lock_guard<std::mutex> lock(running_);
@@ -463,6 +482,8 @@ void BindEngine(py::module_& m) {
            py::arg("maximum"))
       .def("pool_backward", &P::PoolBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("kernel"),
            py::arg("stride"), py::arg("pad"), py::arg("maximum"))
+      .def("load", &P::Load, py::arg("arrays"), py::arg("starts"), py::arg("counts"), py::arg("values"),
+           py::arg("threads"))
       .def("run", &P::Run, py::arg("section"), py::arg("tensors"), py::arg("threads"))
       .def(
           "set_profile", [](P& self, bool on) { self.program().SetProfile(on); }, py::arg("on"))

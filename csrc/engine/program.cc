@@ -44,6 +44,20 @@ int64_t Program::bytes() const {
   return (memory_ ? memory_->bytes() + vectors_->bytes() : 0) + (scratch_ ? scratch_->bytes() : 0);
 }
 
+void Program::Load(const std::vector<Source>& sources, int threads) {
+  constexpr int64_t kPiece = 1 << 15;  // floats
+  std::vector<Source> pieces;
+  for (Source rest : sources) {
+    for (; rest.count > kPiece; rest = {rest.from + kPiece, rest.to + kPiece, rest.count - kPiece}) {
+      pieces.push_back({rest.from, rest.to, kPiece});
+    }
+    pieces.push_back(rest);
+  }
+  ParallelFor(threads, static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+    std::memcpy(pieces[i].to, pieces[i].from, static_cast<size_t>(pieces[i].count * kFloatBytes));
+  });
+}
+
 int Program::AddMap(const LaneMap& shape, int64_t offset) {
   LaneMap map = shape;
   map.data = memory_->data() + offset;

@@ -70,6 +70,14 @@ class Program {
   int64_t map_floats() const { return map_floats_; }
   int64_t bytes() const;
 
+  // Copies numbers to where the program keeps them; `to` is in values() or statistics().
+  struct Source {
+    const float* from;
+    float* to;
+    int64_t count;
+  };
+  static void Load(const std::vector<Source>& sources, int threads);
+
   // A map at `offset` floats into the arena, the first float of its halo.
   // Channels [first, last) of `whole` make another map.
   int AddMap(const LaneMap& shape, int64_t offset);

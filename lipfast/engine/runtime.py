@@ -1,8 +1,10 @@
 """Programs with the tensors they work on: what trainers and modules share."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lipfast import ops
@@ -21,6 +23,8 @@ class Running:
         self.gradients = torch.from_numpy(self.program.gradients())
         statistics = torch.from_numpy(self.program.statistics())
         self.statistics = [(statistics[mean], statistics[variance]) for mean, variance in self.plan.statistics]
+        places = [*self.plan.values, *(part for pair in self.plan.statistics for part in pair)]
+        self._starts, self._counts = [part.start for part in places], [part.stop - part.start for part in places]
         graph = segment.graph
         self._output_shapes = [graph.shapes[value] for value in graph.outputs]
         self._input_shapes = [graph.shapes[graph.inputs[n]] for n in self.plan.input_gradients]
@@ -32,6 +36,10 @@ class Running:
     def gradient(self, weight: int) -> Tensor:
         """The packed gradient of a weight, a view."""
         return self.gradients[self.plan.values[weight]]
+
+    def load(self, arrays: list[NDArray[Any]], threads: int) -> None:
+        """Take all weights, packed, and the running mean and variance of each BatchNorm: flat float32 arrays in order."""
+        self.program.load(arrays, self._starts, self._counts, len(self.plan.values), threads)
 
     def forward(self, inputs: Sequence[Tensor], threads: int) -> list[Tensor]:
         """Outputs for float32 inputs of the planned shapes, in fresh tensors."""
@@ -49,6 +57,24 @@ class Running:
         """(section, step, seconds) since ``program.set_profile(True)``."""
         rows: list[tuple[str, str, float]] = self.program.profile()
         return rows
+
+
+class Arrays:
+    """Tensors as flat arrays. One that lies where it lay in the last call keeps its array: making them takes a while."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[tuple[int, int], NDArray[Any]]] = {}
+
+    def of(self, place: Any, tensor: Tensor) -> NDArray[Any]:
+        """The array of the tensor that serves as ``place``; shares its memory where it is contiguous."""
+        where = tensor.data_ptr(), tensor.numel()
+        known = self._known.get(place)
+        if known is not None and known[0] == where and tensor.is_contiguous():
+            return known[1]
+        array: NDArray[Any] = tensor.detach().reshape(-1).numpy()
+        if tensor.is_contiguous():
+            self._known[place] = where, array
+        return array
 
 
 def pack(dense: Tensor, mask: Tensor | None) -> Tensor:
