@@ -73,6 +73,7 @@ class BuildKernels(build_ext):
                 extra_postargs=[*COMMON_FLAGS, *flags, "-fPIC"],
                 depends=[str(path) for path in (ROOT / "csrc").rglob("*.h")],
             )
+        ext.depends += ext.extra_objects  # a changed kernel alone links again, too
         super().build_extension(ext)
 
 

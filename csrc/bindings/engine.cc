@@ -234,6 +234,16 @@ class CheckedProgram {
     program_.PoolBackward(x, dy, dx, AsPool(x, dy, kernel, stride, pad, maximum));
   }
 
+  void Mean(int x, int y) {
+    CheckMean(x, y);
+    program_.Mean(x, y);
+  }
+
+  void MeanBackward(int dy, int dx) {
+    CheckMean(dx, dy);
+    program_.MeanBackward(dy, dx);
+  }
+
   // arrays[i] goes to `counts[i]` numbers from `starts[i]` on: of the values, and from array `values` on of the
   // statistics.
   void Load(const std::vector<py::array>& arrays, const std::vector<int64_t>& starts,
@@ -306,6 +316,11 @@ class CheckedProgram {
   void CheckPair(int a, int b) const {
     Check(SameSize(Map(a), Map(b)) && SameBlocks(Map(a), Map(b)),
           "maps differ: " + SizeOf(Map(a)) + " and " + SizeOf(Map(b)));
+  }
+
+  void CheckMean(int x, int y) const {
+    Check(Map(x).batch == Map(y).batch && Map(x).channels == Map(y).channels && Map(y).height == 1 && Map(y).width == 1,
+          "mean: " + SizeOf(Map(y)) + " does not follow from " + SizeOf(Map(x)));
   }
 
   void CheckDouble(int x, int y) const {
@@ -482,6 +497,8 @@ void BindEngine(py::module_& m) {
            py::arg("maximum"))
       .def("pool_backward", &P::PoolBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("kernel"),
            py::arg("stride"), py::arg("pad"), py::arg("maximum"))
+      .def("mean", &P::Mean, py::arg("x"), py::arg("y"))
+      .def("mean_backward", &P::MeanBackward, py::arg("dy"), py::arg("dx"))
       .def("load", &P::Load, py::arg("arrays"), py::arg("starts"), py::arg("counts"), py::arg("values"),
            py::arg("threads"))
       .def("run", &P::Run, py::arg("section"), py::arg("tensors"), py::arg("threads"))

@@ -40,6 +40,10 @@ void RowToLanes(const float* plane, const PlainMap& p, const LaneMap& m, float* 
 }
 
 void RowFromLanes(const float* in, const LaneMap& m, const PlainMap& p, float* plane, int64_t row) {
+  if (m.height == 1 && m.width == 1) {  // what a classifier ends with
+    if (row == 0) *plane = *in;
+    return;
+  }
   for (int64_t col = 0; col < m.block_w; col += kLanes) {
     const int64_t cols = AtMost(kLanes, m.block_w - col);
     V v[kLanes];

@@ -38,13 +38,13 @@ bool SpinUntil(const Ready& ready) {
 
 thread_local bool inside_chunk = false;
 
-// A range of chunks that is claimed from both ends: begin in the low half.
+// A range of groups of chunks that is claimed from both ends: begin in the low half.
 struct alignas(64) Range {
   std::atomic<uint64_t> packed{0};
 
   static uint64_t Pack(uint64_t begin, uint64_t end) { return begin | end << 32; }
 
-  // The next chunk from the owner's end, or from the other end for a helper; -1 if none is left.
+  // The next group from the owner's end, or from the other end for a helper; -1 if none is left.
   int64_t Claim(bool owner) {
     uint64_t now = packed.load(std::memory_order_acquire);
     for (;;) {
@@ -57,6 +57,9 @@ struct alignas(64) Range {
 };
 
 constexpr int kMaxThreads = 128;
+// Claims a thread makes of its own range: few, as each costs as much as a small
+// chunk; enough for others to take the end of a busy thread's range.
+constexpr int64_t kClaims = 64;
 
 class Pool {
  public:
@@ -71,36 +74,40 @@ class Pool {
     Grow(threads - 1);
     body_ = body;
     context_ = context;
+    chunks_ = chunks;
+    group_ = (chunks + threads * kClaims - 1) / (threads * kClaims);
+    const int64_t groups = (chunks + group_ - 1) / group_;
     done_.store(0, std::memory_order_relaxed);
     parts_.store(threads, std::memory_order_relaxed);
     // Neighbouring chunks go to the same thread: two cores writing next to each
     // other would pull each other's cache lines by prefetching.
     for (int i = 0; i < threads; ++i) {
-      ranges_[i].packed.store(Range::Pack(chunks * i / threads, chunks * (i + 1) / threads), std::memory_order_release);
+      ranges_[i].packed.store(Range::Pack(groups * i / threads, groups * (i + 1) / threads), std::memory_order_release);
     }
-    unclaimed_.fetch_add(chunks, std::memory_order_seq_cst);
+    unclaimed_.fetch_add(groups, std::memory_order_seq_cst);
     if (sleeping_.load(std::memory_order_seq_cst) > 0) {
       std::lock_guard<std::mutex> lock(sleep_mutex_);
       wake_.notify_all();
     }
     Work(0);
-    const auto finished = [&] { return done_.load(std::memory_order_acquire) == chunks; };
+    const auto finished = [&] { return done_.load(std::memory_order_acquire) == groups; };
     // A worker in its last chunk: wait a little, then leave the core to it.
     while (!SpinUntil(finished)) sched_yield();
   }
 
  private:
-  // Claims chunks of the own range, then of the others', until none is left. The
-  // fields of a job are read only after a claim succeeded: until that chunk is done
+  // Claims groups of the own range, then of the others', until none is left. The
+  // fields of a job are read only after a claim succeeded: until that group is done
   // the job cannot end, so a thread that comes late finds nothing or the next job.
   void Work(int self) {
     inside_chunk = true;
     const int parts = parts_.load(std::memory_order_relaxed);
     for (int i = 0; i < parts; ++i) {
       Range& range = ranges_[(self + i) % parts];
-      for (int64_t chunk; (chunk = range.Claim(i == 0)) >= 0;) {
+      for (int64_t group; (group = range.Claim(i == 0)) >= 0;) {
         unclaimed_.fetch_sub(1, std::memory_order_relaxed);
-        body_(context_, chunk);
+        const int64_t end = group * group_ + group_ < chunks_ ? group * group_ + group_ : chunks_;
+        for (int64_t chunk = group * group_; chunk < end; ++chunk) body_(context_, chunk);
         done_.fetch_add(1, std::memory_order_acq_rel);
       }
     }
@@ -131,6 +138,7 @@ class Pool {
   std::mutex job_mutex_;
   ChunkFunction body_ = nullptr;
   void* context_ = nullptr;
+  int64_t chunks_ = 0, group_ = 1;  // of the job; a group is claimed at once
   int workers_ = 0;
   Range ranges_[kMaxThreads];
   alignas(64) std::atomic<int64_t> unclaimed_{0};

@@ -88,10 +88,44 @@ void Backward(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const Pool
   });
 }
 
+void Mean(const LaneMap& x, const LaneMap& y, const LivePixelMask& live, int threads) {
+  const float share = 1.0f / static_cast<float>(x.height * x.width);
+  ParallelFor(threads, x.batch * x.channels, [&](int64_t i) {
+    const int64_t n = i / x.channels, c = i % x.channels;
+    V total = Zero();
+    for (int64_t row = 0; row < x.block_h; ++row) {
+      const float* in = x.At(n, c, row);
+      V line = Zero();  // line by line, as ChannelSums in taps.cc
+      for (int64_t col = 0; col < x.block_w; ++col) {
+        const V v = Load(in + col * kLanes);
+        line = Add(line, live.rows ? Mul(v, LoadU(live.columns + col * kLanes)) : v);
+      }
+      total = Add(total, live.rows ? Mul(line, LoadU(live.rows + row * kLanes)) : line);
+    }
+    float* out = y.At(n, c);
+    Store(out, Zero());
+    out[0] = Sum(total) * share;
+  });
+}
+
+void MeanBackward(const LaneMap& dy, const LaneMap& dx, int threads) {
+  const float share = 1.0f / static_cast<float>(dx.height * dx.width);
+  ParallelFor(threads, dx.batch * dx.channels, [&](int64_t i) {
+    const int64_t n = i / dx.channels, c = i % dx.channels;
+    const V change = Set(dy.At(n, c)[0] * share);
+    for (int64_t row = 0; row < dx.block_h; ++row) {
+      float* out = dx.At(n, c, row);
+      for (int64_t col = 0; col < dx.block_w; ++col) {
+        Store(out + col * kLanes, Add(Load(out + col * kLanes), change));
+      }
+    }
+  });
+}
+
 }  // namespace
 
 extern const PoolKernels pool_kernels;
-const PoolKernels pool_kernels = {Forward, Backward};
+const PoolKernels pool_kernels = {Forward, Backward, Mean, MeanBackward};
 
 }  // namespace LIPFAST_NS
 }  // namespace lipfast

@@ -310,6 +310,20 @@ void Program::PoolBackward(int x, int dy, int dx, const PoolSpec& spec) {
       });
 }
 
+void Program::Mean(int x, int y) {
+  Add(Section::kForward, "mean " + SizeLabel(maps_[x]),
+      [live = LiveMask(maps_[x]), in = maps_[x], out = maps_[y]](const RunContext& context) {
+        Kernels<PoolKernels>().mean(in, out, live, context.threads);
+      });
+}
+
+void Program::MeanBackward(int dy, int dx) {
+  Add(Section::kBackward, "mean backward " + SizeLabel(maps_[dx]),
+      [gradient = maps_[dy], out = maps_[dx]](const RunContext& context) {
+        Kernels<PoolKernels>().mean_backward(gradient, out, context.threads);
+      });
+}
+
 void Program::Run(Section where, const PlainMap* plains, int threads) {
   const RunContext context = {plains, Scratch(threads), threads};
   for (Step& step : steps_[static_cast<int>(where)]) {

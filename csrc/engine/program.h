@@ -116,6 +116,8 @@ class Program {
   void Resample(int x, int y, const AxisTable& rows, const AxisTable& columns);
   void ResampleBackward(int dy, int dx, const AxisTable& rows, const AxisTable& columns);
   void Pool(int x, int y, const PoolSpec& spec);
+  void Mean(int x, int y);
+  void MeanBackward(int dy, int dx);
   void PoolBackward(int x, int dy, int dx, const PoolSpec& spec);
 
   // The tensors that FromPlain and ToPlain of a section use, by index.

@@ -29,6 +29,7 @@ class Node:
     upsample2   bilinear (else nearest)
     resample    rows, columns: a `Taps` each
     pool        kernel, stride, pad, maximum
+    mean        over all pixels: (n, c, 1, 1)
     pixel_norm  epsilon
     reblock     nothing: only how the map is cut into blocks changes
     """

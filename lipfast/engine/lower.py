@@ -17,6 +17,9 @@ from lipfast.engine.capture import Call, Recording, Ref
 from lipfast.engine.graph import Graph, Node, Taps
 from lipfast.engine.patterns import gather_patterns, pixel_norm
 
+_LARGEST_KERNEL = 7
+_LARGEST_LINEAR = 1 << 22  # weights; beyond, lists of them cost more memory than the kernels save time
+
 
 class Unsupported(Exception):
     """The engine has no kernel for a call; the message says why."""
@@ -106,7 +109,8 @@ class _Builder:
         before = len(self.graph.nodes), dict(self._values), len(self._inputs), len(self._weights), len(self._statistics)
         try:
             value = handler(self, *call.args, **call.kwargs)
-            if self.graph.shapes[value] != call.result.shape:
+            shape = self.graph.shapes[value]
+            if call.result.shape not in (shape, _flattened(shape)):
                 raise Unsupported(f"a result of shape {call.result.shape}")
         except (Unsupported, TypeError) as reason:
             nodes, self._values, inputs, weights, statistics = before
@@ -139,6 +143,16 @@ class _Builder:
             self._inputs.append(tensor)
             self.graph.inputs.append(self._values[tensor.number])
         return self._values[tensor.number]
+
+    def flat(self, tensor: Any) -> int:
+        """The value of a map that was flattened to (batch, channels * height * width)."""
+        if not isinstance(tensor, Ref) or tensor.number not in self._values or len(tensor.shape) != 2:
+            raise Unsupported("an operand is neither a map nor a flattened one")
+        return self._values[tensor.number]
+
+    def any(self, tensor: Any) -> int:
+        """The value of a map, flattened or not, for what works on each number alone."""
+        return self.flat(tensor) if isinstance(tensor, Ref) and len(tensor.shape) == 2 else self.map(tensor)
 
     def shape(self, tensor: Any) -> tuple[int, int, int, int]:
         """The sides of a map."""
@@ -173,6 +187,15 @@ class _Builder:
         """An operator that keeps the shape."""
         return self.node(kind, [self.map(tensor)], self.shape(tensor), **attributes)
 
+    def each(self, kind: str, tensor: Any, **attributes: Any) -> int:
+        """An operator on each number alone."""
+        value = self.any(tensor)
+        return self.node(kind, [value], self.graph.shapes[value], **attributes)
+
+
+def _flattened(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], shape[1] * shape[2] * shape[3]
+
 
 def _pair(value: Any) -> tuple[int, int]:
     if isinstance(value, int):
@@ -204,7 +227,7 @@ def _conv2d(
     pad = (0, 0) if padding == "valid" else _pair(padding)
     if stride_h != stride_w or dilation_h != dilation_w:
         raise Unsupported("stride or dilation differs between rows and columns")
-    if stride_h > 2 or max(kernel_h, kernel_w) > 7:
+    if stride_h > 2 or max(kernel_h, kernel_w) > _LARGEST_KERNEL:
         raise Unsupported(f"kernel {kernel_h} x {kernel_w}, stride {stride_h}: the kernels go to 7 x 7 and stride 2")
     out_h = (height + 2 * pad[0] - reach[0] - 1) // stride_h + 1
     out_w = (width + 2 * pad[1] - reach[1] - 1) // stride_w + 1
@@ -241,19 +264,19 @@ def _batch_norm(
 
 def _activation(act: str) -> Callable[..., int]:
     def handler(b: _Builder, input: Any, inplace: bool = False) -> int:
-        return b.same("act", input, act=act, slope=0.0)
+        return b.each("act", input, act=act, slope=0.0)
 
     return handler
 
 
 def _leaky_relu(b: _Builder, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> int:
-    return b.same("act", input, act="leaky_relu", slope=float(negative_slope))
+    return b.each("act", input, act="leaky_relu", slope=float(negative_slope))
 
 
 def _dropout(b: _Builder, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> int:
     if training and p > 0:
         raise Unsupported("dropout in training draws random numbers")
-    return b.map(input)
+    return b.any(input)
 
 
 def _same_value(b: _Builder, input: Any, *, memory_format: Any = None) -> int:
@@ -306,6 +329,48 @@ def _max_pool2d(
     if ceil_mode or return_indices or _pair(dilation) != (1, 1):
         raise Unsupported("ceil_mode, return_indices or dilation")
     return _pool(b, input, kernel_size, stride, padding, True)
+
+
+def _adaptive_avg_pool2d(b: _Builder, input: Any, output_size: Any) -> int:
+    if _pair(output_size) != (1, 1):
+        raise Unsupported(f"adaptive pooling to {output_size}")
+    return _mean(b, input, (2, 3), True)
+
+
+def _mean(b: _Builder, input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> int:
+    dims = {axis % 4 for axis in dim} if isinstance(dim, (tuple, list)) else set()
+    if dims != {2, 3} or dtype is not None:
+        raise Unsupported("a mean over anything but height and width")
+    n, c, _, _ = b.shape(input)
+    return b.node("mean", [b.map(input)], (n, c, 1, 1))
+
+
+def _flatten(b: _Builder, input: Any, start_dim: int = 0, end_dim: int = -1) -> int:
+    if (start_dim, end_dim % 4) != (1, 3):
+        raise Unsupported("flattening anything but channels, height and width")
+    return b.map(input)
+
+
+def _reshape(b: _Builder, input: Any, *sizes: Any) -> int:
+    wanted = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+    flattened = _flattened(b.shape(input))
+    fits = len(wanted) == 2 and all(size in (-1, side) for size, side in zip(wanted, flattened, strict=True))
+    if not fits:
+        raise Unsupported(f"reshaping to {tuple(wanted)}")
+    return b.map(input)
+
+
+def _linear_layer(b: _Builder, input: Any, weight: Any, bias: Any = None) -> int:
+    value = b.flat(input)
+    n, channels, height, width = b.graph.shapes[value]
+    outputs, inputs = weight.shape
+    if max(height, width) > _LARGEST_KERNEL or outputs * inputs > _LARGEST_LINEAR:
+        raise Unsupported(f"a linear layer from {channels} x {height} x {width} to {outputs}: too large")
+    # The same numbers in the same order: a convolution whose kernel is as large as the map.
+    kernel = dataclasses.replace(weight, shape=(outputs, channels, height, width))
+    attributes: dict[str, Any] = {"weight": b.weight(kernel), "bias": b.weight(bias), "padding_mode": "zeros"}
+    attributes |= {"stride": 1, "pad": (0, 0), "dilation": 1, "groups": 1}
+    return b.node("conv", [value], (n, outputs, 1, 1), **attributes)
 
 
 def _interpolate(
@@ -470,6 +535,11 @@ _HANDLERS: dict[Any, Callable[..., int]] = {
     **_spellings(_cat, torch.cat, torch.concat, torch.concatenate),
     **_spellings(_avg_pool2d, F.avg_pool2d),
     **_spellings(_max_pool2d, F.max_pool2d, torch.max_pool2d),
+    **_spellings(_adaptive_avg_pool2d, F.adaptive_avg_pool2d),
+    **_spellings(_mean, torch.mean, Tensor.mean),
+    **_spellings(_flatten, torch.flatten, Tensor.flatten),
+    **_spellings(_reshape, torch.reshape, Tensor.reshape, Tensor.view),
+    **_spellings(_linear_layer, F.linear, torch._C._nn.linear),
     **_spellings(_interpolate, F.interpolate, F.upsample),
     **_spellings(_pad, F.pad, torch._C._nn.pad),
     **_spellings(_getitem, Tensor.__getitem__),

@@ -372,6 +372,10 @@ class _Planner:
         self.emit("pool", x, y, node.kernel, node.stride, node.pad, node.maximum)
         self.wrote(y)
 
+    def _mean(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("mean", x, y)
+        self.wrote(y)
+
     def _pixel_norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         self.emit("pixel_norm", x, y, node.epsilon)
         self.wrote(y)
@@ -674,6 +678,11 @@ class _Backward:
         window = (node.kernel, node.stride, node.pad, node.maximum)
         self.planner.emit("pool_backward", self.planner.home[x], self._home(node.output), dx, *window)
         self._wrote(x)
+
+    def _mean(self, position: int, node: Node) -> None:
+        dx = self._cleared(node.inputs[0])
+        self.planner.emit("mean_backward", self._home(node.output), dx)
+        self._wrote(node.inputs[0])
 
     def _pixel_norm(self, position: int, node: Node) -> None:
         x = node.inputs[0]

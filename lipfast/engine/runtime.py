@@ -26,7 +26,10 @@ class Running:
         places = [*self.plan.values, *(part for pair in self.plan.statistics for part in pair)]
         self._starts, self._counts = [part.start for part in places], [part.stop - part.start for part in places]
         graph = segment.graph
-        self._output_shapes = [graph.shapes[value] for value in graph.outputs]
+        # A tensor may be a flattened map: of two dimensions here, of four in the program.
+        self._outputs = [
+            (ref.shape, graph.shapes[value]) for ref, value in zip(segment.outputs, graph.outputs, strict=True)
+        ]
         self._input_shapes = [graph.shapes[graph.inputs[n]] for n in self.plan.input_gradients]
 
     def value(self, weight: int) -> Tensor:
@@ -38,19 +41,21 @@ class Running:
         return self.gradients[self.plan.values[weight]]
 
     def load(self, arrays: list[NDArray[Any]], threads: int) -> None:
-        """Take all weights, packed, and the running mean and variance of each BatchNorm: flat float32 arrays in order."""
+        """Take all weights, packed, and each BatchNorm's running mean and variance: flat float32 arrays, in order."""
         self.program.load(arrays, self._starts, self._counts, len(self.plan.values), threads)
 
     def forward(self, inputs: Sequence[Tensor], threads: int) -> list[Tensor]:
         """Outputs for float32 inputs of the planned shapes, in fresh tensors."""
-        outputs = [torch.empty(shape) for shape in self._output_shapes]
-        self.program.run(0, [tensor.detach().numpy() for tensor in [*inputs, *outputs]], threads)
+        outputs = [torch.empty(shape) for shape, _ in self._outputs]
+        maps = [output.view(shape) for output, (_, shape) in zip(outputs, self._outputs, strict=True)]
+        self.program.run(0, [tensor.detach().numpy() for tensor in [*inputs, *maps]], threads)
         return outputs
 
     def backward(self, output_gradients: Sequence[Tensor], threads: int) -> list[Tensor]:
         """Gradients of the inputs that were asked for; those of the weights are in ``gradients`` afterwards."""
         inputs = [torch.empty(shape) for shape in self._input_shapes]
-        self.program.run(1, [tensor.detach().numpy() for tensor in [*output_gradients, *inputs]], threads)
+        given = [g.reshape(shape) for g, (_, shape) in zip(output_gradients, self._outputs, strict=True)]
+        self.program.run(1, [tensor.detach().numpy() for tensor in [*given, *inputs]], threads)
         return inputs
 
     def profile(self) -> list[tuple[str, str, float]]:
@@ -60,7 +65,7 @@ class Running:
 
 
 class Arrays:
-    """Tensors as flat arrays. One that lies where it lay in the last call keeps its array: making them takes a while."""
+    """Tensors as flat arrays. One that lies where it lay in the last call keeps its array: making it takes a while."""
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[tuple[int, int], NDArray[Any]]] = {}

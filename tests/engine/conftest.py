@@ -79,7 +79,7 @@ def compare() -> Callable[..., None]:
         for number, ref in enumerate(segment.weights):
             name = names[ref.number]
             mask = weights[number].mask
-            got = unpack(running.gradient(number), ref.shape, mask).double()
+            got = unpack(running.gradient(number), leaves[name].shape, mask).double()
             wanted = gradients[name] if mask is None else gradients[name] * mask
             assert float((got - wanted).abs().max()) <= tolerance * scale, name
         buffers = dict(exact.named_buffers())

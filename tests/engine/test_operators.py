@@ -279,3 +279,37 @@ class Blocks(nn.Module):
 )
 def test_residual_blocks(compare, join, training):
     compare(Blocks(join).train(training), torch.randn(2, 3, 9, 12))
+
+
+HEADS = {
+    "pooled": lambda m, x: m.small(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)),
+    "mean": lambda m, x: m.small(x.mean((2, 3))),
+    "mean kept": lambda m, x: m.small(x.mean([-1, -2], keepdim=True).view(x.shape[0], -1)),
+    "whole map": lambda m, x: m.large(x.flatten(1)),
+    "two layers": lambda m, x: m.last(F.dropout(torch.relu(m.large(x.reshape(-1, 3 * 5 * 7))), training=False)),
+}
+
+
+class Head(nn.Module):
+    """A convolution and what classifiers end with."""
+
+    def __init__(self, head: Callable[["Head", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.small, self.large, self.last = nn.Linear(3, 4), nn.Linear(3 * 5 * 7, 6), nn.Linear(6, 2)
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self, self.conv(x))
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("head", list(HEADS))
+def test_heads(compare, head, pruned):
+    module = Head(HEADS[head])
+    masks = {name: torch.rand(layer.weight.shape) < 0.5 for name, layer in module.named_children()} if pruned else {}
+    compare(module, torch.randn(2, 3, 5, 7), {f"{name}.weight": mask for name, mask in masks.items()})
+
+
+def test_a_mean_in_an_odd_picture_counts_its_pixels_only(compare):
+    compare(Head(HEADS["pooled"]), torch.randn(3, 3, 9, 13))
