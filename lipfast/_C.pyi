@@ -161,6 +161,7 @@ class Program:
         fill: bool,
         mode: int,
         pad: int,
+        recover: bool,
     ) -> None: ...
     def norm_backward(
         self,
@@ -174,6 +175,7 @@ class Program:
         offsets: list[int],
         training: bool,
         zero_halo: bool,
+        recover: bool,
     ) -> None: ...
     def finish(
         self,

@@ -143,23 +143,28 @@ class CheckedProgram {
   }
 
   void NormForward(int x, int y, float epsilon, float momentum, int act, float slope,
-                   const std::vector<int64_t>& offsets, bool training, bool fill, int mode, int64_t pad) {
+                   const std::vector<int64_t>& offsets, bool training, bool fill, int mode, int64_t pad, bool recover) {
     const NormSpec spec = AsNorm(x, epsilon, momentum, act, slope);
     CheckPair(x, y);
     const NormOffsets at = AsOffsets(offsets, spec.channels);
     Check(training || at.running_mean >= 0, "norm: evaluation needs running statistics");
     Check(!training || Map(x).batch * Map(x).height * Map(x).width > 1, "norm: one value has no variance");
     const HaloSpec halo = {fill, fill ? AsPadding(mode, pad, Map(y)) : Padding::kZero, pad};
-    program_.NormForward(x, y, spec, at, training, halo);
+    if (recover) {
+      CheckUndoable(spec);
+      Check(Map(x).data == Map(y).data, "norm: what does not lie where its input was cannot stand for it");
+    }
+    program_.NormForward(x, y, spec, at, training, halo, recover);
   }
 
   void NormBackward(int x, int dy, int dy2, int dx, float epsilon, int act, float slope,
-                    const std::vector<int64_t>& offsets, bool training, bool zero_halo) {
+                    const std::vector<int64_t>& offsets, bool training, bool zero_halo, bool recover) {
     const NormSpec spec = AsNorm(x, epsilon, 0.0f, act, slope);
     CheckPair(x, dy);
     CheckPair(x, dx);
     if (dy2 >= 0) CheckPair(x, dy2);
-    program_.NormBackward(x, dy, dy2, dx, spec, AsOffsets(offsets, spec.channels), training, zero_halo);
+    if (recover) CheckUndoable(spec);
+    program_.NormBackward(x, dy, dy2, dx, spec, AsOffsets(offsets, spec.channels), training, zero_halo, recover);
   }
 
   void Finish(int x, int residual, int y, float epsilon, const std::vector<int64_t>& offsets, int act, float slope,
@@ -362,6 +367,12 @@ class CheckedProgram {
     return {Map(x).channels, epsilon, momentum, AsActivation(act, slope), {nullptr, nullptr}};
   }
 
+  static void CheckUndoable(const NormSpec& spec) {
+    const Activation act = spec.act.kind;
+    Check(act == Activation::kNone || (act == Activation::kLeaky && spec.act.slope > 0),
+          "norm: this activation cannot be undone");
+  }
+
   // gamma, beta, running mean, running variance, saved (-1 where nothing is).
   NormOffsets AsOffsets(const std::vector<int64_t>& at, int64_t channels, bool saves = true) const {
     Check(at.size() == 5, "norm: expected 5 offsets");
@@ -474,10 +485,10 @@ void BindEngine(py::module_& m) {
            py::arg("x"), py::arg("dy"))
       .def("norm_forward", &P::NormForward, py::arg("x"), py::arg("y"), py::arg("epsilon"), py::arg("momentum"),
            py::arg("act"), py::arg("slope"), py::arg("offsets"), py::arg("training"), py::arg("fill"), py::arg("mode"),
-           py::arg("pad"))
+           py::arg("pad"), py::arg("recover"))
       .def("norm_backward", &P::NormBackward, py::arg("x"), py::arg("dy"), py::arg("dy2"), py::arg("dx"),
            py::arg("epsilon"), py::arg("act"), py::arg("slope"), py::arg("offsets"), py::arg("training"),
-           py::arg("zero_halo"))
+           py::arg("zero_halo"), py::arg("recover"))
       .def("finish", &P::Finish, py::arg("x"), py::arg("residual"), py::arg("y"), py::arg("epsilon"),
            py::arg("offsets"), py::arg("act"), py::arg("slope"), py::arg("fill"), py::arg("mode"), py::arg("pad"))
       .def("activate", &P::Activate, py::arg("x"), py::arg("y"), py::arg("act"), py::arg("slope"))

@@ -25,9 +25,12 @@ int64_t FloorDiv(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) /
 int64_t CeilDiv(int64_t a, int64_t b) { return FloorDiv(a + b - 1, b); }
 int64_t RoundUp(int64_t floats) { return CeilDiv(floats, kVector) * kVector; }  // keeps what follows aligned
 
+constexpr int64_t kFarthest = INT16_MAX;  // pixels: of a Source
+
 // Where a weight reads, in pixels of the map that is read.
 struct Source {
-  int32_t channel, row, col;
+  int32_t channel;
+  int16_t row, col;
   bool operator<(const Source& b) const { return std::tie(channel, row, col) < std::tie(b.channel, b.row, b.col); }
 };
 
@@ -67,6 +70,8 @@ class Pass {
         ends_.push_back(static_cast<int32_t>(sources_.size()));
       }
     }
+    sources_.shrink_to_fit();
+    index_.shrink_to_fit();
   }
 
   // Packed value of each tap, or of each (output, tap) where dense; -1 is zero.
@@ -111,7 +116,7 @@ class Pass {
 
   // How many input channels' tiles fit the first cache level together.
   int64_t ChannelsPerBlock() const {
-    int32_t low = 0, high = 0, left = 0, right = 0;
+    int16_t low = 0, high = 0, left = 0, right = 0;
     for (const Source& s : sources_) {
       low = std::min(low, s.row);
       high = std::max(high, s.row);
@@ -232,7 +237,7 @@ struct Conv::Impl {
   ConvShape shape;
   ConvGeometry geometry;
   int64_t out_h, out_w;
-  std::vector<Weight> weights;  // in packed order
+  std::vector<int32_t> weights;  // packed order -> position in the dense weight
   ConvKernel forward, input_gradient, weight_gradient;
   Pass forward_pass, weight_pass;
   std::vector<std::unique_ptr<Pass>> interior, border;  // of the input gradient
@@ -242,14 +247,15 @@ struct Conv::Impl {
 
   int64_t DenseWeightFloats() const { return shape.out_channels * shape.in_channels * 9; }
   bool dense() const { return static_cast<int64_t>(weights.size()) == DenseWeightFloats(); }
-  int64_t FlatIndex(const Weight& w) const;
+  Weight WeightAt(int32_t flat) const;
   void Scatter(const float* values, float* dense) const;
   void WinogradAccumulate(bool transposed, const float* values, const float* bias, const LaneMap& in,
                           const LaneMap& out, float* scratch, int threads) const;
   LaneMap Sketch(bool input) const;
   void CheckSizes();
   void ListWeights(const uint8_t* mask);
-  void BuildForward(Pass* pass, bool dense);
+  // `taps`: false where Winograd runs, which needs none.
+  void BuildForward(Pass* pass, bool taps, bool dense);
   void BuildInputGradient();
   // One phase of the input gradient, over position rows [row_from, row_to) and the
   // same of columns; `side` 0 is the interior, 1 - 4 a border (top, bottom, left, right).
@@ -267,6 +273,9 @@ void Conv::Impl::CheckSizes() {
                                 std::to_string(geometry.width) + " pixels is smaller than the kernel of " +
                                 std::to_string(reach_h + 1) + " x " + std::to_string(reach_w + 1));
   }
+  if (std::max({reach_h, reach_w, shape.pad_h, shape.pad_w}) > kFarthest) {
+    throw std::invalid_argument("conv: kernel and padding may reach " + std::to_string(kFarthest) + " pixels");
+  }
   if (geometry.in_block_h != shape.stride * geometry.out_block_h ||
       geometry.in_block_w != shape.stride * geometry.out_block_w || kGrid * geometry.out_block_h < out_h ||
       kGrid * geometry.out_block_w < out_w) {
@@ -276,31 +285,32 @@ void Conv::Impl::CheckSizes() {
 }
 
 void Conv::Impl::ListWeights(const uint8_t* mask) {
-  const int64_t group_in = shape.in_channels / shape.groups, group_out = shape.out_channels / shape.groups;
-  int64_t flat = 0;
-  for (int64_t o = 0; o < shape.out_channels; ++o) {
-    for (int64_t i = 0; i < group_in; ++i) {
-      for (int64_t r = 0; r < shape.kernel_h; ++r) {
-        for (int64_t c = 0; c < shape.kernel_w; ++c, ++flat) {
-          if (mask && !mask[flat]) continue;
-          weights.push_back({static_cast<int32_t>(o), static_cast<int32_t>(o / group_out * group_in + i),
-                             static_cast<int32_t>(r), static_cast<int32_t>(c)});
-        }
-      }
-    }
+  const int64_t count = shape.out_channels * (shape.in_channels / shape.groups) * shape.kernel_h * shape.kernel_w;
+  for (int64_t flat = 0; flat < count; ++flat) {
+    if (!mask || mask[flat]) weights.push_back(static_cast<int32_t>(flat));
   }
+  weights.shrink_to_fit();
 }
 
-void Conv::Impl::BuildForward(Pass* pass, bool dense) {
+Weight Conv::Impl::WeightAt(int32_t flat) const {
+  const int32_t group_in = static_cast<int32_t>(shape.in_channels / shape.groups);
+  const int32_t group_out = static_cast<int32_t>(shape.out_channels / shape.groups);
+  const int32_t kernel_w = static_cast<int32_t>(shape.kernel_w), kernel_h = static_cast<int32_t>(shape.kernel_h);
+  const int32_t in = flat / (kernel_w * kernel_h) % group_in, out = flat / (kernel_w * kernel_h) / group_in;
+  return {out, out / group_out * group_in + in, flat / kernel_w % kernel_h, flat % kernel_w};
+}
+
+void Conv::Impl::BuildForward(Pass* pass, bool needs_taps, bool dense) {
   pass->rows = geometry.out_block_h;
   pass->cols = geometry.out_block_w;
   pass->in_step = shape.stride;
   pass->dense = dense;
+  if (!needs_taps) return;
   std::vector<std::vector<Tap>> taps(shape.out_channels);
   for (size_t i = 0; i < weights.size(); ++i) {
-    const Weight& w = weights[i];
-    taps[w.out].push_back({{w.in, static_cast<int32_t>(w.row * shape.dilation - shape.pad_h),
-                            static_cast<int32_t>(w.col * shape.dilation - shape.pad_w)},
+    const Weight w = WeightAt(weights[i]);
+    taps[w.out].push_back({{w.in, static_cast<int16_t>(w.row * shape.dilation - shape.pad_h),
+                            static_cast<int16_t>(w.col * shape.dilation - shape.pad_w)},
                            static_cast<int32_t>(i)});
   }
   pass->SetTaps(std::move(taps));
@@ -320,7 +330,7 @@ void Conv::Impl::AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t r
   pass->dense = input_gradient == ConvKernel::kDense || (input_gradient == ConvKernel::kWinograd && mostly_kept);
   std::vector<std::vector<Tap>> taps(shape.in_channels);
   for (size_t i = 0; i < weights.size(); ++i) {
-    const Weight& w = weights[i];
+    const Weight w = WeightAt(weights[i]);
     const int64_t row = phase_row + shape.pad_h - w.row * shape.dilation;
     const int64_t col = phase_col + shape.pad_w - w.col * shape.dilation;
     if (FloorDiv(row, shape.stride) * shape.stride != row || FloorDiv(col, shape.stride) * shape.stride != col)
@@ -332,7 +342,7 @@ void Conv::Impl::AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t r
       continue;
     }
     taps[w.in].push_back(
-        {{w.out, static_cast<int32_t>(shift_row), static_cast<int32_t>(shift_col)}, static_cast<int32_t>(i)});
+        {{w.out, static_cast<int16_t>(shift_row), static_cast<int16_t>(shift_col)}, static_cast<int32_t>(i)});
   }
   for (auto& row : taps) {
     std::sort(row.begin(), row.end(), [](const Tap& a, const Tap& b) { return a.source < b.source; });
@@ -350,7 +360,7 @@ void Conv::Impl::BuildInputGradient() {
       // Positions whose pixel s * i + r lies in [-pad, block + pad).
       const int64_t row_from = CeilDiv(-pad_h - r, s), row_to = FloorDiv(s * rows + pad_h - 1 - r, s) + 1;
       const int64_t col_from = CeilDiv(-pad_w - c, s), col_to = FloorDiv(s * cols + pad_w - 1 - c, s) + 1;
-      AddGradientPass(r, c, 0, rows, 0, cols, 0);
+      if (input_gradient != ConvKernel::kWinograd) AddGradientPass(r, c, 0, rows, 0, cols, 0);
       AddGradientPass(r, c, row_from, 0, col_from, col_to, 1);
       AddGradientPass(r, c, rows, row_to, col_from, col_to, 2);
       AddGradientPass(r, c, 0, rows, col_from, 0, 3);
@@ -401,11 +411,7 @@ int64_t Conv::Impl::ScratchFloats(int threads) const {
 // Packed values to w[out][in][3][3].
 void Conv::Impl::Scatter(const float* values, float* dense) const {
   std::fill(dense, dense + DenseWeightFloats(), 0.0f);
-  for (size_t i = 0; i < weights.size(); ++i) dense[FlatIndex(weights[i])] = values[i];
-}
-
-int64_t Conv::Impl::FlatIndex(const Weight& w) const {
-  return ((w.out * shape.in_channels + w.in) * shape.kernel_h + w.row) * shape.kernel_w + w.col;
+  for (size_t i = 0; i < weights.size(); ++i) dense[weights[i]] = values[i];
 }
 
 void Conv::Impl::WinogradAccumulate(bool transposed, const float* values, const float* bias, const LaneMap& in,
@@ -439,8 +445,8 @@ Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* 
   m.weight_gradient = choose(Direction::kWeightGradient);
   m.mostly_kept = density > kDenseAbove;
   m.tile = WinogradTile(geometry.out_block_h, geometry.out_block_w);
-  m.BuildForward(&m.forward_pass, m.forward == ConvKernel::kDense);
-  m.BuildForward(&m.weight_pass, m.weight_gradient == ConvKernel::kDense);
+  m.BuildForward(&m.forward_pass, m.forward != ConvKernel::kWinograd, m.forward == ConvKernel::kDense);
+  m.BuildForward(&m.weight_pass, m.weight_gradient != ConvKernel::kWinograd, m.weight_gradient == ConvKernel::kDense);
   m.BuildInputGradient();
 }
 
@@ -486,7 +492,7 @@ void Conv::WeightGradient(const LaneMap& x, const LaneMap& dy, float* dvalues, f
   if (m.weight_gradient == ConvKernel::kWinograd) {
     float* rest = m.dense() ? scratch : scratch + RoundUp(m.DenseWeightFloats());
     Kernels<WinogradKernels>().weight_gradient(x, dy, m.dense() ? dvalues : scratch, m.tile, rest, threads);
-    for (size_t i = 0; i < m.weights.size() && !m.dense(); ++i) dvalues[i] = scratch[m.FlatIndex(m.weights[i])];
+    for (size_t i = 0; i < m.weights.size() && !m.dense(); ++i) dvalues[i] = scratch[m.weights[i]];
     return;
   }
   const auto taps = m.weight_pass.Bind(x);

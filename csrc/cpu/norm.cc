@@ -1,5 +1,7 @@
 #include "cpu/norm.h"
 
+#include <cstring>
+
 #include "cpu/activation.h"
 #include "cpu/halo.h"
 #include "cpu/pool.h"
@@ -105,6 +107,14 @@ Affine AffineOf(const NormState& state, int64_t c) {
   return {scale, (state.beta ? state.beta[c] : 0.0f) - state.mean[c] * scale};
 }
 
+// One channel of a map.
+LaneMap Plane(const LaneMap& m, int64_t c) {
+  LaneMap plane = m;
+  plane.data = m.At(0, c);
+  plane.channels = 1;
+  return plane;
+}
+
 // Fills the halos of one channel after another.
 class ChannelHalos {
  public:
@@ -125,7 +135,8 @@ class ChannelHalos {
 struct Upcoming {
   int64_t step;  // floats to the same vector of the next channel; 0 at the last one
 
-  Upcoming(const LaneMap& m, int64_t c) : step(c + 1 < m.channels ? m.channel_stride : 0) {}
+  // Channel c of all those of `whole`, in the strides of m.
+  Upcoming(const LaneMap& m, const LaneMap& whole, int64_t c) : step(c + 1 < whole.channels ? m.channel_stride : 0) {}
   void Fetch(const float* here) const { __builtin_prefetch(here + step, 0, 2); }
   void FetchToWrite(const float* here) const { __builtin_prefetch(here + step, 1, 2); }
 };
@@ -134,7 +145,7 @@ template <Activation kAct>
 struct NormaliseChannel {
   static void Run(const LaneMap& x, const LaneMap& y, int64_t c, Affine affine, float slope) {
     const V scale = Set(affine.scale), shift = Set(affine.shift), low = Set(slope);
-    const Upcoming next(x, c), next_y(y, c);
+    const Upcoming next(x, x, c), next_y(y, y, c);
     for (int64_t n = 0; n < x.batch; ++n) {
       for (int64_t row = 0; row < x.block_h; ++row) {
         const float* in = x.At(n, c, row);
@@ -149,8 +160,18 @@ struct NormaliseChannel {
   }
 };
 
+void CopyPlane(const LaneMap& from, const LaneMap& to) {
+  for (int64_t n = 0; n < from.batch; ++n) {
+    for (int64_t row = 0; row < from.block_h; ++row) {
+      std::memcpy(to.At(n, 0, row), from.At(n, 0, row), from.block_w * kLanes * sizeof(float));
+    }
+  }
+}
+
 void Finish(const LaneMap& x, const LaneMap& y, int64_t c, const NormSpec& spec, const NormState& state,
             const ChannelHalos& halos) {
+  const NormSpare& spare = state.spare;
+  if (spare.slot && spare.slot[c] >= 0) CopyPlane(Plane(x, c), Plane(spare.planes, spare.slot[c]));
   WithActivation<NormaliseChannel>(spec.act.kind, x, y, c, AffineOf(state, c), spec.act.slope);
   halos.Fill(c);
 }
@@ -183,37 +204,64 @@ void Evaluate(const LaneMap& x, const LaneMap& y, const NormSpec& spec, const No
   });
 }
 
+// From BatchNorm's input: the activation's slope and the normalised value.
+template <Activation kAct>
+struct FromInput {
+  V scale, shift, low, mean, inverse;
+
+  FromInput(const NormSpec& spec, const NormState& state, int64_t c)
+      : scale(Set(AffineOf(state, c).scale)),
+        shift(Set(AffineOf(state, c).shift)),
+        low(Set(spec.act.slope)),
+        mean(Set(state.mean[c])),
+        inverse(Set(state.inverse_deviation[c])) {}
+  V Slope(V in) const { return ActSlope<kAct>(Fma(in, scale, shift), low); }
+  V Normalised(V in) const { return Mul(Sub(in, mean), inverse); }
+};
+
+// The same from its result, for activations that keep the sign and can be undone.
+template <Activation kAct>
+struct FromResult {
+  V low, undo, beta, inverse_gamma;
+
+  FromResult(const NormSpec& spec, const NormState& state, int64_t c)
+      : low(Set(spec.act.slope)),
+        undo(Set(1.0f / spec.act.slope)),
+        beta(Set(state.beta ? state.beta[c] : 0.0f)),
+        inverse_gamma(Set(1.0f / (state.gamma ? state.gamma[c] : 1.0f))) {}
+  V Slope(V out) const { return ActSlope<kAct>(out, low); }
+  V Normalised(V out) const {
+    const V z = kAct == Activation::kNone ? out : IfPositive(out, out, Mul(out, undo));
+    return Mul(Sub(z, beta), inverse_gamma);
+  }
+};
+
 // The gradient before the activation at one row, and the normalised value.
-template <Activation kAct, bool kTwo>
+template <class Recover, Activation kAct, bool kTwo>
 struct RowGradient {
   const float *x, *dy, *dy2;
-  V scale, shift, low, mean, inverse;
+  const Recover& recover;
 
   void At(int64_t col, V* gradient, V* normalised) const {
     const V in = Load(x + col * kLanes);
     V g = Load(dy + col * kLanes);
     if (kTwo) g = Add(g, Load(dy2 + col * kLanes));
-    *gradient = kAct == Activation::kNone ? g : Mul(g, ActSlope<kAct>(Fma(in, scale, shift), low));
-    *normalised = Mul(Sub(in, mean), inverse);
+    *gradient = kAct == Activation::kNone ? g : Mul(g, recover.Slope(in));
+    *normalised = recover.Normalised(in);
   }
 };
 
-template <Activation kAct, bool kTwo>
-void BackwardChannel(const LaneMap& x, const LaneMap& dy, const LaneMap* dy2, const LaneMap& dx, int64_t c,
+// `source` is the one channel that `Recover` reads.
+template <class Recover, Activation kAct, bool kTwo>
+void BackwardChannel(const LaneMap& source, const LaneMap& dy, const LaneMap* dy2, const LaneMap& dx, int64_t c,
                      const NormSpec& spec, const NormState& state, bool batch_statistics, double* sums) {
-  const Affine affine = AffineOf(state, c);
+  const Recover recover(spec, state, c);
   const auto row_gradient = [&](int64_t n, int64_t row) {
-    return RowGradient<kAct, kTwo>{x.At(n, c, row),
-                                   dy.At(n, c, row),
-                                   kTwo ? dy2->At(n, c, row) : nullptr,
-                                   Set(affine.scale),
-                                   Set(affine.shift),
-                                   Set(spec.act.slope),
-                                   Set(state.mean[c]),
-                                   Set(state.inverse_deviation[c])};
+    return RowGradient<Recover, kAct, kTwo>{source.At(n, 0, row), dy.At(n, c, row), kTwo ? dy2->At(n, c, row) : nullptr,
+                                            recover};
   };
   SumChannel<2>(
-      x, spec.live,
+      source, spec.live,
       [&](int64_t n, int64_t row) {
         return [at = row_gradient(n, row)](int64_t col, V* term) {
           V g, normalised;
@@ -223,16 +271,16 @@ void BackwardChannel(const LaneMap& x, const LaneMap& dy, const LaneMap* dy2, co
         };
       },
       sums);
-  const double count = batch_statistics ? static_cast<double>(x.batch * x.height * x.width) : 0.0;
-  const V scale = Set(affine.scale);
+  const double count = batch_statistics ? static_cast<double>(dy.batch * dy.height * dy.width) : 0.0;
+  const V scale = Set(AffineOf(state, c).scale);
   const V constant = Set(count > 0 ? static_cast<float>(sums[0] / count) : 0.0f);
   const V along = Set(count > 0 ? static_cast<float>(-sums[1] / count) : 0.0f);
-  const Upcoming next_x(x, c), next_dy(dy, c);
-  for (int64_t n = 0; n < x.batch; ++n) {
-    for (int64_t row = 0; row < x.block_h; ++row) {
+  const Upcoming next_x(source, dy, c), next_dy(dy, dy, c);
+  for (int64_t n = 0; n < dy.batch; ++n) {
+    for (int64_t row = 0; row < dy.block_h; ++row) {
       const auto at = row_gradient(n, row);
       float* out = dx.At(n, c, row);
-      for (int64_t col = 0; col < x.block_w; ++col) {
+      for (int64_t col = 0; col < dy.block_w; ++col) {
         V g, normalised;
         next_x.Fetch(at.x + col * kLanes);
         next_dy.Fetch(at.dy + col * kLanes);
@@ -243,14 +291,30 @@ void BackwardChannel(const LaneMap& x, const LaneMap& dy, const LaneMap* dy2, co
   }
 }
 
+template <template <Activation> class Recover, Activation kAct>
+void BackwardFrom(const LaneMap& source, const LaneMap& dy, const LaneMap* dy2, const LaneMap& dx, int64_t c,
+                  const NormSpec& spec, const NormState& state, bool batch_statistics, double* sums) {
+  if (dy2) {
+    BackwardChannel<Recover<kAct>, kAct, true>(source, dy, dy2, dx, c, spec, state, batch_statistics, sums);
+  } else {
+    BackwardChannel<Recover<kAct>, kAct, false>(source, dy, dy2, dx, c, spec, state, batch_statistics, sums);
+  }
+}
+
 template <Activation kAct>
 struct BackwardPicked {
   static void Run(const LaneMap& x, const LaneMap& dy, const LaneMap* dy2, const LaneMap& dx, int64_t c,
                   const NormSpec& spec, const NormState& state, bool batch_statistics, double* sums) {
-    if (dy2) {
-      BackwardChannel<kAct, true>(x, dy, dy2, dx, c, spec, state, batch_statistics, sums);
+    constexpr bool kCanBeUndone = kAct == Activation::kNone || kAct == Activation::kLeaky;
+    const NormSpare& spare = state.spare;
+    if (spare.slot && spare.slot[c] >= 0) {
+      const LaneMap copy = Plane(spare.planes, spare.slot[c]);
+      BackwardFrom<FromInput, kAct>(copy, dy, dy2, dx, c, spec, state, batch_statistics, sums);
+    } else if (kCanBeUndone && spare.slot) {
+      constexpr Activation kUndone = kCanBeUndone ? kAct : Activation::kNone;
+      BackwardFrom<FromResult, kUndone>(Plane(x, c), dy, dy2, dx, c, spec, state, batch_statistics, sums);
     } else {
-      BackwardChannel<kAct, false>(x, dy, dy2, dx, c, spec, state, batch_statistics, sums);
+      BackwardFrom<FromInput, kAct>(Plane(x, c), dy, dy2, dx, c, spec, state, batch_statistics, sums);
     }
   }
 };

@@ -41,7 +41,9 @@ void Program::Allocate(int64_t map_floats, int64_t value_count, int64_t statisti
 }
 
 int64_t Program::bytes() const {
-  return (memory_ ? memory_->bytes() + vectors_->bytes() : 0) + (scratch_ ? scratch_->bytes() : 0);
+  int64_t spares = 0;
+  for (const auto& [saved, spare] : spares_) spares += spare.bytes();
+  return (memory_ ? memory_->bytes() + vectors_->bytes() : 0) + (scratch_ ? scratch_->bytes() : 0) + spares;
 }
 
 void Program::Load(const std::vector<Source>& sources, int threads) {
@@ -188,30 +190,39 @@ NormState Program::StateOf(const NormOffsets& offsets, int64_t channels) const {
           at(statistics(), offsets.running_mean),
           at(statistics(), offsets.running_variance),
           statistics() + offsets.saved,
-          statistics() + offsets.saved + channels};
+          statistics() + offsets.saved + channels,
+          {}};
 }
 
+SpareInputs* Program::SpareOf(int64_t saved) { return &spares_[saved]; }
+
 void Program::NormForward(int x, int y, const NormSpec& spec, const NormOffsets& offsets, bool training,
-                          const HaloSpec& halo) {
+                          const HaloSpec& halo, bool recover) {
   NormSpec full = spec;
   full.live = LiveMask(maps_[x]);
   Add(Section::kForward, "norm " + SizeLabel(maps_[x]),
-      [full, halo, training, state = StateOf(offsets, spec.channels), in = maps_[x],
-       out = maps_[y]](const RunContext& context) {
+      [full, halo, training, state = StateOf(offsets, spec.channels), in = maps_[x], out = maps_[y],
+       spare = recover ? SpareOf(offsets.saved) : nullptr](const RunContext& context) mutable {
         const NormKernels& kernels = Kernels<NormKernels>();
+        if (spare) {
+          spare->Choose(in, state.gamma, state.beta);
+          state.spare = spare->View();
+        }
         (training ? kernels.train : kernels.evaluate)(in, out, full, state, halo, context.threads);
       });
 }
 
 void Program::NormBackward(int x, int dy, int dy2, int dx, const NormSpec& spec, const NormOffsets& offsets,
-                           bool training, bool zero_halo) {
+                           bool training, bool zero_halo, bool recover) {
   NormSpec full = spec;
   full.live = LiveMask(maps_[x]);
   float* dgamma = offsets.gamma < 0 ? nullptr : gradients() + offsets.gamma;
   float* dbeta = offsets.beta < 0 ? nullptr : gradients() + offsets.beta;
   Add(Section::kBackward, "norm backward " + SizeLabel(maps_[x]),
       [full, training, zero_halo, dgamma, dbeta, state = StateOf(offsets, spec.channels), in = maps_[x],
-       first = maps_[dy], second = dy2 < 0 ? LaneMap{} : maps_[dy2], out = maps_[dx]](const RunContext& context) {
+       first = maps_[dy], second = dy2 < 0 ? LaneMap{} : maps_[dy2], out = maps_[dx],
+       spare = recover ? SpareOf(offsets.saved) : nullptr](const RunContext& context) mutable {
+        if (spare) state.spare = spare->View();
         Kernels<NormKernels>().backward(in, first, second.data ? &second : nullptr, out, full, state, training, dgamma,
                                         dbeta, zero_halo, context.threads);
       });

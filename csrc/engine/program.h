@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -21,6 +22,7 @@
 #include "cpu/pointwise.h"
 #include "cpu/pool2d.h"
 #include "cpu/resample.h"
+#include "engine/spare.h"
 
 namespace lipfast {
 
@@ -100,9 +102,11 @@ class Program {
   void ConvForward(int conv, int64_t values, int64_t bias, int x, int y);
   void ConvInputGradient(int conv, int64_t values, int dy, int dx);
   void ConvWeightGradient(int conv, int64_t values, int64_t bias, int x, int dy);
-  void NormForward(int x, int y, const NormSpec& spec, const NormOffsets& offsets, bool training, const HaloSpec& halo);
+  // `recover`: y lies where x does, and the backward pass reads it there.
+  void NormForward(int x, int y, const NormSpec& spec, const NormOffsets& offsets, bool training, const HaloSpec& halo,
+                   bool recover);
   void NormBackward(int x, int dy, int dy2, int dx, const NormSpec& spec, const NormOffsets& offsets, bool training,
-                    bool zero_halo);
+                    bool zero_halo, bool recover);
   // Without gradients. residual -1: none; a running mean of -1: no BatchNorm.
   void Finish(int x, int residual, int y, float epsilon, const NormOffsets& offsets, ActivationSpec act,
               const HaloSpec& halo);
@@ -154,6 +158,8 @@ class Program {
   // Memory that every convolution may use, for that many threads.
   float* Scratch(int threads);
   LivePixelMask LiveMask(const LaneMap& map);
+  // Of the BatchNorm that saves its statistics there, whichever pass asks first.
+  SpareInputs* SpareOf(int64_t saved);
   NormState StateOf(const NormOffsets& offsets, int64_t channels) const;
 
   int64_t map_floats_ = 0, value_count_ = 0, statistic_count_ = 0;
@@ -161,6 +167,7 @@ class Program {
   std::vector<LaneMap> maps_;
   std::vector<ConvEntry> convs_;
   std::vector<std::unique_ptr<std::vector<float>>> masks_;
+  std::map<int64_t, SpareInputs> spares_;
   std::vector<Step> steps_[2];
   std::vector<int> plain_maps_[2];
   int plain_count_[2] = {0, 0};

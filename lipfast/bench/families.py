@@ -13,13 +13,14 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "conv": ("lipfast.bench.conv", "Convolutions in lanes, forward and training, against torch's."),
     "dense": ("lipfast.bench.dense", "Dense direct convolutions in lanes against torch's."),
     "layout": ("lipfast.bench.layout", "Conversion to lanes and back against copying."),
+    "memory": ("lipfast.bench.memory", "Peak memory of a training step of the paper's network against torch's."),
     "model": ("lipfast.bench.model", "Inference of whole pruned networks against dense torch."),
     "search": ("lipfast.bench.search", "A whole search against the same search with torch's trainer, round by round."),
     "select": ("lipfast.bench.select", "A pruning round (select, prune, rewind, pack) against torch's own means."),
     "step": ("lipfast.bench.step", "A training step of the paper's network against torch's fastest forms."),
 }
 # Their cases time themselves (`lipfast.bench.harness.Measured`).
-MEASURE_THEMSELVES = ("search",)
+MEASURE_THEMSELVES = ("memory", "search")
 
 
 def cases(family: str, size: "Size") -> "list[Case]":

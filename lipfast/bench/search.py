@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lipfast import demo, images, tasks
 from lipfast.bench.harness import Case, Measured, Size
+from lipfast.bench.step import TOY
 from lipfast.fit import FitConfig
 from lipfast.search import SearchConfig
 from lipfast.search.imp import rounds
@@ -38,7 +39,7 @@ def cases(size: Size) -> list[Case]:
     picture, config, steps = demo.picture(demo.SEARCHED), SearchConfig(rounds=ROUNDS), STEPS
     if size == "toy":
         picture = images.shrink_to_square(picture, 32)
-        config = SearchConfig(rounds=2, network={"in_channels": 4, "down": [8, 8], "skip": 2})
+        config = SearchConfig(rounds=2, network=TOY)
         steps = 3
     race = _Race(picture, config, steps)
     turns = [

@@ -37,13 +37,13 @@ LAYER_DENSITIES: dict[float, tuple[float, ...]] = {
     ),
 }
 SIDES = (128, 256, 512)  # px
+TOY: dict[str, object] = {"in_channels": 4, "down": [8, 8], "skip": 2}  # a small skip net's config
 
 
 def cases(size: Size) -> list[Case]:
     """One case for each picture size and sparsity."""
     if size == "toy":
-        config = {"in_channels": 4, "down": (8, 8), "skip": 2}
-        return [_case(config, 32, 0.0), _case(config, 32, 0.89)]
+        return [_case(TOY, 32, 0.0), _case(TOY, 32, 0.89)]
     return [_case({}, side, sparsity) for side in SIDES for sparsity in (0.0, *LAYER_DENSITIES)]
 
 

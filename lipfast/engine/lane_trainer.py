@@ -15,6 +15,9 @@ from lipfast.engine.runtime import Running, pack, unpack, weights_of
 from lipfast.engine.trainer import FIRST_MOMENT, SECOND_MOMENT, STEP_COUNT, TorchTrainer, check_masks, check_snapshot
 from lipfast.errors import ConfigError, InputError
 
+# Parameter name -> Adam's first and second moment, in the parameter's shape.
+Moments = dict[str, tuple[Tensor, Tensor]]
+
 
 class LaneTrainer:
     """A `lipfast.engine.trainer.Trainer` on a lane program.
@@ -31,9 +34,9 @@ class LaneTrainer:
         self._parameters = dict(network.named_parameters())
         pairs = check_masks(self._parameters, masks or {})
         self._masks = {name: mask.contiguous() for name, (_, mask) in pairs.items()}
-        self._moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self._parameters.items()}
         self._steps = 0
         self._program: _Fitted | None = None
+        self._moments: Moments | None = self._no_moments()  # dense; only while there is no program, which has its own
         self._torch: TorchTrainer | None = None
         self._silence_dead_weights()
 
@@ -52,21 +55,30 @@ class LaneTrainer:
         if self._torch is not None:
             return self._torch.snapshot()
         self._unpack()
-        return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in self._live()}
+        entries = {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self._network.state_dict().items()
+        }
+        for name, (first, second) in self._copy_moments().items():
+            entries[FIRST_MOMENT + name], entries[SECOND_MOMENT + name] = first, second
+        entries[STEP_COUNT] = torch.tensor(float(self._steps))
+        return entries
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         """See `lipfast.engine.trainer.Trainer`."""
         if self._torch is not None:
             return self._torch.restore(snapshot)
-        live = dict(self._live())
-        check_snapshot(live, snapshot)
+        check_snapshot(self._entries(), snapshot)
         with torch.no_grad():
-            for name, tensor in live.items():
+            for name, tensor in self._network.state_dict().items():
                 tensor.copy_(snapshot[name])
         self._steps = int(snapshot[STEP_COUNT])
+        self._moments = {
+            name: (snapshot[FIRST_MOMENT + name].clone(), snapshot[SECOND_MOMENT + name].clone())
+            for name in self._parameters
+        }
         self._silence_dead_weights()
-        if self._program is not None:
-            self._program.load(self._moments)
+        self._load()
         return None
 
     def network(self) -> nn.Module:
@@ -75,20 +87,35 @@ class LaneTrainer:
             self._unpack()
         return self._network
 
-    def _live(self) -> Iterator[tuple[str, Tensor]]:
-        """What a snapshot copies, under its names."""
-        yield from self._network.state_dict().items()
-        for name, (first, second) in self._moments.items():
-            yield FIRST_MOMENT + name, first
-            yield SECOND_MOMENT + name, second
-        yield STEP_COUNT, torch.tensor(float(self._steps))
+    def _entries(self) -> dict[str, Tensor]:
+        """What a snapshot holds, by name; of the moments only shape and type are right."""
+        entries = dict(self._network.state_dict())
+        for name, parameter in self._parameters.items():
+            entries[FIRST_MOMENT + name] = entries[SECOND_MOMENT + name] = parameter
+        return entries | {STEP_COUNT: torch.tensor(float(self._steps))}
+
+    def _no_moments(self) -> Moments:
+        return {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self._parameters.items()}
+
+    def _copy_moments(self) -> Moments:
+        if self._program is not None:
+            return self._program.moments()
+        assert self._moments is not None
+        return {name: (first.clone(), second.clone()) for name, (first, second) in self._moments.items()}
 
     def _unpack(self) -> None:
-        """Bring the network's tensors and the dense moments up to date."""
+        """Bring the network's tensors up to date."""
         if self._program is not None:
-            self._program.save(self._moments)
+            self._program.save()
+
+    def _load(self) -> None:
+        """Hand weights and moments to the program, if there is one."""
+        if self._program is not None and self._moments is not None:
+            self._program.load(self._moments)
+            self._moments = None
 
     def _silence_dead_weights(self) -> None:
+        assert self._moments is not None
         with torch.no_grad():
             for name, mask in self._masks.items():
                 for tensor in (self._parameters[name], *self._moments[name]):
@@ -96,15 +123,17 @@ class LaneTrainer:
 
     def _replan(self, z: Tensor) -> None:
         self._unpack()
+        self._moments = self._copy_moments()
         self._program = None
         try:
             self._program = _Fitted(self._network, self._masks, z)
         except InputError as reason:
             warnings.warn(f"lipfast: this fit runs in torch, not in lanes: {reason}", stacklevel=3)
+            before = self.snapshot()
             self._torch = TorchTrainer(self._network, self._masks, lr=self._lr)
-            self._torch.restore(dict(self._live()))
+            self._torch.restore(before)
             return
-        self._program.load(self._moments)
+        self._load()
 
 
 class _Fitted:
@@ -142,7 +171,7 @@ class _Fitted:
         self._uncounted += 1
         return value.detach(), output.detach()
 
-    def load(self, moments: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def load(self, moments: Moments) -> None:
         """Take weights and statistics from the network, and Adam's moments."""
         with torch.no_grad():
             for weight, (name, mask) in enumerate(zip(self._names, self._masks, strict=True)):
@@ -154,13 +183,20 @@ class _Fitted:
                 variance.copy_(self._leaves[names[1]])
         self._uncounted = 0
 
-    def save(self, moments: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """The reverse of `load`."""
+    def moments(self) -> Moments:
+        """Adam's moments in dense copies."""
+        found = {}
+        for weight, (name, mask) in enumerate(zip(self._names, self._masks, strict=True)):
+            part, shape = self.running.plan.values[weight], self._parameters[name].shape
+            found[name] = (unpack(self._first[part], shape, mask), unpack(self._second[part], shape, mask))
+        return found
+
+    def save(self) -> None:
+        """Bring weights and statistics of the network up to date."""
         with torch.no_grad():
             for weight, (name, mask) in enumerate(zip(self._names, self._masks, strict=True)):
-                part = self.running.plan.values[weight]
-                for packed, dense in zip(self._packed(), (self._parameters[name], *moments[name]), strict=True):
-                    dense.copy_(unpack(packed[part], dense.shape, mask))
+                dense = self._parameters[name]
+                dense.copy_(unpack(self.running.value(weight), dense.shape, mask))
             for (mean, variance), names in zip(self.running.statistics, self._statistics, strict=True):
                 self._leaves[names[0]].copy_(mean)
                 self._leaves[names[1]].copy_(variance)

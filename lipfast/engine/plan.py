@@ -26,6 +26,7 @@ _FORWARD, _BACKWARD = 0, 1
 _NEVER_FREED = 1 << 60
 # Activations whose slope can be told from their result, so that they may overwrite their input.
 _SLOPE_FROM_RESULT = ("relu", "leaky_relu")
+_LEAST_SLOPE_UNDONE = 1e-3  # below it a LeakyReLU's result may underflow and no longer tell its input
 
 
 @dataclasses.dataclass
@@ -194,6 +195,7 @@ class _Planner:
         """The memory of each value: producers write straight into the concatenation that reads them, and operators that
         can overwrite their only-read input do."""
         home: dict[int, Slot] = {}
+        overwritten: set[int] = set()  # values that do not outlive their reader
         for node in reversed(self.graph.nodes):
             if node.output not in home:
                 home[node.output] = _own(self.graph.shapes[node.output], self.blocks[node.output])
@@ -203,21 +205,33 @@ class _Planner:
                     stop = start + self.graph.shapes[value][1]
                     home.setdefault(value, home[node.output].part(start, stop))
                     start = stop
-            elif self._may_overwrite(node):
+            elif self._may_overwrite(node, overwritten):
                 home.setdefault(node.inputs[0], home[node.output])
+                overwritten.update(self._parts(node.inputs[0]))
         for value in self.graph.inputs:
             if value not in home:
                 home[value] = _own(self.graph.shapes[value], self.blocks[value])
         return home
 
-    def _may_overwrite(self, node: Node) -> bool:
-        source = node.inputs[0]
-        made_by = next((other.kind for other in self.graph.nodes if other.output == source), "input")
-        if len(self.readers[source]) != 1 or source in self.graph.outputs or made_by == "cat":
-            return False  # a concatenation's inputs may have other readers
-        if self.options.backward:
-            return node.kind == "act" and node.act in _SLOPE_FROM_RESULT and (node.act == "relu" or node.slope > 0)
-        return node.kind in ("act", "norm", "finish", "combine")
+    def _may_overwrite(self, node: Node, overwritten: set[int]) -> bool:
+        parts = self._parts(node.inputs[0])
+        if any(len(self.readers[value]) != 1 or value in self.graph.outputs for value in parts):
+            return False
+        if not self.options.backward:
+            return node.kind in ("act", "norm", "finish", "combine")
+        if node.output in overwritten:
+            return False  # the backward pass reads the result in the input's place
+        if node.kind == "norm":
+            return bool(node.act == "none" or (node.act == "leaky_relu" and node.slope >= _LEAST_SLOPE_UNDONE))
+        return node.kind == "act" and node.act in _SLOPE_FROM_RESULT and (node.act == "relu" or node.slope > 0)
+
+    def _parts(self, value: int) -> set[int]:
+        """A value and, for a concatenation, all that may lie in its memory."""
+        parts = {value}
+        for node in self.graph.nodes:
+            if node.output == value and node.kind == "cat":
+                parts.update(*(self._parts(part) for part in node.inputs))
+        return parts
 
     # Writing steps.
 
@@ -306,7 +320,7 @@ class _Planner:
         training = node.training or node.running is None
         halo = self._halo_written(node.output, y)
         numbers = (node.epsilon, node.momentum, ACTIVATIONS[node.act], node.slope, self.norm_offsets(position, node))
-        self.emit("norm_forward", x, y, *numbers, training, *halo)
+        self.emit("norm_forward", x, y, *numbers, training, *halo, self.options.backward and x == y)
         self._wrote_with_halo(y, halo)
 
     def _halo_written(self, value: int, slot: Slot) -> tuple[bool, int, int]:
@@ -610,7 +624,8 @@ class _Backward:
         reach = self._zero_halo_wanted(x)
 
         def write(slot: Slot) -> None:
-            planner.emit("norm_backward", planner.home[x], dy, second, slot, *numbers, reach > 0)
+            recover = planner.home[x] == planner.home[node.output]
+            planner.emit("norm_backward", planner.home[x], dy, second, slot, *numbers, reach > 0, recover)
 
         slot = self._into(x, write, halo=reach)
         if reach > 0:

@@ -62,6 +62,56 @@ def test_batch_norm_without_running_statistics(compare):
     compare(behind_conv(nn.BatchNorm2d(CHANNELS, track_running_stats=False)).eval(), torch.randn(2, 3, 12, 9))
 
 
+# gamma 0, tiny, small beside beta, and the same as large ones: the first three cannot be recovered from the result.
+AWKWARD = [(0.0, 0.5), (1e-6, 2.0), (-0.01, 1.0), (-1.5, 0.3), (1.0, 20.0)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("activation", [nn.Identity(), nn.LeakyReLU(0.2), nn.LeakyReLU(1e-30), nn.ReLU()], ids=str)
+def test_batch_norm_whose_result_does_not_tell_its_input(compare, size, activation):
+    norm = nn.BatchNorm2d(CHANNELS)
+    norm.weight.data, norm.bias.data = torch.tensor(AWKWARD).T.contiguous()
+    compare(behind_conv(norm, activation, nn.Conv2d(CHANNELS, 2, 1)), torch.randn(2, 3, *size))
+
+
+@pytest.mark.parametrize(
+    "join", [lambda a, b: torch.cat([a, b], 1), lambda a, b: torch.cat([torch.cat([b, a], 1), a], 1)]
+)
+def test_batch_norm_behind_a_concatenation_of_batch_norms(compare, join):
+    """The second must not overwrite what the first's backward pass reads."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = behind_conv(nn.BatchNorm2d(CHANNELS), nn.LeakyReLU(0.2))
+            self.second = behind_conv(nn.LeakyReLU(0.1))
+            self.norm = nn.LazyBatchNorm2d()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.leaky_relu(self.norm(join(self.first(x), self.second(x))), 0.3)
+
+    module = Branches()
+    module(torch.randn(2, 3, 8, 8))
+    for norm in (module.first[1], module.norm):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    compare(module, torch.randn(2, 3, 12, 9))
+
+
+@pytest.mark.parametrize("act", [F.relu, F.leaky_relu])
+def test_an_activation_behind_a_batch_norm_that_others_read(compare, act):
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = behind_conv(nn.BatchNorm2d(CHANNELS))
+            self.after = nn.BatchNorm2d(CHANNELS)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(act(self.norm(x))) * 0.5
+
+    compare(Both(), torch.randn(2, 3, 12, 9))
+
+
 def test_batch_norm_of_a_large_mean_keeps_its_digits(compare):
     """A sum of squares minus a squared sum would lose all of them."""
     module = behind_conv(nn.BatchNorm2d(CHANNELS))
