@@ -425,14 +425,12 @@ py::array_t<float> View(py::object owner, float* data, int64_t count) {
 
 // One mark of several arrays of bytes.
 uint64_t FingerprintAll(const std::vector<py::array>& arrays, int threads) {
-  uint64_t mark = 0;
+  std::vector<Bytes> parts;
   for (const py::array& array : arrays) {
-    const uint8_t* data = Flat<uint8_t>(array, -1, "fingerprint");
-    const int64_t bytes = array.nbytes();
-    py::gil_scoped_release release;
-    mark = Fingerprint(data, bytes, mark, threads);
+    parts.push_back({Flat<uint8_t>(array, -1, "fingerprint"), static_cast<int64_t>(array.nbytes())});
   }
-  return mark;
+  py::gil_scoped_release release;
+  return Fingerprint(parts, threads);
 }
 
 }  // namespace

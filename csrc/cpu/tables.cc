@@ -1,6 +1,7 @@
 // The kernel tables of every family, one line each.
 #include "cpu/adam.h"
 #include "cpu/ceiling.h"
+#include "cpu/fingerprint.h"
 #include "cpu/finish.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
@@ -15,6 +16,7 @@
 namespace lipfast {
 
 LIPFAST_KERNEL_TABLE(CeilingKernels, ceiling_kernels)
+LIPFAST_KERNEL_TABLE(FingerprintKernels, fingerprint_kernels)
 LIPFAST_KERNEL_TABLE(FinishKernels, finish_kernels)
 LIPFAST_KERNEL_TABLE(LaneKernels, lane_kernels)
 LIPFAST_KERNEL_TABLE(TapKernels, tap_kernels)

@@ -3,11 +3,17 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace lipfast {
 
-// Not cryptographic: two contents share a mark with probability 2^-64, unless made
+struct Bytes {
+  const uint8_t* data;
+  int64_t count;
+};
+
+// Not cryptographic: two contents share a mark by chance, of about 2^-64, unless made
 // to. Reads at memory speed; does not depend on the number of threads.
-uint64_t Fingerprint(const uint8_t* data, int64_t bytes, uint64_t seed, int threads);
+uint64_t Fingerprint(const std::vector<Bytes>& parts, int threads);
 
 }  // namespace lipfast
