@@ -13,11 +13,51 @@ V Larger(V a, V b) {
   return Fma(Max(a, b), half, Mul(Max(b, a), half));
 }
 
+V LargestInColumn(const float* top, int64_t rows, int64_t row_stride) {
+  V largest = Load(top);
+  for (int64_t row = 1; row < rows; ++row) largest = Larger(largest, Load(top + row * row_stride));
+  return largest;
+}
+
+// One row of maxima. Windows that overlap share the maxima of their columns: the last
+// kernel - stride of one window are the first of the next.
+template <int kKernel, int kStride>
+void MaximaOfRow(const float* top, int64_t row_stride, int64_t cols, float* out) {
+  V columns[kKernel];
+  for (int i = kStride; i < kKernel; ++i)
+    columns[i] = LargestInColumn(top + (i - kStride) * kLanes, kKernel, row_stride);
+  const float* next = top + (kKernel - kStride) * kLanes;
+  for (int64_t col = 0; col < cols; ++col, next += kStride * kLanes) {
+    for (int i = 0; i + kStride < kKernel; ++i) columns[i] = columns[i + kStride];
+    for (int i = 0; i < kStride; ++i) {
+      columns[kKernel - kStride + i] = LargestInColumn(next + i * kLanes, kKernel, row_stride);
+    }
+    V largest = columns[0];
+    for (int i = 1; i < kKernel; ++i) largest = Larger(largest, columns[i]);
+    Store(out + col * kLanes, largest);
+  }
+}
+
+using MaximaFunction = void (*)(const float*, int64_t, int64_t, float*);
+
+// For the windows of most networks; null for others.
+MaximaFunction FastMaxima(const PoolSpec& spec) {
+  if (!spec.maximum) return nullptr;
+  if (spec.kernel == 2 && spec.stride == 2) return MaximaOfRow<2, 2>;
+  if (spec.kernel == 3 && spec.stride == 2) return MaximaOfRow<3, 2>;
+  return nullptr;
+}
+
 void Forward(const LaneMap& x, const LaneMap& y, const PoolSpec& spec, int threads) {
+  const MaximaFunction fast = FastMaxima(spec);
   const V share = Set(1.0f / static_cast<float>(spec.kernel * spec.kernel));
   ParallelFor(threads, y.batch * y.channels, [&](int64_t i) {
     const int64_t n = i / y.channels, c = i % y.channels;
     for (int64_t row = 0; row < y.block_h; ++row) {
+      if (fast) {
+        fast(x.At(n, c, row * spec.stride - spec.pad, -spec.pad), x.row_stride, y.block_w, y.At(n, c, row));
+        continue;
+      }
       for (int64_t col = 0; col < y.block_w; ++col) {
         const float* window = x.At(n, c, row * spec.stride - spec.pad, col * spec.stride - spec.pad);
         V result = spec.maximum ? Load(window) : Zero();
