@@ -4,14 +4,14 @@
 namespace lipfast {
 
 //                   taps   stride phases scale group rows columns stage
-using PointLarge = Tile<1, 1, 1, 1, 1, 16, 2, 4, 8>;
-using PointSmall = Tile<1, 1, 1, 1, 1, 16, 2, 2, 8>;
+using PointLarge = Tile<1, 1, 1, 1, 1, 12, 4, 4, 8>;
+using PointSmall = Tile<1, 1, 1, 1, 1, 12, 2, 2, 8>;
 using SameLarge = Tile<3, 3, 1, 1, 1, 8, 4, 4, 4>;
 using SameSmall = Tile<3, 3, 1, 1, 1, 8, 2, 2, 4>;
 using HalfLarge = Tile<2, 3, 2, 2, 1, 8, 4, 4, 2>;
 using HalfSmall = Tile<2, 3, 2, 2, 1, 8, 2, 2, 2>;
-using DoubleLarge = Tile<2, 2, 1, 1, 2, 8, 4, 4, 4>;
-using DoubleSmall = Tile<2, 2, 1, 1, 2, 8, 2, 2, 4>;
+using DoubleLarge = Tile<2, 2, 1, 1, 2, 12, 4, 4, 4>;
+using DoubleSmall = Tile<2, 2, 1, 1, 2, 12, 2, 2, 4>;
 
 // Where the block's tile of output pixels begins.
 template <class T>
@@ -44,8 +44,9 @@ __device__ inline void CopyList(const LipfastSparseConv& a, int group, int first
     end = starts[min(first + T::kStage, a.input_channels)];
   }
   const int2* entries = static_cast<const int2*>(a.packed);
+#pragma unroll 1  // a list rarely has more entries than a warp has lanes
   for (int e = begin + lane; e < end; e += kWarp) {
-    __pipeline_memcpy_async(to + (e - begin), entries + e, sizeof(int2), 0);
+    __pipeline_memcpy_async(to + (e - begin), entries + e, sizeof(int2));
   }
   if (lane == 0) to[end - begin] = make_int2(kEnd, 0);
 }
@@ -103,6 +104,7 @@ __device__ __forceinline__ void ForEachWeight(Cursor& cursor, int base, Run run)
 template <class T, class Run>
 __device__ __forceinline__ void ForEachKeptWeight(const LipfastSparseConv& a, const Source<T>& source, int n, int group,
                                                   float4* shared, Run run) {
+  ZeroOutside<T>(source, shared);
   CopyPlanes<T>(a, source, n, 0, Stage<T>(shared, 0));
   CopyList<T>(a, group, 0, Stage<T>(shared, 0));
   __pipeline_commit();

@@ -116,26 +116,43 @@ struct Stage {
   }
 };
 
+// Writes the zeros that surround the map into both halves. A pixel outside is
+// outside for every channel, so copies never touch these places again.
+template <class T>
+__device__ inline void ZeroOutside(const Source<T>& source, float4* shared) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float* planes = Stage<T>(shared, half).planes;
+    for (int c = 0; c < T::kStage; ++c) {
+#pragma unroll
+      for (int k = 0; k < T::kCopies; ++k) {
+        const int i = static_cast<int>(threadIdx.x) + k * kThreads;
+        // The phase of a place in the stage is that of every channel put there.
+        const int offset = source.offset[T::kRowPhases == 1 ? 0 : c % T::kRowPhases][k];
+        if (i < T::kPlane && offset == kOutside) planes[c * T::kPlane + i] = 0.0f;
+      }
+    }
+  }
+}
+
 // Starts copying channels [first, first + kStage) of item `n` into `stage`.
+// Behind the last channel it copies that one again: nobody reads it, and
+// straight code is shorter than a test.
 template <class T>
 __device__ inline void CopyPlanes(const LipfastSparseConv& a, const Source<T>& source, int n, int first,
                                   const Stage<T>& stage) {
   const int plane = a.rows * a.columns;
-  const float* from = a.x + (static_cast<size_t>(n) * a.input_channels + first) / T::kRowPhases * plane;
+  const float* item = a.x + static_cast<size_t>(n) * (a.input_channels / T::kRowPhases) * plane;
 #pragma unroll
   for (int c = 0; c < T::kStage; ++c) {
-    if (first + c >= a.input_channels) break;
-    const int phase = c % T::kRowPhases;
+    const int channel = min(first + c, a.input_channels - T::kRowPhases + c % T::kRowPhases);
+    const float* from = item + static_cast<size_t>(channel / T::kRowPhases) * plane;
 #pragma unroll
     for (int k = 0; k < T::kCopies; ++k) {
       const int i = static_cast<int>(threadIdx.x) + k * kThreads;
-      if (i < T::kPlane) {
-        const int offset = source.offset[phase][k];
-        __pipeline_memcpy_async(stage.planes + c * T::kPlane + i, from + max(offset, 0), sizeof(float),
-                                offset < 0 ? sizeof(float) : 0);
-      }
+      const int offset = source.offset[c % T::kRowPhases][k];
+      if (offset != kOutside) __pipeline_memcpy_async(stage.planes + c * T::kPlane + i, from + offset, sizeof(float));
     }
-    if (phase == T::kRowPhases - 1) from += plane;
   }
 }
 

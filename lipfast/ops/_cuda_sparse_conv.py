@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lipfast.ops import _padding
+from lipfast.ops._autograd import version_of
 from lipfast.ops._cuda_library import DOUBLE, HALF, POINT, SAME, Library, Lists, build_lists, convolve, weight_gradient
 
 _GEOMETRY = {((1, 1), 1): POINT, ((3, 3), 1): SAME, ((3, 3), 2): HALF}
@@ -77,7 +78,7 @@ class Kernels:
         if transposed and geometry == HALF:
             geometry = DOUBLE
         known = self._lists.setdefault(positions, {})  # type: ignore[no-untyped-call]
-        key = (geometry, transposed, tuple(shape))
+        key = (geometry, transposed, version_of(positions), *shape)
         if key not in known:
             known[key] = build_lists(self._library, geometry, positions, shape, transposed=transposed)
         lists: Lists = known[key]

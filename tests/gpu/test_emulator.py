@@ -30,6 +30,11 @@ MUTATIONS = {
         "    __syncthreads();  // nobody reads this half any more: it may be refilled\n",
         "",
     ),
+    "no zeros around the map": (
+        "tile.cuh",
+        "if (i < T::kPlane && offset == kOutside) planes[c * T::kPlane + i] = 0.0f;",
+        "",
+    ),
     "no wait for the copies": ("sparse_conv.cu", "__pipeline_wait_prior(1);", "__pipeline_wait_prior(2);"),
     "shuffle of half a warp": ("tile.cuh", "kFullWarp = 0xffffffffu", "kFullWarp = 0xffffu"),
     "lane sums read before all lanes stored": ("sparse_conv.cu", "  __syncwarp();  // all lanes have stored\n", ""),

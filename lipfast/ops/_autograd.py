@@ -1,0 +1,24 @@
+"""What the differentiable ops share."""
+
+from typing import Any
+
+from torch import Tensor
+
+from lipfast.errors import BackendError
+
+
+def refuse_double_backward(gradient_op: Any, name: str) -> None:
+    """Make differentiating ``gradient_op``, a custom op that computes a gradient of op ``name``, a clear error."""
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise BackendError(
+            f"{name}: double backward is not supported, its gradient has no gradient of its own; "
+            f"leave out create_graph=True, or use torch's own function for this layer"
+        )
+
+    gradient_op.register_autograd(backward)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Changes when the tensor is written in place; tensors made under inference_mode keep no count."""
+    return 0 if tensor.is_inference() else tensor._version
