@@ -4,7 +4,7 @@ import torch
 
 from lipfast.ops.lane_conv import ConvForm, LaneConv
 from lipfast.ops.lanes import LaneMap
-from lipfast.ops.masked import masked_conv2d, normalise_activate, pack_mask
+from lipfast.ops.masked import apply_mask, masked_conv2d, normalise_activate, pack_mask
 from lipfast.ops.pack import gather_kept, scatter_kept
 from lipfast.ops.rewind import Rewound, prune_rewind_pack
 from lipfast.ops.select import prune_smallest
@@ -18,6 +18,7 @@ __all__ = [
     "Rewound",
     "SparseWeight",
     "adam_step",
+    "apply_mask",
     "gather_kept",
     "masked_conv2d",
     "normalise_activate",

@@ -4,6 +4,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -33,7 +34,8 @@ def pick(op: str, device: torch.device, asked: str | None = None) -> tuple[str, 
     """Return ``(backend name, function)`` for an op on a device.
 
     An explicit choice (the argument, else ``LIPFAST_BACKEND``) that cannot run raises; the automatic choice takes the
-    first backend that runs on the device and has the op. Benchmarks record the name, so no row is anonymous.
+    first backend that runs on the device and has the op. Benchmarks record the name, so no row is anonymous. The
+    function makes ``device`` the current one while it runs, see `on`.
 
     Raises:
         BackendError: nothing that was asked for can run, with a reason for each backend.
@@ -51,5 +53,19 @@ def pick(op: str, device: torch.device, asked: str | None = None) -> tuple[str, 
         elif (function := getattr(loaded, op, None)) is None:
             refused.append(f"{name} has no {op}")
         else:
-            return name, function
+            return name, function if device.type == "cpu" else _guarded(function, device)
     raise BackendError(f"{op} cannot run on {device}: {'; '.join(refused)}")
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one inside: Triton launches there, whatever GPU its tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _guarded(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with on(device):
+            return function(*args, **kwargs)
+
+    return call

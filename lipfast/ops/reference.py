@@ -1,6 +1,7 @@
 """The meaning of every op in plain torch: the shortest correct form, no checks, no speed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -138,9 +139,8 @@ def sparse_conv2d_forward(
     groups: int = 1,
 ) -> Tensor:
     """Convolve ``x`` with the weight of ``shape`` whose kept ``values`` sit at flat ``positions`` (ascending)."""
-    padded = _padding.pad(x, padding, padding_mode)
     weight = _dense(values, positions, shape)
-    return torch.nn.functional.conv2d(padded, weight, bias, stride, dilation=dilation, groups=groups)
+    return dense_conv2d(x, weight, bias, stride, padding, padding_mode, dilation, groups)
 
 
 def sparse_conv2d_input_gradient(
@@ -156,12 +156,8 @@ def sparse_conv2d_input_gradient(
     groups: int = 1,
 ) -> Tensor:
     """Gradient for ``x`` of ``input_size``, given the gradient ``dy`` of the output."""
-    padded_size = (*input_size[:2], input_size[2] + 2 * padding[0], input_size[3] + 2 * padding[1])
     weight = _dense(values, positions, shape)
-    padded: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
-        padded_size, weight, dy, stride, dilation=dilation, groups=groups
-    )
-    return _padding.fold(padded, input_size, padding, padding_mode)
+    return dense_input_gradient(dy, weight, input_size, stride, padding, padding_mode, dilation, groups)
 
 
 def sparse_conv2d_weight_gradient(
@@ -176,11 +172,61 @@ def sparse_conv2d_weight_gradient(
     groups: int = 1,
 ) -> Tensor:
     """``(kept,)``: gradient of each kept weight, given the gradient ``dy`` of the output."""
+    dense = dense_weight_gradient(x, dy, shape, stride, padding, padding_mode, dilation, groups)
+    return dense.reshape(-1)[positions]
+
+
+def dense_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    padding_mode: str,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``conv2d`` with any padding."""
+    if padding_mode == "zeros":  # without a padded copy of the map
+        return torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    padded = _padding.pad(x, padding, padding_mode)
+    return torch.nn.functional.conv2d(padded, weight, bias, stride, dilation=dilation, groups=groups)
+
+
+def dense_input_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    input_size: torch.Size,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    padding_mode: str,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Gradient of `dense_conv2d` for ``x``."""
+    padded_size = (*input_size[:2], input_size[2] + 2 * padding[0], input_size[3] + 2 * padding[1])
+    padded: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
+        padded_size, weight, dy, stride, dilation=dilation, groups=groups
+    )
+    return _padding.fold(padded, input_size, padding, padding_mode)
+
+
+def dense_weight_gradient(
+    x: Tensor,
+    dy: Tensor,
+    shape: torch.Size,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    padding_mode: str,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Gradient of `dense_conv2d` for the weight."""
     padded = _padding.pad(x, padding, padding_mode)
     dense: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
         padded, shape, dy, stride, dilation=dilation, groups=groups
     )
-    return dense.reshape(-1)[positions]
+    return dense
 
 
 def pack_channel_masks(alive: Tensor) -> Tensor:
@@ -189,6 +235,27 @@ def pack_channel_masks(alive: Tensor) -> Tensor:
     bits = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 32)).view(len(alive), -1, 32)
     powers = torch.ones(32, dtype=torch.int64, device=alive.device) << torch.arange(32, device=alive.device)
     return (bits * powers).sum(2).to(torch.int32)  # bit 31 wraps to the sign
+
+
+def apply_mask(x: Tensor, words: Tensor) -> Tensor:
+    """See ``lipfast.ops.apply_mask``."""
+    bits = words.unsqueeze(2) >> torch.arange(32, device=words.device) & 1
+    alive = bits.flatten(1)[:, : x.numel() // max(1, len(x))].reshape(x.shape).bool()
+    return torch.where(alive, x, 0)
+
+
+@contextmanager
+def convolving_in(precision: str, device: torch.device) -> Iterator[None]:
+    """torch's own convolutions inside multiply at least as exactly as ``precision`` asks, as fast as it allows."""
+    if device.type != "cuda":  # a CPU multiplies in fp32
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = precision != "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def masked_conv2d(
@@ -201,16 +268,61 @@ def masked_conv2d(
     *,
     precision: str,
 ) -> Tensor:
-    """See ``lipfast.ops.masked_conv2d``; multiplies in fp32, which is at least as exact as asked for."""
-    bits = words.unsqueeze(2) >> torch.arange(32, device=words.device) & 1
-    alive = bits.flatten(1)[:, : weight[0].numel()].reshape(weight.shape).bool()
-    padded = _padding.pad(x, padding, padding_mode)
-    return torch.nn.functional.conv2d(padded, torch.where(alive, weight, 0), None, stride)
+    """See ``lipfast.ops.masked_conv2d``."""
+    with convolving_in(precision, x.device):
+        return dense_conv2d(x, apply_mask(weight, words), None, stride, padding, padding_mode)
+
+
+def masked_conv2d_input_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    words: Tensor,
+    input_size: torch.Size,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    padding_mode: str,
+    *,
+    precision: str,
+) -> Tensor:
+    """Gradient of ``masked_conv2d`` for ``x`` of ``input_size``."""
+    with convolving_in(precision, dy.device):
+        return dense_input_gradient(dy, apply_mask(weight, words), input_size, stride, padding, padding_mode)
+
+
+def masked_conv2d_weight_gradient(
+    x: Tensor,
+    dy: Tensor,
+    words: Tensor,
+    shape: torch.Size,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    padding_mode: str,
+    *,
+    precision: str,
+) -> Tensor:
+    """Gradient of ``masked_conv2d`` for the weight of ``shape``; 0 where it is dead."""
+    with convolving_in(precision, x.device):
+        return apply_mask(dense_weight_gradient(x, dy, shape, stride, padding, padding_mode), words)
 
 
 def normalise_activate(
     x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float
 ) -> Tensor:
     """See ``lipfast.ops.normalise_activate``."""
-    normal = torch.nn.functional.batch_norm(x.float(), mean, variance, weight, bias, eps=eps)
+    normal = torch.nn.functional.batch_norm(x.to(mean.dtype), mean, variance, weight, bias, eps=eps)
     return torch.nn.functional.leaky_relu(normal, slope).to(x.dtype)
+
+
+def normalise_activate_backward(
+    x: Tensor, dy: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward pass of ``LeakyReLU(scale * x + shift)``.
+
+    Returns:
+        The gradient for ``x``; with g the gradient for ``scale * x + shift``: the sums over each channel of g and of
+        ``g * (x - mean)``.
+    """
+    per_channel = (1, -1, 1, 1)
+    wide, g, scale = x.to(scale.dtype), dy.to(scale.dtype), scale.view(per_channel)
+    g = torch.where(wide * scale + shift.view(per_channel) > 0, g, g * slope)
+    return (g * scale).to(x.dtype), g.sum((0, 2, 3)), (g * (wide - mean.view(per_channel))).sum((0, 2, 3))

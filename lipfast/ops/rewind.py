@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lipfast.ops.select import begin_pruning, check_parts
+from lipfast.ops import _dispatch
+from lipfast.ops.select import begin_pruning, check_parts, device_of
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,6 @@ def prune_rewind_pack(
         into = [torch.empty_like(first, memory_format=torch.contiguous_format) for first in start]
     check_parts("prune_rewind_pack", "into", into, alive, torch.float32)
     pruning = begin_pruning("prune_rewind_pack", weights, alive, count, backend)
-    with torch.no_grad():
+    with torch.no_grad(), _dispatch.on(device_of(weights)):
         masks, bits, values = pruning.rewind([first.detach() for first in start], into)
     return Rewound(masks, bits, list(into), values)

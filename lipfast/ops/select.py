@@ -53,7 +53,9 @@ def prune_smallest(
     Source: Frankle & Carbin 2019 (arXiv:1803.03635), global magnitude criterion; the tie rule is ours.
     Cost: two passes over the weights (csrc/cpu/prune.h).
     """
-    return begin_pruning("prune_smallest", weights, alive, count, backend).masks()
+    pruning = begin_pruning("prune_smallest", weights, alive, count, backend)
+    with _dispatch.on(device_of(weights)):
+        return pruning.masks()
 
 
 def begin_pruning(
@@ -62,8 +64,7 @@ def begin_pruning(
     """Find the cut of a round whose arguments are checked; ``op`` is who asks, for messages."""
     check_parts(op, "weights", weights, alive, torch.float32)
     check_parts(op, "alive", alive, alive, torch.bool)
-    device = weights[0].device if weights else torch.device("cpu")
-    _, begin = _dispatch.pick("begin_pruning", device, backend)
+    _, begin = _dispatch.pick("begin_pruning", device_of(weights), backend)
     with torch.no_grad():
         pruning = cast(PruningRound, begin([weight.detach() for weight in weights], alive, count))
     if not 0 <= count <= pruning.living:
@@ -74,6 +75,11 @@ def begin_pruning(
             f"{op}: weights[{pruning.nan_part}] holds NaN; magnitudes cannot be ordered, lower the learning rate"
         )
     return pruning
+
+
+def device_of(tensors: Sequence[Tensor]) -> torch.device:
+    """Where the tensors of a round are."""
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def check_parts(op: str, name: str, tensors: Sequence[Tensor], alive: Sequence[Tensor], dtype: torch.dtype) -> None:

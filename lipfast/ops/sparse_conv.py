@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lipfast.errors import InputError
 from lipfast.ops import _dispatch, _padding
+from lipfast.ops._autograd import refuse_double_backward
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,8 @@ def sparse_conv2d(
 
     Raises:
         InputError: an argument breaks the lines above; the message names it.
-        BackendError: ``backend`` cannot run here.
+        BackendError: ``backend`` cannot run here, or double backward: the gradient has no gradient of its own.
 
-    Double backward is refused by torch: the gradient has no gradient of its own.
     Source: the layout and kernels are this project's (docs/kernels.md).
     """
     stride, padding = _pair("stride", stride), _pair("padding", padding)
@@ -271,3 +271,5 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 
 _conv.register_autograd(_backward, setup_context=_keep)
+refuse_double_backward(_input_gradient, "sparse_conv2d")
+refuse_double_backward(_weight_gradient, "sparse_conv2d")

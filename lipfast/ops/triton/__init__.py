@@ -4,8 +4,13 @@ Under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors, slowly, which 
 """
 
 from lipfast.ops.triton.mask import apply_mask, pack_mask
-from lipfast.ops.triton.masked_conv import masked_conv2d, pack_channel_masks
-from lipfast.ops.triton.norm import normalise_activate
+from lipfast.ops.triton.masked_conv import (
+    masked_conv2d,
+    masked_conv2d_input_gradient,
+    masked_conv2d_weight_gradient,
+    pack_channel_masks,
+)
+from lipfast.ops.triton.norm import normalise_activate, normalise_activate_backward
 from lipfast.ops.triton.rewind import begin_pruning, gather_kept, rewind_pack, scatter_kept
 from lipfast.ops.triton.select import prune_smallest
 from lipfast.ops.triton.sparse_conv import (
@@ -21,7 +26,10 @@ __all__ = [
     "begin_pruning",
     "gather_kept",
     "masked_conv2d",
+    "masked_conv2d_input_gradient",
+    "masked_conv2d_weight_gradient",
     "normalise_activate",
+    "normalise_activate_backward",
     "pack_channel_masks",
     "pack_mask",
     "prune_smallest",

@@ -33,6 +33,7 @@ CONFIGS: dict[str, Config] = {
     "compact": _config(BLOCK=1024),
     "expand": _config(BLOCK=1024),
     "normalise": _config(BLOCK=1024),
+    "normalise_backward": _config(BLOCK=1024),
     "sparse_forward": _config(BLOCK=512),
     "sparse_input_gradient": _config(BLOCK=512),
     "sparse_weight_gradient": _config(BLOCK=1024),

@@ -19,6 +19,9 @@ def pack_mask_kernel(alive, words, n, WORDS: tl.constexpr):
 
 @triton.jit
 def apply_mask_kernel(x, words, y, n, WORDS: tl.constexpr):
+    """Grid: (word blocks of a row, rows); n elements a row."""
+    row = tl.program_id(1).to(tl.int64)
+    x, y, words = x + row * n, y + row * n, words + row * ((n + 31) // 32)
     index = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     bit = tl.arange(0, 32)
     i = index[:, None] * 32 + bit[None, :]  # [WORDS, 32]
@@ -41,11 +44,12 @@ def pack_mask(alive: Tensor) -> Tensor:
 
 
 def apply_mask(x: Tensor, words: Tensor) -> Tensor:
-    """A copy of contiguous ``x`` (any float type) with dead elements 0; ``words`` from `pack_mask`."""
+    """See ``lipfast.ops.apply_mask``."""
+    x = x.contiguous()
     y = torch.empty_like(x)
-    if n := x.numel():
+    if x.numel():
         config = CONFIGS["apply_mask"]
-        apply_mask_kernel[(triton.cdiv(len(words), config["meta"]["WORDS"]),)](
-            x, words, y, n, **config["meta"], num_warps=config["warps"]
+        apply_mask_kernel[(triton.cdiv(words.shape[1], config["meta"]["WORDS"]), len(x))](
+            x, words, y, x[0].numel(), **config["meta"], num_warps=config["warps"]
         )
     return y

@@ -10,8 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lipfast.ops import _padding
+from lipfast.ops.reference import masked_conv2d_input_gradient, masked_conv2d_weight_gradient
 from lipfast.ops.triton.configs import CONFIGS
 from lipfast.ops.triton.mask import pack_mask
+
+# The gradients are products of dense matrices, for which torch's own kernels are hard to beat.
+__all__ = ["masked_conv2d", "masked_conv2d_input_gradient", "masked_conv2d_weight_gradient", "pack_channel_masks"]
 
 
 @triton.jit
@@ -68,7 +72,7 @@ def masked_conv2d(
     precision: str,
 ) -> Tensor:
     """See ``lipfast.ops.masked_conv2d``."""
-    x = _padding.pad(x, padding, padding_mode).contiguous()
+    given, x = x, _padding.pad(x, padding, padding_mode).contiguous()
     batch, inputs, rows, columns = x.shape
     outputs, _, tap_rows, tap_columns = weight.shape
     y_rows, y_columns = (rows - tap_rows) // stride[0] + 1, (columns - tap_columns) // stride[1] + 1
@@ -83,4 +87,4 @@ def masked_conv2d(
         tap_rows, tap_columns,
         PRECISION=precision, **config["meta"], num_warps=config["warps"], num_stages=config["stages"],
     )  # fmt: skip
-    return y
+    return _padding.in_layout_of(given, y)

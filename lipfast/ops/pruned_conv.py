@@ -1,0 +1,176 @@
+"""A convolution with a pruned weight whose directions run in different kernels, as a GPU's bounds advise."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipfast.ops import _dispatch, _gpu_rule, masked, reference, sparse_conv
+from lipfast.ops.sparse_conv import SparseWeight
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which weights of a convolution live, on the device it runs on.
+
+    Attributes:
+        positions: ``(kept,)`` int64, ascending flat indices.
+        words: the same as `lipfast.ops.pack_mask` packs it.
+        shape: of the dense weight.
+    """
+
+    positions: Tensor
+    words: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, mask: Tensor, device: torch.device) -> "Pattern":
+        """From a bool tensor of the weight's shape, True where a weight is kept."""
+        mask = mask.to(device)
+        return cls(mask.reshape(-1).nonzero().squeeze(1), masked.pack_mask(mask), mask.shape)
+
+    @property
+    def density(self) -> float:
+        """Share of kept weights."""
+        return len(self.positions) / max(1, self.shape.numel())
+
+
+@dataclass(frozen=True)
+class PrunedForm:
+    """What a pruned convolution is, apart from its weights. Strides and paddings are (rows, columns)."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    padding_mode: str = "zeros"
+    dilation: int = 1
+    groups: int = 1
+
+
+def choose_kernels(
+    pattern: Pattern,
+    form: PrunedForm,
+    input_size: torch.Size,
+    output_size: torch.Size,
+    *,
+    device: torch.device,
+    precision: str,
+) -> dict[str, str]:
+    """What runs each direction of a layer by the rule of docs/gpu.md: "sparse", "dense" or "masked"."""
+    if (form.dilation, form.groups) != (1, 1):
+        return dict.fromkeys(_gpu_rule.DIRECTIONS, "dense")
+    library, _ = _dispatch.pick("sparse_conv2d_forward", device)
+    layer = _gpu_rule.Layer(tuple(pattern.shape), tuple(input_size), tuple(output_size), form.stride, pattern.density)
+    return _gpu_rule.choose(layer, target=_gpu_rule.target_of(device), library=library, precision=precision)
+
+
+def pruned_conv2d(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    pattern: Pattern,
+    form: PrunedForm,
+    kernels: dict[str, str],
+    *,
+    precision: str = "ieee",
+) -> Tensor:
+    """Convolve with the kept ``values`` of a weight; gradients for them, ``x`` and ``bias``.
+
+    Args:
+        x: ``(batch, inputs, rows, columns)`` float32; values ``(kept,)``, bias ``(outputs,)`` alike, on one device.
+        pattern: where the values sit.
+        form: stride, padding and so on.
+        kernels: what runs each direction, as `choose_kernels` gives it.
+        precision: of factors in dense arithmetic: "ieee", "tf32" or "bf16"; sparse kernels always multiply in fp32.
+
+    Returns:
+        ``(batch, outputs, rows, columns)``. Double backward is refused by torch.
+    """
+    y: Tensor = _PrunedConv.apply(x, values, bias, pattern, form, kernels, precision)  # type: ignore[no-untyped-call]
+    return y
+
+
+def dense_pruned_conv2d(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, form: PrunedForm) -> Tensor:
+    """The same in torch's own functions, for any float type and under autocast."""
+    weight = SparseWeight(values, pattern.positions, pattern.shape).to_dense()
+    return reference.dense_conv2d(x, weight, bias, *_settings(form))
+
+
+class _PrunedConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        pattern: Pattern,
+        form: PrunedForm,
+        kernels: dict[str, str],
+        precision: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.layer = (pattern, form, kernels, precision)
+        if kernels["forward"] == "sparse":
+            weight = SparseWeight(values, pattern.positions, pattern.shape)
+            settings = (form.stride, form.padding, form.padding_mode)
+            return sparse_conv.sparse_conv2d(x, weight, bias, *settings)
+        dense = _dense(values, pattern)
+        if kernels["forward"] == "masked":
+            settings = (form.stride, form.padding, form.padding_mode)
+            y = masked.masked_conv2d(x, dense, pattern.words, *settings, precision=precision)
+            return y if bias is None else y.add_(bias.view(1, -1, 1, 1))
+        with reference.convolving_in(precision, x.device):
+            return reference.dense_conv2d(x, dense, bias, *_settings(form))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (x, values), (pattern, form, *rest) = ctx.saved_tensors, ctx.layer
+        needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
+        dx = _input_gradient(dy, values, x.shape, pattern, form, *rest) if needs_x else None
+        dvalues = _weight_gradient(x, dy, pattern, form, *rest) if needs_values else None
+        dbias = dy.sum((0, 2, 3)) if needs_bias else None
+        return dx, dvalues, dbias, None, None, None, None
+
+
+def _input_gradient(
+    dy: Tensor,
+    values: Tensor,
+    input_size: torch.Size,
+    pattern: Pattern,
+    form: PrunedForm,
+    kernels: dict[str, str],
+    precision: str,
+) -> Tensor:
+    if kernels["input_gradient"] == "sparse":
+        _, run = _dispatch.pick("sparse_conv2d_input_gradient", dy.device)
+        settings = (form.stride, form.padding, form.padding_mode)
+        dx: Tensor = run(dy, values.contiguous(), pattern.positions, pattern.shape, input_size, *settings)
+        return dx
+    with reference.convolving_in(precision, dy.device):
+        return reference.dense_input_gradient(dy, _dense(values, pattern), input_size, *_settings(form))
+
+
+def _weight_gradient(
+    x: Tensor,
+    dy: Tensor,
+    pattern: Pattern,
+    form: PrunedForm,
+    kernels: dict[str, str],
+    precision: str,
+) -> Tensor:
+    if kernels["weight_gradient"] == "sparse":
+        _, run = _dispatch.pick("sparse_conv2d_weight_gradient", x.device)
+        gradient: Tensor = run(x, dy, pattern.positions, pattern.shape, form.stride, form.padding, form.padding_mode)
+        return gradient
+    with reference.convolving_in(precision, x.device):
+        dense = reference.dense_weight_gradient(x, dy, pattern.shape, *_settings(form))
+    return dense.reshape(-1)[pattern.positions]
+
+
+def _dense(values: Tensor, pattern: Pattern) -> Tensor:
+    return SparseWeight(values.detach(), pattern.positions, pattern.shape).to_dense()
+
+
+def _settings(form: PrunedForm) -> tuple[tuple[int, int], tuple[int, int], str, int, int]:
+    return form.stride, form.padding, form.padding_mode, form.dilation, form.groups
