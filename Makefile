@@ -38,7 +38,7 @@ $(VENV)/cuda: $(VENV)/installed $(wildcard csrc/cuda/*)
 	touch $@
 
 test-gpu: $(VENV)/cuda
-	LIPFAST_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/gpu/test_triton.py tests/gpu/test_on_gpu.py -m 'gpu or not nvcc' --junitxml=gpu-tests.xml
+	LIPFAST_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/gpu/test_triton.py tests/gpu/test_networks.py tests/gpu/test_on_gpu.py -m 'gpu or not nvcc' --junitxml=gpu-tests.xml
 
 bench-gpu: $(VENV)/cuda
 	$(BIN)/python benchmarks/bench_gpu.py gpu-bench.jsonl

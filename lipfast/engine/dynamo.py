@@ -21,7 +21,7 @@ from torch import Tensor
 
 import lipfast._C as _C
 from lipfast.engine.capture import Call, Recording, Ref, record
-from lipfast.engine.lane_module import FEWEST_ZEROS, PLANS_KEPT, Compiled
+from lipfast.engine.lane_module import FEWEST_ZEROS, PLANS_KEPT, Compiled, runs_in_lanes
 from lipfast.engine.lower import Lowered, Segment, lower
 from lipfast.errors import InputError
 
@@ -105,6 +105,9 @@ class _CompiledGraph:
         def call(stand_ins: dict[str, Tensor]) -> Any:
             return self._module(*[stand_ins.get(str(place), arg) for place, arg in enumerate(args)])
 
+        if not all(runs_in_lanes(tensor.device) for tensor in tensors.values()):
+            self._say("torch.compile runs in lanes on a CPU only; on a GPU use lipfast.accelerate(model)")
+            return None
         try:
             recording = record(call, [], tensors)
         except InputError as reason:

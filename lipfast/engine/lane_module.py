@@ -15,17 +15,26 @@ from torch.utils import _pytree as pytree
 
 from lipfast.engine.capture import Call, Recording, Ref, record
 from lipfast.engine.lower import Lowered, Segment, lower
+from lipfast.engine.operators import lower_to_operators
 from lipfast.engine.plan import Options, Weight
 from lipfast.engine.runtime import Arrays, Running, hooked_module, pack, weights_of
 from lipfast.errors import InputError
+from lipfast.ops.masked import PRECISIONS
 
 # A conv weight with fewer zeros than this, and no mask, is taken to be dense.
 FEWEST_ZEROS = 0.05
 # Input sizes and modes whose programs are kept.
 PLANS_KEPT = 8
+CPU = torch.device("cpu")
 
 
-def accelerate(model: nn.Module, masks: Mapping[str, Tensor] | None = None, *, exact: bool = False) -> "LaneModule":
+def accelerate(
+    model: nn.Module,
+    masks: Mapping[str, Tensor] | None = None,
+    *,
+    exact: bool = False,
+    precision: str | None = None,
+) -> "LaneModule":
     """A copy of ``model`` that computes the same with sparse and fused kernels; ``model`` itself is not changed.
 
     What is pruned comes from ``masks``, from the hooks of ``torch.nn.utils.prune``, from parametrizations whose result
@@ -34,29 +43,43 @@ def accelerate(model: nn.Module, masks: Mapping[str, Tensor] | None = None, *, e
     keep the dense names and shapes.
 
     Args:
-        model: any module on the CPU in float32. Operators that the engine does not know run in torch; a warning names
-            them once.
+        model: any module in float32. On the CPU it runs in lanes; operators that the engine does not know run in torch,
+            and a warning names them once. On a GPU it runs operator by operator, each pruned convolution in the kernel
+            that the rule of docs/gpu.md names. It may be moved between devices afterwards.
         masks: parameter name -> bool tensor of its shape, True where the weight is kept.
-        exact: never Winograd, whose rounding error is a few times that of a direct sum.
+        exact: never Winograd, whose rounding error is a few times that of a direct sum; on a GPU precision "ieee".
+        precision: what a GPU may round the factors of pruned convolutions to, "ieee", "tf32" or "bf16"; None lets
+            ``torch.backends.cudnn.allow_tf32`` decide between the first two.
 
     Raises:
-        InputError: a mask that fits no parameter, or hooks on inner modules (they would not run).
+        InputError: a mask that fits no parameter, hooks on inner modules (they would not run), an unknown precision.
     """
-    return LaneModule(model, masks, exact=exact)
+    return LaneModule(model, masks, exact=exact, precision=precision)
 
 
 class LaneModule(nn.Module):
     """What `accelerate` returns. Called like the original; ``to_dense()`` gives an ordinary module back."""
 
-    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor] | None = None, *, exact: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: Mapping[str, Tensor] | None = None,
+        *,
+        exact: bool = False,
+        precision: str | None = None,
+    ) -> None:
         super().__init__()
+        if precision not in (None, *PRECISIONS):
+            raise InputError(f"accelerate: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         source = _copy(model)
         found = {**_strip_pruning(source), **_given(source, masks or {})}
         _refuse_hooks(source)
         for name in _zeroed_convs(source):
             found.setdefault(name, source.get_parameter(name).detach() != 0)
+        found = {name: mask.cpu() for name, mask in found.items()}  # wherever the module may be moved
         for name, mask in found.items():
-            _replace(source, name, pack(source.get_parameter(name), mask))
+            parameter = source.get_parameter(name)
+            _replace(source, name, pack(parameter, mask.to(parameter.device)))
         # The same dicts: parameters keep their names, and the source's code finds what optimisers change.
         self._parameters, self._buffers, self._modules = source._parameters, source._buffers, source._modules
         self._non_persistent_buffers_set = source._non_persistent_buffers_set
@@ -64,6 +87,7 @@ class LaneModule(nn.Module):
         self._hidden = (source,)  # in a tuple, so that it is not a child
         self._masks: dict[str, Tensor] = found
         self._exact = exact
+        self._precision = "ieee" if exact else precision
         self._names = [name for name, _ in self.named_parameters()]
         self._warned: set[str] = set()
         self._forget_plans()
@@ -163,9 +187,13 @@ class LaneModule(nn.Module):
             return torch.func.functional_call(self._source(), stand_ins, args, kwargs)
 
         recording = record(call, [leaf for leaf in leaves if isinstance(leaf, Tensor)], dense)
-        lowered = lower(recording)
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), CPU)
+        if runs_in_lanes(device):
+            lowered = lower(recording)
+        else:
+            lowered = lower_to_operators(recording, self._masks, device, precision=self._precision)
         self._warn(lowered)
-        return Compiled(lowered, self._masks, self._exact)
+        return Compiled(lowered, self._masks, self._exact, device=device)
 
     def _dense_stand_ins(self) -> dict[str, Tensor]:
         """Parameters and buffers; the pruned ones as empty tensors of their dense shape."""
@@ -185,6 +213,11 @@ class LaneModule(nn.Module):
                 )
 
 
+def runs_in_lanes(device: torch.device) -> bool:
+    """Whether networks on a device run in lanes; on others they run operator by operator."""
+    return device.type == "cpu"
+
+
 class Compiled:
     """One recording with the programs of its segments.
 
@@ -193,9 +226,18 @@ class Compiled:
         masks: leaf name -> which of its weights live.
         exact: never Winograd.
         packed: whether the masked leaves are given as their kept values, not as dense tensors.
+        device: where calls that make tensors of their own put them.
     """
 
-    def __init__(self, lowered: Lowered, masks: Mapping[str, Tensor], exact: bool, packed: bool = True) -> None:
+    def __init__(
+        self,
+        lowered: Lowered,
+        masks: Mapping[str, Tensor],
+        exact: bool,
+        packed: bool = True,
+        device: torch.device = CPU,
+    ) -> None:
+        self._device = device
         self._recording = lowered.recording
         self._masks = masks
         self._packed = packed
@@ -213,7 +255,7 @@ class Compiled:
             known[number] = self._dense(self._recording.leaves[number], tensors)
         for item in self._items:
             if isinstance(item, Call):
-                _run_call(item, known)
+                _run_call(item, known, self._device)
             else:
                 item.run(known, tensors)
         with torch.no_grad():
@@ -234,8 +276,10 @@ class Compiled:
         return _scatter(tensors[name], self._masks[name]) if scatter else tensors[name]
 
 
-def _run_call(call: Call, known: dict[int, Any]) -> None:
+def _run_call(call: Call, known: dict[int, Any], device: torch.device) -> None:
     def fill(leaf: Any) -> Any:
+        if isinstance(leaf, torch.device) and leaf.type == "meta":  # where it was recorded
+            return device
         return known[leaf.number] if isinstance(leaf, Ref) else leaf
 
     args, kwargs = pytree.tree_map(fill, (call.args, call.kwargs))

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,9 @@ class LaneTrainer:
         self._lr = lr
         self._parameters = dict(network.named_parameters())
         pairs = check_masks(self._parameters, masks or {})
-        self._masks = {name: mask.contiguous() for name, (_, mask) in pairs.items()}
+        self._masks = {name: mask.to(weight.device).contiguous() for name, (weight, mask) in pairs.items()}
         self._steps = 0
-        self._program: _Fitted | None = None
+        self._program: Program | None = None
         self._moments: Moments | None = self._no_moments()  # dense; only while there is no program, which has its own
         self._torch: TorchTrainer | None = None
         self._silence_dead_weights()
@@ -74,8 +75,11 @@ class LaneTrainer:
                 tensor.copy_(snapshot[name])
         self._steps = int(snapshot[STEP_COUNT])
         self._moments = {
-            name: (snapshot[FIRST_MOMENT + name].clone(), snapshot[SECOND_MOMENT + name].clone())
-            for name in self._parameters
+            name: (
+                snapshot[FIRST_MOMENT + name].to(p.device, copy=True),
+                snapshot[SECOND_MOMENT + name].to(p.device, copy=True),
+            )
+            for name, p in self._parameters.items()
         }
         self._silence_dead_weights()
         self._load()
@@ -126,14 +130,41 @@ class LaneTrainer:
         self._moments = self._copy_moments()
         self._program = None
         try:
-            self._program = _Fitted(self._network, self._masks, z)
+            self._program = self._plan(z)
         except InputError as reason:
             warnings.warn(f"lipfast: this fit runs in torch, not in lanes: {reason}", stacklevel=3)
             before = self.snapshot()
-            self._torch = TorchTrainer(self._network, self._masks, lr=self._lr)
+            self._torch = self._without_program()
             self._torch.restore(before)
             return
         self._load()
+
+    def _plan(self, z: Tensor) -> "Program":
+        """What runs steps for inputs like ``z``. Raises InputError where it cannot."""
+        return _Fitted(self._network, self._masks, z)
+
+    def _without_program(self) -> TorchTrainer:
+        """What trains a network that has no program."""
+        return TorchTrainer(self._network, self._masks, lr=self._lr)
+
+
+class Program(Protocol):
+    """What a trainer runs a network of one input size with."""
+
+    def fits(self, z: Tensor) -> bool:
+        """Whether it was planned for inputs like this."""
+
+    def step(self, z: Tensor, loss: Callable[[Tensor], Tensor], count: int, lr: float) -> tuple[Tensor, Tensor]:
+        """Forward, loss, backward, Adam number ``count``; the loss and the output, detached."""
+
+    def load(self, moments: Moments) -> None:
+        """Take weights and statistics from the network, and Adam's moments."""
+
+    def moments(self) -> Moments:
+        """Adam's moments in dense copies."""
+
+    def save(self) -> None:
+        """Bring weights and statistics of the network up to date."""
 
 
 class _Fitted:

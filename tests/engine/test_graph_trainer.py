@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lipfast.engine import graph_trainer, trainer
+from lipfast.engine import graph_trainer, operator_trainer, trainer
 from lipfast.engine.graph_trainer import GraphTrainer
 from lipfast.engine.trainer import TorchTrainer, make_trainer
 
@@ -80,6 +80,8 @@ def test_auto_takes_graphs_for_a_network_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(graph_trainer, "GraphTrainer", lambda network, masks, *, lr: ("graphs", lr))
     assert make_trainer(OnGpu(1, 1), None, lr=0.5, engine="auto") == ("graphs", 0.5)
+    monkeypatch.setattr(operator_trainer, "OperatorTrainer", lambda network, masks, *, lr: ("operators", masks))
+    assert make_trainer(OnGpu(1, 1), {"weight": "a mask"}, lr=0.5, engine="auto") == ("operators", {"weight": "a mask"})
     hooked = OnGpu(1, 1)
     hooked.register_forward_hook(lambda *_: None)
     monkeypatch.setattr(trainer, "TorchTrainer", lambda network, masks, *, lr: "torch")

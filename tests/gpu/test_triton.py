@@ -84,13 +84,19 @@ def test_selection_has_the_reference_bits(n, distinct):
 
 
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_masks(n, dtype):
-    alive, x = torch.rand(n) < 0.5, torch.randn(n).to(dtype)
+def test_masks(n):
+    alive = torch.rand(n) < 0.5
     words = run(ops.pack_mask, place(alive))
     bits = words.cpu().unsqueeze(1) >> torch.arange(32) & 1
     assert torch.equal(bits.flatten()[:n].bool(), alive)
     assert not bits.flatten()[n:].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (2, 4, 8), (3, 5, 7, 9), (1, 2080)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_apply_mask(shape, dtype):
+    alive, x = torch.rand(shape) < 0.5, torch.randn(shape).to(dtype)
+    words = run(ops.pack_channel_masks, place(alive))
     x[~alive] = float("nan")  # what is dead must not leak
     assert torch.equal(run(ops.apply_mask, place(x), words).cpu(), torch.where(alive, x, 0))
 
@@ -133,6 +139,19 @@ def test_normalise_activate(size, dtype):
     ).to(dtype)
     got = run(ops.normalise_activate, *(place(part) for part in (x, mean, variance, weight, bias)), 1e-5, 0.2)
     close(got, want, terms=8)
+
+
+@pytest.mark.parametrize("size", [(2, 3, 5, 7), (1, 2, 32, 33)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_normalise_activate_backward(size, dtype):
+    x, dy = torch.randn(size).to(dtype), torch.randn(size).to(dtype)
+    scale, shift, mean = torch.randn(3, size[1]).unbind()
+    want = reference.normalise_activate_backward(x, dy, scale, shift, mean, 0.2)
+    got = run(ops.normalise_activate_backward, *(place(part) for part in (x, dy, scale, shift, mean)), 0.2)
+    pixels = x[:, 0].numel()
+    # Where scale * x + shift is within rounding of 0, either slope is right; these seeds have no such pixel.
+    for mine, theirs, terms in zip(got, want, (8, pixels, pixels), strict=True):
+        close(mine, theirs, terms=terms)
 
 
 LAYERS = [  # input, weight, stride, padding, mode

@@ -26,8 +26,15 @@ STREAM_BYTES = {
     "apply_mask fp16": 4.125,
     "normalise": 8,
     "normalise bf16": 4,
+    "normalise_backward": 12,
 }
-STREAM_ELEMENTS = {"adam": 1024, "sgd": 1024, "apply_mask": 2048, "normalise": 1024}  # of a program
+STREAM_ELEMENTS = {  # of a program
+    "adam": 1024,
+    "sgd": 1024,
+    "apply_mask": 2048,
+    "normalise": 1024,
+    "normalise_backward": 1024,
+}
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,8 @@ def skip_net(side: int) -> Iterator[Layer]:
 
 def blocks(layer: Layer, small: bool) -> int:
     """Blocks of the CUDA forward kernel: 32 output channels and a tile of pixels each."""
-    rows, columns = (8, 16) if small else (8 if layer.kernel == 1 else 16, 32)
-    channels = 64 if layer.kernel == 1 else 32
+    rows, columns = (8, 16) if small else (16, 32)
+    channels = 48 if layer.kernel == 1 else 32
     return -(-layer.pixels // rows) * -(-layer.pixels // columns) * -(-layer.outputs // channels)
 
 
@@ -114,6 +121,16 @@ def cuda_table() -> str:
     return table(head, rows)
 
 
+def bars_table() -> str:
+    rows = []
+    for row in tables.read("cuda"):
+        if row["target"] == "sm_90" and "ceiling" in row:
+            bar = 0.3 if row["kernel"].startswith("SparseConv") else 0.2
+            reached = row["ceiling"] >= bar
+            rows.append([row["kernel"], percent(row["ceiling"]), percent(bar), "yes" if reached else "**no**"])
+    return table(["kernel on an H100", "ceiling at 10 %", "bar", "reached"], rows)
+
+
 def break_even_table() -> str:
     head = ["kernel", "target", "dense fp32", "dense TF32", "dense bf16"]
     rows = [
@@ -159,19 +176,21 @@ def layer_table(side: int) -> str:
 
 def triton_table() -> str:
     head = ["kernel", "target", "registers", "spills", "shared bytes", "occupancy", "128-bit accesses", "narrower"]
-    head += ["tensor core", "memory time / issue time"]
+    head += ["tensor core", "memory time / issue time", "FP32 ceiling"]
     rows = []
     for row in tables.read("triton"):
         nvidia = row["target"] != "gfx942"
         cells = [row[name] for name in ("kernel", "target", "registers", "spills", "shared")]
         cells += [percent(row["occupancy"]), row["wide"], row["narrow"], row["tensor_core"]] if nvidia else 4 * [""]
         cells.append(f"{stream_margin(row):.1f}" if nvidia and row["kernel"] in STREAM_BYTES else "")
+        cells.append(percent(row["ceiling"]) if "ceiling" in row else "")
         rows.append(cells)
     return table(head, rows)
 
 
 SECTIONS = {
     "cuda": cuda_table,
+    "bars": bars_table,
     "break-even": break_even_table,
     "layers": lambda: layer_table(256),
     "triton": triton_table,

@@ -18,16 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import static_roofline
-from static_roofline import MACHINES, Kernel, Machine, Work, children_of, hot_loops, occupancy, work_of
+from static_roofline import (
+    DENSE,
+    MACHINES,
+    Kernel,
+    Machine,
+    Work,
+    children_of,
+    cycles_of,
+    hot_loops,
+    occupancy,
+    work_of,
+)
 
 THREADS = 128
 DENSITY = 0.1
 DENSITIES = (0.2, 0.1, 0.05, 0.02)
-# Dense convolution: (share of the peak it is assumed to reach, data-sheet peak in TFLOP/s without sparsity).
-DENSE = {
-    "sm_80": {"fp32": (0.8, 19.5), "tf32": (0.5, 156.0), "bf16": (0.5, 312.0)},
-    "sm_90": {"fp32": (0.8, 66.9), "tf32": (0.5, 494.7), "bf16": (0.5, 989.4)},
-}
 GEOMETRIES = {(1, 1, 1): "1x1", (3, 3, 1): "3x3", (2, 3, 2): "3x3 stride 2", (2, 2, 1): "3x3 stride 2 transposed"}
 
 
@@ -84,7 +90,7 @@ def describe(kernel: Kernel, density: float) -> dict[str, object]:
         shared += tile.shared_bytes + (4 * 4 * 32 * 33 if name.startswith("Weight") else 0)
     resident, limit = occupancy(machine, THREADS, kernel.registers, shared)
     row |= {"shared": shared, "occupancy": round(resident / machine.warps, 3), "occupancy_limit": limit}
-    return row | (ceiling(kernel, tile, density) if numbers else {})
+    return row | (ceiling(kernel, tile, density, resident) if numbers else {})
 
 
 @dataclass(frozen=True)
@@ -95,11 +101,14 @@ class Cost:
     multiply_adds: int  # of one kept weight in a thread
     weights: float  # of a list if none were pruned
     entry: dict[str, float]  # a kept weight
-    around: dict[str, float]  # a list, beside its weights
+    channel: dict[str, float]  # a list, beside its weights; spent where the list is not empty
+    stage: dict[str, float]  # a list's share of staging channels
 
     def cycles(self, density: float) -> dict[str, float]:
-        """For one kept weight, with its share of what surrounds its list."""
-        return {pipe: self.entry[pipe] + self.around[pipe] / (self.weights * density) for pipe in self.entry}
+        """For one kept weight, with its share of what surrounds its list. Weights are pruned independently."""
+        kept = self.weights * density
+        used = 1 - (1 - density) ** self.weights  # share of lists that are not empty
+        return {pipe: self.entry[pipe] + (used * self.channel[pipe] + self.stage[pipe]) / kept for pipe in self.entry}
 
     def ceiling(self, density: float) -> float:
         """Share of the FP32 peak."""
@@ -108,30 +117,30 @@ class Cost:
     def break_even(self, dense_teraflops: float) -> float:
         """Density below which the bound is under a dense convolution's time at ``dense_teraflops``; 0 if nowhere."""
         dense = self.multiply_adds * 32 / self.machine.fp32 * self.machine.fp32_teraflops / dense_teraflops
-        return max(
-            0.0,
-            min(
-                (dense - self.around[pipe] / self.weights) / self.entry[pipe] for pipe in self.entry if self.entry[pipe]
-            ),
-        )
+        densities = (step / 1000 for step in range(1000, 0, -1))
+        return next((d for d in densities if d * max(self.cycles(d).values()) < dense), 0.0)
 
 
-def ceiling(kernel: Kernel, tile: Tile, density: float) -> dict[str, object]:
+def ceiling(kernel: Kernel, tile: Tile, density: float, resident: int) -> dict[str, object]:
     machine = MACHINES[kernel.arch]
     flush = {"STG": 1 / 32} if "WeightGradient" in kernel.name else None  # once in 32 kept weights
     entry_loop, channel_loop, stage_loop = hot_loops(kernel)[:3]
     entry = work_of(kernel, entry_loop, children_of(kernel, entry_loop), rare=flush)
     channel = work_of(kernel, channel_loop, children_of(kernel, channel_loop))
-    stage = work_of(kernel, stage_loop, children_of(kernel, stage_loop))
-    around = Work()  # what a list costs whatever its length
-    around.add(channel, 1)
-    around.add(stage, 1 / tile.stage)
+    inside_stage = children_of(kernel, stage_loop)
+    stage = work_of(kernel, stage_loop, inside_stage)
+    for copy_loop in (loop for loop in inside_stage if not channel_loop.blocks <= loop.blocks):
+        rounds = max(1.0, tile.stage * tile.kept_in_list * density / 32)  # a warp copies 32 entries at once
+        stage.add(work_of(kernel, copy_loop, children_of(kernel, copy_loop)), rounds)
+    shared_by_a_list = Work()
+    shared_by_a_list.add(stage, 1 / tile.stage)
     cost = Cost(
         machine,
         tile.rows * tile.columns,
         tile.kept_in_list,
-        entry.cycles(machine, uniform_shared=True),  # a list entry is one word for the whole warp
-        around.cycles(machine),
+        cycles_of(entry, machine, resident, uniform_shared=True),  # a list entry is one word for the whole warp
+        cycles_of(channel, machine, resident),
+        cycles_of(shared_by_a_list, machine, resident),
     )
     cycles = cost.cycles(density)
     bound = max(cycles, key=cycles.__getitem__)

@@ -48,6 +48,12 @@ MACHINES = {
     "sm_90": Machine("H100 SXM", 128, 64, 16, 132, 1.98, 3350, 64, 32, 65536, 228 << 10),
 }
 
+# Dense convolution: (share of the peak it is assumed to reach, data-sheet peak in TFLOP/s without sparsity).
+DENSE = {
+    "sm_80": {"fp32": (0.8, 19.5), "tf32": (0.5, 156.0), "bf16": (0.5, 312.0)},
+    "sm_90": {"fp32": (0.8, 66.9), "tf32": (0.5, 494.7), "bf16": (0.5, 989.4)},
+}
+
 # First match wins. "alu" is everything else.
 PIPES = {
     "fma": r"FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2",
@@ -299,6 +305,18 @@ class Work:
             "special": mix["special"] * 32 / machine.special,
             "load/store": memory + mix["shuffle"],
         }
+
+
+# Cycles a warp at least waits for a result it needs at once (Abdelkhalik et al. 2022, arXiv:2208.11174; Hopper's are no
+# shorter): other warps of the same scheduler may issue meanwhile, as far as there are any.
+SHUFFLE_LATENCY = 23
+BRANCH_LATENCY = 4  # for the comparison it depends on
+
+
+def cycles_of(work: Work, machine: Machine, resident: int, uniform_shared: bool = False) -> dict[str, float]:
+    """`Work.cycles` and, as ``latency``, what ``resident`` warps of a multiprocessor need if each waits in turn."""
+    alone = work.issued + BRANCH_LATENCY * work.of("BR") + SHUFFLE_LATENCY * work.of("SHFL")
+    return work.cycles(machine, uniform_shared) | {"latency": alone / resident}
 
 
 def work_of(

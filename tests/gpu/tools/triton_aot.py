@@ -58,6 +58,7 @@ KERNELS = {
     "expand": ("expand", rewind.expand_kernel, [U8, F32, I32, F32], {}),
     "normalise": ("normalise", norm.normalise_kernel, [F32, F32, F32, F32], {}),
     "normalise bf16": ("normalise", norm.normalise_kernel, [BF16, F32, F32, BF16], {}),
+    "normalise_backward": ("normalise_backward", norm.normalise_backward_kernel, 8 * [F32], {}),
     "sparse_forward": (
         "sparse_forward",
         sparse_conv.sparse_forward_kernel,
@@ -74,12 +75,12 @@ KERNELS = {
         "sparse_input_gradient",
         sparse_conv.sparse_input_gradient_kernel,
         [F32, F32, I64, I32, I32, I32, I32, F32],
-        {},
+        {"STRIDE_ROWS": 2, "STRIDE_COLUMNS": 2},
     ),
     "sparse_weight_gradient": (
         "sparse_weight_gradient",
         sparse_conv.sparse_weight_gradient_kernel,
-        [F32, F32, I32, I32, F32],
+        [F32, F32, I32, I32, I32, F32],
         {},
     ),
     **{
@@ -136,6 +137,7 @@ def describe(name: str, target: str) -> dict[str, object]:
     warps = CONFIGS[KERNELS[name][0]]["warps"]
     machine = static_roofline.MACHINES[target]
     resident, limit = static_roofline.occupancy(machine, 32 * warps, kernel.registers, compiled.metadata.shared)
+    row |= sparse_ceiling(kernel, resident) if name.startswith("sparse") else {}
     return {
         **row,
         "registers": kernel.registers,
@@ -148,6 +150,19 @@ def describe(name: str, target: str) -> dict[str, object]:
         "tensor_core": sum(static_roofline.pipe(op) == "tensor" for op in ops),
         "atomics": sum(static_roofline.pipe(op) == "atomic" for op in ops),
     }
+
+
+def sparse_ceiling(kernel: static_roofline.Kernel, resident: int) -> dict[str, object]:
+    """Share of the FP32 peak that the loop over kept weights can reach, whatever the density."""
+    machine = static_roofline.MACHINES[kernel.arch]
+    loop = static_roofline.hot_loops(kernel)[0]
+    work = static_roofline.work_of(kernel, loop, static_roofline.children_of(kernel, loop))
+    cycles = static_roofline.cycles_of(work, machine, resident)
+    bound = max(cycles, key=cycles.__getitem__)
+    share = work.of("FFMA") * 32 / machine.fp32 / cycles[bound]
+    dense = static_roofline.DENSE[kernel.arch]
+    even = {name: round(share * machine.fp32_teraflops / (part * peak), 3) for name, (part, peak) in dense.items()}
+    return {"ceiling": round(share, 3), "bound": bound, "break_even": even}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,162 @@
+"""Training steps of pruned networks on a GPU: operator by operator, packed weights, packed Adam, CUDA graphs.
+
+Beside `LaneTrainer` only what runs a step differs. All parameters lie in one vector, the pruned ones packed, so that
+Adam is one kernel and its input one gradient. Forward and backward pass are captured as CUDA graphs; the loss stays
+eager, as callers may change it, and so does Adam, whose step count is a number.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lipfast import ops
+from lipfast.engine.capture import Recording, record
+from lipfast.engine.graph_trainer import Capture, GraphTrainer
+from lipfast.engine.lane_module import Compiled
+from lipfast.engine.lane_trainer import LaneTrainer, Moments
+from lipfast.engine.operators import lower_to_operators
+from lipfast.engine.runtime import pack, unpack
+from lipfast.engine.trainer import TorchTrainer
+from lipfast.errors import InputError
+
+# Floats that a parameter begins at a multiple of: 16 bytes, for 128-bit loads.
+ALIGNMENT = 4
+
+
+class OperatorTrainer(LaneTrainer):
+    """A `lipfast.engine.trainer.Trainer` for a pruned network on any device.
+
+    A network that cannot be recorded trains in torch, with one warning that says why.
+
+    Args:
+        capture: turns a module and example arguments into one that replays them; None is
+            ``torch.cuda.make_graphed_callables`` on a GPU and no capture elsewhere.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        masks: Mapping[str, Tensor] | None,
+        *,
+        lr: float,
+        capture: Capture | None = None,
+    ) -> None:
+        super().__init__(network, masks, lr=lr)
+        self._capture = capture
+
+    def _plan(self, z: Tensor) -> "PackedNetwork":
+        return PackedNetwork(self._network, self._masks, z, self._capture)
+
+    def _without_program(self) -> TorchTrainer:
+        on_gpu = any(parameter.is_cuda for parameter in self._parameters.values())
+        return (GraphTrainer if on_gpu else TorchTrainer)(self._network, self._masks, lr=self._lr)
+
+
+class PackedNetwork:
+    """One network at one input size with its packed parameters and their optimiser's state.
+
+    Args:
+        network: its dense parameters are read by `load` and written by `save`; its buffers are used as they are.
+        masks: parameter name -> bool tensor, on the network's device.
+        z: an example of the input.
+        capture: see `OperatorTrainer`.
+    """
+
+    def __init__(self, network: nn.Module, masks: Mapping[str, Tensor], z: Tensor, capture: Capture | None) -> None:
+        self._shape, self._device, self._dtype = z.shape, z.device, z.dtype
+        self._parameters, self._buffers = dict(network.named_parameters()), dict(network.named_buffers())
+        if any(parameter.dtype != torch.float32 for parameter in self._parameters.values()):
+            raise InputError("its parameters are not all float32")
+        self._masks = masks
+        leaves = {**self._parameters, **self._buffers}
+        recording = record(lambda leaves, x: torch.func.functional_call(network, leaves, (x,)), [z], leaves)
+        self._flat = _FlatNetwork(recording, self._parameters, self._buffers, masks, z.device)
+        self.values = self._flat.values
+        self._first, self._second = torch.zeros_like(self.values.data), torch.zeros_like(self.values.data)
+        if capture is None and z.device.type == "cuda":
+            capture = cast(Capture, torch.cuda.make_graphed_callables)
+        self._capture, self._captured = capture, cast(nn.Module | None, None)
+
+    def fits(self, z: Tensor) -> bool:
+        """Whether inputs like this are what was recorded."""
+        return (z.shape, z.device, z.dtype) == (self._shape, self._device, self._dtype)
+
+    def step(self, z: Tensor, loss: Callable[[Tensor], Tensor], count: int, lr: float) -> tuple[Tensor, Tensor]:
+        """Forward, loss, backward, Adam number ``count``."""
+        # A graph writes to the same memory in every step, and the caller may keep what it was given.
+        output = self._module(z)(z).clone()
+        value = loss(output)
+        (gradient,) = torch.autograd.grad(value, self.values)
+        ops.adam_step(self.values.detach(), gradient, self._first, self._second, count, lr)
+        return value.detach(), output.detach()
+
+    def load(self, moments: Moments) -> None:
+        """Take the weights from the network, and Adam's moments."""
+        with torch.no_grad():
+            for name, parts in self._packed():
+                for part, dense in zip(parts, (self._parameters[name], *moments[name]), strict=True):
+                    part.copy_(pack(dense, self._masks.get(name)).view(part.shape))
+
+    def moments(self) -> Moments:
+        """Adam's moments in dense copies."""
+        shape_of = {name: parameter.shape for name, parameter in self._parameters.items()}
+        return {
+            name: (unpack(first, shape_of[name], mask), unpack(second, shape_of[name], mask))
+            for name, (_, first, second) in self._packed()
+            for mask in [self._masks.get(name)]
+        }
+
+    def save(self) -> None:
+        """Bring the network's weights up to date; its buffers always are."""
+        with torch.no_grad():
+            for name, (values, _, _) in self._packed():
+                parameter = self._parameters[name]
+                parameter.copy_(unpack(values, parameter.shape, self._masks.get(name)))
+
+    def _packed(self) -> list[tuple[str, list[Tensor]]]:
+        """Parameter name -> its parts of the vectors of values and of both moments."""
+        vectors = [self._flat.pieces(vector) for vector in (self.values.detach(), self._first, self._second)]
+        return [(name, [pieces[name] for pieces in vectors]) for name in self._parameters]
+
+    def _module(self, z: Tensor) -> nn.Module:
+        """What runs a step: the captured network, captured now if it was not."""
+        if self._capture is None:
+            return self._flat
+        if self._captured is None:
+            before = [buffer.clone() for buffer in self._buffers.values()]
+            self._captured = self._capture(self._flat, (z.clone(),))
+            for buffer, saved in zip(self._buffers.values(), before, strict=True):
+                buffer.copy_(saved)  # capturing runs the network, which moves BatchNorm's running statistics
+        return self._captured
+
+
+class _FlatNetwork(nn.Module):
+    """The network as a function of one vector of parameters."""
+
+    def __init__(
+        self,
+        recording: Recording,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self._shapes = {name: (int(masks[name].sum()),) if name in masks else p.shape for name, p in parameters.items()}
+        counts = [torch.Size(shape).numel() for shape in self._shapes.values()]
+        self._sizes = [part for count in counts for part in (count, -count % ALIGNMENT)]
+        self._sizes[-1] += -sum(self._sizes) % 16  # lets Triton load the whole vector in 128-bit pieces
+        self.values = nn.Parameter(torch.zeros(sum(self._sizes), device=device))
+        self._network_buffers = dict(buffers)
+        self._compiled = Compiled(lower_to_operators(recording, masks, device), masks, exact=False, device=device)
+
+    def forward(self, z: Tensor) -> Tensor:
+        tensors = {**self.pieces(self.values), **self._network_buffers}
+        return cast(Tensor, self._compiled.run([z], tensors))
+
+    def pieces(self, vector: Tensor) -> dict[str, Tensor]:
+        """Parameter name -> its part of a vector like ``values``, a view: packed if pruned, else of its own shape."""
+        parts = torch.split(vector, self._sizes)[::2]
+        return {name: part.view(shape) for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)}
