@@ -18,8 +18,18 @@ namespace lipfast {
 namespace {
 
 constexpr int64_t kVector = kGrid * kGrid;
-// Bytes of the first cache level that the input tile of one block may fill.
-constexpr int64_t kTileBytes = 40 << 10;
+
+// What the sparse kernels' time is made of, in units of one multiply-add of a vector
+// whose operand is in the first cache level (docs/kernels.md, "Blocks").
+constexpr double kPartialSum = 4.4;  // a vector of sums that goes to memory and back
+constexpr double kFarOperand = 0.9;  // what an operand from the second level adds
+// Tiles of two rows save loads of weights but fill the first level sooner. They pay
+// from this many taps of an output, times the share of input that the row adds.
+constexpr double kTwoRows = 300;
+// Fetching the next tile early costs a few percent and pays where an output has few
+// taps to hide its way from memory, or maps are larger than this many bytes.
+constexpr double kLookAheadBelow = 32;
+constexpr int64_t kLargeMaps = 32 << 20;
 
 int64_t FloorDiv(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 int64_t CeilDiv(int64_t a, int64_t b) { return FloorDiv(a + b - 1, b); }
@@ -41,7 +51,7 @@ struct Tap {
 
 // The offsets of one pass for one set of map strides, in the kernels' form.
 struct BoundTaps {
-  std::vector<int32_t> starts, offsets;
+  std::vector<int32_t> starts, visits, offsets;
   TapList sparse;
   DenseTaps dense;
 };
@@ -55,6 +65,7 @@ class Pass {
   int64_t in_row = 0, in_col = 0;     // and in the map that is read
   int64_t out_step = 1, in_step = 1;  // pixels from position to position
   bool dense = false;
+  bool tall = false;  // always tiles of the kernels' most rows
 
   // taps[o]: of output channel o, ascending by source.
   void SetTaps(std::vector<std::vector<Tap>> taps) {
@@ -84,7 +95,8 @@ class Pass {
     std::vector<Region> regions;
     for (int64_t n = 0; n < out.batch && !empty(); ++n) {
       regions.push_back({rows, cols, out.At(n, 0, out_row, out_col), out.channel_stride, out_step * out.row_stride,
-                         out_step * kVector, in.At(n, 0, in_row, in_col), in_step * in.row_stride, in_step * kVector});
+                         out_step * kVector, in.At(n, 0, in_row, in_col), in.channel_stride, in_step * in.row_stride,
+                         in_step * kVector});
     }
     return regions;
   }
@@ -114,8 +126,8 @@ class Pass {
     }
   }
 
-  // How many input channels' tiles fit the first cache level together.
-  int64_t ChannelsPerBlock() const {
+  // Input vectors of one channel that an output tile reads.
+  int64_t TileVectors(int64_t tile_rows) const {
     int16_t low = 0, high = 0, left = 0, right = 0;
     for (const Source& s : sources_) {
       low = std::min(low, s.row);
@@ -123,10 +135,37 @@ class Pass {
       left = std::min(left, s.col);
       right = std::max(right, s.col);
     }
-    const TapKernels& kernels = Kernels<TapKernels>();
-    const int64_t tile_rows = std::min(rows, kernels.tile_rows), tile_cols = std::min(cols, kernels.tile_cols);
-    const int64_t lines = ((tile_rows - 1) * in_step + 1 + high - low) * ((tile_cols - 1) * in_step + 1 + right - left);
-    return std::max<int64_t>(1, kTileBytes / (lines * kVector * static_cast<int64_t>(sizeof(float))));
+    const int64_t tile_cols = std::min(cols, Kernels<TapKernels>().tile_cols);
+    tile_rows = std::min(rows, tile_rows);
+    return ((tile_rows - 1) * in_step + 1 + high - low) * ((tile_cols - 1) * in_step + 1 + right - left);
+  }
+
+  // Ranges to cut the input channels into: few send few partial sums to memory, many
+  // keep the tile of a range in the first cache level.
+  int64_t Blocks(int64_t channels, int64_t tile_rows, double taps_per_output) const {
+    const double bytes = static_cast<double>(TileVectors(tile_rows) * kVector * sizeof(float) * channels);
+    const double level = static_cast<double>(Kernels<TapKernels>().first_level);
+    int64_t best = 1;
+    double least = 0;
+    for (int64_t blocks = 1; blocks <= channels; ++blocks) {
+      const double far = std::clamp((bytes / static_cast<double>(blocks) / level - 0.85) / 3.3, 0.0, 1.0);
+      const double cost = kPartialSum * static_cast<double>(blocks) + kFarOperand * taps_per_output * far;
+      if (blocks == 1 || cost < least) {
+        best = blocks;
+        least = cost;
+      }
+    }
+    return best;
+  }
+
+  bool TwoRows(double taps_per_output, bool large_maps) const {
+    const double more = static_cast<double>(TileVectors(2)) / static_cast<double>(TileVectors(1)) - 1;
+    return !large_maps && taps_per_output > kTwoRows * more;
+  }
+
+  bool LargeMaps(const LaneMap& in) const {
+    return in.batch * (in.channels + outputs_) * rows * cols * kVector * static_cast<int64_t>(sizeof(float)) >
+           kLargeMaps;
   }
 
   std::shared_ptr<const BoundTaps> MakeBound(const LaneMap& in) const {
@@ -139,8 +178,11 @@ class Pass {
       bound->dense = {outputs_, taps(), bound->offsets.data()};
       return bound;
     }
-    const int64_t blocks = CeilDiv(in.channels, ChannelsPerBlock());
-    const int64_t per_block = CeilDiv(in.channels, blocks);
+    const double taps_per_output = static_cast<double>(taps()) / static_cast<double>(std::max<int64_t>(1, outputs_));
+    const bool large = LargeMaps(in);
+    const int64_t tile_rows = tall || TwoRows(taps_per_output, large) ? Kernels<TapKernels>().tile_rows : 1;
+    const int64_t per_block = CeilDiv(in.channels, Blocks(in.channels, tile_rows, taps_per_output));
+    const int64_t blocks = CeilDiv(in.channels, per_block);
     int32_t t = 0;
     for (int64_t o = 0; o < outputs_; ++o) {
       bound->starts.push_back(t);
@@ -149,7 +191,24 @@ class Pass {
         bound->starts.push_back(t);
       }
     }
-    bound->sparse = {outputs_, blocks, bound->starts.data(), bound->offsets.data()};
+    bound->visits.resize(outputs_ * blocks);
+    int32_t visits = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t o = 0; o < outputs_; ++o) {
+        const int32_t* start = &bound->starts[o * (blocks + 1) + block];
+        bound->visits[o * blocks + block] = visits;
+        visits += start[1] - start[0];
+      }
+    }
+    bound->sparse = {outputs_,
+                     blocks,
+                     in.channels,
+                     per_block,
+                     tile_rows,
+                     large || taps_per_output < kLookAheadBelow,
+                     bound->starts.data(),
+                     bound->visits.data(),
+                     bound->offsets.data()};
     return bound;
   }
 
@@ -170,24 +229,21 @@ bool WinogradPossible(const ConvShape& s) {
          s.pad_w == 1;
 }
 
-// Above this share of kept weights skipping zeros costs more than it saves.
+// Above these shares of kept weights skipping zeros costs more than it saves.
+constexpr double kWinogradAbove = 0.23;
 constexpr double kDenseAbove = 0.6;
-
-enum class Direction { kForward, kInputGradient, kWeightGradient };
 
 // What runs, from the shape and the share of kept weights. The thresholds are
 // crossings of measured times (docs/kernels.md), fixed so that equal inputs give
 // equal bits.
-ConvKernel Choose(ConvKernel asked, Direction direction, const ConvShape& shape, const ConvGeometry& geometry,
-                  double density, bool exact) {
-  const double winograd_above = direction == Direction::kWeightGradient ? 0.17 : 0.22;
+ConvKernel Choose(ConvKernel asked, const ConvShape& shape, const ConvGeometry& geometry, double density, bool exact) {
   if (shape.groups > 1 || asked == ConvKernel::kSparse) return ConvKernel::kSparse;
   const bool winograd = WinogradPossible(shape) && !exact;
   if (asked == ConvKernel::kWinograd && winograd) return ConvKernel::kWinograd;
   if (asked == ConvKernel::kDense) return ConvKernel::kDense;
   // Below this many vectors a block the transforms outweigh what they save.
   const bool large = geometry.out_block_h * geometry.out_block_w >= 4;
-  if (winograd && large && density > winograd_above) return ConvKernel::kWinograd;
+  if (winograd && large && density > kWinogradAbove) return ConvKernel::kWinograd;
   return density > kDenseAbove ? ConvKernel::kDense : ConvKernel::kSparse;
 }
 
@@ -390,8 +446,8 @@ int64_t Conv::Impl::ScratchFloats(int threads) const {
   const int64_t dense = CeilDiv(shape.out_channels, group) * group * CeilDiv(shape.in_channels, group) * group *
                         shape.kernel_h * shape.kernel_w;
   int64_t most = std::max(dense, kept);
-  if (weight_gradient == ConvKernel::kSparse) most = std::max(most, 4 * kept * kVector);  // see sparse_dot_chunks
-  if (weight_gradient == ConvKernel::kDense) most = std::max(most, 9 * dense);            // see dense_dot_chunks
+  if (weight_gradient == ConvKernel::kSparse) most = std::max(most, 16 * kept);  // see sparse_dot_chunks
+  if (weight_gradient == ConvKernel::kDense) most = std::max(most, 8 * dense);   // see dense_dot_chunks
   const WinogradKernels& winograd = Kernels<WinogradKernels>();
   const LaneMap x = Sketch(true), y = Sketch(false);
   const int64_t weight_floats = RoundUp(DenseWeightFloats());
@@ -439,13 +495,11 @@ Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* 
   const double all =
       static_cast<double>(shape.out_channels * (shape.in_channels / shape.groups) * shape.kernel_h * shape.kernel_w);
   const double density = all > 0 ? static_cast<double>(m.weights.size()) / all : 0.0;
-  const auto choose = [&](Direction direction) { return Choose(asked, direction, shape, geometry, density, exact); };
-  m.forward = choose(Direction::kForward);
-  m.input_gradient = choose(Direction::kInputGradient);
-  m.weight_gradient = choose(Direction::kWeightGradient);
+  m.forward = m.input_gradient = m.weight_gradient = Choose(asked, shape, geometry, density, exact);
   m.mostly_kept = density > kDenseAbove;
   m.tile = WinogradTile(geometry.out_block_h, geometry.out_block_w);
   m.BuildForward(&m.forward_pass, m.forward != ConvKernel::kWinograd, m.forward == ConvKernel::kDense);
+  m.weight_pass.tall = true;  // its tile's sums never go to memory
   m.BuildForward(&m.weight_pass, m.weight_gradient != ConvKernel::kWinograd, m.weight_gradient == ConvKernel::kDense);
   m.BuildInputGradient();
 }
@@ -501,11 +555,10 @@ void Conv::WeightGradient(const LaneMap& x, const LaneMap& dy, float* dvalues, f
     return;
   }
   const int64_t size = m.weight_pass.outputs() * m.weight_pass.taps();
-  float* gradients = scratch + kernels.dense_dot_chunks(regions.data(), count) * size;
-  kernels.dense_dot(regions.data(), count, taps->dense, scratch, gradients, threads);
+  kernels.dense_dot(regions.data(), count, taps->dense, scratch, threads);
   for (int64_t i = 0; i < size; ++i) {
     const int32_t to = m.weight_pass.index()[i];  // -1 where pruned
-    if (to >= 0) dvalues[to] = gradients[i];
+    if (to >= 0) dvalues[to] = scratch[i];
   }
 }
 

@@ -9,14 +9,16 @@ namespace {
 
 constexpr int kTileRows = kRegisters >= 32 ? 2 : 1;
 constexpr int kTileCols = kRegisters >= 32 ? 8 : kRegisters >= 8 ? 6 : 4;
+constexpr int64_t kFirstLevel = (LIPFAST_TARGET == 2 ? 48 : 32) << 10;
 
 int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t Most(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t Parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 // A region cut into tiles of nearly equal size.
 struct Tiling {
   int64_t down, across;
-  explicit Tiling(const Region& g) : down(Parts(g.rows, kTileRows)), across(Parts(g.cols, kTileCols)) {}
+  Tiling(const Region& g, int64_t rows) : down(Parts(g.rows, rows)), across(Parts(g.cols, kTileCols)) {}
   int64_t count() const { return down * across; }
 };
 
@@ -37,6 +39,8 @@ struct SparseTask {
   const float* bias;
   float* partial;
   Tile tile;
+  const float* next_in;  // first vectors of the tile that the thread will take next
+  const float* next_out;
   int64_t first, last;  // output channels
 };
 
@@ -59,6 +63,54 @@ inline __attribute__((always_inline)) void AddTap(V weight, const float* in, int
   }
 }
 
+// Brings the next tile nearer, some lines for each output channel: they lie in as many
+// pages as there are channels, where no hardware prefetcher finds them.
+struct Ahead {
+  const float* in;   // the tile's input, of the channels of one block
+  const float* out;  // and its output
+  int64_t in_channel, in_row, in_col, out_channel, out_row, out_col;
+  int64_t rows, cols;
+  int64_t lines, steps, due;  // of the input: all of them, in so many steps
+  int64_t row, col;           // of the next line
+  int64_t out_from, out_to;   // output vectors that this block brings of each channel
+
+  // Out of line: its variables would push the caller's out of their registers.
+  __attribute__((noinline)) void Step() {
+    for (due += lines; due >= steps; due -= steps) {
+      PrefetchFar(in + row * in_row + col * in_col);
+      if (++col < cols) continue;
+      col = 0;
+      if (++row < rows) continue;
+      row = 0;
+      in += in_channel;
+    }
+    for (int64_t v = out_from; v < out_to; ++v) PrefetchFar(out + v / cols * out_row + v % cols * out_col);
+    out += out_channel;
+  }
+};
+
+Ahead AheadOf(const SparseTask& task, int64_t block) {
+  const Region& g = *task.region;
+  const TapList& taps = *task.taps;
+  const int64_t first = block * taps.block_inputs, vectors = task.tile.rows * task.tile.cols;
+  Ahead ahead = {};
+  ahead.in = task.next_in + first * g.in_channel;
+  ahead.out = task.next_out + task.first * g.out_channel;
+  ahead.in_channel = g.in_channel;
+  ahead.in_row = g.in_row;
+  ahead.in_col = g.in_col;
+  ahead.out_channel = g.out_channel;
+  ahead.out_row = g.out_row;
+  ahead.out_col = g.out_col;
+  ahead.rows = task.tile.rows;
+  ahead.cols = task.tile.cols;
+  ahead.lines = Least(taps.block_inputs, taps.inputs - first) * vectors;
+  ahead.steps = task.last - task.first;
+  ahead.out_from = vectors * block / taps.blocks;
+  ahead.out_to = vectors * (block + 1) / taps.blocks;
+  return ahead;
+}
+
 // One tile, `first` to `last` output channels: sums stay in registers while the
 // taps of one block of input channels pass; the tile of the input stays in L1 while
 // the output channels pass over it. Strides in vectors; 0 is read from the region.
@@ -76,7 +128,9 @@ void AccumulateTile(const SparseTask& task) {
   for (int64_t b = 0; b < blocks; ++b) {
     float* out = g.out + task.tile.row * out_row + task.tile.col * out_col + task.first * g.out_channel;
     const int32_t* start = task.taps->starts + task.first * (blocks + 1) + b;
+    Ahead ahead = AheadOf(task, b);
     for (int64_t o = task.first; o < last; ++o, out += g.out_channel, start += blocks + 1) {
+      if (task.next_in) ahead.Step();
       int32_t t = start[0];
       const int32_t end = start[1];
       V sum[kChains][kRows][kCols];
@@ -118,21 +172,30 @@ void AccumulateTile(const SparseTask& task) {
   }
 }
 
-// The tile of the output gradient stays in registers; each tap adds one dot product,
-// lane by lane, to its vector in `partial`.
+// Adds the sums of the first `count` of sixteen vectors to as many floats.
+inline __attribute__((always_inline)) void AddSums(float* vectors, int count, float* to) {
+  for (int i = count; i < kLanes; ++i) Store(vectors + i * kLanes, Zero());
+  StorePart(to, Add(LoadPart(to, count), SumEach(vectors)), count);
+}
+
+// The tile of the output gradient stays in registers; each tap adds one dot product
+// to its float in `partial`.
 template <int kRows, int kCols, int kIn, int kOut>
 void DotTile(const SparseTask& task) {
   constexpr int kVectors = kRows * kCols;
-  constexpr int kChains = kVectors >= 4 ? 4 : kVectors;
+  constexpr int kChains = kVectors >= 2 ? 2 : 1;
   const Region& g = *task.region;
   const int64_t blocks = task.taps->blocks, last = task.last;
   const int32_t* offsets = task.taps->offsets;
   const int64_t in_row = g.in_row, out_row = g.out_row;
   const int64_t in_col = kIn ? kIn * kLanes : g.in_col, out_col = kOut ? kOut * kLanes : g.out_col;
   const float* in = g.in + task.tile.row * in_row + task.tile.col * in_col;
+  alignas(64) float vectors[kLanes * kLanes];  // of the last taps; sixteen are summed up together
   for (int64_t b = 0; b < blocks; ++b) {
     const float* out = g.out + task.tile.row * out_row + task.tile.col * out_col + task.first * g.out_channel;
     const int32_t* start = task.taps->starts + task.first * (blocks + 1) + b;
+    float* to = task.partial + task.taps->visits[task.first * blocks + b];
+    int waiting = 0;
     for (int64_t o = task.first; o < last; ++o, out += g.out_channel, start += blocks + 1) {
       V d[kRows][kCols];
       LIPFAST_UNROLL
@@ -143,11 +206,9 @@ void DotTile(const SparseTask& task) {
       }
       for (int32_t t = start[0]; t < start[1]; ++t) {
         const float* x = in + offsets[t];
-        float* partial = task.partial + static_cast<int64_t>(t) * kLanes;
         V sum[kChains];
-        sum[0] = Load(partial);
         LIPFAST_UNROLL
-        for (int k = 1; k < kChains; ++k) sum[k] = Zero();
+        for (int k = 0; k < kChains; ++k) sum[k] = Zero();
         LIPFAST_UNROLL
         for (int r = 0; r < kRows; ++r) {
           const float* row = Row(x + r * in_row);
@@ -157,11 +218,15 @@ void DotTile(const SparseTask& task) {
             chain = Fma(d[r][c], Load(row + c * in_col), chain);
           }
         }
-        LIPFAST_UNROLL
-        for (int k = 1; k < kChains; ++k) sum[0] = Add(sum[0], sum[k]);
-        Store(partial, sum[0]);
+        Store(vectors + waiting * kLanes, kChains == 2 ? Add(sum[0], sum[kChains - 1]) : sum[0]);
+        if (++waiting == kLanes) {
+          StoreU(to, Add(LoadU(to), SumEach(vectors)));
+          to += kLanes;
+          waiting = 0;
+        }
       }
     }
+    if (waiting) AddSums(vectors, waiting, to);
   }
 }
 
@@ -205,21 +270,21 @@ TileFunction ForTile(const Tile& tile, const Region& g) {
 }
 
 // Finds which region the i-th tile of all regions lies in.
-SparseTask TaskAt(const Region* regions, int64_t i) {
+SparseTask TaskAt(const Region* regions, int64_t tile_rows, int64_t i) {
   SparseTask task = {};
   task.region = regions;
-  Tiling tiling(*task.region);
+  Tiling tiling(*task.region, tile_rows);
   while (i >= tiling.count()) {
     i -= tiling.count();
-    tiling = Tiling(*++task.region);
+    tiling = Tiling(*++task.region, tile_rows);
   }
   task.tile = TileAt(*task.region, tiling, i);
   return task;
 }
 
-int64_t TileCount(const Region* regions, int64_t count) {
+int64_t TileCount(const Region* regions, int64_t count, int64_t tile_rows) {
   int64_t tiles = 0;
-  for (int64_t i = 0; i < count; ++i) tiles += Tiling(regions[i]).count();
+  for (int64_t i = 0; i < count; ++i) tiles += Tiling(regions[i], tile_rows).count();
   return tiles;
 }
 
@@ -230,51 +295,69 @@ int64_t OutputParts(int64_t tiles, int64_t outputs) { return Least(Parts(kEnough
 
 void SparseAccumulate(const Region* regions, int64_t count, const TapList& taps, const float* values, const float* bias,
                       int threads) {
-  const int64_t tiles = TileCount(regions, count);
+  const int64_t tiles = TileCount(regions, count, taps.tile_rows);
   if (tiles == 0) return;
   const int64_t parts = OutputParts(tiles, taps.outputs);
   ParallelFor(threads, tiles * parts, [&](int64_t chunk) {
-    SparseTask task = TaskAt(regions, chunk / parts);
+    SparseTask task = TaskAt(regions, taps.tile_rows, chunk / parts);
     task.taps = &taps;
     task.values = values;
     task.bias = bias;
     task.first = taps.outputs * (chunk % parts) / parts;
     task.last = taps.outputs * (chunk % parts + 1) / parts;
+    if (taps.look_ahead && chunk / parts + 1 < tiles) {
+      const SparseTask next = TaskAt(regions, taps.tile_rows, chunk / parts + 1);
+      const Region& g = *next.region;
+      task.next_in = g.in + next.tile.row * g.in_row + next.tile.col * g.in_col;
+      task.next_out = g.out + next.tile.row * g.out_row + next.tile.col * g.out_col;
+    }
     ForTile<Accumulate>(task.tile, *task.region)(task);
   });
 }
 
-// Chunks of tiles with sums of their own: enough for a few threads, few enough that
+// The first of `chunks` arrays becomes the sum of all, in order.
+void AddChunks(float* sums, int64_t chunks, int64_t size, int threads) {
+  constexpr int64_t kPerTask = 4096;
+  ParallelFor(threads, chunks > 1 ? Parts(size, kPerTask) : 0, [&](int64_t i) {
+    const int64_t last = Least((i + 1) * kPerTask, size);
+    for (int64_t j = i * kPerTask; j < last; j += kLanes) {
+      const int n = static_cast<int>(Least(kLanes, last - j));
+      V sum = LoadPart(sums + j, n);
+      for (int64_t c = 1; c < chunks; ++c) sum = Add(sum, LoadPart(sums + c * size + j, n));
+      StorePart(sums + j, sum, n);
+    }
+  });
+}
+
+// Chunks of tiles with sums of their own: enough for many threads, few enough that
 // adding them up costs nothing.
-int64_t DotChunks(const Region* regions, int64_t count) { return Least(TileCount(regions, count), 4); }
+int64_t DotChunks(const Region* regions, int64_t count, const TapList& taps) {
+  return Most(1, Least(TileCount(regions, count, taps.tile_rows), kEnoughChunks));
+}
 
 void SparseDot(const Region* regions, int64_t count, const TapList& taps, float* partial, float* d_values,
                int threads) {
-  const int64_t tiles = TileCount(regions, count), chunks = DotChunks(regions, count);
-  const int64_t parts = Least(2, OutputParts(chunks, taps.outputs));  // each reads the whole input
-  const int64_t total = taps.starts[taps.outputs * (taps.blocks + 1) - 1];
+  const int64_t tiles = TileCount(regions, count, taps.tile_rows), chunks = DotChunks(regions, count, taps);
+  const int64_t parts = OutputParts(chunks, taps.outputs), blocks = taps.blocks;
+  const int64_t total = taps.starts[taps.outputs * (blocks + 1) - 1];
+  std::memset(partial, 0, sizeof(float) * chunks * total);
   ParallelFor(threads, chunks * parts, [&](int64_t i) {
     const int64_t chunk = i / parts, part = i % parts;
-    const int64_t first = taps.outputs * part / parts, last = taps.outputs * (part + 1) / parts;
-    float* sums = partial + chunk * total * kLanes;
-    const int64_t begin = taps.starts[first * (taps.blocks + 1)];
-    const int64_t end = taps.starts[last * (taps.blocks + 1) - 1];
-    std::memset(sums + begin * kLanes, 0, sizeof(float) * kLanes * (end - begin));
     for (int64_t tile = tiles * chunk / chunks; tile < tiles * (chunk + 1) / chunks; ++tile) {
-      SparseTask task = TaskAt(regions, tile);
+      SparseTask task = TaskAt(regions, taps.tile_rows, tile);
       task.taps = &taps;
-      task.partial = sums;
-      task.first = first;
-      task.last = last;
+      task.partial = partial + chunk * total;
+      task.first = taps.outputs * part / parts;
+      task.last = taps.outputs * (part + 1) / parts;
       ForTile<Dot>(task.tile, *task.region)(task);
     }
   });
-  constexpr int64_t kTapsPerChunk = 4096;
-  ParallelFor(threads, Parts(total, kTapsPerChunk), [&](int64_t i) {
-    for (int64_t t = i * kTapsPerChunk; t < Least((i + 1) * kTapsPerChunk, total); ++t) {
-      V sum = chunks ? Load(partial + t * kLanes) : Zero();
-      for (int64_t c = 1; c < chunks; ++c) sum = Add(sum, Load(partial + (c * total + t) * kLanes));
-      d_values[t] = Sum(sum);
+  AddChunks(partial, chunks, total, threads);
+  ParallelFor(threads, taps.outputs, [&](int64_t o) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int32_t* start = taps.starts + o * (blocks + 1) + b;
+      const float* sums = partial + taps.visits[o * blocks + b];
+      for (int32_t t = start[0]; t < start[1]; ++t) d_values[t] = *sums++;
     }
   });
 }
@@ -463,10 +546,9 @@ void DenseDotGroup(const Region& g, int64_t row, int64_t last, const DenseTaps& 
   for (; t < taps.taps; ++t) DenseDotRows<1>(g, row, last, taps.offsets + t, group, live, out + t, taps.taps);
 }
 
-int64_t DenseDotChunks(const Region* regions, int64_t count) { return Least(RowCount(regions, count), 8); }
+int64_t DenseDotChunks(const Region* regions, int64_t count) { return Most(1, Least(RowCount(regions, count), 8)); }
 
-void DenseDot(const Region* regions, int64_t count, const DenseTaps& taps, float* partial, float* d_weights,
-              int threads) {
+void DenseDot(const Region* regions, int64_t count, const DenseTaps& taps, float* partial, int threads) {
   const int64_t rows = RowCount(regions, count), chunks = DenseDotChunks(regions, count);
   const int64_t groups = Parts(taps.outputs, kGroup), parts = OutputParts(chunks, taps.outputs);
   const int64_t size = taps.outputs * taps.taps;
@@ -487,14 +569,7 @@ void DenseDot(const Region* regions, int64_t count, const DenseTaps& taps, float
       line += count;
     }
   });
-  constexpr int64_t kPerChunk = 1 << 14;
-  ParallelFor(threads, Parts(size, kPerChunk), [&](int64_t i) {
-    for (int64_t j = i * kPerChunk; j < Least((i + 1) * kPerChunk, size); ++j) {
-      float sum = chunks ? partial[j] : 0.0f;
-      for (int64_t c = 1; c < chunks; ++c) sum += partial[c * size + j];
-      d_weights[j] = sum;
-    }
-  });
+  AddChunks(partial, chunks, size, threads);
 }
 
 void ChannelSums(const Region* regions, int64_t count, int64_t channels, float* sums, int threads) {
@@ -516,8 +591,8 @@ void ChannelSums(const Region* regions, int64_t count, int64_t channels, float* 
 }  // namespace
 
 extern const TapKernels tap_kernels;
-const TapKernels tap_kernels = {SparseAccumulate, SparseDot,   DotChunks, DenseAccumulate, DenseDot,
-                                DenseDotChunks,   ChannelSums, kGroup,    kTileRows,       kTileCols};
+const TapKernels tap_kernels = {SparseAccumulate, SparseDot, DotChunks, DenseAccumulate, DenseDot,   DenseDotChunks,
+                                ChannelSums,      kGroup,    kTileRows, kTileCols,       kFirstLevel};
 
 }  // namespace LIPFAST_NS
 }  // namespace lipfast

@@ -21,15 +21,20 @@ struct Region {
   float* out;
   int64_t out_channel, out_row, out_col;
   const float* in;
-  int64_t in_row, in_col;
+  int64_t in_channel, in_row, in_col;
 };
 
 // Per output channel its taps, in ascending input channel, cut into `blocks` ranges
 // of input channels: the taps of output o and block b are starts[o * (blocks + 1) + b]
-// up to the next start.
+// up to the next start. `visits` counts the taps before (o, b) in the order of the
+// kernels, which take every output of a block before the next block.
 struct TapList {
   int64_t outputs, blocks;
+  int64_t inputs, block_inputs;  // input channels, of all and of each range
+  int64_t tile_rows;             // 1 or the kernels' largest
+  bool look_ahead;               // fetch the next tile early: memory is what bounds this list
   const int32_t* starts;
+  const int32_t* visits;   // [outputs][blocks]
   const int32_t* offsets;  // floats
 };
 
@@ -45,21 +50,22 @@ struct TapKernels {
   void (*sparse_accumulate)(const Region* regions, int64_t count, const TapList& taps, const float* values,
                             const float* bias, int threads);
   // d_values[t] = sum over all regions' positions. `partial` holds
-  // sparse_dot_chunks(...) * (number of taps) vectors.
+  // sparse_dot_chunks(...) * (number of taps) floats.
   void (*sparse_dot)(const Region* regions, int64_t count, const TapList& taps, float* partial, float* d_values,
                      int threads);
-  int64_t (*sparse_dot_chunks)(const Region* regions, int64_t count);
+  int64_t (*sparse_dot_chunks)(const Region* regions, int64_t count, const TapList& taps);
   // The same for dense taps; weights are [ceil(outputs / group)][taps][group].
   void (*dense_accumulate)(const Region* regions, int64_t count, const DenseTaps& taps, const float* weights,
                            const float* bias, int threads);
-  // d_weights is [outputs][taps]; `partial` holds dense_dot_chunks(...) * outputs * taps floats.
-  void (*dense_dot)(const Region* regions, int64_t count, const DenseTaps& taps, float* partial, float* d_weights,
-                    int threads);
+  // The gradients [outputs][taps] end up first in `partial`, which holds
+  // dense_dot_chunks(...) * outputs * taps floats.
+  void (*dense_dot)(const Region* regions, int64_t count, const DenseTaps& taps, float* partial, int threads);
   int64_t (*dense_dot_chunks)(const Region* regions, int64_t count);
   // Sum over a region's positions of each output channel.
   void (*channel_sums)(const Region* regions, int64_t count, int64_t channels, float* sums, int threads);
   int64_t dense_group;           // output channels that dense weights are interleaved by
-  int64_t tile_rows, tile_cols;  // output vectors that the sparse kernels hold in registers
+  int64_t tile_rows, tile_cols;  // output vectors that the sparse kernels hold in registers, at most
+  int64_t first_level;           // bytes of the first cache level of the machines that run this target
 };
 
 }  // namespace lipfast

@@ -140,6 +140,35 @@ static inline float Sum(V x) {
 #endif
 }
 
+// Lane i: the sum of the i-th of 16 vectors in memory.
+static inline V SumEach(const float* vectors) {
+#if LIPFAST_TARGET == 2
+  // Each step adds halves and brings the sums of two vectors together in one.
+  V pairs[8], fours[4], two[2];
+  LIPFAST_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const int first = i < 4 ? 4 * i : 4 * i - 15;
+    const V a = Load(vectors + first * kLanes), b = Load(vectors + (first + 2) * kLanes);
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  LIPFAST_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    fours[i] = _mm512_add_ps(_mm512_unpacklo_ps(pairs[i], pairs[i + 4]), _mm512_unpackhi_ps(pairs[i], pairs[i + 4]));
+  }
+  LIPFAST_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    two[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x44),
+                           _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xee));
+  }
+  return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
+#else
+  V out;
+  float* sums = reinterpret_cast<float*>(&out);
+  for (int i = 0; i < kLanes; ++i) sums[i] = Sum(Load(vectors + i * kLanes));
+  return out;
+#endif
+}
+
 // The first n floats at p, zeros behind them; reads nothing past p + n.
 static inline V LoadPart(const float* p, int n) {
 #if LIPFAST_TARGET == 2
@@ -163,6 +192,8 @@ static inline void StorePart(float* p, V x, int n) {
 }
 
 static inline void Prefetch(const float* p) { __builtin_prefetch(p, 0, 3); }
+// To the second cache level only.
+static inline void PrefetchFar(const float* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace LIPFAST_NS
 }  // namespace lipfast
