@@ -26,6 +26,6 @@ def test_the_demo_writes_what_it_promises(tmp_path, capsys):
 def test_the_two_pictures_differ_and_are_colour():
     first, second = demo.picture(demo.SEARCHED), demo.picture(demo.RESTORED)
     for image in (first, second):
-        assert image.shape == (3, 128, 128)
+        assert image.shape == (3, demo.SIZE, demo.SIZE)
         assert (image[0] - image[2]).abs().mean() > 0.02
     assert images.psnr(first, second) < 15

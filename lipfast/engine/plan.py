@@ -185,7 +185,12 @@ class _Planner:
         if self.options.backward:
             wanted = _Backward(self).emit()
         value_count = self.values[-1].stop if self.values else 0
-        self.program.allocate(self._allocate(), value_count, self.statistic_count)
+        map_floats = self._allocate()
+        try:
+            self.program.allocate(map_floats, value_count, self.statistic_count)
+        except MemoryError:
+            size = f"{4e-9 * map_floats:.1f} GB"
+            raise MemoryError(f"engine: no {size} for the maps of this network; give a smaller input") from None
         self._write()
         return Plan(self.program, self.values, self.statistics, wanted)
 

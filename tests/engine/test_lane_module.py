@@ -2,6 +2,7 @@
 
 import copy
 import io
+import resource
 import threading
 import warnings
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import lipfast
-from lipfast.engine.lane_module import LaneModule, SegmentRunner
+from lipfast.engine.lane_module import PLANS_KEPT, LaneModule, SegmentRunner
 from lipfast.errors import InputError
 
 # Outputs and gradients are relative to their largest entry; float32 against float32, so both sides round.
@@ -379,3 +380,73 @@ def test_without_gradients_nothing_is_planned_for_a_backward_pass():
     (runner,) = [item for item in compiled._items if isinstance(item, SegmentRunner)]
     ((running,),) = runner._free.values()
     assert {section for section, _, _ in running.profile()} == {"forward"}
+
+
+def set_data(p: nn.Parameter) -> None:
+    p.data = p.data * 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p.data.mul_(2.0),
+        set_data,
+        lambda p: p.detach().numpy().__imul__(2.0),
+        lambda p: p.copy_(2 * p),
+    ],
+    ids=["write through .data", "other .data", "write through numpy", "copy"],
+)
+def test_weights_changed_by_any_way_are_used(change):
+    fast = accelerated(make(ResNet)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        for _ in range(2):
+            before = fast(x)
+        for module in (fast, fast.to(memory_format=torch.channels_last)):
+            for parameter in module.parameters():
+                change(parameter)
+            for buffer in module.buffers():
+                if buffer.is_floating_point():
+                    buffer.data.add_(0.25)
+            assert close(module(x), module.to_dense()(x))
+            assert not close(module(x), before)
+
+
+def test_threads_may_train_models_of_their_own():
+    def train(model: nn.Module, x: Tensor) -> Tensor:
+        stepper = torch.optim.SGD(model.parameters(), lr=0.01)
+        schedule = torch.optim.lr_scheduler.StepLR(stepper, 2)
+        for _ in range(4):
+            stepper.zero_grad()
+            model(x).square().mean().backward()
+            stepper.step()
+            schedule.step()
+        return model(x).detach()
+
+    fast = [accelerated(make(kind)).eval() for kind in (UNet, ResNet, UNet)]
+    inputs = [torch.randn(1, 3, 16 + 8 * k, 16) for k in range(3)]
+    expected = [train(copy.deepcopy(model), x) for model, x in zip(fast, inputs, strict=True)]
+    got: dict[int, Tensor] = {}
+    workers = [threading.Thread(target=lambda k=k: got.update({k: train(fast[k], inputs[k])})) for k in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(got[k], expected[k]) for k in range(3))
+
+
+def test_programs_of_many_sizes_are_not_kept():
+    fast = accelerated(make(UNet)).eval()
+    with torch.no_grad():
+        for step in range(PLANS_KEPT + 3):
+            fast(torch.randn(1, 3, 16, 16 + 2 * step))
+    assert len(fast._compiled) == PLANS_KEPT
+
+
+def test_too_large_an_input_says_so(request):
+    fast = lipfast.accelerate(nn.Conv2d(1, 4096, 3, padding=1).eval())
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 37, limits[1]))  # whatever the machine has: 137 GB, half of the maps
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_AS, limits))
+    with torch.no_grad(), pytest.raises(MemoryError, match=r"no 2\d+.\d GB for the maps"):
+        fast(torch.empty(1, 1, 1, 1).expand(4, 1, 2048, 2048))
