@@ -445,7 +445,10 @@ class _Planner:
         geometry = [n, height, width, *self.blocks[node.inputs[0]], *self.blocks[node.output]]
         mask = None if weight.mask is None else weight.mask.contiguous().view(torch.uint8).numpy()
         kernels = ("auto", "sparse", "winograd", "dense")
-        number = kernels.index(self.options.kernel)
+        one_pixel = self.graph.shapes[node.output][2:] == (1, 1)
+        # For one pixel the sparse kernel reads each weight once, where the dense one would re-order them first.
+        sparse = self.options.kernel == "auto" and one_pixel and not self.options.backward
+        number = kernels.index("sparse" if sparse else self.options.kernel)
         padding = PADDING_MODES[node.padding_mode]
         conv: int = self.program.add_conv(shape, geometry, padding, mask, number, self.options.exact)
         return conv
