@@ -85,12 +85,12 @@ def run(out: Path, *, iterations: int = ITERATIONS, engine: str = "auto", watch:
     return Demo(result, second, files)
 
 
-def picture(name: str) -> Tensor:
-    """A colour picture from scikit-image (3, SIZE, SIZE) in [0, 1]."""
+def picture(name: str, side: int = SIZE) -> Tensor:
+    """A colour picture from scikit-image (3, side, side) in [0, 1]."""
     import skimage.data
 
     pixels = torch.from_numpy(getattr(skimage.data, name)())  # (H, W, 3) uint8
-    return images.shrink_to_square(pixels.permute(2, 0, 1).float() / 255, SIZE)
+    return images.shrink_to_square(pixels.permute(2, 0, 1).float() / 255, side)
 
 
 def _restore_in_new_process(files: dict[str, Path], ticket: Path, iterations: int, engine: str) -> dict[str, Any]:

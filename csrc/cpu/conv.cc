@@ -293,7 +293,8 @@ struct Conv::Impl {
   ConvShape shape;
   ConvGeometry geometry;
   int64_t out_h, out_w;
-  std::vector<int32_t> weights;  // packed order -> position in the dense weight
+  int64_t kept;
+  std::vector<int32_t> weights;  // packed order -> position in the dense weight; empty where all are kept
   ConvKernel forward, input_gradient, weight_gradient;
   Pass forward_pass, weight_pass;
   std::vector<std::unique_ptr<Pass>> interior, border;  // of the input gradient
@@ -302,8 +303,9 @@ struct Conv::Impl {
   bool mostly_kept;  // dense kernels beat sparse ones
 
   int64_t DenseWeightFloats() const { return shape.out_channels * shape.in_channels * 9; }
-  bool dense() const { return static_cast<int64_t>(weights.size()) == DenseWeightFloats(); }
-  Weight WeightAt(int32_t flat) const;
+  bool dense() const { return kept == DenseWeightFloats(); }
+  int32_t FlatIndex(int64_t packed) const { return weights.empty() ? static_cast<int32_t>(packed) : weights[packed]; }
+  Weight WeightAt(int64_t packed) const;
   void Scatter(const float* values, float* dense) const;
   void WinogradAccumulate(bool transposed, const float* values, const float* bias, const LaneMap& in,
                           const LaneMap& out, float* scratch, int threads) const;
@@ -342,13 +344,16 @@ void Conv::Impl::CheckSizes() {
 
 void Conv::Impl::ListWeights(const uint8_t* mask) {
   const int64_t count = shape.out_channels * (shape.in_channels / shape.groups) * shape.kernel_h * shape.kernel_w;
+  kept = mask ? std::count_if(mask, mask + count, [](uint8_t alive) { return alive != 0; }) : count;
+  if (kept == count) return;
+  weights.reserve(kept);
   for (int64_t flat = 0; flat < count; ++flat) {
-    if (!mask || mask[flat]) weights.push_back(static_cast<int32_t>(flat));
+    if (mask[flat]) weights.push_back(static_cast<int32_t>(flat));
   }
-  weights.shrink_to_fit();
 }
 
-Weight Conv::Impl::WeightAt(int32_t flat) const {
+Weight Conv::Impl::WeightAt(int64_t packed) const {
+  const int32_t flat = FlatIndex(packed);
   const int32_t group_in = static_cast<int32_t>(shape.in_channels / shape.groups);
   const int32_t group_out = static_cast<int32_t>(shape.out_channels / shape.groups);
   const int32_t kernel_w = static_cast<int32_t>(shape.kernel_w), kernel_h = static_cast<int32_t>(shape.kernel_h);
@@ -363,8 +368,8 @@ void Conv::Impl::BuildForward(Pass* pass, bool needs_taps, bool dense) {
   pass->dense = dense;
   if (!needs_taps) return;
   std::vector<std::vector<Tap>> taps(shape.out_channels);
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const Weight w = WeightAt(weights[i]);
+  for (int64_t i = 0; i < kept; ++i) {
+    const Weight w = WeightAt(i);
     taps[w.out].push_back({{w.in, static_cast<int16_t>(w.row * shape.dilation - shape.pad_h),
                             static_cast<int16_t>(w.col * shape.dilation - shape.pad_w)},
                            static_cast<int32_t>(i)});
@@ -385,8 +390,8 @@ void Conv::Impl::AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t r
   pass->out_step = shape.stride;
   pass->dense = input_gradient == ConvKernel::kDense || (input_gradient == ConvKernel::kWinograd && mostly_kept);
   std::vector<std::vector<Tap>> taps(shape.in_channels);
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const Weight w = WeightAt(weights[i]);
+  for (int64_t i = 0; i < kept; ++i) {
+    const Weight w = WeightAt(i);
     const int64_t row = phase_row + shape.pad_h - w.row * shape.dilation;
     const int64_t col = phase_col + shape.pad_w - w.col * shape.dilation;
     if (FloorDiv(row, shape.stride) * shape.stride != row || FloorDiv(col, shape.stride) * shape.stride != col)
@@ -442,7 +447,7 @@ LaneMap Conv::Impl::Sketch(bool input) const {
 }
 
 int64_t Conv::Impl::ScratchFloats(int threads) const {
-  const int64_t group = Kernels<TapKernels>().dense_group, kept = static_cast<int64_t>(weights.size());
+  const int64_t group = Kernels<TapKernels>().dense_group;
   const int64_t dense = CeilDiv(shape.out_channels, group) * group * CeilDiv(shape.in_channels, group) * group *
                         shape.kernel_h * shape.kernel_w;
   int64_t most = std::max(dense, kept);
@@ -467,7 +472,7 @@ int64_t Conv::Impl::ScratchFloats(int threads) const {
 // Packed values to w[out][in][3][3].
 void Conv::Impl::Scatter(const float* values, float* dense) const {
   std::fill(dense, dense + DenseWeightFloats(), 0.0f);
-  for (size_t i = 0; i < weights.size(); ++i) dense[weights[i]] = values[i];
+  for (int64_t i = 0; i < kept; ++i) dense[FlatIndex(i)] = values[i];
 }
 
 void Conv::Impl::WinogradAccumulate(bool transposed, const float* values, const float* bias, const LaneMap& in,
@@ -494,7 +499,7 @@ Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* 
   m.ListWeights(mask);
   const double all =
       static_cast<double>(shape.out_channels * (shape.in_channels / shape.groups) * shape.kernel_h * shape.kernel_w);
-  const double density = all > 0 ? static_cast<double>(m.weights.size()) / all : 0.0;
+  const double density = all > 0 ? static_cast<double>(m.kept) / all : 0.0;
   m.forward = m.input_gradient = m.weight_gradient = Choose(asked, shape, geometry, density, exact);
   m.mostly_kept = density > kDenseAbove;
   m.tile = WinogradTile(geometry.out_block_h, geometry.out_block_w);
@@ -506,7 +511,7 @@ Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* 
 
 Conv::~Conv() = default;
 
-int64_t Conv::kept() const { return static_cast<int64_t>(impl_->weights.size()); }
+int64_t Conv::kept() const { return impl_->kept; }
 int64_t Conv::out_height() const { return impl_->out_h; }
 int64_t Conv::out_width() const { return impl_->out_w; }
 int64_t Conv::scratch_floats(int threads) const { return impl_->ScratchFloats(threads); }
@@ -546,7 +551,7 @@ void Conv::WeightGradient(const LaneMap& x, const LaneMap& dy, float* dvalues, f
   if (m.weight_gradient == ConvKernel::kWinograd) {
     float* rest = m.dense() ? scratch : scratch + RoundUp(m.DenseWeightFloats());
     Kernels<WinogradKernels>().weight_gradient(x, dy, m.dense() ? dvalues : scratch, m.tile, rest, threads);
-    for (size_t i = 0; i < m.weights.size() && !m.dense(); ++i) dvalues[i] = scratch[m.weights[i]];
+    for (int64_t i = 0; i < m.kept && !m.dense(); ++i) dvalues[i] = scratch[m.FlatIndex(i)];
     return;
   }
   const auto taps = m.weight_pass.Bind(x);

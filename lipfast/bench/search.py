@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lipfast import demo, images, tasks
+from lipfast import demo, tasks
 from lipfast.bench.harness import Case, Measured, Size
 from lipfast.bench.step import TOY
 from lipfast.fit import FitConfig
@@ -24,6 +24,7 @@ from lipfast.search import SearchConfig
 from lipfast.search.imp import rounds
 
 ROUNDS = 16  # of pruning, and the dense fit before them
+SIDE = 128  # px
 STEPS = 25  # of every fit
 WARM_UP_STEPS = 2
 TASK = tasks.Denoise(sigma=25)
@@ -36,12 +37,12 @@ Rounds = Generator[dict[str, Any], None, Any]
 
 def cases(size: Size) -> list[Case]:
     """A case for each round and one for their sum."""
-    picture, config, steps = demo.picture(demo.SEARCHED), SearchConfig(rounds=ROUNDS), STEPS
+    side, config, steps = SIDE, SearchConfig(rounds=ROUNDS), STEPS
     if size == "toy":
-        picture = images.shrink_to_square(picture, 32)
+        side = 32
         config = SearchConfig(rounds=2, network=TOY)
         steps = 3
-    race = _Race(picture, config, steps)
+    race = _Race(demo.picture(demo.SEARCHED, side), config, steps)
     turns = [
         Case(
             op="search_round",

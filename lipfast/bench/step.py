@@ -6,6 +6,7 @@ The masks have the layer densities of a real magnitude pruning (below) at random
 import copy
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +38,20 @@ LAYER_DENSITIES: dict[float, tuple[float, ...]] = {
     ),
 }
 SIDES = (128, 256, 512)  # px
+
+Loss = Callable[[Tensor], Tensor]
+Steps = dict[str, Callable[[], object]]
+Forms = Callable[[nn.Module, dict[str, Tensor], Tensor, Loss], Steps]
+
 TOY: dict[str, object] = {"in_channels": 4, "down": [8, 8], "skip": 2}  # a small skip net's config
 
 
 def cases(size: Size) -> list[Case]:
     """One case for each picture size and sparsity."""
     if size == "toy":
-        return [_case(TOY, 32, 0.0), _case(TOY, 32, 0.89)]
-    return [_case({}, side, sparsity) for side in SIDES for sparsity in (0.0, *LAYER_DENSITIES)]
+        return [_case(TOY, 32, 0.0), _case(TOY, 32, 0.89), _compiled_case(TOY, 32, "eager")]
+    eager = [_case({}, side, sparsity) for side in SIDES for sparsity in (0.0, *LAYER_DENSITIES)]
+    return eager + [_compiled_case({}, side, "inductor") for side in SIDES]
 
 
 def _case(config: dict[str, object], side: int, sparsity: float) -> Case:
@@ -53,7 +60,18 @@ def _case(config: dict[str, object], side: int, sparsity: float) -> Case:
         name=f"{side} px, {sparsity:.0%} zeros",
         shape=f"skip net, {side} x {side} px",
         density=1 - sparsity,
-        setup=functools.partial(_setup, config, side, sparsity),
+        setup=functools.partial(_setup, config, side, sparsity, _eager_forms),
+    )
+
+
+def _compiled_case(config: dict[str, object], side: int, compiler: str) -> Case:
+    """One for each size, because compiling takes a minute; torch's time does not depend on the zeros."""
+    return Case(
+        op="training_step",
+        name=f"{side} px, torch.compile",
+        shape=f"skip net, {side} x {side} px",
+        density=1.0,
+        setup=functools.partial(_setup, config, side, 0.0, functools.partial(_compiled_form, compiler)),
     )
 
 
@@ -71,7 +89,7 @@ def masks_like_a_search(network: nn.Module, sparsity: float) -> dict[str, Tensor
     return masks
 
 
-def _setup(config: dict[str, object], side: int, sparsity: float) -> Timed:
+def _setup(config: dict[str, object], side: int, sparsity: float, baselines_of: Forms) -> Timed:
     network = priors.build("skip", dict(config), seed=0)
     masks = masks_like_a_search(network, sparsity)
     for name, mask in masks.items():
@@ -83,27 +101,43 @@ def _setup(config: dict[str, object], side: int, sparsity: float) -> Timed:
     def loss(output: Tensor) -> Tensor:
         return nn.functional.mse_loss(output, target)
 
-    def step_of(trainer: LaneTrainer | TorchTrainer) -> Callable[[], object]:
-        return lambda: trainer.step(z, loss)
-
     def check() -> None:
         mine, output = LaneTrainer(copy.deepcopy(network), masks, lr=0.01).step(z, loss)
         theirs, expected = TorchTrainer(copy.deepcopy(network), masks, lr=0.01).step(z, loss)
         torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
 
-    baselines = {
-        "channels_last": step_of(TorchTrainer(copy.deepcopy(network), masks, lr=0.01)),
+    baselines = baselines_of(network, masks, z, loss)
+    trainer = LaneTrainer(network, masks, lr=0.01)
+    return Timed(ours=lambda: trainer.step(z, loss), baselines=baselines, check=check, backend="cpu")
+
+
+def _eager_forms(network: nn.Module, masks: dict[str, Tensor], z: Tensor, loss: Loss) -> Steps:
+    fast, halved = (TorchTrainer(copy.deepcopy(network), masks, lr=0.01) for _ in range(2))
+    return {
+        "channels_last": lambda: fast.step(z, loss),
         "contiguous": _contiguous_step(copy.deepcopy(network), masks, z, loss),
-        "bf16 autocast": _autocast_step(step_of(TorchTrainer(copy.deepcopy(network), masks, lr=0.01))),
+        "bf16 autocast": _autocast_step(lambda: halved.step(z, loss)),
     }
-    ours = step_of(LaneTrainer(network, masks, lr=0.01))
-    return Timed(ours=ours, baselines=baselines, check=check, backend="cpu")
 
 
-def _contiguous_step(
-    network: nn.Module, masks: dict[str, Tensor], z: Tensor, loss: Callable[[Tensor], Tensor]
-) -> Callable[[], object]:
+def _compiled_form(compiler: str, network: nn.Module, masks: dict[str, Tensor], z: Tensor, loss: Loss) -> Steps:
+    trainer = _CompiledTrainer(copy.deepcopy(network), masks, lr=0.01, compiler=compiler)
+    return {f"torch.compile, {compiler}": lambda: trainer.step(z, loss)}
+
+
+class _CompiledTrainer(TorchTrainer):
+    """torch's trainer with its forward and backward pass compiled."""
+
+    def __init__(self, network: nn.Module, masks: dict[str, Tensor], *, lr: float, compiler: str) -> None:
+        super().__init__(network, masks, lr=lr)
+        self._compiled = torch.compile(self._network, backend=compiler, fullgraph=True)
+
+    def _forward(self, z: Tensor) -> Tensor:
+        return cast(Tensor, self._compiled(z))
+
+
+def _contiguous_step(network: nn.Module, masks: dict[str, Tensor], z: Tensor, loss: Loss) -> Callable[[], object]:
     """The torch step in torch's default layout."""
     parameters = dict(network.named_parameters())
     pairs = [(parameters[name], mask.float()) for name, mask in masks.items()]
