@@ -203,7 +203,6 @@ class Pass {
     bound->sparse = {outputs_,
                      blocks,
                      in.channels,
-                     per_block,
                      tile_rows,
                      large || taps_per_output < kLookAheadBelow,
                      bound->starts.data(),

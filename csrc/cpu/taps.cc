@@ -1,5 +1,6 @@
 #include "cpu/taps.h"
 
+#include "cpu/ahead.h"
 #include "cpu/pool.h"
 #include "cpu/vec.h"
 
@@ -39,8 +40,8 @@ struct SparseTask {
   const float* bias;
   float* partial;
   Tile tile;
-  const float* next_in;  // first vectors of the tile that the thread will take next
-  const float* next_out;
+  Ahead* next_in;  // the tile that the thread will take next; null: leave it
+  Ahead* next_out;
   int64_t first, last;  // output channels
 };
 
@@ -63,54 +64,6 @@ inline __attribute__((always_inline)) void AddTap(V weight, const float* in, int
   }
 }
 
-// Brings the next tile nearer, some lines for each output channel: they lie in as many
-// pages as there are channels, where no hardware prefetcher finds them.
-struct Ahead {
-  const float* in;   // the tile's input, of the channels of one block
-  const float* out;  // and its output
-  int64_t in_channel, in_row, in_col, out_channel, out_row, out_col;
-  int64_t rows, cols;
-  int64_t lines, steps, due;  // of the input: all of them, in so many steps
-  int64_t row, col;           // of the next line
-  int64_t out_from, out_to;   // output vectors that this block brings of each channel
-
-  // Out of line: its variables would push the caller's out of their registers.
-  __attribute__((noinline)) void Step() {
-    for (due += lines; due >= steps; due -= steps) {
-      PrefetchFar(in + row * in_row + col * in_col);
-      if (++col < cols) continue;
-      col = 0;
-      if (++row < rows) continue;
-      row = 0;
-      in += in_channel;
-    }
-    for (int64_t v = out_from; v < out_to; ++v) PrefetchFar(out + v / cols * out_row + v % cols * out_col);
-    out += out_channel;
-  }
-};
-
-Ahead AheadOf(const SparseTask& task, int64_t block) {
-  const Region& g = *task.region;
-  const TapList& taps = *task.taps;
-  const int64_t first = block * taps.block_inputs, vectors = task.tile.rows * task.tile.cols;
-  Ahead ahead = {};
-  ahead.in = task.next_in + first * g.in_channel;
-  ahead.out = task.next_out + task.first * g.out_channel;
-  ahead.in_channel = g.in_channel;
-  ahead.in_row = g.in_row;
-  ahead.in_col = g.in_col;
-  ahead.out_channel = g.out_channel;
-  ahead.out_row = g.out_row;
-  ahead.out_col = g.out_col;
-  ahead.rows = task.tile.rows;
-  ahead.cols = task.tile.cols;
-  ahead.lines = Least(taps.block_inputs, taps.inputs - first) * vectors;
-  ahead.steps = task.last - task.first;
-  ahead.out_from = vectors * block / taps.blocks;
-  ahead.out_to = vectors * (block + 1) / taps.blocks;
-  return ahead;
-}
-
 // One tile, `first` to `last` output channels: sums stay in registers while the
 // taps of one block of input channels pass; the tile of the input stays in L1 while
 // the output channels pass over it. Strides in vectors; 0 is read from the region.
@@ -128,9 +81,8 @@ void AccumulateTile(const SparseTask& task) {
   for (int64_t b = 0; b < blocks; ++b) {
     float* out = g.out + task.tile.row * out_row + task.tile.col * out_col + task.first * g.out_channel;
     const int32_t* start = task.taps->starts + task.first * (blocks + 1) + b;
-    Ahead ahead = AheadOf(task, b);
     for (int64_t o = task.first; o < last; ++o, out += g.out_channel, start += blocks + 1) {
-      if (task.next_in) ahead.Step();
+      if (task.next_in) StepBoth(task.next_in, task.next_out);
       int32_t t = start[0];
       const int32_t end = start[1];
       V sum[kChains][kRows][kCols];
@@ -305,11 +257,18 @@ void SparseAccumulate(const Region* regions, int64_t count, const TapList& taps,
     task.bias = bias;
     task.first = taps.outputs * (chunk % parts) / parts;
     task.last = taps.outputs * (chunk % parts + 1) / parts;
+    Ahead next_in, next_out;
     if (taps.look_ahead && chunk / parts + 1 < tiles) {
       const SparseTask next = TaskAt(regions, taps.tile_rows, chunk / parts + 1);
       const Region& g = *next.region;
-      task.next_in = g.in + next.tile.row * g.in_row + next.tile.col * g.in_col;
-      task.next_out = g.out + next.tile.row * g.out_row + next.tile.col * g.out_col;
+      const Tile& tile = next.tile;
+      const int64_t outputs = task.last - task.first, steps = taps.blocks * outputs;
+      next_in = Ahead(g.in + tile.row * g.in_row + tile.col * g.in_col, taps.inputs, tile.rows, tile.cols, g.in_channel,
+                      g.in_row, g.in_col, steps);
+      next_out = Ahead(g.out + tile.row * g.out_row + tile.col * g.out_col + task.first * g.out_channel, outputs,
+                       tile.rows, tile.cols, g.out_channel, g.out_row, g.out_col, steps);
+      task.next_in = &next_in;
+      task.next_out = &next_out;
     }
     ForTile<Accumulate>(task.tile, *task.region)(task);
   });

@@ -30,9 +30,9 @@ struct Region {
 // kernels, which take every output of a block before the next block.
 struct TapList {
   int64_t outputs, blocks;
-  int64_t inputs, block_inputs;  // input channels, of all and of each range
-  int64_t tile_rows;             // 1 or the kernels' largest
-  bool look_ahead;               // fetch the next tile early: memory is what bounds this list
+  int64_t inputs;     // input channels
+  int64_t tile_rows;  // 1 or the kernels' largest
+  bool look_ahead;    // fetch the next tile early: memory is what bounds this list
   const int32_t* starts;
   const int32_t* visits;   // [outputs][blocks]
   const int32_t* offsets;  // floats
