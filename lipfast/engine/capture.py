@@ -78,17 +78,18 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mappi
         InputError: the code depends on the values of tensors or changes one through a view.
     """
     recorder = _Recorder()
-    stand_ins = {name: recorder.leaf(name, tensor) for name, tensor in leaves.items()}
-    refs = [recorder.input(tensor) for tensor in inputs]
-    with torch.no_grad(), recorder, torch.device("meta"):
-        try:
-            result = function(stand_ins, *recorder.input_tensors)
-        except InputError:
-            raise
-        except (NotImplementedError, RuntimeError) as failure:
-            raise InputError(
-                f"engine: the module cannot be recorded without running it on data: {failure}"
-            ) from failure
+    with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode count no writes
+        stand_ins = {name: recorder.leaf(name, tensor) for name, tensor in leaves.items()}
+        refs = [recorder.input(tensor) for tensor in inputs]
+        with recorder, torch.device("meta"):
+            try:
+                result = function(stand_ins, *recorder.input_tensors)
+            except InputError:
+                raise
+            except (NotImplementedError, RuntimeError) as failure:
+                raise InputError(
+                    f"engine: the module cannot be recorded without running it on data: {failure}"
+                ) from failure
     recording = Recording(refs, recorder.leaves, recorder.constants, recorder.calls, None, recorder.counted)
     recording.result = pytree.tree_map(recorder.known, result)
     return recording

@@ -450,3 +450,14 @@ def test_too_large_an_input_says_so(request):
     request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_AS, limits))
     with torch.no_grad(), pytest.raises(MemoryError, match=r"no 2\d+.\d GB for the maps"):
         fast(torch.empty(1, 1, 1, 1).expand(4, 1, 2048, 2048))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_inference_mode(training):
+    model, x = make(ResNet).train(training), torch.randn(2, 3, 32, 32)
+    fast = accelerated(model)
+    with torch.inference_mode():
+        inside = torch.randn(2, 3, 32, 32)
+        for tensor in (x, inside):
+            assert close(fast(tensor), model(tensor))
+    assert close(fast(x), model(x))
