@@ -4,8 +4,8 @@
 namespace lipfast {
 
 //                   taps   stride phases scale group rows columns stage
-using PointLarge = Tile<1, 1, 1, 1, 1, 12, 4, 4, 8>;
-using PointSmall = Tile<1, 1, 1, 1, 1, 12, 2, 2, 8>;
+using PointLarge = Tile<1, 1, 1, 1, 1, 12, 4, 4, 12>;
+using PointSmall = Tile<1, 1, 1, 1, 1, 12, 2, 2, 12>;
 using SameLarge = Tile<3, 3, 1, 1, 1, 8, 4, 4, 4>;
 using SameSmall = Tile<3, 3, 1, 1, 1, 8, 2, 2, 4>;
 using HalfLarge = Tile<2, 3, 2, 2, 1, 8, 4, 4, 2>;
@@ -344,20 +344,28 @@ unsigned GroupBlocks(const LipfastSparseConv& a) {
   return Ceil(a.output_channels, T::kGroup * kWarps);
 }
 
+// More shared memory than 48 KB must be asked for.
+template <class Kernel>
+cudaError_t AllowShared(Kernel kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
 template <class T>
 cudaError_t LaunchForward(const LipfastSparseConv& a, cudaStream_t stream) {
+  const auto kernel = SparseConvKernel<T>;
+  const cudaError_t status = AllowShared(kernel, T::kSharedBytes);
+  if (status != cudaSuccess) return status;
   const dim3 grid(TileCount<T>(a), GroupBlocks<T>(a), a.batch);
-  return LIPFAST_LAUNCH(SparseConvKernel<T>, grid, dim3(kThreads), T::kSharedBytes, stream, a);
+  return LIPFAST_LAUNCH(kernel, grid, dim3(kThreads), T::kSharedBytes, stream, a);
 }
 
 template <class T>
 cudaError_t LaunchWeightGradient(const LipfastSparseConv& a, cudaStream_t stream) {
   constexpr size_t kBytes = T::kSharedBytes + kSumBytes;
   const auto kernel = WeightGradientKernel<T>;
-  if (kBytes > 48 * 1024) {  // more than a launch may use without asking
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    if (status != cudaSuccess) return status;
-  }
+  const cudaError_t status = AllowShared(kernel, kBytes);
+  if (status != cudaSuccess) return status;
   return LIPFAST_LAUNCH(kernel, dim3(a.splits, GroupBlocks<T>(a)), dim3(kThreads), kBytes, stream, a);
 }
 
