@@ -40,6 +40,7 @@ WARM_UP_CALLS = 2
 FEWEST_TURNS = 5
 MOST_TURNS = 1000
 SETTLE_SECONDS = 10e-3  # untimed calls before a sample
+LONG_CALL = 0.5  # seconds; what lingers of the function before no longer shows
 SHORTEST_SAMPLE = 2e-3  # seconds; shorter calls are repeated within a sample
 CEILING_SECONDS = 0.1
 LARGEST_COPY = 256 << 20  # bytes; beyond any cache
@@ -183,24 +184,25 @@ def _interleave(
     functions: Mapping[str, Callable[[], object]], reset: Callable[[], None] | None, seconds: float
 ) -> dict[str, list[float]]:
     """Seconds per call of each function, one sample of each in every turn."""
-    repeats = {}
+    repeats, settles = {}, {}
     for name, function in functions.items():
-        once = min(_sample(function, reset, 1) for _ in range(WARM_UP_CALLS))
+        once = min(_sample(function, reset, 1, False) for _ in range(WARM_UP_CALLS))
         repeats[name] = 1 if reset else max(1, round(SHORTEST_SAMPLE / once))
+        settles[name] = once < LONG_CALL
     samples: dict[str, list[float]] = {name: [] for name in functions}
     start, turn, order = time.perf_counter(), 0, list(functions)
     while turn < FEWEST_TURNS or (turn < MOST_TURNS and time.perf_counter() - start < seconds):
         for name in order:
-            samples[name].append(_sample(functions[name], reset, repeats[name]))
+            samples[name].append(_sample(functions[name], reset, repeats[name], settles[name]))
         order.append(order.pop(0))  # nobody always follows the same neighbour
         turn += 1
     return samples
 
 
-def _sample(function: Callable[[], object], reset: Callable[[], None] | None, repeats: int) -> float:
+def _sample(function: Callable[[], object], reset: Callable[[], None] | None, repeats: int, settle: bool) -> float:
     if reset:
         reset()
-    else:
+    elif settle:
         # Warm caches, and outlast the other's worker threads: torch's go on spinning on their core for milliseconds.
         settled = time.perf_counter() + SETTLE_SECONDS
         while time.perf_counter() < settled:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -140,7 +141,7 @@ class _Recorder(TorchFunctionMode):
         noted = pytree.tree_map(self.known, (args, kwargs))
         args, kwargs = pytree.tree_map(_on_meta, (args, kwargs))
         versions = {id(leaf): leaf._version for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        result = func(*args, **kwargs)
+        result = _normalised(*args, **kwargs) if func is F.batch_norm else func(*args, **kwargs)
         written = [t for t in self._alive if id(t) in versions and t._version != versions[id(t)]]
         results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         if func is Tensor.add_ and self._is_counter(noted[0]):
@@ -180,6 +181,25 @@ class _Recorder(TorchFunctionMode):
         self._count += 1
         self._refs[id(tensor)] = ref
         return ref
+
+
+def _normalised(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """F.batch_norm of stand-ins. torch's own takes 5 ms of Python, and a network has dozens."""
+    given = [value for value in (running_mean, running_var, weight, bias) if value is not None]
+    sound = input.is_floating_point() and input.dim() > 1 and all(value.shape == input.shape[1:2] for value in given)
+    known = running_mean is not None and running_var is not None
+    if sound and (input.numel() > input.shape[1] if training else known):
+        return torch.empty_like(input)
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)  # says what is wrong
 
 
 def _on_meta(value: Any) -> Any:
