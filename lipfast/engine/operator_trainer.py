@@ -18,7 +18,7 @@ from lipfast.engine.lane_module import Compiled
 from lipfast.engine.lane_trainer import LaneTrainer, Moments
 from lipfast.engine.operators import lower_to_operators
 from lipfast.engine.runtime import pack, unpack
-from lipfast.engine.trainer import TorchTrainer
+from lipfast.engine.trainer import TorchTrainer, is_on_gpu
 from lipfast.errors import InputError
 
 # Floats that a parameter begins at a multiple of: 16 bytes, for 128-bit loads.
@@ -50,8 +50,7 @@ class OperatorTrainer(LaneTrainer):
         return PackedNetwork(self._network, self._masks, z, self._capture)
 
     def _without_program(self) -> TorchTrainer:
-        on_gpu = any(parameter.is_cuda for parameter in self._parameters.values())
-        return (GraphTrainer if on_gpu else TorchTrainer)(self._network, self._masks, lr=self._lr)
+        return (GraphTrainer if is_on_gpu(self._network) else TorchTrainer)(self._network, self._masks, lr=self._lr)
 
 
 class PackedNetwork:

@@ -74,10 +74,14 @@ def make_trainer(network: nn.Module, masks: Mapping[str, Tensor] | None, *, lr: 
         from lipfast.engine.runtime import hooked_module
 
         if hooked_module(network) is None:
-            on_gpu = any(parameter.is_cuda for parameter in network.parameters())
-            on_gpu_engine = OperatorTrainer if masks else GraphTrainer
-            return (on_gpu_engine if on_gpu else LaneTrainer)(network, masks, lr=lr)
+            on_gpu = OperatorTrainer if masks else GraphTrainer
+            return (on_gpu if is_on_gpu(network) else LaneTrainer)(network, masks, lr=lr)
     return TorchTrainer(network, masks, lr=lr)
+
+
+def is_on_gpu(network: nn.Module) -> bool:
+    """Whether any of its parameters is."""
+    return any(parameter.is_cuda for parameter in network.parameters())
 
 
 class TorchTrainer:

@@ -27,8 +27,9 @@ class Pattern:
     @classmethod
     def of(cls, mask: Tensor, device: torch.device) -> "Pattern":
         """From a bool tensor of the weight's shape, True where a weight is kept."""
-        mask = mask.to(device)
-        return cls(mask.reshape(-1).nonzero().squeeze(1), masked.pack_mask(mask), mask.shape)
+        with torch.inference_mode(False):  # such tensors could not be used in training afterwards
+            mask = mask.to(device)
+            return cls(mask.reshape(-1).nonzero().squeeze(1), masked.pack_mask(mask), mask.shape)
 
     @property
     def density(self) -> float:

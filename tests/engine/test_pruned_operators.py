@@ -102,6 +102,18 @@ def test_other_types_and_autocast_follow_torchs_rules(kernels):
     torch.testing.assert_close(fast.double()(x.double()), module.double()(x.double()))
 
 
+def test_a_plan_made_in_inference_mode_serves_training(kernels):
+    module, _ = pruned(Mixed())
+    fast, x = lipfast.accelerate(module.eval()), torch.randn(1, 3, 16, 18)
+    with torch.inference_mode():
+        want = fast(x)
+    got = fast(x)
+    torch.testing.assert_close(got, want)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # in torch's functions, which keep the positions for backward
+        fast(x).float().sum().backward()
+    assert all(p.grad is not None for p in fast.parameters())
+
+
 def test_state_and_optimisers_see_what_they_see_in_lanes(kernels):
     module, masks = pruned(Mixed())
     fast = lipfast.accelerate(module)
