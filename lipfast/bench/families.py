@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # the harness loads torch, and the list is there for --help t
 # name on the command line -> module, and what it times
 FAMILIES: dict[str, tuple[str, str]] = {
     "adam": ("lipfast.bench.adam", "Adam on kept weights against torch.optim.Adam on dense ones."),
+    "choice": ("lipfast.bench.choice", "The chosen convolution kernel against the others, forward and gradients."),
     "conv": ("lipfast.bench.conv", "Convolutions in lanes, forward and training, against torch's."),
     "dense": ("lipfast.bench.dense", "Dense direct convolutions in lanes against torch's."),
     "layout": ("lipfast.bench.layout", "Conversion to lanes and back against copying."),

@@ -1,5 +1,7 @@
 """Sparse convolution: every instruction set and kernel against torch in float64."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -141,6 +143,32 @@ def test_any_convolution_equals_torch(case, isa, kernel):
     finally:
         _C.set_isa(before)
     assert all(close(a, b) for a, b in zip(got, want, strict=True))
+
+
+# Tiles of one row and of two, the next tile fetched early or not, channels in several blocks.
+@pytest.mark.parametrize("density", [0.01, 0.1, 0.6])
+def test_many_channels_in_blocks(isa, density):
+    conv_form = form(40, 90, 3, mode="reflect")
+    x, weight, mask, bias = draw(conv_form, (37, 70), 1, density)
+    want, dy = torch_gradients(x, weight, mask, bias, conv_form)
+    conv, got = on_lanes(x, weight, mask, bias, conv_form, dy, "sparse")
+    assert set(conv.kernels.values()) == {"sparse"}
+    assert all(close(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_computes_the_same():
+    conv_form = form(20, 18, 3)
+    x, weight, mask, bias = draw(conv_form, (33, 40), 1, 0.1)
+    dy = torch.randn(1, 20, 33, 40)
+    (want, *_) = on_lanes(x, weight, mask, bias, conv_form, dy, "sparse")[1]
+    conv = LaneConv(conv_form, mask, 1, 33, 40, kernel="sparse")
+    xs, ys = LaneMap.from_tensor(x, conv.in_halo, block=conv.in_block), conv.output_map(halo=1)
+    child = os.fork()
+    if child == 0:  # the pool's threads stayed with the parent; torch's own are not asked
+        conv.forward(weight[mask], bias, xs, ys)
+        os._exit(0 if torch.equal(ys.to_tensor(), want) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("density", [0.1, 1.0])
