@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lipfast import priors
 from lipfast.bench.harness import Case, Measured, Size
-from lipfast.bench.step import LAYER_DENSITIES, SIDES, TOY, masks_like_a_search
+from lipfast.bench.step import LAYER_DENSITIES, SIDES, TOY, pruned_fit
 from lipfast.engine.lane_trainer import LaneTrainer
 from lipfast.engine.trainer import TorchTrainer
 from lipfast.errors import BackendError
@@ -82,13 +81,7 @@ def print_steps(call: str) -> None:
 
 def _steps(name: str, config: dict[str, object], side: int, sparsity: float, steps: int) -> tuple[float, list[float]]:
     """The first loss, and the seconds of each step but the first."""
-    network = priors.build("skip", dict(config), seed=0)
-    masks = masks_like_a_search(network, sparsity)
-    for weight, mask in masks.items():
-        network.get_parameter(weight).data.mul_(mask)
-    generator = torch.Generator().manual_seed(1)
-    z = torch.rand(network.input_shape(side, side), generator=generator) * 0.1  # type: ignore[operator]
-    target = torch.rand(1, 3, side, side, generator=generator)
+    network, masks, z, target = pruned_fit(config, side, sparsity)
     trainer = TRAINERS[name](network, masks, lr=0.01)
     losses, times = [], []
     for _ in range(steps):

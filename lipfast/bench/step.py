@@ -90,7 +90,10 @@ def masks_like_a_search(network: nn.Module, sparsity: float) -> dict[str, Tensor
     return masks
 
 
-def _setup(config: dict[str, object], side: int, sparsity: float, baselines_of: Forms) -> Timed:
+def pruned_fit(
+    config: dict[str, object], side: int, sparsity: float
+) -> tuple[nn.Module, dict[str, Tensor], Tensor, Tensor]:
+    """A pruned skip net, its masks, and what it is fitted to: input (1, C, side, side), target (1, 3, side, side)."""
     network = priors.build("skip", dict(config), seed=0)
     masks = masks_like_a_search(network, sparsity)
     for name, mask in masks.items():
@@ -98,6 +101,11 @@ def _setup(config: dict[str, object], side: int, sparsity: float, baselines_of: 
     generator = torch.Generator().manual_seed(1)
     z = torch.rand(network.input_shape(side, side), generator=generator) * 0.1  # type: ignore[operator]
     target = torch.rand(1, 3, side, side, generator=generator)
+    return network, masks, z, target
+
+
+def _setup(config: dict[str, object], side: int, sparsity: float, baselines_of: Forms) -> Timed:
+    network, masks, z, target = pruned_fit(config, side, sparsity)
 
     def loss(output: Tensor) -> Tensor:
         return nn.functional.mse_loss(output, target)
