@@ -21,15 +21,12 @@ constexpr int64_t kVector = kGrid * kGrid;
 
 // What the sparse kernels' time is made of, in units of one multiply-add of a vector
 // whose operand is in the first cache level (docs/kernels.md, "Blocks").
-constexpr double kPartialSum = 4.4;  // a vector of sums that goes to memory and back
+constexpr double kPartialSum = 3.0;  // a vector of sums that goes to memory and back
 constexpr double kFarOperand = 0.9;  // what an operand from the second level adds
 // Tiles of two rows save loads of weights but fill the first level sooner. They pay
-// from this many taps of an output, times the share of input that the row adds.
-constexpr double kTwoRows = 300;
-// Fetching the next tile early costs a few percent and pays where an output has few
-// taps to hide its way from memory, or maps are larger than this many bytes.
-constexpr double kLookAheadBelow = 32;
-constexpr int64_t kLargeMaps = 32 << 20;
+// from this many taps of an output, times the share of input that the row adds;
+// sooner in weight gradients, whose sums never go to memory.
+constexpr double kTwoRows = 300, kTwoRowsOfGradient = 50;
 
 int64_t FloorDiv(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 int64_t CeilDiv(int64_t a, int64_t b) { return FloorDiv(a + b - 1, b); }
@@ -51,7 +48,7 @@ struct Tap {
 
 // The offsets of one pass for one set of map strides, in the kernels' form.
 struct BoundTaps {
-  std::vector<int32_t> starts, visits, offsets;
+  std::vector<int32_t> starts, offsets, order, fresh;
   TapList sparse;
   DenseTaps dense;
 };
@@ -65,7 +62,7 @@ class Pass {
   int64_t in_row = 0, in_col = 0;     // and in the map that is read
   int64_t out_step = 1, in_step = 1;  // pixels from position to position
   bool dense = false;
-  bool tall = false;  // always tiles of the kernels' most rows
+  double two_rows = kTwoRows;
 
   // taps[o]: of output channel o, ascending by source.
   void SetTaps(std::vector<std::vector<Tap>> taps) {
@@ -126,18 +123,44 @@ class Pass {
     }
   }
 
+  // Rows and columns, relative to a position, between which the taps read.
+  struct Window {
+    int16_t low = 0, high = 0, left = 0, right = 0;
+  };
+  Window Reach() const {
+    Window w;
+    for (const Source& s : sources_) {
+      w.low = std::min(w.low, s.row);
+      w.high = std::max(w.high, s.row);
+      w.left = std::min(w.left, s.col);
+      w.right = std::max(w.right, s.col);
+    }
+    return w;
+  }
+
   // Input vectors of one channel that an output tile reads.
   int64_t TileVectors(int64_t tile_rows) const {
-    int16_t low = 0, high = 0, left = 0, right = 0;
-    for (const Source& s : sources_) {
-      low = std::min(low, s.row);
-      high = std::max(high, s.row);
-      left = std::min(left, s.col);
-      right = std::max(right, s.col);
-    }
+    const Window w = Reach();
     const int64_t tile_cols = std::min(cols, Kernels<TapKernels>().tile_cols);
     tile_rows = std::min(rows, tile_rows);
-    return ((tile_rows - 1) * in_step + 1 + high - low) * ((tile_cols - 1) * in_step + 1 + right - left);
+    return ((tile_rows - 1) * in_step + 1 + w.high - w.low) * ((tile_cols - 1) * in_step + 1 + w.right - w.left);
+  }
+
+  // What a tile reads and its neighbours above and to the left do not: its lowest
+  // rows and rightmost columns, of `channels` channels.
+  std::vector<int32_t> Fresh(const LaneMap& in, int64_t channels, int64_t tile_rows) const {
+    const Window w = Reach();
+    const int64_t down = in_step * std::min(rows, tile_rows);
+    const int64_t across = in_step * std::min(cols, Kernels<TapKernels>().tile_cols);
+    std::vector<int32_t> lines;
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t row = w.high - in_step + 1; row < w.high - in_step + 1 + down; ++row) {
+        for (int64_t col = w.right - in_step + 1; col < w.right - in_step + 1 + across; ++col) {
+          lines.push_back(static_cast<int32_t>(c * in.channel_stride + row * in.row_stride + col * kVector));
+        }
+      }
+    }
+    return lines;
   }
 
   // Ranges to cut the input channels into: few send few partial sums to memory, many
@@ -158,14 +181,9 @@ class Pass {
     return best;
   }
 
-  bool TwoRows(double taps_per_output, bool large_maps) const {
+  bool TwoRows(double taps_per_output) const {
     const double more = static_cast<double>(TileVectors(2)) / static_cast<double>(TileVectors(1)) - 1;
-    return !large_maps && taps_per_output > kTwoRows * more;
-  }
-
-  bool LargeMaps(const LaneMap& in) const {
-    return in.batch * (in.channels + outputs_) * rows * cols * kVector * static_cast<int64_t>(sizeof(float)) >
-           kLargeMaps;
+    return taps_per_output > two_rows * more;
   }
 
   std::shared_ptr<const BoundTaps> MakeBound(const LaneMap& in) const {
@@ -179,36 +197,41 @@ class Pass {
       return bound;
     }
     const double taps_per_output = static_cast<double>(taps()) / static_cast<double>(std::max<int64_t>(1, outputs_));
-    const bool large = LargeMaps(in);
-    const int64_t tile_rows = tall || TwoRows(taps_per_output, large) ? Kernels<TapKernels>().tile_rows : 1;
+    const int64_t tile_rows = TwoRows(taps_per_output) ? Kernels<TapKernels>().tile_rows : 1;
     const int64_t per_block = CeilDiv(in.channels, Blocks(in.channels, tile_rows, taps_per_output));
     const int64_t blocks = CeilDiv(in.channels, per_block);
-    int32_t t = 0;
-    for (int64_t o = 0; o < outputs_; ++o) {
-      bound->starts.push_back(t);
-      for (int64_t block = 1; block <= blocks; ++block) {
-        while (t < ends_[o] && sources_[t].channel < block * per_block) ++t;
-        bound->starts.push_back(t);
-      }
-    }
-    bound->visits.resize(outputs_ * blocks);
-    int32_t visits = 0;
-    for (int64_t block = 0; block < blocks; ++block) {
-      for (int64_t o = 0; o < outputs_; ++o) {
-        const int32_t* start = &bound->starts[o * (blocks + 1) + block];
-        bound->visits[o * blocks + block] = visits;
-        visits += start[1] - start[0];
-      }
-    }
+    OrderByBlock(per_block, blocks, bound.get());
+    bound->fresh = Fresh(in, per_block, tile_rows);
     bound->sparse = {outputs_,
                      blocks,
-                     in.channels,
                      tile_rows,
-                     large || taps_per_output < kLookAheadBelow,
                      bound->starts.data(),
-                     bound->visits.data(),
-                     bound->offsets.data()};
+                     bound->offsets.data(),
+                     bound->order.data(),
+                     bound->fresh.data(),
+                     static_cast<int64_t>(bound->fresh.size()),
+                     per_block * in.channel_stride};
     return bound;
+  }
+
+  // Turns offsets by output into offsets by block and output, and fills starts and order.
+  void OrderByBlock(int64_t per_block, int64_t blocks, BoundTaps* bound) const {
+    std::vector<int32_t> next(outputs_), offsets;  // the first tap of each output that no block has taken
+    for (int64_t o = 1; o < outputs_; ++o) next[o] = ends_[o - 1];
+    offsets.reserve(sources_.size());
+    bound->order.reserve(sources_.size());
+    bound->starts.push_back(0);
+    for (int64_t block = 1; block <= blocks; ++block) {
+      for (int64_t o = 0; o < outputs_; ++o) {
+        int32_t& t = next[o];
+        for (; t < ends_[o] && sources_[t].channel < block * per_block; ++t) {
+          offsets.push_back(bound->offsets[t]);
+          bound->order.push_back(index_[t]);
+        }
+        bound->starts.push_back(static_cast<int32_t>(offsets.size()));
+      }
+    }
+    bound->offsets = std::move(offsets);
   }
 
   int64_t outputs_ = 0;
@@ -266,9 +289,19 @@ void PackDense(const Pass& pass, const float* values, float* packed, int threads
   });
 }
 
-// out = bias + pass over in. `in_order`: the packed values are in the pass's order.
-void Accumulate(const Pass& pass, bool in_order, const float* values, const float* bias, const LaneMap& in,
-                const LaneMap& out, float* scratch, int threads) {
+// Values in the order of the taps.
+void PackSparse(const TapList& taps, const float* values, float* packed, int threads) {
+  constexpr int64_t kPerTask = 4096;
+  const int64_t count = taps.starts[taps.outputs * taps.blocks];
+  ParallelFor(threads, CeilDiv(count, kPerTask), [&](int64_t i) {
+    const int64_t last = std::min((i + 1) * kPerTask, count);
+    for (int64_t t = i * kPerTask; t < last; ++t) packed[t] = values[taps.order[t]];
+  });
+}
+
+// out = end(bias + pass over in).
+void Accumulate(const Pass& pass, const float* values, const float* bias, const LaneMap& in, const LaneMap& out,
+                ActivationSpec end, float* scratch, int threads) {
   const std::vector<Region> regions = pass.Regions(in, out);
   if (regions.empty()) return;
   const auto taps = pass.Bind(in);
@@ -276,14 +309,11 @@ void Accumulate(const Pass& pass, bool in_order, const float* values, const floa
   const int64_t count = static_cast<int64_t>(regions.size());
   if (pass.dense) {
     PackDense(pass, values, scratch, threads);
-    kernels.dense_accumulate(regions.data(), count, taps->dense, scratch, bias, threads);
+    kernels.dense_accumulate(regions.data(), count, taps->dense, scratch, bias, end, threads);
     return;
   }
-  if (!in_order) {
-    for (size_t t = 0; t < pass.index().size(); ++t) scratch[t] = values[pass.index()[t]];
-    values = scratch;
-  }
-  kernels.sparse_accumulate(regions.data(), count, taps->sparse, values, bias, threads);
+  PackSparse(taps->sparse, values, scratch, threads);
+  kernels.sparse_accumulate(regions.data(), count, taps->sparse, scratch, bias, end, threads);
 }
 
 }  // namespace
@@ -307,7 +337,7 @@ struct Conv::Impl {
   Weight WeightAt(int64_t packed) const;
   void Scatter(const float* values, float* dense) const;
   void WinogradAccumulate(bool transposed, const float* values, const float* bias, const LaneMap& in,
-                          const LaneMap& out, float* scratch, int threads) const;
+                          const LaneMap& out, ActivationSpec end, float* scratch, int threads) const;
   LaneMap Sketch(bool input) const;
   void CheckSizes();
   void ListWeights(const uint8_t* mask);
@@ -475,7 +505,7 @@ void Conv::Impl::Scatter(const float* values, float* dense) const {
 }
 
 void Conv::Impl::WinogradAccumulate(bool transposed, const float* values, const float* bias, const LaneMap& in,
-                                    const LaneMap& out, float* scratch, int threads) const {
+                                    const LaneMap& out, ActivationSpec end, float* scratch, int threads) const {
   const WinogradKernels& winograd = Kernels<WinogradKernels>();
   float* transformed = scratch + RoundUp(DenseWeightFloats());
   float* rest = transformed + RoundUp(WinogradWeightFloats(shape.out_channels, shape.in_channels, tile));
@@ -486,7 +516,7 @@ void Conv::Impl::WinogradAccumulate(bool transposed, const float* values, const 
     Scatter(values, scratch);
     winograd.transform_weights(scratch, shape.out_channels, shape.in_channels, transposed, tile, transformed, threads);
   }
-  winograd.forward(in, transformed, bias, out, tile, rest, threads);
+  winograd.forward(in, transformed, bias, out, end, tile, rest, threads);
 }
 
 Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* mask, ConvKernel asked, bool exact)
@@ -503,7 +533,7 @@ Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* 
   m.mostly_kept = density > kDenseAbove;
   m.tile = WinogradTile(geometry.out_block_h, geometry.out_block_w);
   m.BuildForward(&m.forward_pass, m.forward != ConvKernel::kWinograd, m.forward == ConvKernel::kDense);
-  m.weight_pass.tall = true;  // its tile's sums never go to memory
+  m.weight_pass.two_rows = kTwoRowsOfGradient;
   m.BuildForward(&m.weight_pass, m.weight_gradient != ConvKernel::kWinograd, m.weight_gradient == ConvKernel::kDense);
   m.BuildInputGradient();
 }
@@ -520,23 +550,23 @@ const char* Conv::input_gradient_kernel() const { return Name(impl_->input_gradi
 const char* Conv::weight_gradient_kernel() const { return Name(impl_->weight_gradient); }
 
 void Conv::Forward(const float* values, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch,
-                   int threads) const {
+                   int threads, ActivationSpec end) const {
   if (impl_->forward == ConvKernel::kWinograd) {
-    impl_->WinogradAccumulate(false, values, bias, x, y, scratch, threads);
+    impl_->WinogradAccumulate(false, values, bias, x, y, end, scratch, threads);
   } else {
-    Accumulate(impl_->forward_pass, true, values, bias, x, y, scratch, threads);
+    Accumulate(impl_->forward_pass, values, bias, x, y, end, scratch, threads);
   }
 }
 
 void Conv::InputGradient(const float* values, const LaneMap& dy, const LaneMap& dx, float* scratch, int threads) const {
   const Impl& m = *impl_;
   if (m.input_gradient == ConvKernel::kWinograd) {
-    m.WinogradAccumulate(true, values, nullptr, dy, dx, scratch, threads);
+    m.WinogradAccumulate(true, values, nullptr, dy, dx, {}, scratch, threads);
   } else {
-    for (const auto& pass : m.interior) Accumulate(*pass, false, values, nullptr, dy, dx, scratch, threads);
+    for (const auto& pass : m.interior) Accumulate(*pass, values, nullptr, dy, dx, {}, scratch, threads);
   }
   if (m.border.empty()) return;
-  for (const auto& pass : m.border) Accumulate(*pass, false, values, nullptr, dy, dx, scratch, threads);
+  for (const auto& pass : m.border) Accumulate(*pass, values, nullptr, dy, dx, {}, scratch, threads);
   Kernels<LaneKernels>().fold_halo(dx, m.shape.padding, std::max(m.shape.pad_h, m.shape.pad_w), threads);
 }
 

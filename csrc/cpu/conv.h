@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "cpu/lanes.h"
+#include "cpu/pointwise.h"
 
 namespace lipfast {
 
@@ -48,10 +49,10 @@ class Conv {
   const char* input_gradient_kernel() const;
   const char* weight_gradient_kernel() const;
 
-  // y = conv(x) + bias. The halo of x reaches >= pad (dilation * (kernel - 1) / 2
+  // y = end(conv(x) + bias); `end` is kNone, kRelu or kLeaky. The halo of x reaches >= pad (dilation * (kernel - 1) / 2
   // for a "same" layer) and is filled. bias may be null. Only pixels of y are written.
-  void Forward(const float* values, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch,
-               int threads) const;
+  void Forward(const float* values, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch, int threads,
+               ActivationSpec end = {}) const;
 
   // How far the halo of dy must reach (filled with zeros, dead pixels too) for the
   // input gradient; the weight gradient wants zero dead pixels only.

@@ -1,6 +1,6 @@
 #include "cpu/taps.h"
 
-#include "cpu/ahead.h"
+#include "cpu/activation.h"
 #include "cpu/pool.h"
 #include "cpu/vec.h"
 
@@ -33,16 +33,61 @@ Tile TileAt(const Region& g, const Tiling& t, int64_t i) {
   return {row, col, g.rows * (down + 1) / t.down - row, g.cols * (across + 1) / t.across - col};
 }
 
+// Output channels that a tile takes at once: their sums, or their gradients, wait in
+// a buffer that fits the second cache level.
+constexpr int64_t kOutputsAtOnce = 128;
+
 struct SparseTask {
   const Region* region;
   const TapList* taps;
   const float* values;
   const float* bias;
+  ActivationSpec end;
   float* partial;
   Tile tile;
-  Ahead* next_in;  // the tile that the thread will take next; null: leave it
-  Ahead* next_out;
   int64_t first, last;  // output channels
+  // The tile that the thread takes next; null: there is none.
+  const float* next_in;
+  const float* next_out;  // of channel 0
+};
+
+// Brings the next tile into the second cache level, a few lines with every output
+// channel: its lines lie in as many pages as there are channels, where no hardware
+// prefetcher finds them.
+template <int kVectors>
+class Upcoming {
+ public:
+  Upcoming(const SparseTask& task, int64_t block) {
+    const Region& g = *task.region;
+    const TapList& taps = *task.taps;
+    if (!task.next_out) return;
+    out_ = task.next_out + task.first * g.out_channel;
+    out_channel_ = g.out_channel;
+    const int64_t first = kVectors * block / taps.blocks, last = kVectors * (block + 1) / taps.blocks;
+    const int64_t cols = task.tile.cols;
+    _Pragma("GCC unroll 1") for (int64_t i = first; i < last; ++i) lines_[count_++] =
+        i / cols * g.out_row + i % cols * g.out_col;
+    if (task.last < taps.outputs) return;  // another part of the outputs fetches the input
+    in_ = task.next_in + block * taps.block_stride;
+    fresh_ = taps.fresh;
+    fresh_end_ = taps.fresh + taps.fresh_count;
+    step_ = Parts(taps.fresh_count, task.last - task.first);
+  }
+
+  // Out of line: its variables would push the caller's out of their registers.
+  __attribute__((noinline)) void Step() {
+    _Pragma("GCC unroll 1") for (int i = 0; i < count_; ++i) PrefetchFar(out_ + lines_[i]);
+    out_ += out_channel_;
+    const int32_t* stop = fresh_ + Least(step_, fresh_end_ - fresh_);
+    _Pragma("GCC unroll 1") for (; fresh_ < stop; ++fresh_) PrefetchFar(in_ + *fresh_);
+  }
+
+ private:
+  const float *out_ = nullptr, *in_ = nullptr;
+  int64_t out_channel_ = 0, step_ = 0;
+  const int32_t *fresh_ = nullptr, *fresh_end_ = nullptr;
+  int count_ = 0;
+  int64_t lines_[kVectors];
 };
 
 // Keeps the compiler from seeing where a row's address came from: it would compute
@@ -66,11 +111,14 @@ inline __attribute__((always_inline)) void AddTap(V weight, const float* in, int
 
 // One tile, `first` to `last` output channels: sums stay in registers while the
 // taps of one block of input channels pass; the tile of the input stays in L1 while
-// the output channels pass over it. Strides in vectors; 0 is read from the region.
+// the output channels pass over it. Between blocks the sums wait side by side in
+// `partial`: in their map they would lie a page apart. Strides in vectors; 0 is read
+// from the region.
 template <int kRows, int kCols, int kIn, int kOut>
 void AccumulateTile(const SparseTask& task) {
   constexpr int kVectors = kRows * kCols;
   constexpr int kChains = kVectors >= 8 ? 1 : kVectors >= 4 ? 2 : 4;  // hides the FMA's latency
+  alignas(64) float partial[kOutputsAtOnce * kVectors * kLanes];
   const Region& g = *task.region;
   const int64_t blocks = task.taps->blocks, last = task.last;
   const int32_t* offsets = task.taps->offsets;
@@ -80,9 +128,11 @@ void AccumulateTile(const SparseTask& task) {
   const float* in = g.in + task.tile.row * in_row + task.tile.col * in_col;
   for (int64_t b = 0; b < blocks; ++b) {
     float* out = g.out + task.tile.row * out_row + task.tile.col * out_col + task.first * g.out_channel;
-    const int32_t* start = task.taps->starts + task.first * (blocks + 1) + b;
-    for (int64_t o = task.first; o < last; ++o, out += g.out_channel, start += blocks + 1) {
-      if (task.next_in) StepBoth(task.next_in, task.next_out);
+    float* waiting = partial;
+    const int32_t* start = task.taps->starts + b * task.taps->outputs + task.first;
+    Upcoming<kVectors> upcoming(task, b);
+    for (int64_t o = task.first; o < last; ++o, ++start, out += g.out_channel, waiting += kVectors * kLanes) {
+      upcoming.Step();
       int32_t t = start[0];
       const int32_t end = start[1];
       V sum[kChains][kRows][kCols];
@@ -92,11 +142,7 @@ void AccumulateTile(const SparseTask& task) {
         for (int i = 0; i < kVectors; ++i) sum[0][i / kCols][i % kCols] = bias;
       } else {
         LIPFAST_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          const float* row = Row(out + r * out_row);
-          LIPFAST_UNROLL
-          for (int c = 0; c < kCols; ++c) sum[0][r][c] = Load(row + c * out_col);
-        }
+        for (int i = 0; i < kVectors; ++i) sum[0][i / kCols][i % kCols] = Load(waiting + i * kLanes);
       }
       LIPFAST_UNROLL
       for (int i = kVectors; i < kChains * kVectors; ++i) sum[i / kVectors][i % kVectors / kCols][i % kCols] = Zero();
@@ -110,15 +156,23 @@ void AccumulateTile(const SparseTask& task) {
         for (; t < end; ++t) AddTap<kRows, kCols>(Set(values[t]), in + offsets[t], in_row, in_col, sum[0]);
       }
       LIPFAST_UNROLL
+      for (int i = 0; i < kVectors; ++i) {
+        LIPFAST_UNROLL
+        for (int k = 1; k < kChains; ++k) {
+          V& total = sum[0][i / kCols][i % kCols];
+          total = Add(total, sum[k][i / kCols][i % kCols]);
+        }
+      }
+      if (b + 1 < blocks) {
+        LIPFAST_UNROLL
+        for (int i = 0; i < kVectors; ++i) Store(waiting + i * kLanes, sum[0][i / kCols][i % kCols]);
+        continue;
+      }
+      LIPFAST_UNROLL
       for (int r = 0; r < kRows; ++r) {
         float* row = Row(out + r * out_row);
         LIPFAST_UNROLL
-        for (int c = 0; c < kCols; ++c) {
-          V total = sum[0][r][c];
-          LIPFAST_UNROLL
-          for (int k = 1; k < kChains; ++k) total = Add(total, sum[k][r][c]);
-          Store(row + c * out_col, total);
-        }
+        for (int c = 0; c < kCols; ++c) Store(row + c * out_col, SimpleAct(sum[0][r][c], task.end));
       }
     }
   }
@@ -142,19 +196,32 @@ void DotTile(const SparseTask& task) {
   const int64_t in_row = g.in_row, out_row = g.out_row;
   const int64_t in_col = kIn ? kIn * kLanes : g.in_col, out_col = kOut ? kOut * kLanes : g.out_col;
   const float* in = g.in + task.tile.row * in_row + task.tile.col * in_col;
-  alignas(64) float vectors[kLanes * kLanes];  // of the last taps; sixteen are summed up together
+  alignas(64) float near[kOutputsAtOnce * kVectors * kLanes];  // the gradients side by side; in their map a page apart
+  alignas(64) float vectors[kLanes * kLanes];                  // of the last taps; sixteen are summed up together
   for (int64_t b = 0; b < blocks; ++b) {
     const float* out = g.out + task.tile.row * out_row + task.tile.col * out_col + task.first * g.out_channel;
-    const int32_t* start = task.taps->starts + task.first * (blocks + 1) + b;
-    float* to = task.partial + task.taps->visits[task.first * blocks + b];
+    float* copy = near;
+    const int32_t* start = task.taps->starts + b * task.taps->outputs + task.first;
+    float* to = task.partial + *start;
     int waiting = 0;
-    for (int64_t o = task.first; o < last; ++o, out += g.out_channel, start += blocks + 1) {
+    Upcoming<kVectors> upcoming(task, b);
+    for (int64_t o = task.first; o < last; ++o, ++start, out += g.out_channel, copy += kVectors * kLanes) {
+      upcoming.Step();
       V d[kRows][kCols];
-      LIPFAST_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const float* row = Row(out + r * out_row);
+      if (b == 0) {
         LIPFAST_UNROLL
-        for (int c = 0; c < kCols; ++c) d[r][c] = Load(row + c * out_col);
+        for (int r = 0; r < kRows; ++r) {
+          const float* row = Row(out + r * out_row);
+          LIPFAST_UNROLL
+          for (int c = 0; c < kCols; ++c) d[r][c] = Load(row + c * out_col);
+        }
+        LIPFAST_UNROLL
+        for (int i = 0; i < kVectors; ++i) {
+          if (blocks > 1) Store(copy + i * kLanes, d[i / kCols][i % kCols]);
+        }
+      } else {
+        LIPFAST_UNROLL
+        for (int i = 0; i < kVectors; ++i) d[i / kCols][i % kCols] = Load(copy + i * kLanes);
       }
       for (int32_t t = start[0]; t < start[1]; ++t) {
         const float* x = in + offsets[t];
@@ -242,41 +309,45 @@ int64_t TileCount(const Region* regions, int64_t count, int64_t tile_rows) {
 
 constexpr int64_t kEnoughChunks = 16;
 
-// Few tiles: output channels are split as well, so that all threads have work.
-int64_t OutputParts(int64_t tiles, int64_t outputs) { return Least(Parts(kEnoughChunks, tiles), Parts(outputs, 8)); }
+// Output channels are split where tiles are too few for all threads, and where they
+// are more than a tile takes at once.
+int64_t OutputParts(int64_t tiles, int64_t outputs) {
+  return Most(Least(Parts(kEnoughChunks, tiles), Parts(outputs, 8)), Parts(outputs, kOutputsAtOnce));
+}
+
+// The i-th of all tiles, with what follows it before tile `stop`, for one part of the outputs.
+SparseTask TaskAt(const Region* regions, const TapList& taps, int64_t i, int64_t stop, int64_t part, int64_t parts) {
+  SparseTask task = TaskAt(regions, taps.tile_rows, i);
+  task.taps = &taps;
+  task.first = taps.outputs * part / parts;
+  task.last = taps.outputs * (part + 1) / parts;
+  if (i + 1 < stop) {
+    const SparseTask next = TaskAt(regions, taps.tile_rows, i + 1);
+    const Region& g = *next.region;
+    task.next_in = g.in + next.tile.row * g.in_row + next.tile.col * g.in_col;
+    task.next_out = g.out + next.tile.row * g.out_row + next.tile.col * g.out_col;
+  }
+  return task;
+}
 
 void SparseAccumulate(const Region* regions, int64_t count, const TapList& taps, const float* values, const float* bias,
-                      int threads) {
+                      ActivationSpec end, int threads) {
   const int64_t tiles = TileCount(regions, count, taps.tile_rows);
   if (tiles == 0) return;
   const int64_t parts = OutputParts(tiles, taps.outputs);
   ParallelFor(threads, tiles * parts, [&](int64_t chunk) {
-    SparseTask task = TaskAt(regions, taps.tile_rows, chunk / parts);
-    task.taps = &taps;
+    SparseTask task = TaskAt(regions, taps, chunk / parts, tiles, chunk % parts, parts);
     task.values = values;
     task.bias = bias;
-    task.first = taps.outputs * (chunk % parts) / parts;
-    task.last = taps.outputs * (chunk % parts + 1) / parts;
-    Ahead next_in, next_out;
-    if (taps.look_ahead && chunk / parts + 1 < tiles) {
-      const SparseTask next = TaskAt(regions, taps.tile_rows, chunk / parts + 1);
-      const Region& g = *next.region;
-      const Tile& tile = next.tile;
-      const int64_t outputs = task.last - task.first, steps = taps.blocks * outputs;
-      next_in = Ahead(g.in + tile.row * g.in_row + tile.col * g.in_col, taps.inputs, tile.rows, tile.cols, g.in_channel,
-                      g.in_row, g.in_col, steps);
-      next_out = Ahead(g.out + tile.row * g.out_row + tile.col * g.out_col + task.first * g.out_channel, outputs,
-                       tile.rows, tile.cols, g.out_channel, g.out_row, g.out_col, steps);
-      task.next_in = &next_in;
-      task.next_out = &next_out;
-    }
+    task.end = end;
     ForTile<Accumulate>(task.tile, *task.region)(task);
   });
 }
 
+constexpr int64_t kPerTask = 4096;  // floats of a list
+
 // The first of `chunks` arrays becomes the sum of all, in order.
 void AddChunks(float* sums, int64_t chunks, int64_t size, int threads) {
-  constexpr int64_t kPerTask = 4096;
   ParallelFor(threads, chunks > 1 ? Parts(size, kPerTask) : 0, [&](int64_t i) {
     const int64_t last = Least((i + 1) * kPerTask, size);
     for (int64_t j = i * kPerTask; j < last; j += kLanes) {
@@ -297,27 +368,21 @@ int64_t DotChunks(const Region* regions, int64_t count, const TapList& taps) {
 void SparseDot(const Region* regions, int64_t count, const TapList& taps, float* partial, float* d_values,
                int threads) {
   const int64_t tiles = TileCount(regions, count, taps.tile_rows), chunks = DotChunks(regions, count, taps);
-  const int64_t parts = OutputParts(chunks, taps.outputs), blocks = taps.blocks;
-  const int64_t total = taps.starts[taps.outputs * (blocks + 1) - 1];
+  const int64_t parts = OutputParts(chunks, taps.outputs), total = taps.starts[taps.outputs * taps.blocks];
   std::memset(partial, 0, sizeof(float) * chunks * total);
   ParallelFor(threads, chunks * parts, [&](int64_t i) {
     const int64_t chunk = i / parts, part = i % parts;
-    for (int64_t tile = tiles * chunk / chunks; tile < tiles * (chunk + 1) / chunks; ++tile) {
-      SparseTask task = TaskAt(regions, taps.tile_rows, tile);
-      task.taps = &taps;
+    const int64_t stop = tiles * (chunk + 1) / chunks;
+    for (int64_t tile = tiles * chunk / chunks; tile < stop; ++tile) {
+      SparseTask task = TaskAt(regions, taps, tile, stop, part, parts);
       task.partial = partial + chunk * total;
-      task.first = taps.outputs * part / parts;
-      task.last = taps.outputs * (part + 1) / parts;
       ForTile<Dot>(task.tile, *task.region)(task);
     }
   });
   AddChunks(partial, chunks, total, threads);
-  ParallelFor(threads, taps.outputs, [&](int64_t o) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int32_t* start = taps.starts + o * (blocks + 1) + b;
-      const float* sums = partial + taps.visits[o * blocks + b];
-      for (int32_t t = start[0]; t < start[1]; ++t) d_values[t] = *sums++;
-    }
+  ParallelFor(threads, Parts(total, kPerTask), [&](int64_t i) {
+    const int64_t last = Least((i + 1) * kPerTask, total);
+    for (int64_t t = i * kPerTask; t < last; ++t) d_values[taps.order[t]] = partial[t];
   });
 }
 
@@ -335,6 +400,7 @@ struct DenseTask {
   const DenseTaps* taps;
   const float* weights;
   const float* bias;
+  ActivationSpec end;
   int64_t row, col;
   int64_t first, last;  // groups of output channels
 };
@@ -349,6 +415,7 @@ void DenseTile(const DenseTask& task) {
   float* tile_out = g.out + task.row * g.out_row + task.col * out_col;
   for (int64_t begin = 0; begin == 0 || begin < count; begin += kDenseBlock) {
     const int64_t end = Least(begin + kDenseBlock, count);
+    const ActivationSpec stored = end == count ? task.end : ActivationSpec{};
     for (int64_t group = task.first; group < task.last; ++group) {
       float* out = tile_out + group * kGroup * g.out_channel;
       const int live = static_cast<int>(Least(kGroup, outputs - group * kGroup));
@@ -394,7 +461,7 @@ void DenseTile(const DenseTask& task) {
         if (k >= live) continue;
         float* row = Row(out + k * g.out_channel);
         LIPFAST_UNROLL
-        for (int c = 0; c < kCols; ++c) Store(row + c * out_col, sum[k][c]);
+        for (int c = 0; c < kCols; ++c) Store(row + c * out_col, SimpleAct(sum[k][c], stored));
       }
     }
   }
@@ -433,7 +500,7 @@ const Region* RegionOfRow(const Region* regions, int64_t* row) {
 }
 
 void DenseAccumulate(const Region* regions, int64_t count, const DenseTaps& taps, const float* weights,
-                     const float* bias, int threads) {
+                     const float* bias, ActivationSpec end, int threads) {
   const int64_t rows = RowCount(regions, count), groups = Parts(taps.outputs, kGroup);
   if (rows == 0) return;
   const int64_t parts = Least(Parts(kEnoughChunks, rows), groups);
@@ -442,6 +509,7 @@ void DenseAccumulate(const Region* regions, int64_t count, const DenseTaps& taps
                       &taps,
                       weights,
                       bias,
+                      end,
                       chunk / parts,
                       0,
                       groups * (chunk % parts) / parts,

@@ -13,6 +13,8 @@
 
 #include <cstdint>
 
+#include "cpu/pointwise.h"
+
 namespace lipfast {
 
 // rows x cols output vectors and the input vectors they start from. Strides in floats.
@@ -24,18 +26,20 @@ struct Region {
   int64_t in_channel, in_row, in_col;
 };
 
-// Per output channel its taps, in ascending input channel, cut into `blocks` ranges
-// of input channels: the taps of output o and block b are starts[o * (blocks + 1) + b]
-// up to the next start. `visits` counts the taps before (o, b) in the order of the
-// kernels, which take every output of a block before the next block.
+// Taps in the order in which the kernels take them: input channels are cut into
+// `blocks` ranges, every output takes its taps of a block before any takes those of
+// the next. The taps of output o and block b are starts[b * outputs + o] up to the
+// next start.
 struct TapList {
   int64_t outputs, blocks;
-  int64_t inputs;     // input channels
-  int64_t tile_rows;  // 1 or the kernels' largest
-  bool look_ahead;    // fetch the next tile early: memory is what bounds this list
-  const int32_t* starts;
-  const int32_t* visits;   // [outputs][blocks]
-  const int32_t* offsets;  // floats
+  int64_t tile_rows;       // 1 or the kernels' largest
+  const int32_t* starts;   // [blocks * outputs + 1]
+  const int32_t* offsets;  // [taps], floats
+  const int32_t* order;    // [taps], place in the packed values
+  // What a tile reads and the tile before it did not: vectors of the first block's
+  // channels, floats from the tile's first position; other blocks lie block_stride on.
+  const int32_t* fresh;
+  int64_t fresh_count, block_stride;
 };
 
 // Dense taps: every output channel of a group of `width` (the last group may be
@@ -46,17 +50,19 @@ struct DenseTaps {
 };
 
 struct TapKernels {
-  // out = bias + taps (bias null: zero). Regions are disjoint in their outputs.
+  // out = end(bias + taps) (bias null: zero); `end` is kNone, kRelu or kLeaky. Regions
+  // are disjoint in their outputs.
+  // `values` in the list's order.
   void (*sparse_accumulate)(const Region* regions, int64_t count, const TapList& taps, const float* values,
-                            const float* bias, int threads);
-  // d_values[t] = sum over all regions' positions. `partial` holds
+                            const float* bias, ActivationSpec end, int threads);
+  // d_values[order[t]] = sum over all regions' positions. `partial` holds
   // sparse_dot_chunks(...) * (number of taps) floats.
   void (*sparse_dot)(const Region* regions, int64_t count, const TapList& taps, float* partial, float* d_values,
                      int threads);
   int64_t (*sparse_dot_chunks)(const Region* regions, int64_t count, const TapList& taps);
   // The same for dense taps; weights are [ceil(outputs / group)][taps][group].
   void (*dense_accumulate)(const Region* regions, int64_t count, const DenseTaps& taps, const float* weights,
-                           const float* bias, int threads);
+                           const float* bias, ActivationSpec end, int threads);
   // The gradients [outputs][taps] end up first in `partial`, which holds
   // dense_dot_chunks(...) * outputs * taps floats.
   void (*dense_dot)(const Region* regions, int64_t count, const DenseTaps& taps, float* partial, int threads);

@@ -1,5 +1,6 @@
 #include "cpu/winograd.h"
 
+#include "cpu/activation.h"
 #include "cpu/pool.h"
 #include "cpu/transpose.h"
 #include "cpu/vec.h"
@@ -343,8 +344,8 @@ class Forward {
   static constexpr int kSize = P::kSize, kFrequencies = kSize * kSize;
 
  public:
-  Forward(const LaneMap& x, const LaneMap& y, int threads)
-      : x_(x), y_(y), grid_(x, kTile), threads_(threads), blocks_(CeilDiv(grid_.count, kTiles)) {
+  Forward(const LaneMap& x, const LaneMap& y, ActivationSpec end, int threads)
+      : x_(x), y_(y), grid_(x, kTile), end_(end), threads_(threads), blocks_(CeilDiv(grid_.count, kTiles)) {
     v_step_ = x.channels * kTiles * kLanes + kSkew;
     m_step_ = AtMost(y.channels, kOutChannels) * kTiles * kLanes + kSkew;
     // Few tiles: threads share the transformed input and divide the output channels.
@@ -464,13 +465,14 @@ class Forward {
       LIPFAST_UNROLL
       for (int s = 0; s < kTile; ++s) {
         if (whole || (r < at.live_rows && s < at.live_cols))
-          Store(to + r * y_.row_stride + s * kLanes, Add(line[s], offset));
+          Store(to + r * y_.row_stride + s * kLanes, SimpleAct(Add(line[s], offset), end_));
       }
     }
   }
 
   LaneMap x_, y_;
   TileGrid grid_;
+  ActivationSpec end_;
   int threads_;
   int64_t blocks_, v_step_, m_step_;
   bool shared_;
@@ -630,17 +632,17 @@ void TransformWeightsAny(const float* w, int64_t out, int64_t in, bool transpose
   }
 }
 
-void ForwardAny(const LaneMap& x, const float* u, const float* bias, const LaneMap& y, int tile, float* scratch,
-                int threads) {
+void ForwardAny(const LaneMap& x, const float* u, const float* bias, const LaneMap& y, ActivationSpec end, int tile,
+                float* scratch, int threads) {
   if (tile == 4) {
-    Forward<4>(x, y, threads).Run(u, bias, scratch);
+    Forward<4>(x, y, end, threads).Run(u, bias, scratch);
   } else {
-    Forward<2>(x, y, threads).Run(u, bias, scratch);
+    Forward<2>(x, y, end, threads).Run(u, bias, scratch);
   }
 }
 
 int64_t ForwardScratch(const LaneMap& x, const LaneMap& y, int tile, int threads) {
-  return tile == 4 ? Forward<4>(x, y, threads).ScratchFloats() : Forward<2>(x, y, threads).ScratchFloats();
+  return tile == 4 ? Forward<4>(x, y, {}, threads).ScratchFloats() : Forward<2>(x, y, {}, threads).ScratchFloats();
 }
 
 void WeightGradientAny(const LaneMap& x, const LaneMap& dy, float* dw, int tile, float* scratch, int threads) {

@@ -150,9 +150,17 @@ void RunCase(const Case& c, ConvKernel kernel, int threads, const std::string& n
   lanes.fill_halo(dys.lanes, Padding::kZero, 0, threads);
   Tensor y(dy.size()), dx(x.size()), dvalues(packed.size()), dbias(c.out);
   conv.Forward(packed.data(), bias.data(), xs.lanes, ys.lanes, scratch.data, threads);
+  lanes.to_plain(ys.lanes, Plain(y, c.batch, c.out, out_h, out_w), threads);
+  for (const ActivationSpec& end : {ActivationSpec{Activation::kRelu, 0.0f}, {Activation::kLeaky, 0.25f}}) {
+    Tensor ended(y.size());
+    conv.Forward(packed.data(), bias.data(), xs.lanes, ys.lanes, scratch.data, threads, end);
+    lanes.to_plain(ys.lanes, Plain(ended, c.batch, c.out, out_h, out_w), threads);
+    bool same = true;
+    for (size_t i = 0; i < y.size(); ++i) same = same && ended[i] == (y[i] > 0 ? y[i] : y[i] * end.slope);
+    Expect(same, name + " forward that ends in an activation");
+  }
   conv.InputGradient(packed.data(), dys.lanes, dxs.lanes, scratch.data, threads);
   conv.WeightGradient(xs.lanes, dys.lanes, dvalues.data(), dbias.data(), scratch.data, threads);
-  lanes.to_plain(ys.lanes, Plain(y, c.batch, c.out, out_h, out_w), threads);
   lanes.to_plain(dxs.lanes, Plain(dx, c.batch, c.in, c.height, c.width), threads);
   std::vector<double> dvalues_want;
   for (int64_t i = 0; i < weight_count; ++i) {

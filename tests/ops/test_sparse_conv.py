@@ -145,10 +145,11 @@ def test_any_convolution_equals_torch(case, isa, kernel):
     assert all(close(a, b) for a, b in zip(got, want, strict=True))
 
 
-# Tiles of one row and of two, the next tile fetched early or not, channels in several blocks.
+# Tiles of one row and of two, input channels in several blocks, more output channels than a tile takes at once.
 @pytest.mark.parametrize("density", [0.01, 0.1, 0.6])
-def test_many_channels_in_blocks(isa, density):
-    conv_form = form(40, 90, 3, mode="reflect")
+@pytest.mark.parametrize("out", [40, 131])
+def test_many_channels_in_blocks(isa, out, density):
+    conv_form = form(out, 90, 3, mode="reflect")
     x, weight, mask, bias = draw(conv_form, (37, 70), 1, density)
     want, dy = torch_gradients(x, weight, mask, bias, conv_form)
     conv, got = on_lanes(x, weight, mask, bias, conv_form, dy, "sparse")
