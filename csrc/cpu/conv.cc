@@ -231,6 +231,7 @@ class Pass {
         bound->starts.push_back(static_cast<int32_t>(offsets.size()));
       }
     }
+    offsets.push_back(0);  // kernels look a tap ahead
     bound->offsets = std::move(offsets);
   }
 

@@ -117,7 +117,8 @@ inline __attribute__((always_inline)) void AddTap(V weight, const float* in, int
 template <int kRows, int kCols, int kIn, int kOut>
 void AccumulateTile(const SparseTask& task) {
   constexpr int kVectors = kRows * kCols;
-  constexpr int kChains = kVectors >= 8 ? 1 : kVectors >= 4 ? 2 : 4;  // hides the FMA's latency
+  constexpr int kSums = kVectors * kParts;
+  constexpr int kChains = kSums >= 8 ? 1 : kSums >= 4 ? 2 : 4;  // hides the FMA's latency
   alignas(64) float partial[kOutputsAtOnce * kVectors * kLanes];
   const Region& g = *task.region;
   const int64_t blocks = task.taps->blocks, last = task.last;
@@ -146,6 +147,19 @@ void AccumulateTile(const SparseTask& task) {
       }
       LIPFAST_UNROLL
       for (int i = kVectors; i < kChains * kVectors; ++i) sum[i / kVectors][i % kVectors / kCols][i % kCols] = Zero();
+      if (kChains == 1) {
+        // Weight and offset are fetched a tap ahead: behind a full queue of loads they would hold up the sums.
+        V weight = Set(values[t]);
+        int64_t offset = offsets[t];
+        while (t < end) {
+          const float* x = in + offset;
+          const V now = weight;
+          ++t;
+          weight = Set(values[t]);
+          offset = offsets[t];
+          AddTap<kRows, kCols>(now, x, in_row, in_col, sum[0]);
+        }
+      }
       for (; t + kChains <= end; t += kChains) {
         LIPFAST_UNROLL
         for (int k = 0; k < kChains; ++k) {

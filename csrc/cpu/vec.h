@@ -26,6 +26,7 @@ constexpr int kLanes = 16;
 #if LIPFAST_TARGET == 2
 
 constexpr int kRegisters = 32;  // vectors of 16 that the register file holds
+constexpr int kParts = 1;       // registers that a vector takes
 using V = __m512;
 
 static inline V Load(const float* p) { return _mm512_load_ps(p); }
@@ -51,6 +52,7 @@ static inline V IfPositive(V a, V b, V c) {
 #elif LIPFAST_TARGET == 1
 
 constexpr int kRegisters = 8;
+constexpr int kParts = 2;
 struct V {
   __m256 a, b;
 };
@@ -87,6 +89,7 @@ static inline V IfPositive(V x, V y, V z) {
 #else
 
 constexpr int kRegisters = 4;
+constexpr int kParts = 4;
 struct V {
   float v[kLanes];
 };
