@@ -194,7 +194,7 @@ void AccumulateTile(const SparseTask& task) {
 
 // Adds the sums of the first `count` of sixteen vectors to as many floats.
 inline __attribute__((always_inline)) void AddSums(float* vectors, int count, float* to) {
-  for (int i = count; i < kLanes; ++i) Store(vectors + i * kLanes, Zero());
+  for (int i = count; i < kLanes; ++i) StoreFolded(vectors + i * kFolded, Zero());
   StorePart(to, Add(LoadPart(to, count), SumEach(vectors)), count);
 }
 
@@ -211,7 +211,7 @@ void DotTile(const SparseTask& task) {
   const int64_t in_col = kIn ? kIn * kLanes : g.in_col, out_col = kOut ? kOut * kLanes : g.out_col;
   const float* in = g.in + task.tile.row * in_row + task.tile.col * in_col;
   alignas(64) float near[kOutputsAtOnce * kVectors * kLanes];  // the gradients side by side; in their map a page apart
-  alignas(64) float vectors[kLanes * kLanes];                  // of the last taps; sixteen are summed up together
+  alignas(64) float vectors[kLanes * kFolded];                 // of the last taps; sixteen are summed up together
   for (int64_t b = 0; b < blocks; ++b) {
     const float* out = g.out + task.tile.row * out_row + task.tile.col * out_col + task.first * g.out_channel;
     float* copy = near;
@@ -237,21 +237,23 @@ void DotTile(const SparseTask& task) {
         LIPFAST_UNROLL
         for (int i = 0; i < kVectors; ++i) d[i / kCols][i % kCols] = Load(copy + i * kLanes);
       }
-      for (int32_t t = start[0]; t < start[1]; ++t) {
-        const float* x = in + offsets[t];
+      const int32_t end = start[1];
+      int64_t offset = offsets[start[0]];
+      for (int32_t t = start[0]; t < end; ++t) {
+        const float* x = in + offset;
+        offset = offsets[t + 1];  // early: see AccumulateTile
         V sum[kChains];
-        LIPFAST_UNROLL
-        for (int k = 0; k < kChains; ++k) sum[k] = Zero();
         LIPFAST_UNROLL
         for (int r = 0; r < kRows; ++r) {
           const float* row = Row(x + r * in_row);
           LIPFAST_UNROLL
           for (int c = 0; c < kCols; ++c) {
-            V& chain = sum[(r * kCols + c) % kChains];
-            chain = Fma(d[r][c], Load(row + c * in_col), chain);
+            const int i = r * kCols + c;
+            const V v = Load(row + c * in_col);
+            sum[i % kChains] = i < kChains ? Mul(d[r][c], v) : Fma(d[r][c], v, sum[i % kChains]);
           }
         }
-        Store(vectors + waiting * kLanes, kChains == 2 ? Add(sum[0], sum[kChains - 1]) : sum[0]);
+        StoreFolded(vectors + waiting * kFolded, kChains == 2 ? Add(sum[0], sum[kChains - 1]) : sum[0]);
         if (++waiting == kLanes) {
           StoreU(to, Add(LoadU(to), SumEach(vectors)));
           to += kLanes;

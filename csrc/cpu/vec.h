@@ -143,15 +143,18 @@ static inline float Sum(V x) {
 #endif
 }
 
-// Lane i: the sum of the i-th of 16 vectors in memory.
-static inline V SumEach(const float* vectors) {
+// Sums of many vectors are taken sixteen at a time: StoreFolded puts a vector down, added up as
+// far as costs nothing, in kFolded floats; lane i of SumEach is the sum of the i-th of sixteen.
 #if LIPFAST_TARGET == 2
+constexpr int kFolded = kLanes;
+static inline void StoreFolded(float* p, V x) { Store(p, x); }
+static inline V SumEach(const float* folded) {
   // Each step adds halves and brings the sums of two vectors together in one.
   V pairs[8], fours[4], two[2];
   LIPFAST_UNROLL
   for (int i = 0; i < 8; ++i) {
     const int first = i < 4 ? 4 * i : 4 * i - 15;
-    const V a = Load(vectors + first * kLanes), b = Load(vectors + (first + 2) * kLanes);
+    const V a = Load(folded + first * kFolded), b = Load(folded + (first + 2) * kFolded);
     pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   }
   LIPFAST_UNROLL
@@ -164,13 +167,31 @@ static inline V SumEach(const float* vectors) {
                            _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xee));
   }
   return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
-#else
-  V out;
-  float* sums = reinterpret_cast<float*>(&out);
-  for (int i = 0; i < kLanes; ++i) sums[i] = Sum(Load(vectors + i * kLanes));
-  return out;
-#endif
 }
+#elif LIPFAST_TARGET == 1
+constexpr int kFolded = kLanes / 2;
+static inline void StoreFolded(float* p, V x) { _mm256_store_ps(p, _mm256_add_ps(x.a, x.b)); }
+static inline __m256 SumEightEach(const float* folded) {
+  __m256 pairs[4], fours[2];
+  LIPFAST_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const __m256 a = _mm256_load_ps(folded + 2 * i * kFolded), b = _mm256_load_ps(folded + (2 * i + 1) * kFolded);
+    pairs[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  }
+  LIPFAST_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    fours[i] = _mm256_add_ps(_mm256_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0x44),
+                             _mm256_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0xee));
+  }
+  return _mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
+                       _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
+}
+static inline V SumEach(const float* folded) { return {SumEightEach(folded), SumEightEach(folded + 8 * kFolded)}; }
+#else
+constexpr int kFolded = 1;
+static inline void StoreFolded(float* p, V x) { *p = Sum(x); }
+static inline V SumEach(const float* folded) { return Load(folded); }
+#endif
 
 // The first n floats at p, zeros behind them; reads nothing past p + n.
 static inline V LoadPart(const float* p, int n) {
