@@ -146,6 +146,19 @@ class Program:
     def fill_halo(self, section: int, map: int, mode: int, pad: int) -> None: ...
     def reblock(self, section: int, source: int, to: int) -> None: ...
     def conv_forward(self, conv: int, values: int, bias: int, x: int, y: int) -> None: ...
+    def conv_finish(
+        self,
+        conv: int,
+        values: int,
+        bias: int,
+        x: int,
+        residual: int,
+        y: int,
+        epsilon: float,
+        offsets: list[int],
+        act: int,
+        slope: float,
+    ) -> None: ...
     def conv_input_gradient(self, conv: int, values: int, dy: int, dx: int) -> None: ...
     def conv_weight_gradient(self, conv: int, values: int, bias: int, x: int, dy: int) -> None: ...
     def norm_forward(

@@ -127,6 +127,17 @@ class CheckedProgram {
     program_.ConvForward(conv, values, bias, x, y);
   }
 
+  void ConvFinish(int conv, int64_t values, int64_t bias, int x, int residual, int y, float epsilon,
+                  const std::vector<int64_t>& offsets, int act, float slope) {
+    CheckConv(conv, values, bias, x, y);
+    Check(Map(x).halo >= Reach(conv), "conv: the input's halo is smaller than the padding");
+    if (residual >= 0) CheckPair(residual, y);
+    const ActivationSpec spec = AsActivation(act, slope);
+    Check(spec.kind == Activation::kNone || spec.kind == Activation::kRelu || spec.kind == Activation::kLeaky,
+          "conv: this activation cannot follow in the same step");
+    program_.ConvFinish(conv, values, bias, x, residual, y, epsilon, AsFinishOffsets(offsets, y), spec);
+  }
+
   void ConvInputGradient(int conv, int64_t values, int dy, int dx) {
     CheckConv(conv, values, -1, dx, dy);
     const ConvShape& s = program_.shape(conv);
@@ -171,8 +182,7 @@ class CheckedProgram {
               bool fill, int mode, int64_t pad) {
     CheckPair(x, y);
     if (residual >= 0) CheckPair(residual, y);
-    Check(offsets.size() == 4, "finish: expected 4 offsets");
-    const NormOffsets at = AsOffsets({offsets[0], offsets[1], offsets[2], offsets[3], -1}, Map(x).channels, false);
+    const NormOffsets at = AsFinishOffsets(offsets, y);
     const HaloSpec halo = {fill, fill ? AsPadding(mode, pad, Map(y)) : Padding::kZero, pad};
     program_.Finish(x, residual, y, epsilon, at, AsActivation(act, slope), halo);
   }
@@ -388,6 +398,12 @@ class CheckedProgram {
     return {at[0], at[1], at[2], at[3], at[4]};
   }
 
+  // gamma, beta, running mean, running variance
+  NormOffsets AsFinishOffsets(const std::vector<int64_t>& at, int y) const {
+    Check(at.size() == 4, "finish: expected 4 offsets");
+    return AsOffsets({at[0], at[1], at[2], at[3], -1}, Map(y).channels, false);
+  }
+
   static void CheckAxis(const AxisTable& axis, int64_t from, int64_t to) {
     const size_t n = axis.first.size();
     Check(static_cast<int64_t>(n) == to && axis.second.size() == axis.weight.size() &&
@@ -477,6 +493,8 @@ void BindEngine(py::module_& m) {
       .def("reblock", &P::Reblock, py::arg("section"), py::arg("source"), py::arg("to"))
       .def("conv_forward", &P::ConvForward, py::arg("conv"), py::arg("values"), py::arg("bias"), py::arg("x"),
            py::arg("y"))
+      .def("conv_finish", &P::ConvFinish, py::arg("conv"), py::arg("values"), py::arg("bias"), py::arg("x"),
+           py::arg("residual"), py::arg("y"), py::arg("epsilon"), py::arg("offsets"), py::arg("act"), py::arg("slope"))
       .def("conv_input_gradient", &P::ConvInputGradient, py::arg("conv"), py::arg("values"), py::arg("dy"),
            py::arg("dx"))
       .def("conv_weight_gradient", &P::ConvWeightGradient, py::arg("conv"), py::arg("values"), py::arg("bias"),

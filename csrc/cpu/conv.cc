@@ -88,12 +88,17 @@ class Pass {
   int64_t taps() const { return static_cast<int64_t>(sources_.size()); }
   bool empty() const { return rows <= 0 || cols <= 0; }
 
-  std::vector<Region> Regions(const LaneMap& in, const LaneMap& out) const {
+  // A residual goes with passes that write every pixel.
+  std::vector<Region> Regions(const LaneMap& in, const LaneMap& out, const LaneMap* residual = nullptr) const {
     std::vector<Region> regions;
     for (int64_t n = 0; n < out.batch && !empty(); ++n) {
       regions.push_back({rows, cols, out.At(n, 0, out_row, out_col), out.channel_stride, out_step * out.row_stride,
                          out_step * kVector, in.At(n, 0, in_row, in_col), in.channel_stride, in_step * in.row_stride,
-                         in_step * kVector});
+                         in_step * kVector, nullptr, 0, 0});
+      if (!residual) continue;
+      regions.back().residual = residual->At(n, 0);
+      regions.back().residual_channel = residual->channel_stride;
+      regions.back().residual_row = residual->row_stride;
     }
     return regions;
   }
@@ -274,47 +279,52 @@ const char* Name(ConvKernel kernel) {
   return kernel == ConvKernel::kSparse ? "sparse" : kernel == ConvKernel::kWinograd ? "winograd" : "dense";
 }
 
-// Dense weights as the kernels want them: [group of outputs][tap][output of the group].
-void PackDense(const Pass& pass, const float* values, float* packed, int threads) {
+// Dense weights as the kernels want them: [group of outputs][tap][output of the group],
+// times the output's scale (null: 1).
+void PackDense(const Pass& pass, const float* values, const float* scale, float* packed, int threads) {
   const int64_t group = Kernels<TapKernels>().dense_group, taps = pass.taps(), outputs = pass.outputs();
   const int32_t* index = pass.index().data();
   ParallelFor(threads, CeilDiv(outputs, group), [&](int64_t g) {
     float* to = packed + g * taps * group;
     for (int64_t k = 0; k < group; ++k) {
       const int64_t o = g * group + k;
+      const float factor = scale && o < outputs ? scale[o] : 1.0f;
       for (int64_t t = 0; t < taps; ++t) {
         const int32_t i = o < outputs ? index[o * taps + t] : -1;
-        to[t * group + k] = i < 0 ? 0.0f : values[i];
+        to[t * group + k] = i < 0 ? 0.0f : values[i] * factor;
       }
     }
   });
 }
 
-// Values in the order of the taps.
-void PackSparse(const TapList& taps, const float* values, float* packed, int threads) {
-  constexpr int64_t kPerTask = 4096;
-  const int64_t count = taps.starts[taps.outputs * taps.blocks];
-  ParallelFor(threads, CeilDiv(count, kPerTask), [&](int64_t i) {
-    const int64_t last = std::min((i + 1) * kPerTask, count);
-    for (int64_t t = i * kPerTask; t < last; ++t) packed[t] = values[taps.order[t]];
+// Values in the order of the taps, times the output's scale (null: 1).
+void PackSparse(const TapList& taps, const float* values, const float* scale, float* packed, int threads) {
+  constexpr int64_t kPerTask = 64;  // rows: an output's taps of a block
+  const int64_t rows = taps.outputs * taps.blocks;
+  ParallelFor(threads, CeilDiv(rows, kPerTask), [&](int64_t i) {
+    const int64_t last = std::min((i + 1) * kPerTask, rows);
+    for (int64_t row = i * kPerTask; row < last; ++row) {
+      const float factor = scale ? scale[row % taps.outputs] : 1.0f;
+      for (int32_t t = taps.starts[row]; t < taps.starts[row + 1]; ++t) packed[t] = values[taps.order[t]] * factor;
+    }
   });
 }
 
-// out = end(bias + pass over in).
+// out = end(pass over in, bias)
 void Accumulate(const Pass& pass, const float* values, const float* bias, const LaneMap& in, const LaneMap& out,
-                ActivationSpec end, float* scratch, int threads) {
-  const std::vector<Region> regions = pass.Regions(in, out);
+                const ConvEnd& end, float* scratch, int threads) {
+  const std::vector<Region> regions = pass.Regions(in, out, end.residual);
   if (regions.empty()) return;
   const auto taps = pass.Bind(in);
   const TapKernels& kernels = Kernels<TapKernels>();
   const int64_t count = static_cast<int64_t>(regions.size());
   if (pass.dense) {
-    PackDense(pass, values, scratch, threads);
-    kernels.dense_accumulate(regions.data(), count, taps->dense, scratch, bias, end, threads);
+    PackDense(pass, values, end.scale, scratch, threads);
+    kernels.dense_accumulate(regions.data(), count, taps->dense, scratch, bias, end.act, threads);
     return;
   }
-  PackSparse(taps->sparse, values, scratch, threads);
-  kernels.sparse_accumulate(regions.data(), count, taps->sparse, scratch, bias, end, threads);
+  PackSparse(taps->sparse, values, end.scale, scratch, threads);
+  kernels.sparse_accumulate(regions.data(), count, taps->sparse, scratch, bias, end.act, threads);
 }
 
 }  // namespace
@@ -336,9 +346,9 @@ struct Conv::Impl {
   bool dense() const { return kept == DenseWeightFloats(); }
   int32_t FlatIndex(int64_t packed) const { return weights.empty() ? static_cast<int32_t>(packed) : weights[packed]; }
   Weight WeightAt(int64_t packed) const;
-  void Scatter(const float* values, float* dense) const;
+  void Scatter(const float* values, const float* scale, float* dense) const;
   void WinogradAccumulate(bool transposed, const float* values, const float* bias, const LaneMap& in,
-                          const LaneMap& out, ActivationSpec end, float* scratch, int threads) const;
+                          const LaneMap& out, const ConvEnd& end, float* scratch, int threads) const;
   LaneMap Sketch(bool input) const;
   void CheckSizes();
   void ListWeights(const uint8_t* mask);
@@ -499,25 +509,27 @@ int64_t Conv::Impl::ScratchFloats(int threads) const {
   return most + kVector;
 }
 
-// Packed values to w[out][in][3][3].
-void Conv::Impl::Scatter(const float* values, float* dense) const {
+// Packed values, times their output's scale (null: 1), to w[out][in][3][3].
+void Conv::Impl::Scatter(const float* values, const float* scale, float* dense) const {
   std::fill(dense, dense + DenseWeightFloats(), 0.0f);
-  for (int64_t i = 0; i < kept; ++i) dense[FlatIndex(i)] = values[i];
+  for (int64_t i = 0; i < kept; ++i) {
+    const int32_t flat = FlatIndex(i);
+    dense[flat] = scale ? values[i] * scale[flat / (shape.in_channels * 9)] : values[i];
+  }
 }
 
 void Conv::Impl::WinogradAccumulate(bool transposed, const float* values, const float* bias, const LaneMap& in,
-                                    const LaneMap& out, ActivationSpec end, float* scratch, int threads) const {
+                                    const LaneMap& out, const ConvEnd& end, float* scratch, int threads) const {
   const WinogradKernels& winograd = Kernels<WinogradKernels>();
   float* transformed = scratch + RoundUp(DenseWeightFloats());
   float* rest = transformed + RoundUp(WinogradWeightFloats(shape.out_channels, shape.in_channels, tile));
-  if (dense()) {
-    // Packed order of a dense layer is w[out][in][3][3] itself.
-    winograd.transform_weights(values, shape.out_channels, shape.in_channels, transposed, tile, transformed, threads);
-  } else {
-    Scatter(values, scratch);
-    winograd.transform_weights(scratch, shape.out_channels, shape.in_channels, transposed, tile, transformed, threads);
+  const float* weight = values;  // packed order of a dense layer is w[out][in][3][3] itself
+  if (!dense() || end.scale) {
+    Scatter(values, end.scale, scratch);
+    weight = scratch;
   }
-  winograd.forward(in, transformed, bias, out, end, tile, rest, threads);
+  winograd.transform_weights(weight, shape.out_channels, shape.in_channels, transposed, tile, transformed, threads);
+  winograd.forward(in, transformed, bias, end.residual, out, end.act, tile, rest, threads);
 }
 
 Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* mask, ConvKernel asked, bool exact)
@@ -551,7 +563,7 @@ const char* Conv::input_gradient_kernel() const { return Name(impl_->input_gradi
 const char* Conv::weight_gradient_kernel() const { return Name(impl_->weight_gradient); }
 
 void Conv::Forward(const float* values, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch,
-                   int threads, ActivationSpec end) const {
+                   int threads, const ConvEnd& end) const {
   if (impl_->forward == ConvKernel::kWinograd) {
     impl_->WinogradAccumulate(false, values, bias, x, y, end, scratch, threads);
   } else {

@@ -31,6 +31,13 @@ struct ConvGeometry {
   int64_t out_block_h, out_block_w;
 };
 
+// What follows the sum over taps in the forward pass: y = act(scale * sum + bias + residual).
+struct ConvEnd {
+  ActivationSpec act = {};            // kNone, kRelu or kLeaky
+  const float* scale = nullptr;       // [out_channels]; null: 1
+  const LaneMap* residual = nullptr;  // of the sizes and blocks of y, elsewhere in memory; null: none
+};
+
 class Conv {
  public:
   // mask: bytes [out][in / groups][kh][kw], 1 = kept; null = dense.
@@ -49,10 +56,10 @@ class Conv {
   const char* input_gradient_kernel() const;
   const char* weight_gradient_kernel() const;
 
-  // y = end(conv(x) + bias); `end` is kNone, kRelu or kLeaky. The halo of x reaches >= pad (dilation * (kernel - 1) / 2
+  // y = act(scale * conv(x) + bias + residual), see ConvEnd. The halo of x reaches >= pad (dilation * (kernel - 1) / 2
   // for a "same" layer) and is filled. bias may be null. Only pixels of y are written.
   void Forward(const float* values, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch, int threads,
-               ActivationSpec end = {}) const;
+               const ConvEnd& end = {}) const;
 
   // How far the halo of dy must reach (filled with zeros, dead pixels too) for the
   // input gradient; the weight gradient wants zero dead pixels only.

@@ -1,7 +1,5 @@
 #include "cpu/finish.h"
 
-#include <cmath>
-
 #include "cpu/activation.h"
 #include "cpu/halo.h"
 #include "cpu/pool.h"
@@ -11,21 +9,10 @@ namespace lipfast {
 namespace LIPFAST_NS {
 namespace {
 
-// gamma * (x - mean) / deviation + beta = scale * x + shift
-struct Affine {
-  float scale = 1.0f, shift = 0.0f;
-
-  Affine(const NormNumbers& norm, int64_t c) {
-    if (!norm.mean) return;
-    scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(norm.variance[c]) + norm.epsilon));
-    if (norm.gamma) scale *= norm.gamma[c];
-    shift = (norm.beta ? norm.beta[c] : 0.0f) - norm.mean[c] * scale;
-  }
-};
-
 template <Activation kAct>
 struct FinishPlane {
-  static void Run(const LaneMap& x, const LaneMap* residual, const LaneMap& y, int64_t n, int64_t c, Affine affine,
+  static void Run(const LaneMap& x, const LaneMap* residual, const LaneMap& y, int64_t n, int64_t c,
+                  FinishAffine affine,
                   float slope) {
     const V scale = Set(affine.scale), shift = Set(affine.shift), low = Set(slope);
     const int64_t width = x.block_w * kLanes;
@@ -47,7 +34,7 @@ void Finish(const LaneMap& x, const LaneMap* residual, const LaneMap& y, const N
   const HaloFiller filler(y, halo.padding, halo.pad);
   ParallelFor(threads, x.batch * x.channels, [&](int64_t i) {
     const int64_t n = i / x.channels, c = i % x.channels;
-    WithActivation<FinishPlane>(act.kind, x, residual, y, n, c, Affine(norm, c), act.slope);
+    WithActivation<FinishPlane>(act.kind, x, residual, y, n, c, FinishAffineOf(norm, c), act.slope);
     if (halo.fill) filler.Fill(y.At(n, c));
   });
 }

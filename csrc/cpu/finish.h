@@ -1,8 +1,9 @@
-// What inference does behind a convolution, in one pass over its result: BatchNorm
-// with running statistics, a residual sum, an activation, and the halo of what is
-// written.
+// What inference does behind a convolution: BatchNorm with running statistics, a
+// residual sum, an activation, and the halo of what is written. In one pass over the
+// result here; a convolution that can do it as it stores takes FinishAffine.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "cpu/lanes.h"
@@ -19,6 +20,18 @@ struct NormNumbers {
   const float* variance;
   float epsilon;
 };
+
+// gamma * (x - mean) / deviation + beta = scale * x + shift
+struct FinishAffine {
+  float scale, shift;
+};
+
+static inline FinishAffine FinishAffineOf(const NormNumbers& norm, int64_t c) {
+  if (!norm.mean) return {1.0f, 0.0f};
+  const double deviation = std::sqrt(static_cast<double>(norm.variance[c]) + norm.epsilon);
+  const float scale = static_cast<float>(1.0 / deviation) * (norm.gamma ? norm.gamma[c] : 1.0f);
+  return {scale, (norm.beta ? norm.beta[c] : 0.0f) - norm.mean[c] * scale};
+}
 
 struct FinishKernels {
   // y = act(gamma * (x - mean) / sqrt(variance + epsilon) + beta + residual).

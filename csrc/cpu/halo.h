@@ -55,7 +55,8 @@ static inline AxisRule RuleAt(int64_t position, int64_t block, int64_t side, Pad
 struct LaneRule {
   int count;
   int64_t source[kGrid];
-  int32_t lane[kGrid][kLanes];
+  alignas(64) int32_t lane[kGrid][kLanes];
+  alignas(64) int32_t live[kGrid][kLanes];  // the mask, lane by lane: -1 or 0
   uint16_t mask[kGrid];
 };
 
@@ -71,11 +72,23 @@ static inline LaneRule ToLanes(const AxisRule& axis, bool rows, bool only_pads) 
     for (int other = 0; other < kGrid; ++other) {
       const int l = LaneOf(g, other, rows);
       rule.lane[k][l] = LaneOf(axis.from[g], other, rows);
+      rule.live[k][l] = -1;
       rule.mask[k] = static_cast<uint16_t>(rule.mask[k] | 1u << l);
     }
   }
   return rule;
 }
+
+#if LIPFAST_TARGET == 1
+// v with x[lane[i]] at each live i, for 8 of the 16 lanes.
+static inline __m256 PermuteLive(__m256 v, V x, const int32_t* lane, const int32_t* live) {
+  const __m256i from = _mm256_load_si256(reinterpret_cast<const __m256i*>(lane));
+  const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(from, 28));  // sign: the lane is in x's upper half
+  const __m256 moved =
+      _mm256_blendv_ps(_mm256_permutevar8x32_ps(x.a, from), _mm256_permutevar8x32_ps(x.b, from), upper);
+  return _mm256_blendv_ps(v, moved, _mm256_load_ps(reinterpret_cast<const float*>(live)));
+}
+#endif
 
 static inline void Gather(const LaneRule& rule, const float* base, int64_t step, float* out) {
 #if LIPFAST_TARGET == 2
@@ -83,6 +96,14 @@ static inline void Gather(const LaneRule& rule, const float* base, int64_t step,
   for (int k = 0; k < rule.count; ++k) {
     v = _mm512_mask_permutexvar_ps(v, rule.mask[k], _mm512_loadu_si512(rule.lane[k]),
                                    Load(base + rule.source[k] * step));
+  }
+  Store(out, v);
+#elif LIPFAST_TARGET == 1
+  V v = Zero();
+  for (int k = 0; k < rule.count; ++k) {
+    const V x = Load(base + rule.source[k] * step);
+    v.a = PermuteLive(v.a, x, rule.lane[k], rule.live[k]);
+    v.b = PermuteLive(v.b, x, rule.lane[k] + 8, rule.live[k] + 8);
   }
   Store(out, v);
 #else
@@ -143,6 +164,18 @@ class HaloFiller {
       for (int64_t row = -reach_; row < block_h_ + reach_; ++row) {
         float* line = plane + row * row_stride_;
         Gather(border.rule, line, kLanes, line + border.position * kLanes);
+      }
+    }
+  }
+
+  // Brings what Fill will read and write of a plane into the second cache level.
+  void Fetch(const float* plane) const {
+    for (int64_t row = -reach_; row < block_h_ + reach_; ++row) {
+      const float* line = plane + row * row_stride_;
+      const bool whole = row <= reach_ || row >= block_h_ - reach_ - 1;
+      for (int64_t col = -reach_; col < block_w_ + reach_; ++col) {
+        if (!whole && col == reach_) col = block_w_ - reach_ > col ? block_w_ - reach_ : col;
+        PrefetchFar(line + col * kLanes);
       }
     }
   }

@@ -156,7 +156,12 @@ void Scatter(const LaneRule& rule, const float* in, float* base, int64_t step) {
 
 void FillHalo(const LaneMap& m, Padding mode, int64_t pad, int threads) {
   const HaloFiller filler(m, mode, pad);
-  ParallelFor(threads, m.batch * m.channels, [&](int64_t i) { filler.Fill(m.At(i / m.channels, i % m.channels)); });
+  const int64_t planes = m.batch * m.channels;
+  ParallelFor(threads, planes, [&](int64_t i) {
+    // The next plane, which the same thread takes next.
+    if (i + 1 < planes) filler.Fetch(m.At((i + 1) / m.channels, (i + 1) % m.channels));
+    filler.Fill(m.At(i / m.channels, i % m.channels));
+  });
 }
 
 void FoldHalo(const LaneMap& m, Padding mode, int64_t pad, int threads) {

@@ -49,6 +49,7 @@ struct SparseTask {
   // The tile that the thread takes next; null: there is none.
   const float* next_in;
   const float* next_out;  // of channel 0
+  const float* next_residual;
 };
 
 // Brings the next tile into the second cache level, a few lines with every output
@@ -65,8 +66,12 @@ class Upcoming {
     out_channel_ = g.out_channel;
     const int64_t first = kVectors * block / taps.blocks, last = kVectors * (block + 1) / taps.blocks;
     const int64_t cols = task.tile.cols;
-    _Pragma("GCC unroll 1") for (int64_t i = first; i < last; ++i) lines_[count_++] =
-        i / cols * g.out_row + i % cols * g.out_col;
+    residual_ = task.next_residual ? task.next_residual + task.first * g.residual_channel : nullptr;
+    residual_channel_ = g.residual_channel;
+    _Pragma("GCC unroll 1") for (int64_t i = first; i < last; ++i) {
+      residual_lines_[count_] = i / cols * g.residual_row + i % cols * g.out_col;
+      lines_[count_++] = i / cols * g.out_row + i % cols * g.out_col;
+    }
     if (task.last < taps.outputs) return;  // another part of the outputs fetches the input
     in_ = task.next_in + block * taps.block_stride;
     fresh_ = taps.fresh;
@@ -78,16 +83,20 @@ class Upcoming {
   __attribute__((noinline)) void Step() {
     _Pragma("GCC unroll 1") for (int i = 0; i < count_; ++i) PrefetchFar(out_ + lines_[i]);
     out_ += out_channel_;
+    if (residual_) {
+      _Pragma("GCC unroll 1") for (int i = 0; i < count_; ++i) PrefetchFar(residual_ + residual_lines_[i]);
+      residual_ += residual_channel_;
+    }
     const int32_t* stop = fresh_ + Least(step_, fresh_end_ - fresh_);
     _Pragma("GCC unroll 1") for (; fresh_ < stop; ++fresh_) PrefetchFar(in_ + *fresh_);
   }
 
  private:
-  const float *out_ = nullptr, *in_ = nullptr;
-  int64_t out_channel_ = 0, step_ = 0;
+  const float *out_ = nullptr, *residual_ = nullptr, *in_ = nullptr;
+  int64_t out_channel_ = 0, residual_channel_ = 0, step_ = 0;
   const int32_t *fresh_ = nullptr, *fresh_end_ = nullptr;
   int count_ = 0;
-  int64_t lines_[kVectors];
+  int64_t lines_[kVectors], residual_lines_[kVectors];
 };
 
 // Keeps the compiler from seeing where a row's address came from: it would compute
@@ -106,6 +115,17 @@ inline __attribute__((always_inline)) void AddTap(V weight, const float* in, int
     const float* row = Row(in + r * in_row);
     LIPFAST_UNROLL
     for (int c = 0; c < kCols; ++c) sum[r][c] = Fma(weight, Load(row + c * in_col), sum[r][c]);
+  }
+}
+
+template <int kRows, int kCols>
+inline __attribute__((always_inline)) void AddRows(const float* in, int64_t in_row, int64_t in_col,
+                                                   V (&sum)[kRows][kCols]) {
+  LIPFAST_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    const float* row = Row(in + r * in_row);
+    LIPFAST_UNROLL
+    for (int c = 0; c < kCols; ++c) sum[r][c] = Add(sum[r][c], Load(row + c * in_col));
   }
 }
 
@@ -181,6 +201,10 @@ void AccumulateTile(const SparseTask& task) {
         LIPFAST_UNROLL
         for (int i = 0; i < kVectors; ++i) Store(waiting + i * kLanes, sum[0][i / kCols][i % kCols]);
         continue;
+      }
+      if (g.residual) {
+        const float* add = g.residual + o * g.residual_channel + task.tile.row * g.residual_row + task.tile.col * out_col;
+        AddRows<kRows, kCols>(add, g.residual_row, out_col, sum[0]);
       }
       LIPFAST_UNROLL
       for (int r = 0; r < kRows; ++r) {
@@ -342,6 +366,7 @@ SparseTask TaskAt(const Region* regions, const TapList& taps, int64_t i, int64_t
     const Region& g = *next.region;
     task.next_in = g.in + next.tile.row * g.in_row + next.tile.col * g.in_col;
     task.next_out = g.out + next.tile.row * g.out_row + next.tile.col * g.out_col;
+    if (g.residual) task.next_residual = g.residual + next.tile.row * g.residual_row + next.tile.col * g.out_col;
   }
   return task;
 }
@@ -475,6 +500,11 @@ void DenseTile(const DenseTask& task) {
       LIPFAST_UNROLL
       for (int k = 0; k < kGroup; ++k) {
         if (k >= live) continue;
+        if (end == count && g.residual) {
+          const float* add = Row(g.residual + (group * kGroup + k) * g.residual_channel + task.row * g.residual_row);
+          LIPFAST_UNROLL
+          for (int c = 0; c < kCols; ++c) sum[k][c] = Add(sum[k][c], Load(add + (task.col + c) * out_col));
+        }
         float* row = Row(out + k * g.out_channel);
         LIPFAST_UNROLL
         for (int c = 0; c < kCols; ++c) Store(row + c * out_col, SimpleAct(sum[k][c], stored));

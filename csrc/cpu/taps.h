@@ -24,6 +24,9 @@ struct Region {
   int64_t out_channel, out_row, out_col;
   const float* in;
   int64_t in_channel, in_row, in_col;
+  // What is added to each output vector, as far apart as those along a row; null: nothing.
+  const float* residual;
+  int64_t residual_channel, residual_row;
 };
 
 // Taps in the order in which the kernels take them: input channels are cut into
@@ -50,7 +53,7 @@ struct DenseTaps {
 };
 
 struct TapKernels {
-  // out = end(bias + taps) (bias null: zero); `end` is kNone, kRelu or kLeaky. Regions
+  // out = end(bias + taps + residual) (bias null: zero); `end` is kNone, kRelu or kLeaky. Regions
   // are disjoint in their outputs.
   // `values` in the list's order.
   void (*sparse_accumulate)(const Region* regions, int64_t count, const TapList& taps, const float* values,

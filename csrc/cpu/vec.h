@@ -48,6 +48,10 @@ static inline V Fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 static inline V IfPositive(V a, V b, V c) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_GT_OQ), c, b);
 }
+// A register's worth of lanes, for loops in which whole vectors would not fit the registers.
+using R = V;
+static inline R LoadR(const float* p) { return Load(p); }
+static inline R SetR(float x) { return Set(x); }
 
 #elif LIPFAST_TARGET == 1
 
@@ -85,6 +89,14 @@ static inline V IfPositive(V x, V y, V z) {
   return {_mm256_blendv_ps(z.a, y.a, _mm256_cmp_ps(x.a, zero, _CMP_GT_OQ)),
           _mm256_blendv_ps(z.b, y.b, _mm256_cmp_ps(x.b, zero, _CMP_GT_OQ))};
 }
+using R = __m256;
+static inline R LoadR(const float* p) { return _mm256_load_ps(p); }
+static inline R SetR(float x) { return _mm256_set1_ps(x); }
+static inline void Store(float* p, R v) { _mm256_store_ps(p, v); }
+static inline R Add(R a, R b) { return _mm256_add_ps(a, b); }
+static inline R Sub(R a, R b) { return _mm256_sub_ps(a, b); }
+static inline R Mul(R a, R b) { return _mm256_mul_ps(a, b); }
+static inline R Fma(R a, R b, R c) { return _mm256_fmadd_ps(a, b, c); }
 
 #else
 
@@ -117,9 +129,14 @@ static inline V Sqrt(V a) { LIPFAST_EACH(std::sqrt(a.v[i])) }
 // Two roundings here: a machine without FMA would emulate the single one slowly.
 static inline V Fma(V a, V b, V c) { LIPFAST_EACH(a.v[i] * b.v[i] + c.v[i]) }
 static inline V IfPositive(V a, V b, V c) { LIPFAST_EACH(a.v[i] > 0.0f ? b.v[i] : c.v[i]) }
+using R = V;
+static inline R LoadR(const float* p) { return Load(p); }
+static inline R SetR(float x) { return Set(x); }
 #undef LIPFAST_EACH
 
 #endif
+
+constexpr int kRegisterLanes = sizeof(R) / sizeof(float);
 
 // Sum of the 16 lanes, always in the same order: halves are added to halves.
 static inline float Sum(V x) {

@@ -55,29 +55,29 @@ struct Points<4> {
 
   // B^T d
   template <int kPair>
-  static inline void Input(const V* d, V& lo, V& hi) {
+  static inline void Input(const R* d, R& lo, R& hi) {
     if (kPair == 2) {
-      lo = Fma(Set(kA2 * kB2), d[0], Fma(Set(-kA2 - kB2), d[2], d[4]));
-      hi = Fma(Set(kA2 * kB2), d[1], Fma(Set(-kA2 - kB2), d[3], d[5]));
+      lo = Fma(SetR(kA2 * kB2), d[0], Fma(SetR(-kA2 - kB2), d[2], d[4]));
+      hi = Fma(SetR(kA2 * kB2), d[1], Fma(SetR(-kA2 - kB2), d[3], d[5]));
     } else {
       const float point = kPair == 0 ? kA : kB, other2 = kPair == 0 ? kB2 : kA2;
-      const V even = Fma(Set(-other2), d[2], d[4]), odd = Fma(Set(-other2), d[1], d[3]);
-      lo = Fma(Set(point), odd, even);
-      hi = Fma(Set(-point), odd, even);
+      const R even = Fma(SetR(-other2), d[2], d[4]), odd = Fma(SetR(-other2), d[1], d[3]);
+      lo = Fma(SetR(point), odd, even);
+      hi = Fma(SetR(-point), odd, even);
     }
   }
 
   // A d, from 4 pixels of an output gradient
   template <int kPair>
-  static inline void Gradient(const V* d, V& lo, V& hi) {
+  static inline void Gradient(const R* d, R& lo, R& hi) {
     if (kPair == 2) {
       lo = d[0];
       hi = d[3];
     } else {
       const float point = kPair == 0 ? kA : kB;
-      const V even = Fma(Set(point * point), d[2], d[0]), odd = Fma(Set(point * point), d[3], d[1]);
-      lo = Fma(Set(point), odd, even);
-      hi = Fma(Set(-point), odd, even);
+      const R even = Fma(SetR(point * point), d[2], d[0]), odd = Fma(SetR(point * point), d[3], d[1]);
+      lo = Fma(SetR(point), odd, even);
+      hi = Fma(SetR(-point), odd, even);
     }
   }
 
@@ -123,14 +123,14 @@ struct Points<2> {
   static constexpr int Hi(int pair) { return pair == 1 ? 3 : 2; }
 
   template <int kPair>
-  static inline void Input(const V* d, V& lo, V& hi) {
+  static inline void Input(const R* d, R& lo, R& hi) {
     lo = kPair == 0 ? Add(d[1], d[2]) : Sub(d[0], d[2]);
     hi = kPair == 0 ? Sub(d[2], d[1]) : Sub(d[1], d[3]);
   }
   template <int kPair>
-  static inline void Gradient(const V* d, V& lo, V& hi) {
+  static inline void Gradient(const R* d, R& lo, R& hi) {
     lo = kPair == 0 ? Add(d[0], d[1]) : d[0];
-    hi = kPair == 0 ? Sub(d[0], d[1]) : Sub(Zero(), d[1]);
+    hi = kPair == 0 ? Sub(d[0], d[1]) : Sub(SetR(0.0f), d[1]);
   }
   static inline void Output(const V* m, V* y) {
     y[0] = Add(Add(m[0], m[1]), m[2]);
@@ -198,16 +198,17 @@ Patch PatchAt(const LaneMap& m, const TilePosition& p, int64_t c, int border, in
   return {copy, kSize * kLanes};
 }
 
-// Two rows of frequencies of one tile: v[0] is row Lo(kPair), v[1] row Hi(kPair).
+// Two rows of frequencies of one tile, in the lanes from `lane` on that fit a register:
+// v[0] is row Lo(kPair), v[1] row Hi(kPair).
 template <int kTile, int kPair>
-inline void InputRows(const Patch& x, V (&v)[2][kTile + 2]) {
+inline void InputRows(const Patch& x, int lane, R (&v)[2][kTile + 2]) {
   using P = Points<kTile>;
-  V line[2][P::kSize];
+  R line[2][P::kSize];
   LIPFAST_UNROLL
   for (int s = 0; s < P::kSize; ++s) {
-    V d[P::kSize];
+    R d[P::kSize];
     LIPFAST_UNROLL
-    for (int r = 0; r < P::kSize; ++r) d[r] = Load(x.data + r * x.stride + s * kLanes);
+    for (int r = 0; r < P::kSize; ++r) d[r] = LoadR(x.data + r * x.stride + s * kLanes + lane);
     P::template Input<kPair>(d, line[0][s], line[1][s]);
   }
   LIPFAST_UNROLL
@@ -220,14 +221,14 @@ inline void InputRows(const Patch& x, V (&v)[2][kTile + 2]) {
 
 // The same of an output gradient's tile.
 template <int kTile, int kPair>
-inline void GradientRows(const Patch& dy, V (&v)[2][kTile + 2]) {
+inline void GradientRows(const Patch& dy, int lane, R (&v)[2][kTile + 2]) {
   using P = Points<kTile>;
-  V line[2][kTile];
+  R line[2][kTile];
   LIPFAST_UNROLL
   for (int s = 0; s < kTile; ++s) {
-    V d[kTile];
+    R d[kTile];
     LIPFAST_UNROLL
-    for (int r = 0; r < kTile; ++r) d[r] = Load(dy.data + r * dy.stride + s * kLanes);
+    for (int r = 0; r < kTile; ++r) d[r] = LoadR(dy.data + r * dy.stride + s * kLanes + lane);
     P::template Gradient<kPair>(d, line[0][s], line[1][s]);
   }
   LIPFAST_UNROLL
@@ -344,8 +345,8 @@ class Forward {
   static constexpr int kSize = P::kSize, kFrequencies = kSize * kSize;
 
  public:
-  Forward(const LaneMap& x, const LaneMap& y, ActivationSpec end, int threads)
-      : x_(x), y_(y), grid_(x, kTile), end_(end), threads_(threads), blocks_(CeilDiv(grid_.count, kTiles)) {
+  Forward(const LaneMap& x, const LaneMap* residual, const LaneMap& y, ActivationSpec end, int threads)
+      : x_(x), y_(y), residual_(residual), grid_(x, kTile), end_(end), threads_(threads), blocks_(CeilDiv(grid_.count, kTiles)) {
     v_step_ = x.channels * kTiles * kLanes + kSkew;
     m_step_ = AtMost(y.channels, kOutChannels) * kTiles * kLanes + kSkew;
     // Few tiles: threads share the transformed input and divide the output channels.
@@ -414,12 +415,14 @@ class Forward {
 
   template <int kPair>
   void StoreRows(const Patch& patch, float* to) const {
-    V v[2][kSize];
-    InputRows<kTile, kPair>(patch, v);
-    LIPFAST_UNROLL
-    for (int s = 0; s < kSize; ++s) {
-      Store(to + (P::Lo(kPair) * kSize + s) * v_step_, v[0][s]);
-      Store(to + (P::Hi(kPair) * kSize + s) * v_step_, v[1][s]);
+    for (int lane = 0; lane < kLanes; lane += kRegisterLanes) {
+      R v[2][kSize];
+      InputRows<kTile, kPair>(patch, lane, v);
+      LIPFAST_UNROLL
+      for (int s = 0; s < kSize; ++s) {
+        Store(to + (P::Lo(kPair) * kSize + s) * v_step_ + lane, v[0][s]);
+        Store(to + (P::Hi(kPair) * kSize + s) * v_step_ + lane, v[1][s]);
+      }
     }
   }
 
@@ -457,6 +460,7 @@ class Forward {
       for (int r = 0; r < kTile; ++r) half[r][s] = line[r];
     }
     float* to = y_.At(at.image, channel, at.row, at.col);
+    const float* add = residual_ ? residual_->At(at.image, channel, at.row, at.col) : nullptr;
     const bool whole = at.live_rows == kTile && at.live_cols == kTile;
     LIPFAST_UNROLL
     for (int r = 0; r < kTile; ++r) {
@@ -464,13 +468,16 @@ class Forward {
       P::Output(half[r], line);
       LIPFAST_UNROLL
       for (int s = 0; s < kTile; ++s) {
-        if (whole || (r < at.live_rows && s < at.live_cols))
-          Store(to + r * y_.row_stride + s * kLanes, SimpleAct(Add(line[s], offset), end_));
+        if (!whole && (r >= at.live_rows || s >= at.live_cols)) continue;
+        V sum = Add(line[s], offset);
+        if (add) sum = Add(sum, Load(add + r * residual_->row_stride + s * kLanes));
+        Store(to + r * y_.row_stride + s * kLanes, SimpleAct(sum, end_));
       }
     }
   }
 
   LaneMap x_, y_;
+  const LaneMap* residual_;
   TileGrid grid_;
   ActivationSpec end_;
   int threads_;
@@ -548,13 +555,16 @@ class WeightGradient {
     alignas(64) float copy[kTile * kTile * kLanes];
     for (int64_t c = 0; c < count; ++c) {
       for (int64_t t = 0; t < tiles; ++t) {
-        V v[2][kSize];
-        GradientRows<kTile, kPair>(PatchAt<kTile>(dy_, at[t], first + c, 0, kTile, copy), v);
+        const Patch patch = PatchAt<kTile>(dy_, at[t], first + c, 0, kTile, copy);
         float* to = a + (c * kGradientTiles + t) * kLanes;
-        LIPFAST_UNROLL
-        for (int s = 0; s < kSize; ++s) {
-          Store(to + s * a_step_, v[0][s]);
-          Store(to + (kSize + s) * a_step_, v[1][s]);
+        for (int lane = 0; lane < kLanes; lane += kRegisterLanes) {
+          R v[2][kSize];
+          GradientRows<kTile, kPair>(patch, lane, v);
+          LIPFAST_UNROLL
+          for (int s = 0; s < kSize; ++s) {
+            Store(to + s * a_step_ + lane, v[0][s]);
+            Store(to + (kSize + s) * a_step_ + lane, v[1][s]);
+          }
         }
       }
     }
@@ -569,16 +579,19 @@ class WeightGradient {
       const int64_t panel = c / (kCols * kLanes) * (kCols * kLanes), cols = AtMost(kCols, (in_ - panel) / kLanes);
       for (int64_t t = 0; t < tiles; ++t) {
         for (int64_t k = 0; k < kLanes; ++k) {
-          V v[2][kSize];
-          if (c + k < x_.channels) {
-            InputRows<kTile, kPair>(PatchAt<kSize>(x_, at[t], c + k, 1, kTile, copy), v);
-          } else {
-            for (int s = 0; s < kSize; ++s) v[0][s] = v[1][s] = Zero();
+          if (c + k >= x_.channels) {
+            for (int i = 0; i < kRowFrequencies; ++i) Store(rows[i] + k * kLanes, Zero());
+            continue;
           }
-          LIPFAST_UNROLL
-          for (int s = 0; s < kSize; ++s) {
-            Store(rows[s] + k * kLanes, v[0][s]);
-            Store(rows[kSize + s] + k * kLanes, v[1][s]);
+          const Patch patch = PatchAt<kSize>(x_, at[t], c + k, 1, kTile, copy);
+          for (int lane = 0; lane < kLanes; lane += kRegisterLanes) {
+            R v[2][kSize];
+            InputRows<kTile, kPair>(patch, lane, v);
+            LIPFAST_UNROLL
+            for (int s = 0; s < kSize; ++s) {
+              Store(rows[s] + k * kLanes + lane, v[0][s]);
+              Store(rows[kSize + s] + k * kLanes + lane, v[1][s]);
+            }
           }
         }
         float* to = b + panel * depth + (t * kLanes * cols) * kLanes + (c - panel);
@@ -632,17 +645,18 @@ void TransformWeightsAny(const float* w, int64_t out, int64_t in, bool transpose
   }
 }
 
-void ForwardAny(const LaneMap& x, const float* u, const float* bias, const LaneMap& y, ActivationSpec end, int tile,
-                float* scratch, int threads) {
+void ForwardAny(const LaneMap& x, const float* u, const float* bias, const LaneMap* residual, const LaneMap& y,
+                ActivationSpec end, int tile, float* scratch, int threads) {
   if (tile == 4) {
-    Forward<4>(x, y, end, threads).Run(u, bias, scratch);
+    Forward<4>(x, residual, y, end, threads).Run(u, bias, scratch);
   } else {
-    Forward<2>(x, y, end, threads).Run(u, bias, scratch);
+    Forward<2>(x, residual, y, end, threads).Run(u, bias, scratch);
   }
 }
 
 int64_t ForwardScratch(const LaneMap& x, const LaneMap& y, int tile, int threads) {
-  return tile == 4 ? Forward<4>(x, y, {}, threads).ScratchFloats() : Forward<2>(x, y, {}, threads).ScratchFloats();
+  return tile == 4 ? Forward<4>(x, nullptr, y, {}, threads).ScratchFloats()
+                   : Forward<2>(x, nullptr, y, {}, threads).ScratchFloats();
 }
 
 void WeightGradientAny(const LaneMap& x, const LaneMap& dy, float* dw, int tile, float* scratch, int threads) {

@@ -149,6 +149,26 @@ void Program::ConvForward(int conv, int64_t values, int64_t bias, int x, int y) 
       });
 }
 
+void Program::ConvFinish(int conv, int64_t values, int64_t bias, int x, int residual, int y, float epsilon,
+                         const NormOffsets& offsets, ActivationSpec act) {
+  const float* weight = this->values() + values;
+  const float* shift = bias < 0 ? nullptr : this->values() + bias;
+  const int64_t channels = convs_[conv].shape.out_channels;
+  // Scale and bias of each run: BatchNorm's numbers may change between two.
+  Add(Section::kForward, ConvLabel("conv", convs_[conv].shape, maps_[y]),
+      [run = convs_[conv].conv.get(), weight, shift, act, channels, norm = NumbersOf(offsets, epsilon), in = maps_[x],
+       add = residual < 0 ? LaneMap{} : maps_[residual], out = maps_[y],
+       scale = std::vector<float>(channels), full = std::vector<float>(channels)](const RunContext& context) mutable {
+        for (int64_t c = 0; c < channels; ++c) {
+          const FinishAffine affine = FinishAffineOf(norm, c);
+          scale[c] = affine.scale;
+          full[c] = (shift ? shift[c] * affine.scale : 0.0f) + affine.shift;
+        }
+        const ConvEnd end = {act, norm.mean ? scale.data() : nullptr, add.data ? &add : nullptr};
+        run->Forward(weight, full.data(), in, out, context.scratch, context.threads, end);
+      });
+}
+
 void Program::ConvInputGradient(int conv, int64_t values, int dy, int dx) {
   const float* weight = this->values() + values;
   Add(Section::kBackward, ConvLabel("conv dx", convs_[conv].shape, maps_[dy]),
@@ -228,14 +248,16 @@ void Program::NormBackward(int x, int dy, int dy2, int dx, const NormSpec& spec,
       });
 }
 
+NormNumbers Program::NumbersOf(const NormOffsets& offsets, float epsilon) const {
+  const auto at = [](const float* base, int64_t offset) { return offset < 0 ? nullptr : base + offset; };
+  return {at(values(), offsets.gamma), at(values(), offsets.beta), at(statistics(), offsets.running_mean),
+          at(statistics(), offsets.running_variance), epsilon};
+}
+
 void Program::Finish(int x, int residual, int y, float epsilon, const NormOffsets& offsets, ActivationSpec act,
                      const HaloSpec& halo) {
-  const auto at = [](const float* base, int64_t offset) { return offset < 0 ? nullptr : base + offset; };
-  const NormNumbers norm = {at(values(), offsets.gamma), at(values(), offsets.beta),
-                            at(statistics(), offsets.running_mean), at(statistics(), offsets.running_variance),
-                            epsilon};
   Add(Section::kForward, "finish " + SizeLabel(maps_[y]),
-      [norm, act, halo, in = maps_[x], add = residual < 0 ? LaneMap{} : maps_[residual],
+      [norm = NumbersOf(offsets, epsilon), act, halo, in = maps_[x], add = residual < 0 ? LaneMap{} : maps_[residual],
        out = maps_[y]](const RunContext& context) {
         Kernels<FinishKernels>().finish(in, add.data ? &add : nullptr, out, norm, act, halo, context.threads);
       });

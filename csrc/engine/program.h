@@ -100,6 +100,9 @@ class Program {
   void FillHalo(Section where, int map, Padding mode, int64_t pad);
   void Reblock(Section where, int from, int to);
   void ConvForward(int conv, int64_t values, int64_t bias, int x, int y);
+  // Without gradients: ConvForward and Finish as one, for activations that Conv can do; y lies apart from the residual.
+  void ConvFinish(int conv, int64_t values, int64_t bias, int x, int residual, int y, float epsilon,
+                  const NormOffsets& offsets, ActivationSpec act);
   void ConvInputGradient(int conv, int64_t values, int dy, int dx);
   void ConvWeightGradient(int conv, int64_t values, int64_t bias, int x, int dy);
   // `recover`: y lies where x does, and the backward pass reads it there.
@@ -161,6 +164,7 @@ class Program {
   // Of the BatchNorm that saves its statistics there, whichever pass asks first.
   SpareInputs* SpareOf(int64_t saved);
   NormState StateOf(const NormOffsets& offsets, int64_t channels) const;
+  NormNumbers NumbersOf(const NormOffsets& offsets, float epsilon) const;
 
   int64_t map_floats_ = 0, value_count_ = 0, statistic_count_ = 0;
   std::unique_ptr<Arena> memory_, vectors_, scratch_;

@@ -26,6 +26,7 @@ _FORWARD, _BACKWARD = 0, 1
 _NEVER_FREED = 1 << 60
 # Activations whose slope can be told from their result, so that they may overwrite their input.
 _SLOPE_FROM_RESULT = ("relu", "leaky_relu")
+_DONE_BY_CONV = ("none", "relu", "leaky_relu")
 _LEAST_SLOPE_UNDONE = 1e-3  # below it a LeakyReLU's result may underflow and no longer tell its input
 
 
@@ -289,12 +290,31 @@ class _Planner:
         for number, value in enumerate(self.graph.inputs):
             self.emit("from_plain", _FORWARD, number, self.home[value])
             self.wrote(self.home[value])
+        finished = self._finished_convs()
         for position, node in enumerate(self.graph.nodes):
+            if position in finished.values():
+                continue  # waits until all that its finish reads is there
+            if position in finished:
+                self._conv_finish(finished[position], node)
+                continue
             slot = self.home[node.inputs[0]]
             self.need(_FORWARD, slot, _halo_of(node, self.graph.shapes, self.weights))
             getattr(self, f"_{node.kind}")(position, node, slot, self.home[node.output])
         for number, value in enumerate(self.graph.outputs):
             self.emit("to_plain", _FORWARD, self.home[value], len(self.graph.inputs) + number)
+
+    def _finished_convs(self) -> dict[int, int]:
+        """Position of a finish -> that of the conv which can do it as it stores its sums: nothing else reads them."""
+        makers = {self.graph.nodes[at].output: at for at in self.convs}
+        return {
+            position: makers[node.inputs[0]]
+            for position, node in enumerate(self.graph.nodes)
+            if node.kind == "finish"
+            and node.act in _DONE_BY_CONV
+            and node.inputs[0] in makers
+            and len(self.readers[node.inputs[0]]) == 1
+            and node.inputs[0] not in self.graph.outputs
+        }
 
     def offset(self, weight: int | None) -> int:
         """Where a weight starts in the values; -1 for none."""
@@ -303,6 +323,23 @@ class _Planner:
     def _conv(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         self.emit("conv_forward", self.convs[position], self.offset(node.weight), self.offset(node.bias), x, y)
         self.wrote(y)
+
+    def _conv_finish(self, conv_position: int, finish: Node) -> None:
+        conv = self.graph.nodes[conv_position]
+        x, y = self.home[conv.inputs[0]], self.home[finish.output]
+        self.need(_FORWARD, x, _halo_of(conv, self.graph.shapes, self.weights))
+        weights = self.offset(conv.weight), self.offset(conv.bias)
+        numbers = (finish.epsilon, self._finish_offsets(finish), ACTIVATIONS[finish.act], finish.slope)
+        self.emit("conv_finish", self.convs[conv_position], *weights, x, self._residual(finish), y, *numbers)
+        self.wrote(y)
+
+    def _residual(self, finish: Node) -> Slot | int:
+        return self.home[finish.inputs[1]] if len(finish.inputs) > 1 else -1
+
+    def _finish_offsets(self, finish: Node) -> list[int]:
+        """gamma, beta, running mean, running variance"""
+        running = [-1, -1] if finish.running is None else [part.start for part in self.statistics[finish.running]]
+        return [self.offset(finish.gamma), self.offset(finish.beta), *running]
 
     def norm_offsets(self, position: int, node: Node) -> list[int]:
         """gamma, beta, running mean, running variance, what backward needs."""
@@ -314,11 +351,9 @@ class _Planner:
         return [self.offset(node.gamma), self.offset(node.beta), *running, self.saved[position]]
 
     def _finish(self, position: int, node: Node, x: Slot, y: Slot) -> None:
-        residual = self.home[node.inputs[1]] if len(node.inputs) > 1 else -1
-        running = [-1, -1] if node.running is None else [part.start for part in self.statistics[node.running]]
-        offsets = [self.offset(node.gamma), self.offset(node.beta), *running]
         halo = self._halo_written(node.output, y)
-        self.emit("finish", x, residual, y, node.epsilon, offsets, ACTIVATIONS[node.act], node.slope, *halo)
+        numbers = (node.epsilon, self._finish_offsets(node), ACTIVATIONS[node.act], node.slope)
+        self.emit("finish", x, self._residual(node), y, *numbers, *halo)
         self._wrote_with_halo(y, halo)
 
     def _norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:

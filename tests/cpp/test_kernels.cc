@@ -153,12 +153,25 @@ void RunCase(const Case& c, ConvKernel kernel, int threads, const std::string& n
   lanes.to_plain(ys.lanes, Plain(y, c.batch, c.out, out_h, out_w), threads);
   for (const ActivationSpec& end : {ActivationSpec{Activation::kRelu, 0.0f}, {Activation::kLeaky, 0.25f}}) {
     Tensor ended(y.size());
-    conv.Forward(packed.data(), bias.data(), xs.lanes, ys.lanes, scratch.data, threads, end);
+    conv.Forward(packed.data(), bias.data(), xs.lanes, ys.lanes, scratch.data, threads, {end});
     lanes.to_plain(ys.lanes, Plain(ended, c.batch, c.out, out_h, out_w), threads);
     bool same = true;
     for (size_t i = 0; i < y.size(); ++i) same = same && ended[i] == (y[i] > 0 ? y[i] : y[i] * end.slope);
     Expect(same, name + " forward that ends in an activation");
   }
+  // The whole end: BatchNorm's scale, a residual (any map of the output's shape will do) and an activation.
+  Tensor scale(c.out), finished(y.size());
+  std::vector<double> finished_want(y.size());
+  for (int64_t o = 0; o < c.out; ++o) scale[o] = 0.5f - 0.25f * static_cast<float>(o % 5);
+  for (size_t i = 0; i < y.size(); ++i) {
+    const size_t o = i / (out_h * out_w) % c.out;
+    const double sum = scale[o] * (y_want[i] - bias[o]) + bias[o] + dy[i];
+    finished_want[i] = sum > 0 ? sum : 0.25 * sum;
+  }
+  const ConvEnd whole = {{Activation::kLeaky, 0.25f}, scale.data(), &dys.lanes};
+  conv.Forward(packed.data(), bias.data(), xs.lanes, ys.lanes, scratch.data, threads, whole);
+  lanes.to_plain(ys.lanes, Plain(finished, c.batch, c.out, out_h, out_w), threads);
+  Expect(Error(finished, finished_want) < 1e-5, name + " forward with scale, residual and activation");
   conv.InputGradient(packed.data(), dys.lanes, dxs.lanes, scratch.data, threads);
   conv.WeightGradient(xs.lanes, dys.lanes, dvalues.data(), dbias.data(), scratch.data, threads);
   lanes.to_plain(dxs.lanes, Plain(dx, c.batch, c.in, c.height, c.width), threads);

@@ -331,6 +331,35 @@ def test_residual_blocks(compare, join, training):
     compare(Blocks(join).train(training), torch.randn(2, 3, 9, 12))
 
 
+class Downsampling(nn.Module):
+    """A block whose residual is made after the sum's other side, as ResNets do."""
+
+    def __init__(self, kernel: int, stride: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, kernel, stride, kernel // 2, bias=False)
+        self.second, self.shortcut = nn.Conv2d(6, 20, 3, padding=1), nn.Conv2d(3, 20, 1, stride)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(6), nn.BatchNorm2d(20), nn.BatchNorm2d(20)])
+        self.activation = activation
+        for norm in self.norms:
+            nn.init.normal_(norm.weight)
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norms[1](self.second(torch.relu(self.norms[0](self.first(x)))))
+        return self.activation(y + self.norms[2](self.shortcut(x)))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.2), nn.SiLU(), nn.Identity()], ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("size", "kernel", "stride"), [((33, 18), 3, 1), ((16, 9), 1, 1), ((12, 20), 3, 2)])
+def test_convolutions_that_finish_as_they_store(compare, size, kernel, stride, density, activation):
+    module = Downsampling(kernel, stride, activation).eval()
+    names = ("first.weight", "second.weight", "shortcut.weight")
+    masks = {name: torch.rand(module.get_parameter(name).shape) < density for name in names} if density < 1 else {}
+    compare(module, torch.randn(2, 3, *size), masks)
+
+
 HEADS = {
     "pooled": lambda m, x: m.small(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)),
     "mean": lambda m, x: m.small(x.mean((2, 3))),
