@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/choice.h"
 #include "cpu/isa.h"
 #include "cpu/pool.h"
 #include "cpu/taps.h"
@@ -252,29 +253,6 @@ struct Weight {
   int32_t row, col;
 };
 
-bool WinogradPossible(const ConvShape& s) {
-  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride == 1 && s.dilation == 1 && s.groups == 1 && s.pad_h == 1 &&
-         s.pad_w == 1;
-}
-
-// Above these shares of kept weights skipping zeros costs more than it saves.
-constexpr double kWinogradAbove = 0.23;
-constexpr double kDenseAbove = 0.6;
-
-// What runs, from the shape and the share of kept weights. The thresholds are
-// crossings of measured times (docs/kernels.md), fixed so that equal inputs give
-// equal bits.
-ConvKernel Choose(ConvKernel asked, const ConvShape& shape, const ConvGeometry& geometry, double density, bool exact) {
-  if (shape.groups > 1 || asked == ConvKernel::kSparse) return ConvKernel::kSparse;
-  const bool winograd = WinogradPossible(shape) && !exact;
-  if (asked == ConvKernel::kWinograd && winograd) return ConvKernel::kWinograd;
-  if (asked == ConvKernel::kDense) return ConvKernel::kDense;
-  // Below this many vectors a block the transforms outweigh what they save.
-  const bool large = geometry.out_block_h * geometry.out_block_w >= 4;
-  if (winograd && large && density > kWinogradAbove) return ConvKernel::kWinograd;
-  return density > kDenseAbove ? ConvKernel::kDense : ConvKernel::kSparse;
-}
-
 const char* Name(ConvKernel kernel) {
   return kernel == ConvKernel::kSparse ? "sparse" : kernel == ConvKernel::kWinograd ? "winograd" : "dense";
 }
@@ -340,7 +318,7 @@ struct Conv::Impl {
   std::vector<std::unique_ptr<Pass>> interior, border;  // of the input gradient
   int64_t gradient_halo;
   int tile;          // of Winograd
-  bool mostly_kept;  // dense kernels beat sparse ones
+  bool dense_borders;  // where Winograd does the rest of the input gradient
 
   int64_t DenseWeightFloats() const { return shape.out_channels * shape.in_channels * 9; }
   bool dense() const { return kept == DenseWeightFloats(); }
@@ -428,7 +406,7 @@ void Conv::Impl::AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t r
   pass->in_row = row_from;
   pass->in_col = col_from;
   pass->out_step = shape.stride;
-  pass->dense = input_gradient == ConvKernel::kDense || (input_gradient == ConvKernel::kWinograd && mostly_kept);
+  pass->dense = input_gradient == ConvKernel::kDense || (input_gradient == ConvKernel::kWinograd && dense_borders);
   std::vector<std::vector<Tap>> taps(shape.in_channels);
   for (int64_t i = 0; i < kept; ++i) {
     const Weight w = WeightAt(i);
@@ -539,11 +517,13 @@ Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* 
   m.geometry = geometry;
   m.CheckSizes();
   m.ListWeights(mask);
-  const double all =
-      static_cast<double>(shape.out_channels * (shape.in_channels / shape.groups) * shape.kernel_h * shape.kernel_w);
-  const double density = all > 0 ? static_cast<double>(m.kept) / all : 0.0;
-  m.forward = m.input_gradient = m.weight_gradient = Choose(asked, shape, geometry, density, exact);
-  m.mostly_kept = density > kDenseAbove;
+  const auto choose = [&](ConvDirection direction, bool direct) {
+    return ChooseKernel(asked, shape, geometry, m.kept, direction, direct);
+  };
+  m.forward = choose(ConvDirection::kForward, exact);
+  m.input_gradient = choose(ConvDirection::kInputGradient, exact);
+  m.weight_gradient = choose(ConvDirection::kWeightGradient, exact);
+  m.dense_borders = choose(ConvDirection::kInputGradient, true) == ConvKernel::kDense;
   m.tile = WinogradTile(geometry.out_block_h, geometry.out_block_w);
   m.BuildForward(&m.forward_pass, m.forward != ConvKernel::kWinograd, m.forward == ConvKernel::kDense);
   m.weight_pass.two_rows = kTwoRowsOfGradient;

@@ -215,6 +215,7 @@ static inline V LoadPart(const float* p, int n) {
 #if LIPFAST_TARGET == 2
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
 #else
+  if (n == kLanes) return LoadU(p);
   alignas(64) float t[kLanes] = {};
   std::memcpy(t, p, sizeof(float) * n);
   return Load(t);
@@ -226,6 +227,10 @@ static inline void StorePart(float* p, V x, int n) {
 #if LIPFAST_TARGET == 2
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), x);
 #else
+  if (n == kLanes) {
+    StoreU(p, x);
+    return;
+  }
   alignas(64) float t[kLanes];
   Store(t, x);
   std::memcpy(p, t, sizeof(float) * n);

@@ -196,6 +196,15 @@ def test_the_choice_can_be_asked_and_overridden(monkeypatch):
         LaneConv(conv_form, most, 1, 64, 64)
 
 
+def test_the_choice_weighs_the_size_of_the_map():
+    conv_form = form(128, 128, 3)
+    mask = draw(conv_form, (4, 4), 1, 0.35)[2]
+    # Winograd transforms all weights, whatever the map: that pays on a large one only.
+    assert set(LaneConv(conv_form, mask, 1, 128, 128).kernels.values()) == {"winograd"}
+    assert LaneConv(conv_form, mask, 1, 16, 16).kernels["forward"] == "sparse"
+    assert set(LaneConv(conv_form, mask, 16, 16, 16).kernels.values()) == {"winograd"}  # as many pixels in a batch
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", ["3x3", "3x3 stride 2 reflect", "1x1", "grouped", "dilated"])
 def test_the_operator_and_its_gradients_equal_torch(name, memory_format):

@@ -1,0 +1,92 @@
+#include "cpu/choice.h"
+
+#include <algorithm>
+
+#include "cpu/isa.h"
+#include "cpu/winograd.h"
+
+namespace lipfast {
+namespace {
+
+// What the kernels' times are made of, in nanoseconds of one core of a Zen 3 server with
+// AVX2; only ratios matter. Fitted to twelve layers of 16 to 512 channels and maps of 7 to
+// 128 pixels a side (docs/kernels.md, "Choice").
+struct Costs {
+  double sparse_tap, sparse_sum, sparse_weight;        // tap x vector, output x vector, weight to re-order
+  double winograd_product, winograd_transform;         // product of two frequencies, vector of a frequency
+  double winograd_weight;                              // frequency of a filter
+  double dense_tap, dense_weight;                      // as for sparse
+};
+constexpr Costs kCosts[] = {
+    {0.503, 4.4, 2.0, 0.392, 3.17, 0.68, 0.402, 4.1},   // forward
+    {0.498, 5.5, 2.2, 0.392, 2.93, 0.80, 0.411, 4.1},   // input gradient
+    {0.612, 3.9, 3.1, 0.490, 1.58, 0.52, 0.592, 11.4},  // weight gradient
+};
+// With AVX-512 sparse and Winograd cross where they do with AVX2; dense kernels are
+// faster: they beat sparse ones above this share of kept weights.
+constexpr double kDenseAboveOnAvx512 = 0.6;
+// Filters in frequencies beyond this many bytes come from memory, every time.
+constexpr double kLastLevel = 16 << 20, kFromMemory = 2.0;
+
+bool WinogradPossible(const ConvShape& s) {
+  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride == 1 && s.dilation == 1 && s.groups == 1 && s.pad_h == 1 &&
+         s.pad_w == 1;
+}
+
+// The two numbers of channels, the output positions and the weights of one direction.
+struct Work {
+  double out_vectors, taps, kept, filters;
+  double tiles, channels;  // Winograd's
+  int tile;
+};
+
+Work WorkOf(const ConvShape& s, const ConvGeometry& g, int64_t kept, ConvDirection direction) {
+  const int64_t all = s.out_channels * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w;
+  const double positions = static_cast<double>(g.batch * g.out_block_h * g.out_block_w);
+  const bool backward = direction == ConvDirection::kInputGradient;
+  const int tile = WinogradTile(g.out_block_h, g.out_block_w);
+  const int64_t tiles = g.batch * ((g.out_block_h + tile - 1) / tile) * ((g.out_block_w + tile - 1) / tile);
+  Work work = {};
+  work.out_vectors = backward ? positions * static_cast<double>(s.stride * s.stride * s.in_channels)
+                              : positions * static_cast<double>(s.out_channels);
+  work.taps = positions * static_cast<double>(all);
+  work.kept = static_cast<double>(kept);
+  work.filters = static_cast<double>(all);
+  work.tiles = static_cast<double>(tiles * (tile + 2) * (tile + 2));
+  work.channels = static_cast<double>(s.in_channels + s.out_channels);
+  work.tile = tile;
+  return work;
+}
+
+double SparseCost(const Costs& c, const Work& w) {
+  const double density = w.filters > 0 ? w.kept / w.filters : 0.0;
+  return c.sparse_tap * w.taps * density + c.sparse_sum * w.out_vectors + c.sparse_weight * w.kept;
+}
+
+double DenseCost(const Costs& c, const Work& w) {
+  const double tap = ActiveIsa() == Isa::kAvx512 ? kDenseAboveOnAvx512 * c.sparse_tap : c.dense_tap;
+  return tap * w.taps + c.dense_weight * w.filters;
+}
+
+double WinogradCost(const Costs& c, const Work& w) {
+  const double pairs = w.filters / 9;  // of channels
+  const double weights = pairs * (w.tile + 2) * (w.tile + 2);
+  const double far = weights * sizeof(float) > kLastLevel ? kFromMemory : 1.0;
+  return w.tiles * (c.winograd_product * pairs + c.winograd_transform * w.channels) + far * c.winograd_weight * weights;
+}
+
+}  // namespace
+
+ConvKernel ChooseKernel(ConvKernel asked, const ConvShape& shape, const ConvGeometry& geometry, int64_t kept,
+                        ConvDirection direction, bool exact) {
+  if (shape.groups > 1 || asked == ConvKernel::kSparse) return ConvKernel::kSparse;
+  const bool winograd = WinogradPossible(shape) && !exact;
+  if (asked == ConvKernel::kDense || (asked == ConvKernel::kWinograd && winograd)) return asked;
+  const Costs& costs = kCosts[static_cast<int>(direction)];
+  const Work work = WorkOf(shape, geometry, kept, direction);
+  const double sparse = SparseCost(costs, work), dense = DenseCost(costs, work);
+  if (winograd && WinogradCost(costs, work) < std::min(sparse, dense)) return ConvKernel::kWinograd;
+  return dense < sparse ? ConvKernel::kDense : ConvKernel::kSparse;
+}
+
+}  // namespace lipfast
