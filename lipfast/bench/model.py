@@ -32,7 +32,11 @@ def cases(size: Size) -> list[Case]:
             ("U-Net", lambda: UNet(4), (1, 3, 16, 24)),
             ("ResNet-18", lambda: ResNet18(4), (2, 3, 32, 32)),
         ]
-    doors = {"accelerate": accelerate, "torch.compile": _compile}
+    doors = {
+        "accelerate": accelerate,
+        "torch.compile": _compile,
+        "torch.compile, changes by versions": functools.partial(_compile, options={"changes": "versions"}),
+    }
     return [
         Case(
             op="inference",
@@ -46,9 +50,9 @@ def cases(size: Size) -> list[Case]:
     ]
 
 
-def _compile(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def _compile(model: nn.Module, options: dict[str, str | int | bool] | None = None) -> Callable[[Tensor], Tensor]:
     # By function, so that the benchmark runs from a source tree, where there are no entry points.
-    compiled: Callable[[Tensor], Tensor] = torch.compile(model, backend=dynamo.lipfast)
+    compiled: Callable[[Tensor], Tensor] = torch.compile(model, backend=dynamo.lipfast, options=options)
     return compiled
 
 

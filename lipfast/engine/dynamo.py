@@ -7,7 +7,8 @@ arguments: which weights are pruned is read off the graph or off the numbers.
   ``torch.nn.utils.prune`` do; a zero without a mask may be trained away from zero and counts as a weight.
 - In inference every zero counts as pruned.
 
-Each call takes a fingerprint of the numbers that this rests on, and packs or plans anew when it differs.
+Each call takes a fingerprint of the numbers that this rests on, and packs or plans anew when it differs. With
+``options={"changes": "versions"}`` it looks at torch's version counters instead of reading every weight.
 """
 
 import dataclasses
@@ -23,17 +24,39 @@ import lipfast._C as _C
 from lipfast.engine.capture import Call, Recording, Ref, record
 from lipfast.engine.lane_module import FEWEST_ZEROS, PLANS_KEPT, Compiled, runs_in_lanes
 from lipfast.engine.lower import Lowered, Segment, lower
-from lipfast.errors import InputError
+from lipfast.errors import ConfigError, InputError
 
 _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 
 
-def lipfast(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+_CHANGES = ("contents", "versions")
+
+
+def lipfast(
+    module: torch.fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, str] | None = None
+) -> Callable[..., Any]:
     """The dynamo backend: a function that computes what ``module`` does.
 
     What the engine has no kernel for runs in torch, and a warning names it once.
+
+    Args:
+        module: the graph.
+        example_inputs: not used; shapes are taken from each call.
+        options: ``{"changes": "contents"}`` (the default) reads all watched weights in each call, so that no change is
+            missed; ``{"changes": "versions"}`` compares their addresses and version counters, which takes no time and
+            sees optimisers, ``load_state_dict`` and writing in place, but not writing through ``.data``.
+
+    Raises:
+        ConfigError: an unknown option or value.
     """
-    return _CompiledGraph(module)
+    chosen = {"changes": _CHANGES[0], **(options or {})}
+    if unknown := chosen.keys() - {"changes"}:
+        raise ConfigError(f"torch.compile: lipfast has no option {min(unknown)!r}; it has 'changes'")
+    if chosen["changes"] not in _CHANGES:
+        raise ConfigError(
+            f"torch.compile: option 'changes' is {chosen['changes']!r}; use one of {', '.join(_CHANGES)}"
+        )
+    return _CompiledGraph(module, by_version=chosen["changes"] == "versions")
 
 
 @dataclasses.dataclass
@@ -44,6 +67,7 @@ class _Variant:
         masks: leaf name -> which of its weights live.
         sources: leaf name -> the leaf that holds its mask in the graph; absent where zeros were counted.
         training: gradients are wanted, so weights are packed by a differentiable step in each call.
+        by_version: changes are told by version counters.
         mark: fingerprint of what the masks (and, in inference, the packed weights) were made from.
         packed: the packed weights, in inference.
     """
@@ -52,13 +76,16 @@ class _Variant:
     masks: dict[str, Tensor]
     sources: dict[str, str]
     training: bool
-    mark: int = 0
+    by_version: bool = False
+    mark: Any = None
     packed: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
-    def fingerprint(self, tensors: Mapping[str, Tensor]) -> int:
-        """Of the tensors that must not change unnoticed. Writing through ``.data`` leaves no other trace."""
+    def fingerprint(self, tensors: Mapping[str, Tensor]) -> Any:
+        """Of the tensors that must not change unnoticed. Writing through ``.data`` leaves no trace but the numbers."""
         watched = [tensors[source] for source in self.sources.values()]
         watched += [] if self.training else [tensors[name] for name in self.masks]
+        if self.by_version and not any(tensor.is_inference() for tensor in watched):  # those count no writes
+            return tuple((tensor.data_ptr(), tensor._version) for tensor in watched)
         arrays = [tensor.detach().reshape(-1).view(torch.uint8).numpy() for tensor in watched]
         return _C.fingerprint(arrays, torch.get_num_threads())
 
@@ -79,8 +106,8 @@ class _Variant:
 
 
 class _CompiledGraph:
-    def __init__(self, module: torch.fx.GraphModule) -> None:
-        self._module = module
+    def __init__(self, module: torch.fx.GraphModule, *, by_version: bool) -> None:
+        self._module, self._by_version = module, by_version
         self._variants: dict[Any, _Variant | None] = {}
         self._warned: set[str] = set()
 
@@ -119,7 +146,8 @@ class _CompiledGraph:
             masks = {**_zeros(lowered, tensors), **masks}
         for refused in lowered.refused:
             self._say(f"{refused}; it runs in torch, and maps are converted to torch's layout and back around it")
-        variant = _Variant(Compiled(lowered, masks, exact=False, packed=not training), masks, sources, training)
+        compiled = Compiled(lowered, masks, exact=False, packed=not training)
+        variant = _Variant(compiled, masks, sources, training, self._by_version)
         variant.settle(tensors)
         return variant
 

@@ -34,9 +34,9 @@ def pruned(model: nn.Module) -> nn.Module:
     return model
 
 
-def compiled(model: nn.Module) -> nn.Module:
+def compiled(model: nn.Module, options: dict[str, str] | None = None) -> nn.Module:
     torch._dynamo.reset()
-    return torch.compile(model, backend=dynamo.lipfast)
+    return torch.compile(model, backend=dynamo.lipfast, options=options)
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -83,6 +83,52 @@ def test_inference_uses_zeros_and_sees_them_go():
         assert close(fast(x), model(x))
         model[3].weight.data.mul_(0.5)
         assert close(fast(x), model(x))
+
+
+def load_other_numbers(model: nn.Module) -> None:
+    model.load_state_dict({name: tensor * 1.5 for name, tensor in model.state_dict().items()})
+
+
+def step_an_optimiser(model: nn.Module) -> None:
+    model[3].weight.grad = torch.ones_like(model[3].weight)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def write_in_place(model: nn.Module) -> None:
+    with torch.no_grad():
+        model[0].weight[0] += 1.0
+
+
+def put_another_tensor(model: nn.Module) -> None:
+    model[3].weight.data = model[3].weight.data * 2  # other memory
+
+
+@pytest.mark.parametrize("change", [load_other_numbers, step_an_optimiser, write_in_place, put_another_tensor])
+def test_version_counters_tell_changes_too(change):
+    model = pruned(small()).eval()
+    for module in (model[0], model[3]):
+        prune.remove(module, "weight")
+    fast = compiled(model, {"changes": "versions"})
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        before = fast(x)
+        assert close(before, model(x))
+    change(model)
+    with torch.no_grad():
+        assert close(fast(x), model(x))
+        assert not close(fast(x), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"changes": "never"}, "option 'changes' is 'never'; use one of contents, versions"),
+        ({"chagnes": "versions"}, "lipfast has no option 'chagnes'"),
+    ],
+)
+def test_unknown_options_are_refused(options, message):
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message):
+        compiled(small(), options)(torch.randn(1, 3, 16, 16))
 
 
 def test_a_changed_mask_is_seen():
