@@ -26,10 +26,14 @@ float FmaBurst(int64_t rounds) {
   return Sum(sum);
 }
 
+void Copy(const float* from, float* to, int64_t vectors) {
+  for (int64_t i = 0; i < vectors * kLanes; i += kLanes) Store(to + i, Load(from + i));
+}
+
 }  // namespace
 
 extern const CeilingKernels ceiling_kernels;
-const CeilingKernels ceiling_kernels = {FmaBurst, int64_t{2} * kStepsPerRound * kChains * kLanes};
+const CeilingKernels ceiling_kernels = {FmaBurst, int64_t{2} * kStepsPerRound * kChains * kLanes, Copy};
 
 }  // namespace LIPFAST_NS
 }  // namespace lipfast

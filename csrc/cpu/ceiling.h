@@ -11,6 +11,8 @@ struct CeilingKernels {
   float (*fma_burst)(int64_t rounds);
   // Floating-point operations of one round: 2 for each multiply-add of each lane.
   int64_t flops_per_round;
+  // Copies vector by vector, as a kernel would.
+  void (*copy)(const float* from, float* to, int64_t vectors);
 };
 
 }  // namespace lipfast

@@ -25,8 +25,74 @@ int64_t PlainOffset(const PlainMap& p, const LaneMap& m, int lane, int64_t row, 
   return (lane / kGrid * m.block_h + row) * p.row_stride + (lane % kGrid * m.block_w + col) * p.col_stride;
 }
 
+// Square blocks between the pixels of the 16 lanes, which lie apart, and lane vectors: `count` columns or channels of a
+// row without dead pixels, where they are at least kSquare. The last square may cover a part of the one before it again.
+#if LIPFAST_TARGET == 1
+constexpr int64_t kSquare = 8;
+
+bool RowIsWhole(const LaneMap& m, int64_t row) {
+  return (kGrid - 1) * m.block_h + row < m.height && kGrid * m.block_w == m.width;
+}
+
+// pixels[lane] + i and vectors + i * stride hold the same number for each i < count.
+template <bool kToLanes>
+void CrossSquares(float* const* pixels, float* vectors, int64_t stride, int64_t count) {
+  // Lanes lie powers of two apart, often in one set of the cache: eight at a time stay in it until their line is done.
+  for (int half = 0; half < kLanes; half += kSquare) {
+    for (int64_t at = 0; at < count; at += kSquare) {
+      const int64_t first = AtMost(at, count - kSquare);
+      float *in_picture[kSquare], *in_lanes[kSquare];
+      LIPFAST_UNROLL
+      for (int i = 0; i < kSquare; ++i) {
+        in_picture[i] = pixels[half + i] + first;
+        in_lanes[i] = vectors + (first + i) * stride + half;
+      }
+      Transpose8(kToLanes ? in_picture : in_lanes, kToLanes ? in_lanes : in_picture);
+    }
+  }
+}
+
+template <bool kToLanes>
+bool CrossRow(float* plane, const PlainMap& p, const LaneMap& m, float* vectors, int64_t row) {
+  if (m.block_w < kSquare || !RowIsWhole(m, row)) return false;
+  float* pixels[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) pixels[lane] = plane + PlainOffset(p, m, lane, row, 0);
+  CrossSquares<kToLanes>(pixels, vectors, kLanes, m.block_w);
+  return true;
+}
+
+// A few channels at a time: more planes than a core follows would be written at once.
+template <bool kToLanes>
+bool CrossPixels(const PlainMap& p, const LaneMap& m, int64_t n, int64_t row) {
+  if (m.channels < kSquare || !RowIsWhole(m, row)) return false;
+  for (int64_t c = 0; c < m.channels; c += kLanes) {
+    const int64_t count = AtMost(kLanes, m.channels - c) < kSquare ? kSquare : AtMost(kLanes, m.channels - c);
+    const int64_t first = AtMost(c, m.channels - count);
+    float* pixels[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      pixels[lane] = p.data + n * p.batch_stride + first + PlainOffset(p, m, lane, row, 0);
+    }
+    for (int64_t col = 0; col < m.block_w; ++col) {
+      CrossSquares<kToLanes>(pixels, m.At(n, first, row, col), m.channel_stride, count);
+      for (float*& pixel : pixels) pixel += p.col_stride;
+    }
+  }
+  return true;
+}
+#else
+template <bool kToLanes>
+bool CrossRow(float*, const PlainMap&, const LaneMap&, float*, int64_t) {
+  return false;
+}
+template <bool kToLanes>
+bool CrossPixels(const PlainMap&, const LaneMap&, int64_t, int64_t) {
+  return false;
+}
+#endif
+
 // Row-contiguous tensors: 16 columns of 16 blocks at a time, one transpose.
-void RowToLanes(const float* plane, const PlainMap& p, const LaneMap& m, float* out, int64_t row) {
+void RowToLanes(float* plane, const PlainMap& p, const LaneMap& m, float* out, int64_t row) {
+  if (CrossRow<true>(plane, p, m, out, row)) return;
   for (int64_t col = 0; col < m.block_w; col += kLanes) {
     const int64_t cols = AtMost(kLanes, m.block_w - col);
     V v[kLanes];
@@ -39,7 +105,8 @@ void RowToLanes(const float* plane, const PlainMap& p, const LaneMap& m, float* 
   }
 }
 
-void RowFromLanes(const float* in, const LaneMap& m, const PlainMap& p, float* plane, int64_t row) {
+void RowFromLanes(float* in, const LaneMap& m, const PlainMap& p, float* plane, int64_t row) {
+  if (CrossRow<false>(plane, p, m, in, row)) return;
   if (m.height == 1 && m.width == 1) {  // what a classifier ends with
     if (row == 0) *plane = *in;
     return;
@@ -58,6 +125,7 @@ void RowFromLanes(const float* in, const LaneMap& m, const PlainMap& p, float* p
 
 // Channel-contiguous tensors: 16 channels of 16 blocks' pixels, one transpose.
 void PixelsToLanes(const PlainMap& p, const LaneMap& m, int64_t n, int64_t row) {
+  if (CrossPixels<true>(p, m, n, row)) return;
   for (int64_t col = 0; col < m.block_w; ++col) {
     for (int64_t c = 0; c < m.channels; c += kLanes) {
       const int64_t count = AtMost(kLanes, m.channels - c);
@@ -74,6 +142,7 @@ void PixelsToLanes(const PlainMap& p, const LaneMap& m, int64_t n, int64_t row) 
 }
 
 void PixelsFromLanes(const LaneMap& m, const PlainMap& p, int64_t n, int64_t row) {
+  if (CrossPixels<false>(p, m, n, row)) return;
   for (int64_t col = 0; col < m.block_w; ++col) {
     for (int64_t c = 0; c < m.channels; c += kLanes) {
       const int64_t count = AtMost(kLanes, m.channels - c);

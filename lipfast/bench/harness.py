@@ -130,7 +130,7 @@ class Row:
     flops_per_second: float
     fma_peak: float  # floating-point operations a second at most, measured in this run
     bytes_per_second: float
-    copy_peak: float  # bytes a second of a memcpy that moves as much, measured in this run
+    copy_peak: float  # bytes a second of the fastest copy that moves as much, measured in this run
     peak_bytes: int  # most resident memory above what the process had before; 0 where not measured
     baseline_peak_bytes: int
     threads: int
@@ -254,7 +254,7 @@ def fma_peak(threads: int, isa: str) -> float:
 
 @functools.cache
 def copy_peak(block_bytes: int, threads: int) -> float:
-    """Bytes read plus bytes written a second by memcpy of a block of this size."""
+    """Bytes read plus bytes written a second by the fastest copy of a block of this size."""
     return _C.copy_bandwidth(block_bytes, threads, CEILING_SECONDS)
 
 
