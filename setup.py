@@ -34,7 +34,15 @@ if platform.machine() in ("x86_64", "AMD64"):
         2,
         ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
     )
-ONCE = {"isa.cc", "pool.cc", "tables.cc", "arena.cc", "conv.cc", "choice.cc", "prune.cc"}  # the rest of csrc/cpu is built per target
+ONCE = {
+    "isa.cc",
+    "pool.cc",
+    "tables.cc",
+    "arena.cc",
+    "conv.cc",
+    "choice.cc",
+    "prune.cc",
+}  # the rest of csrc/cpu is built per target
 
 
 def kernel_sources() -> list[Path]:

@@ -61,8 +61,9 @@ double CopyBandwidth(int64_t bytes, int threads, double seconds) {
   };
   py::gil_scoped_release release;
   const auto vectors = Kernels<CeilingKernels>().copy;
-  return std::max(rate([](const float* source, float* sink, int64_t count) { std::memcpy(sink, source, count); }),
-                  rate([=](const float* source, float* sink, int64_t count) { vectors(source, sink, count / kVectorBytes); }));
+  return std::max(
+      rate([](const float* source, float* sink, int64_t count) { std::memcpy(sink, source, count); }),
+      rate([=](const float* source, float* sink, int64_t count) { vectors(source, sink, count / kVectorBytes); }));
 }
 
 }  // namespace

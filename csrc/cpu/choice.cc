@@ -12,10 +12,10 @@ namespace {
 // AVX2; only ratios matter. Fitted to twelve layers of 16 to 512 channels and maps of 7 to
 // 128 pixels a side (docs/kernels.md, "Choice").
 struct Costs {
-  double sparse_tap, sparse_sum, sparse_weight;        // tap x vector, output x vector, weight to re-order
-  double winograd_product, winograd_transform;         // product of two frequencies, vector of a frequency
-  double winograd_weight;                              // frequency of a filter
-  double dense_tap, dense_weight;                      // as for sparse
+  double sparse_tap, sparse_sum, sparse_weight;  // tap x vector, output x vector, weight to re-order
+  double winograd_product, winograd_transform;   // product of two frequencies, vector of a frequency
+  double winograd_weight;                        // frequency of a filter
+  double dense_tap, dense_weight;                // as for sparse
 };
 constexpr Costs kCosts[] = {
     {0.503, 4.4, 2.0, 0.392, 3.17, 0.68, 0.402, 4.1},   // forward

@@ -317,7 +317,7 @@ struct Conv::Impl {
   Pass forward_pass, weight_pass;
   std::vector<std::unique_ptr<Pass>> interior, border;  // of the input gradient
   int64_t gradient_halo;
-  int tile;          // of Winograd
+  int tile;            // of Winograd
   bool dense_borders;  // where Winograd does the rest of the input gradient
 
   int64_t DenseWeightFloats() const { return shape.out_channels * shape.in_channels * 9; }

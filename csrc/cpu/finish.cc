@@ -12,8 +12,7 @@ namespace {
 template <Activation kAct>
 struct FinishPlane {
   static void Run(const LaneMap& x, const LaneMap* residual, const LaneMap& y, int64_t n, int64_t c,
-                  FinishAffine affine,
-                  float slope) {
+                  FinishAffine affine, float slope) {
     const V scale = Set(affine.scale), shift = Set(affine.shift), low = Set(slope);
     const int64_t width = x.block_w * kLanes;
     for (int64_t row = 0; row < x.block_h; ++row) {

@@ -203,7 +203,8 @@ void AccumulateTile(const SparseTask& task) {
         continue;
       }
       if (g.residual) {
-        const float* add = g.residual + o * g.residual_channel + task.tile.row * g.residual_row + task.tile.col * out_col;
+        const float* add =
+            g.residual + o * g.residual_channel + task.tile.row * g.residual_row + task.tile.col * out_col;
         AddRows<kRows, kCols>(add, g.residual_row, out_col, sum[0]);
       }
       LIPFAST_UNROLL
@@ -432,7 +433,8 @@ void SparseDot(const Region* regions, int64_t count, const TapList& taps, float*
 constexpr int kGroup = 4;                             // output channels that share a load of the input
 constexpr int kDenseCols = kRegisters >= 32 ? 6 : 1;  // kGroup * kDenseCols sums in registers
 constexpr int64_t kDenseBlock = 72;                   // taps between two visits of a sum to memory
-constexpr int kDotTaps = kRegisters >= 32 ? 6 : 1;    // kGroup * kDotTaps sums in registers
+constexpr int kDotGroup = 4;                          // output channels that share a load in the weight gradient
+constexpr int kDotTaps = kRegisters >= 32 ? 6 : kParts == 2 ? 3 : 1;  // kDotGroup * kDotTaps sums in registers
 
 constexpr int64_t kDotVectors = 96;  // positions whose output gradients stay in the first cache level
 
@@ -569,40 +571,43 @@ void DenseAccumulate(const Region* regions, int64_t count, const DenseTaps& taps
   });
 }
 
-// kGroup output channels times kTaps taps over rows [row, last) of a region.
+// kDotGroup output channels times kTaps taps over rows [row, last) of a region.
 template <int kTaps>
 void DenseDotRows(const Region& g, int64_t row, int64_t last, const int32_t* offsets, int64_t group, int live,
                   float* sums, int64_t sums_stride) {
-  V sum[kGroup][kTaps];
+  R sum[kDotGroup][kTaps];  // a vector that takes several registers adds all of them to one
   LIPFAST_UNROLL
-  for (int k = 0; k < kGroup; ++k) {
+  for (int k = 0; k < kDotGroup; ++k) {
     LIPFAST_UNROLL
-    for (int t = 0; t < kTaps; ++t) sum[k][t] = Zero();
+    for (int t = 0; t < kTaps; ++t) sum[k][t] = SetR(0.0f);
   }
   for (; row < last; ++row) {
-    const float* dy[kGroup];
+    const float* dy[kDotGroup];
     LIPFAST_UNROLL
-    for (int k = 0; k < kGroup; ++k) {
-      dy[k] = g.out + (group * kGroup + (k < live ? k : 0)) * g.out_channel + row * g.out_row;
+    for (int k = 0; k < kDotGroup; ++k) {
+      dy[k] = g.out + (group * kDotGroup + (k < live ? k : 0)) * g.out_channel + row * g.out_row;
     }
     const float* x[kTaps];
     LIPFAST_UNROLL
     for (int t = 0; t < kTaps; ++t) x[t] = g.in + row * g.in_row + offsets[t];
     int64_t at_out = 0, at_in = 0;
     for (int64_t col = 0; col < g.cols; ++col, at_out += g.out_col, at_in += g.in_col) {
-      V d[kGroup];
       LIPFAST_UNROLL
-      for (int k = 0; k < kGroup; ++k) d[k] = Load(dy[k] + at_out);
-      LIPFAST_UNROLL
-      for (int t = 0; t < kTaps; ++t) {
-        const V v = Load(x[t] + at_in);
+      for (int lane = 0; lane < kLanes; lane += kRegisterLanes) {
+        R v[kTaps];
         LIPFAST_UNROLL
-        for (int k = 0; k < kGroup; ++k) sum[k][t] = Fma(d[k], v, sum[k][t]);
+        for (int t = 0; t < kTaps; ++t) v[t] = LoadR(x[t] + at_in + lane);
+        LIPFAST_UNROLL
+        for (int k = 0; k < kDotGroup; ++k) {
+          const R d = LoadR(dy[k] + at_out + lane);
+          LIPFAST_UNROLL
+          for (int t = 0; t < kTaps; ++t) sum[k][t] = Fma(d, v[t], sum[k][t]);
+        }
       }
     }
   }
   LIPFAST_UNROLL
-  for (int k = 0; k < kGroup; ++k) {
+  for (int k = 0; k < kDotGroup; ++k) {
     if (k >= live) continue;
     LIPFAST_UNROLL
     for (int t = 0; t < kTaps; ++t) sums[k * sums_stride + t] += Sum(sum[k][t]);
@@ -610,8 +615,8 @@ void DenseDotRows(const Region& g, int64_t row, int64_t last, const int32_t* off
 }
 
 void DenseDotGroup(const Region& g, int64_t row, int64_t last, const DenseTaps& taps, int64_t group, float* sums) {
-  const int live = static_cast<int>(Least(kGroup, taps.outputs - group * kGroup));
-  float* out = sums + group * kGroup * taps.taps;
+  const int live = static_cast<int>(Least(kDotGroup, taps.outputs - group * kDotGroup));
+  float* out = sums + group * kDotGroup * taps.taps;
   int64_t t = 0;
   for (; t + kDotTaps <= taps.taps; t += kDotTaps) {
     DenseDotRows<kDotTaps>(g, row, last, taps.offsets + t, group, live, out + t, taps.taps);
@@ -623,13 +628,13 @@ int64_t DenseDotChunks(const Region* regions, int64_t count) { return Most(1, Le
 
 void DenseDot(const Region* regions, int64_t count, const DenseTaps& taps, float* partial, int threads) {
   const int64_t rows = RowCount(regions, count), chunks = DenseDotChunks(regions, count);
-  const int64_t groups = Parts(taps.outputs, kGroup), parts = OutputParts(chunks, taps.outputs);
+  const int64_t groups = Parts(taps.outputs, kDotGroup), parts = OutputParts(chunks, taps.outputs);
   const int64_t size = taps.outputs * taps.taps;
   ParallelFor(threads, chunks * parts, [&](int64_t i) {
     const int64_t chunk = i / parts, part = i % parts;
     const int64_t first = groups * part / parts, last = groups * (part + 1) / parts;
     float* sums = partial + chunk * size;
-    const int64_t begin = first * kGroup * taps.taps, end = Least(last * kGroup, taps.outputs) * taps.taps;
+    const int64_t begin = first * kDotGroup * taps.taps, end = Least(last * kDotGroup, taps.outputs) * taps.taps;
     std::memset(sums + begin, 0, sizeof(float) * (end - begin));
     const int64_t line_end = rows * (chunk + 1) / chunks;
     for (int64_t line = rows * chunk / chunks; line < line_end;) {

@@ -160,6 +160,10 @@ static inline float Sum(V x) {
 #endif
 }
 
+#if LIPFAST_TARGET == 1
+static inline float Sum(R x) { return Sum(V{x, _mm256_setzero_ps()}); }
+#endif
+
 // Sums of many vectors are taken sixteen at a time: StoreFolded puts a vector down, added up as
 // far as costs nothing, in kFolded floats; lane i of SumEach is the sum of the i-th of sixteen.
 #if LIPFAST_TARGET == 2

@@ -346,7 +346,13 @@ class Forward {
 
  public:
   Forward(const LaneMap& x, const LaneMap* residual, const LaneMap& y, ActivationSpec end, int threads)
-      : x_(x), y_(y), residual_(residual), grid_(x, kTile), end_(end), threads_(threads), blocks_(CeilDiv(grid_.count, kTiles)) {
+      : x_(x),
+        y_(y),
+        residual_(residual),
+        grid_(x, kTile),
+        end_(end),
+        threads_(threads),
+        blocks_(CeilDiv(grid_.count, kTiles)) {
     v_step_ = x.channels * kTiles * kLanes + kSkew;
     m_step_ = AtMost(y.channels, kOutChannels) * kTiles * kLanes + kSkew;
     // Few tiles: threads share the transformed input and divide the output channels.

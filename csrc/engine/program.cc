@@ -157,8 +157,8 @@ void Program::ConvFinish(int conv, int64_t values, int64_t bias, int x, int resi
   // Scale and bias of each run: BatchNorm's numbers may change between two.
   Add(Section::kForward, ConvLabel("conv", convs_[conv].shape, maps_[y]),
       [run = convs_[conv].conv.get(), weight, shift, act, channels, norm = NumbersOf(offsets, epsilon), in = maps_[x],
-       add = residual < 0 ? LaneMap{} : maps_[residual], out = maps_[y],
-       scale = std::vector<float>(channels), full = std::vector<float>(channels)](const RunContext& context) mutable {
+       add = residual < 0 ? LaneMap{} : maps_[residual], out = maps_[y], scale = std::vector<float>(channels),
+       full = std::vector<float>(channels)](const RunContext& context) mutable {
         for (int64_t c = 0; c < channels; ++c) {
           const FinishAffine affine = FinishAffineOf(norm, c);
           scale[c] = affine.scale;

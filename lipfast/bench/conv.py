@@ -14,6 +14,7 @@ from lipfast.ops.lane_conv import asked_kernel
 
 CHANNELS = 128  # the paper's network
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05)
+LARGEST_BF16 = 128  # px; a CPU without bf16 instructions takes seconds for a call on larger maps
 TOLERANCE = 1e-5  # relative, in norm, against torch in float64 on a few rows of channels
 
 
@@ -83,7 +84,8 @@ def _setup(layer: _Layer, channels: int, density: float, training: bool, kernel:
         weight[mask],
         bias,
     )
-    with_bf16 = {"torch bf16": torch.bfloat16} if kernel == "auto" else {}
+    bf16_too = kernel == "auto" and layer.pixels <= LARGEST_BF16
+    with_bf16 = {"torch bf16": torch.bfloat16} if bf16_too else {}
     dtypes = {"torch": torch.float32, **with_bf16}
     products = ours.dy.numel() // channels * len(ours.values)
     return Timed(

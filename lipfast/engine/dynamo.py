@@ -53,9 +53,7 @@ def lipfast(
     if unknown := chosen.keys() - {"changes"}:
         raise ConfigError(f"torch.compile: lipfast has no option {min(unknown)!r}; it has 'changes'")
     if chosen["changes"] not in _CHANGES:
-        raise ConfigError(
-            f"torch.compile: option 'changes' is {chosen['changes']!r}; use one of {', '.join(_CHANGES)}"
-        )
+        raise ConfigError(f"torch.compile: option 'changes' is {chosen['changes']!r}; use one of {', '.join(_CHANGES)}")
     return _CompiledGraph(module, by_version=chosen["changes"] == "versions")
 
 
