@@ -4,6 +4,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from lipfast.engine.lane_module import accelerate
 DENSITY = 0.1
 
 Build = Callable[[], nn.Module]
+Door = Callable[[nn.Module], Callable[[Tensor], Tensor]]
 
 
 def cases(size: Size) -> list[Case]:
@@ -32,7 +34,7 @@ def cases(size: Size) -> list[Case]:
             ("U-Net", lambda: UNet(4), (1, 3, 16, 24)),
             ("ResNet-18", lambda: ResNet18(4), (2, 3, 32, 32)),
         ]
-    doors = {
+    doors: dict[str, Door] = {
         "accelerate": accelerate,
         "torch.compile": _compile,
         "torch.compile, changes by versions": functools.partial(_compile, options={"changes": "versions"}),
@@ -50,15 +52,13 @@ def cases(size: Size) -> list[Case]:
     ]
 
 
-def _compile(model: nn.Module, options: dict[str, str | int | bool] | None = None) -> Callable[[Tensor], Tensor]:
+def _compile(model: nn.Module, options: dict[str, Any] | None = None) -> Callable[[Tensor], Tensor]:
     # By function, so that the benchmark runs from a source tree, where there are no entry points.
     compiled: Callable[[Tensor], Tensor] = torch.compile(model, backend=dynamo.lipfast, options=options)
     return compiled
 
 
-def _setup(
-    build: Build, shape: tuple[int, int, int, int], door: Callable[[nn.Module], Callable[[Tensor], Tensor]]
-) -> Timed:
+def _setup(build: Build, shape: tuple[int, int, int, int], door: Door) -> Timed:
     torch.manual_seed(0)
     model = build().eval()
     with torch.no_grad():
