@@ -14,7 +14,10 @@ from lipfast.ops.lane_conv import asked_kernel
 
 CHANNELS = 128  # the paper's network
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05)
-LARGEST_BF16 = 128  # px; a CPU without bf16 instructions takes seconds for a call on larger maps
+# Baseline -> dtype. Each has cases of its own: a CPU without bf16 instructions takes a hundred times longer for bf16,
+# on all cores, which leaves few turns for the others, and large maps out.
+BASELINES = {"torch": torch.float32, "torch bf16": torch.bfloat16}
+LARGEST_BF16 = 128  # px
 TOLERANCE = 1e-5  # relative, in norm, against torch in float64 on a few rows of channels
 
 
@@ -57,19 +60,21 @@ def _cases(layers: list[_Layer], size: Size, kernel: str) -> list[Case]:
     return [
         Case(
             op="conv_training" if training else "conv_forward",
-            name=f"{layer.name} {1 - density:.0%} zeros",
+            name=f"{layer.name} {1 - density:.0%} zeros" + ("" if baseline == "torch" else ", bf16"),
             shape=f"{channels} -> {channels} channels, {layer.kernel}x{layer.kernel}, stride {layer.stride}, "
             f"{layer.pixels} px, batch 1",
             density=density,
-            setup=functools.partial(_setup, layer, channels, density, training, kernel),
+            setup=functools.partial(_setup, layer, channels, density, training, kernel, baseline),
         )
+        for baseline in (BASELINES if kernel == "auto" else ["torch"])
         for layer in layers
+        if baseline == "torch" or layer.pixels <= LARGEST_BF16
         for density in layer.densities
         for training in (False, True)
     ]
 
 
-def _setup(layer: _Layer, channels: int, density: float, training: bool, kernel: str) -> Timed:
+def _setup(layer: _Layer, channels: int, density: float, training: bool, kernel: str, baseline: str) -> Timed:
     generator = torch.Generator().manual_seed(0)
     padding = layer.kernel // 2
     x = torch.randn(1, channels, layer.pixels, layer.pixels, generator=generator)
@@ -84,13 +89,10 @@ def _setup(layer: _Layer, channels: int, density: float, training: bool, kernel:
         weight[mask],
         bias,
     )
-    bf16_too = kernel == "auto" and layer.pixels <= LARGEST_BF16
-    with_bf16 = {"torch bf16": torch.bfloat16} if bf16_too else {}
-    dtypes = {"torch": torch.float32, **with_bf16}
     products = ours.dy.numel() // channels * len(ours.values)
     return Timed(
         ours=ours.train if training else ours.forward,
-        baselines={name: _in_torch(x, weight, bias, ours.dy, form, dtype, training) for name, dtype in dtypes.items()},
+        baselines={baseline: _in_torch(x, weight, bias, ours.dy, form, BASELINES[baseline], training)},
         check=functools.partial(_check, ours, x, weight, mask, bias, form),
         backend="cpu: " + "/".join(ours.conv.kernels.values() if training else [ours.conv.kernels["forward"]]),
         flops=2.0 * products * (3 if training else 1),
