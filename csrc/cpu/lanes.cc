@@ -63,6 +63,8 @@ bool CrossRow(float* plane, const PlainMap& p, const LaneMap& m, float* vectors,
 }
 
 // A few channels at a time: more planes than a core follows would be written at once.
+constexpr int64_t kAhead = 3;  // pixels: strides this long have no hardware that fetches ahead
+
 template <bool kToLanes>
 bool CrossPixels(const PlainMap& p, const LaneMap& m, int64_t n, int64_t row) {
   if (m.channels < kSquare || !RowIsWhole(m, row)) return false;
@@ -75,7 +77,10 @@ bool CrossPixels(const PlainMap& p, const LaneMap& m, int64_t n, int64_t row) {
     }
     for (int64_t col = 0; col < m.block_w; ++col) {
       CrossSquares<kToLanes>(pixels, m.At(n, first, row, col), m.channel_stride, count);
-      for (float*& pixel : pixels) pixel += p.col_stride;
+      for (float*& pixel : pixels) {
+        pixel += p.col_stride;
+        Prefetch(pixel + kAhead * p.col_stride);
+      }
     }
   }
   return true;
