@@ -169,24 +169,23 @@ void AccumulateTile(const SparseTask& task) {
       for (int i = kVectors; i < kChains * kVectors; ++i) sum[i / kVectors][i % kVectors / kCols][i % kCols] = Zero();
       if (kChains == 1) {
         // Weight and offset are fetched a tap ahead: behind a full queue of loads they would hold up the sums.
-        V weight = Set(values[t]);
+        V next = Set(values[t]);
         int64_t offset = offsets[t];
         while (t < end) {
           const float* x = in + offset;
-          const V now = weight;
+          const V weight = next;
           ++t;
-          weight = Set(values[t]);
+          next = Set(values[t]);
           offset = offsets[t];
-          AddTap<kRows, kCols>(now, x, in_row, in_col, sum[0]);
+          AddTap<kRows, kCols>(weight, x, in_row, in_col, sum[0]);
         }
-      }
-      for (; t + kChains <= end; t += kChains) {
-        LIPFAST_UNROLL
-        for (int k = 0; k < kChains; ++k) {
-          AddTap<kRows, kCols>(Set(values[t + k]), in + offsets[t + k], in_row, in_col, sum[k]);
+      } else {
+        for (; t + kChains <= end; t += kChains) {
+          LIPFAST_UNROLL
+          for (int k = 0; k < kChains; ++k) {
+            AddTap<kRows, kCols>(Set(values[t + k]), in + offsets[t + k], in_row, in_col, sum[k]);
+          }
         }
-      }
-      if (kChains > 1) {
         for (; t < end; ++t) AddTap<kRows, kCols>(Set(values[t]), in + offsets[t], in_row, in_col, sum[0]);
       }
       LIPFAST_UNROLL

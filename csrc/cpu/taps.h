@@ -37,7 +37,7 @@ struct TapList {
   int64_t outputs, blocks;
   int64_t tile_rows;       // 1 or the kernels' largest
   const int32_t* starts;   // [blocks * outputs + 1]
-  const int32_t* offsets;  // [taps], floats
+  const int32_t* offsets;  // [taps + 1], floats; the last is read ahead and not used
   const int32_t* order;    // [taps], place in the packed values
   // What a tile reads and the tile before it did not: vectors of the first block's
   // channels, floats from the tile's first position; other blocks lie block_stride on.
@@ -55,7 +55,7 @@ struct DenseTaps {
 struct TapKernels {
   // out = end(bias + taps + residual) (bias null: zero); `end` is kNone, kRelu or kLeaky. Regions
   // are disjoint in their outputs.
-  // `values` in the list's order.
+  // `values` in the list's order; one float beyond the last is read and not used.
   void (*sparse_accumulate)(const Region* regions, int64_t count, const TapList& taps, const float* values,
                             const float* bias, ActivationSpec end, int threads);
   // d_values[order[t]] = sum over all regions' positions. `partial` holds
