@@ -84,7 +84,9 @@ ConvKernel ChooseKernel(ConvKernel asked, const ConvShape& shape, const ConvGeom
   if (asked == ConvKernel::kDense || (asked == ConvKernel::kWinograd && winograd)) return asked;
   const Costs& costs = kCosts[static_cast<int>(direction)];
   const Work work = WorkOf(shape, geometry, kept, direction);
-  const double sparse = SparseCost(costs, work), dense = DenseCost(costs, work);
+  // A list of all weights would take 20 bytes for each in each direction, whatever time it saves on a tiny map.
+  const bool listed = work.kept < work.filters;
+  const double dense = DenseCost(costs, work), sparse = listed ? SparseCost(costs, work) : dense + 1;
   if (winograd && WinogradCost(costs, work) < std::min(sparse, dense)) return ConvKernel::kWinograd;
   return dense < sparse ? ConvKernel::kDense : ConvKernel::kSparse;
 }

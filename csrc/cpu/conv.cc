@@ -83,8 +83,11 @@ class Pass {
     index_.shrink_to_fit();
   }
 
-  // Packed value of each tap, or of each (output, tap) where dense; -1 is zero.
-  const std::vector<int32_t>& index() const { return index_; }
+  // Packed value of tap t of output o where dense; -1 is zero.
+  int32_t DenseIndex(int64_t o, int64_t t) const {
+    const int64_t at = o * taps() + t;
+    return in_order_ ? static_cast<int32_t>(at) : index_[at];
+  }
   int64_t outputs() const { return outputs_; }
   int64_t taps() const { return static_cast<int64_t>(sources_.size()); }
   bool empty() const { return rows <= 0 || cols <= 0; }
@@ -127,6 +130,10 @@ class Pass {
         index_[o * sources_.size() + at] = tap.index;
       }
     }
+    // A layer that keeps all its weights has them in the order of its taps: no list needed.
+    in_order_ = true;
+    for (size_t i = 0; i < index_.size(); ++i) in_order_ = in_order_ && index_[i] == static_cast<int32_t>(i);
+    if (in_order_) index_.clear();
   }
 
   // Rows and columns, relative to a position, between which the taps read.
@@ -243,7 +250,8 @@ class Pass {
 
   int64_t outputs_ = 0;
   std::vector<Source> sources_;
-  std::vector<int32_t> index_, ends_;
+  std::vector<int32_t> index_, ends_;  // packed value of each tap, or of each (output, tap) where dense
+  bool in_order_ = false;              // dense, and index_ would count from 0
   mutable std::mutex mutex_;
   mutable std::map<std::pair<int64_t, int64_t>, std::shared_ptr<const BoundTaps>> bound_;
 };
@@ -261,14 +269,13 @@ const char* Name(ConvKernel kernel) {
 // times the output's scale (null: 1).
 void PackDense(const Pass& pass, const float* values, const float* scale, float* packed, int threads) {
   const int64_t group = Kernels<TapKernels>().dense_group, taps = pass.taps(), outputs = pass.outputs();
-  const int32_t* index = pass.index().data();
   ParallelFor(threads, CeilDiv(outputs, group), [&](int64_t g) {
     float* to = packed + g * taps * group;
     for (int64_t k = 0; k < group; ++k) {
       const int64_t o = g * group + k;
       const float factor = scale && o < outputs ? scale[o] : 1.0f;
       for (int64_t t = 0; t < taps; ++t) {
-        const int32_t i = o < outputs ? index[o * taps + t] : -1;
+        const int32_t i = o < outputs ? pass.DenseIndex(o, t) : -1;
         to[t * group + k] = i < 0 ? 0.0f : values[i] * factor;
       }
     }
@@ -314,7 +321,7 @@ struct Conv::Impl {
   int64_t kept;
   std::vector<int32_t> weights;  // packed order -> position in the dense weight; empty where all are kept
   ConvKernel forward, input_gradient, weight_gradient;
-  Pass forward_pass, weight_pass;
+  Pass forward_pass, weight_pass;  // weight_pass stays empty where both are dense: the taps are the same
   std::vector<std::unique_ptr<Pass>> interior, border;  // of the input gradient
   int64_t gradient_halo;
   int tile;            // of Winograd
@@ -337,6 +344,7 @@ struct Conv::Impl {
   // same of columns; `side` 0 is the interior, 1 - 4 a border (top, bottom, left, right).
   void AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t row_from, int64_t row_to, int64_t col_from,
                        int64_t col_to, int side);
+  bool SharesTaps() const { return forward == ConvKernel::kDense && weight_gradient == ConvKernel::kDense; }
   int64_t ScratchFloats(int threads) const;
 };
 
@@ -527,7 +535,8 @@ Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* 
   m.tile = WinogradTile(geometry.out_block_h, geometry.out_block_w);
   m.BuildForward(&m.forward_pass, m.forward != ConvKernel::kWinograd, m.forward == ConvKernel::kDense);
   m.weight_pass.two_rows = kTwoRowsOfGradient;
-  m.BuildForward(&m.weight_pass, m.weight_gradient != ConvKernel::kWinograd, m.weight_gradient == ConvKernel::kDense);
+  const bool dense = m.weight_gradient == ConvKernel::kDense;
+  m.BuildForward(&m.weight_pass, m.weight_gradient != ConvKernel::kWinograd && !m.SharesTaps(), dense);
   m.BuildInputGradient();
 }
 
@@ -567,7 +576,8 @@ void Conv::WeightGradient(const LaneMap& x, const LaneMap& dy, float* dvalues, f
                           int threads) const {
   const Impl& m = *impl_;
   const TapKernels& kernels = Kernels<TapKernels>();
-  const std::vector<Region> regions = m.weight_pass.Regions(x, dy);
+  const Pass& pass = m.SharesTaps() ? m.forward_pass : m.weight_pass;
+  const std::vector<Region> regions = pass.Regions(x, dy);
   const int64_t count = static_cast<int64_t>(regions.size());
   if (dbias) kernels.channel_sums(regions.data(), count, m.shape.out_channels, dbias, threads);
   if (m.weight_gradient == ConvKernel::kWinograd) {
@@ -576,16 +586,17 @@ void Conv::WeightGradient(const LaneMap& x, const LaneMap& dy, float* dvalues, f
     for (int64_t i = 0; i < m.kept && !m.dense(); ++i) dvalues[i] = scratch[m.FlatIndex(i)];
     return;
   }
-  const auto taps = m.weight_pass.Bind(x);
-  if (!m.weight_pass.dense) {
+  const auto taps = pass.Bind(x);
+  if (!pass.dense) {
     kernels.sparse_dot(regions.data(), count, taps->sparse, scratch, dvalues, threads);
     return;
   }
-  const int64_t size = m.weight_pass.outputs() * m.weight_pass.taps();
   kernels.dense_dot(regions.data(), count, taps->dense, scratch, threads);
-  for (int64_t i = 0; i < size; ++i) {
-    const int32_t to = m.weight_pass.index()[i];  // -1 where pruned
-    if (to >= 0) dvalues[to] = scratch[i];
+  for (int64_t o = 0; o < pass.outputs(); ++o) {
+    for (int64_t t = 0; t < pass.taps(); ++t) {
+      const int32_t to = pass.DenseIndex(o, t);  // -1 where pruned
+      if (to >= 0) dvalues[to] = scratch[o * pass.taps() + t];
+    }
   }
 }
 

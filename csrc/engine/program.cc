@@ -1,5 +1,9 @@
 #include "engine/program.h"
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -33,6 +37,9 @@ void ClearPlane(const LaneMap& m, int64_t n, int64_t c) {
 }  // namespace
 
 void Program::Allocate(int64_t map_floats, int64_t value_count, int64_t statistic_count) {
+#if defined(__GLIBC__)
+  malloc_trim(0);  // planning frees lists of all weights, and glibc would keep that memory resident
+#endif
   memory_ = std::make_unique<Arena>(map_floats * kFloatBytes);
   vectors_ = std::make_unique<Arena>((2 * Padded(value_count) + Padded(statistic_count)) * kFloatBytes);
   map_floats_ = map_floats;

@@ -78,6 +78,9 @@ def table(family: str, rows: "list[Row]") -> "Table":
         shown.add_column(heading)
     for heading in ("lipfast", "baseline", "speed-up", "of ceiling"):
         shown.add_column(heading, justify="right")
+    measured_memory = any(row.peak_bytes for row in rows)
+    if measured_memory:
+        shown.add_column("peak memory", justify="right")
     for row in rows:
         shown.add_row(
             row.case,
@@ -89,8 +92,14 @@ def table(family: str, rows: "list[Row]") -> "Table":
             _time(row.baseline_seconds.median),
             f"{row.speedup.median:.2f}x ({row.speedup.p20:.2f} .. {row.speedup.p80:.2f})",
             f"{row.share_of_ceiling:.0%}" if row.share_of_ceiling else "",
+            *([_memory(row)] if measured_memory else []),
         )
     return shown
+
+
+def _memory(row: "Row") -> str:
+    ours, theirs = row.peak_bytes, row.baseline_peak_bytes
+    return f"{ours / 1e6:.0f} MB, {ours / theirs:.2f} of {theirs / 1e6:.0f}" if ours and theirs else ""
 
 
 def _time(seconds: float) -> str:
