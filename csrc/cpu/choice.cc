@@ -33,10 +33,11 @@ bool WinogradPossible(const ConvShape& s) {
          s.pad_w == 1;
 }
 
-// The two numbers of channels, the output positions and the weights of one direction.
+// How much one direction does with all weights: vectors it writes, taps x vectors, weights
+// it keeps and has; of Winograd frequencies x tiles, channels of both maps, a tile's side.
 struct Work {
   double out_vectors, taps, kept, filters;
-  double tiles, channels;  // Winograd's
+  double tiles, channels;
   int tile;
 };
 

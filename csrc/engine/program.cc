@@ -37,9 +37,6 @@ void ClearPlane(const LaneMap& m, int64_t n, int64_t c) {
 }  // namespace
 
 void Program::Allocate(int64_t map_floats, int64_t value_count, int64_t statistic_count) {
-#if defined(__GLIBC__)
-  malloc_trim(0);  // planning frees lists of all weights, and glibc would keep that memory resident
-#endif
   memory_ = std::make_unique<Arena>(map_floats * kFloatBytes);
   vectors_ = std::make_unique<Arena>((2 * Padded(value_count) + Padded(statistic_count)) * kFloatBytes);
   map_floats_ = map_floats;
@@ -91,6 +88,9 @@ int Program::AddConv(const ConvShape& shape, const ConvGeometry& geometry, const
 
 float* Program::Scratch(int threads) {
   if (threads > scratch_threads_) {
+#if defined(__GLIBC__)
+    malloc_trim(0);  // planning and loading free lists and copies of all weights; glibc would keep them resident
+#endif
     int64_t floats = 0;
     for (const ConvEntry& entry : convs_) floats = std::max(floats, entry.conv->scratch_floats(threads));
     scratch_.reset();
