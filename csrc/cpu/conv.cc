@@ -321,7 +321,8 @@ struct Conv::Impl {
   int64_t kept;
   std::vector<int32_t> weights;  // packed order -> position in the dense weight; empty where all are kept
   ConvKernel forward, input_gradient, weight_gradient;
-  Pass forward_pass, weight_pass;  // weight_pass stays empty where both are dense: the taps are the same
+  Pass forward_pass, weight_pass;
+  bool shares_taps;                                     // weight_pass stays empty: forward_pass is the same
   std::vector<std::unique_ptr<Pass>> interior, border;  // of the input gradient
   int64_t gradient_halo;
   int tile;            // of Winograd
@@ -344,7 +345,6 @@ struct Conv::Impl {
   // same of columns; `side` 0 is the interior, 1 - 4 a border (top, bottom, left, right).
   void AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t row_from, int64_t row_to, int64_t col_from,
                        int64_t col_to, int side);
-  bool SharesTaps() const { return forward == ConvKernel::kDense && weight_gradient == ConvKernel::kDense; }
   int64_t ScratchFloats(int threads) const;
 };
 
@@ -535,8 +535,11 @@ Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* 
   m.tile = WinogradTile(geometry.out_block_h, geometry.out_block_w);
   m.BuildForward(&m.forward_pass, m.forward != ConvKernel::kWinograd, m.forward == ConvKernel::kDense);
   m.weight_pass.two_rows = kTwoRowsOfGradient;
+  // Two sparse passes differ only where tiles may have one row or two.
+  const bool alike = m.forward == ConvKernel::kDense || Kernels<TapKernels>().tile_rows == 1;
+  m.shares_taps = m.forward == m.weight_gradient && m.forward != ConvKernel::kWinograd && alike;
   const bool dense = m.weight_gradient == ConvKernel::kDense;
-  m.BuildForward(&m.weight_pass, m.weight_gradient != ConvKernel::kWinograd && !m.SharesTaps(), dense);
+  m.BuildForward(&m.weight_pass, m.weight_gradient != ConvKernel::kWinograd && !m.shares_taps, dense);
   m.BuildInputGradient();
 }
 
@@ -576,7 +579,7 @@ void Conv::WeightGradient(const LaneMap& x, const LaneMap& dy, float* dvalues, f
                           int threads) const {
   const Impl& m = *impl_;
   const TapKernels& kernels = Kernels<TapKernels>();
-  const Pass& pass = m.SharesTaps() ? m.forward_pass : m.weight_pass;
+  const Pass& pass = m.shares_taps ? m.forward_pass : m.weight_pass;
   const std::vector<Region> regions = pass.Regions(x, dy);
   const int64_t count = static_cast<int64_t>(regions.size());
   if (dbias) kernels.channel_sums(regions.data(), count, m.shape.out_channels, dbias, threads);
