@@ -122,15 +122,13 @@ class CheckedProgram {
   }
 
   void ConvForward(int conv, int64_t values, int64_t bias, int x, int y) {
-    CheckConv(conv, values, bias, x, y);
-    Check(Map(x).halo >= Reach(conv), "conv: the input's halo is smaller than the padding");
+    CheckConvReads(conv, values, bias, x, y);
     program_.ConvForward(conv, values, bias, x, y);
   }
 
   void ConvFinish(int conv, int64_t values, int64_t bias, int x, int residual, int y, float epsilon,
                   const std::vector<int64_t>& offsets, int act, float slope) {
-    CheckConv(conv, values, bias, x, y);
-    Check(Map(x).halo >= Reach(conv), "conv: the input's halo is smaller than the padding");
+    CheckConvReads(conv, values, bias, x, y);
     if (residual >= 0) CheckPair(residual, y);
     const ActivationSpec spec = AsActivation(act, slope);
     Check(spec.kind == Activation::kNone || spec.kind == Activation::kRelu || spec.kind == Activation::kLeaky,
@@ -148,8 +146,7 @@ class CheckedProgram {
   }
 
   void ConvWeightGradient(int conv, int64_t values, int64_t bias, int x, int dy) {
-    CheckConv(conv, values, bias, x, dy);
-    Check(Map(x).halo >= Reach(conv), "conv: the input's halo is smaller than the padding");
+    CheckConvReads(conv, values, bias, x, dy);
     program_.ConvWeightGradient(conv, values, bias, x, dy);
   }
 
@@ -371,6 +368,12 @@ class CheckedProgram {
           "conv: its output was planned differently from " + SizeOf(out));
     CheckValues(values, program_.conv(conv).kept());
     if (bias >= 0) CheckValues(bias, s.out_channels);
+  }
+
+  // The same for a step that reads the convolution's input.
+  void CheckConvReads(int conv, int64_t values, int64_t bias, int x, int y) const {
+    CheckConv(conv, values, bias, x, y);
+    Check(Map(x).halo >= Reach(conv), "conv: the input's halo is smaller than the padding");
   }
 
   NormSpec AsNorm(int x, float epsilon, float momentum, int act, float slope) const {

@@ -47,7 +47,7 @@ void Forward(const py::array& x, int64_t x_halo, const py::array& u, const py::o
   const WinogradKernels& kernels = Kernels<WinogradKernels>();
   float* memory = Scratch(scratch, kernels.forward_scratch(from, to, tile, threads));
   py::gil_scoped_release release;
-  kernels.forward(from, weights, offsets, nullptr, to, {}, tile, memory, threads);
+  kernels.forward(from, weights, offsets, to, {}, tile, memory, threads);
 }
 
 int64_t ForwardScratch(const py::array& x, int64_t x_halo, const py::array& y, int64_t y_halo, int64_t height,

@@ -1,7 +1,5 @@
 #include "cpu/choice.h"
 
-#include <algorithm>
-
 #include "cpu/isa.h"
 #include "cpu/winograd.h"
 
@@ -33,26 +31,24 @@ bool WinogradPossible(const ConvShape& s) {
          s.pad_w == 1;
 }
 
-// How much one direction does with all weights: vectors it writes, taps x vectors, weights
-// it keeps and has; of Winograd frequencies x tiles, channels of both maps, a tile's side.
+// How much one direction does: positions of the output, vectors it writes, weights it keeps
+// and has; of Winograd frequencies x tiles, channels of both maps, a tile's side.
 struct Work {
-  double out_vectors, taps, kept, filters;
+  double positions, out_vectors, kept, filters;
   double tiles, channels;
   int tile;
 };
 
 Work WorkOf(const ConvShape& s, const ConvGeometry& g, int64_t kept, ConvDirection direction) {
-  const int64_t all = s.out_channels * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w;
   const double positions = static_cast<double>(g.batch * g.out_block_h * g.out_block_w);
   const bool backward = direction == ConvDirection::kInputGradient;
   const int tile = WinogradTile(g.out_block_h, g.out_block_w);
   const int64_t tiles = g.batch * ((g.out_block_h + tile - 1) / tile) * ((g.out_block_w + tile - 1) / tile);
   Work work = {};
-  work.out_vectors = backward ? positions * static_cast<double>(s.stride * s.stride * s.in_channels)
-                              : positions * static_cast<double>(s.out_channels);
-  work.taps = positions * static_cast<double>(all);
+  work.positions = positions;
+  work.out_vectors = positions * static_cast<double>(backward ? s.stride * s.stride * s.in_channels : s.out_channels);
   work.kept = static_cast<double>(kept);
-  work.filters = static_cast<double>(all);
+  work.filters = static_cast<double>(s.out_channels * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w);
   work.tiles = static_cast<double>(tiles * (tile + 2) * (tile + 2));
   work.channels = static_cast<double>(s.in_channels + s.out_channels);
   work.tile = tile;
@@ -60,13 +56,12 @@ Work WorkOf(const ConvShape& s, const ConvGeometry& g, int64_t kept, ConvDirecti
 }
 
 double SparseCost(const Costs& c, const Work& w) {
-  const double density = w.filters > 0 ? w.kept / w.filters : 0.0;
-  return c.sparse_tap * w.taps * density + c.sparse_sum * w.out_vectors + c.sparse_weight * w.kept;
+  return c.sparse_tap * w.positions * w.kept + c.sparse_sum * w.out_vectors + c.sparse_weight * w.kept;
 }
 
 double DenseCost(const Costs& c, const Work& w) {
   const double tap = ActiveIsa() == Isa::kAvx512 ? kDenseAboveOnAvx512 * c.sparse_tap : c.dense_tap;
-  return tap * w.taps + c.dense_weight * w.filters;
+  return tap * w.positions * w.filters + c.dense_weight * w.filters;
 }
 
 double WinogradCost(const Costs& c, const Work& w) {
@@ -85,11 +80,11 @@ ConvKernel ChooseKernel(ConvKernel asked, const ConvShape& shape, const ConvGeom
   if (asked == ConvKernel::kDense || (asked == ConvKernel::kWinograd && winograd)) return asked;
   const Costs& costs = kCosts[static_cast<int>(direction)];
   const Work work = WorkOf(shape, geometry, kept, direction);
+  const double sparse = SparseCost(costs, work), dense = DenseCost(costs, work);
   // A list of all weights would take 20 bytes for each in each direction, whatever time it saves on a tiny map.
-  const bool listed = work.kept < work.filters;
-  const double dense = DenseCost(costs, work), sparse = listed ? SparseCost(costs, work) : dense + 1;
-  if (winograd && WinogradCost(costs, work) < std::min(sparse, dense)) return ConvKernel::kWinograd;
-  return dense < sparse ? ConvKernel::kDense : ConvKernel::kSparse;
+  const bool mostly = work.kept == work.filters || dense < sparse;
+  if (winograd && WinogradCost(costs, work) < (mostly ? dense : sparse)) return ConvKernel::kWinograd;
+  return mostly ? ConvKernel::kDense : ConvKernel::kSparse;
 }
 
 }  // namespace lipfast

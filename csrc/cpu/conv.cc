@@ -332,7 +332,7 @@ struct Conv::Impl {
   bool dense() const { return kept == DenseWeightFloats(); }
   int32_t FlatIndex(int64_t packed) const { return weights.empty() ? static_cast<int32_t>(packed) : weights[packed]; }
   Weight WeightAt(int64_t packed) const;
-  void Scatter(const float* values, const float* scale, float* dense) const;
+  void Scatter(const float* values, float* dense) const;
   void WinogradAccumulate(bool transposed, const float* values, const float* bias, const LaneMap& in,
                           const LaneMap& out, const ConvEnd& end, float* scratch, int threads) const;
   LaneMap Sketch(bool input) const;
@@ -495,13 +495,10 @@ int64_t Conv::Impl::ScratchFloats(int threads) const {
   return most + kVector;
 }
 
-// Packed values, times their output's scale (null: 1), to w[out][in][3][3].
-void Conv::Impl::Scatter(const float* values, const float* scale, float* dense) const {
+// Packed values to w[out][in][3][3].
+void Conv::Impl::Scatter(const float* values, float* dense) const {
   std::fill(dense, dense + DenseWeightFloats(), 0.0f);
-  for (int64_t i = 0; i < kept; ++i) {
-    const int32_t flat = FlatIndex(i);
-    dense[flat] = scale ? values[i] * scale[flat / (shape.in_channels * 9)] : values[i];
-  }
+  for (int64_t i = 0; i < kept; ++i) dense[FlatIndex(i)] = values[i];
 }
 
 void Conv::Impl::WinogradAccumulate(bool transposed, const float* values, const float* bias, const LaneMap& in,
@@ -510,12 +507,12 @@ void Conv::Impl::WinogradAccumulate(bool transposed, const float* values, const 
   float* transformed = scratch + RoundUp(DenseWeightFloats());
   float* rest = transformed + RoundUp(WinogradWeightFloats(shape.out_channels, shape.in_channels, tile));
   const float* weight = values;  // packed order of a dense layer is w[out][in][3][3] itself
-  if (!dense() || end.scale) {
-    Scatter(values, end.scale, scratch);
+  if (!dense()) {
+    Scatter(values, scratch);
     weight = scratch;
   }
   winograd.transform_weights(weight, shape.out_channels, shape.in_channels, transposed, tile, transformed, threads);
-  winograd.forward(in, transformed, bias, end.residual, out, end.act, tile, rest, threads);
+  winograd.forward(in, transformed, bias, out, end, tile, rest, threads);
 }
 
 Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* mask, ConvKernel asked, bool exact)

@@ -3,14 +3,14 @@
 // Weights are packed: `values` holds the kept weights of w[out][in][kh][kw] in
 // row-major order (all of them where the layer is dense), and so do gradients.
 // Which kernel runs each direction (direct sparse, Winograd, dense) is settled at
-// construction from the shape and the density alone, never by timing.
+// construction (cpu/choice.h), never by timing.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 
+#include "cpu/finish.h"
 #include "cpu/lanes.h"
-#include "cpu/pointwise.h"
 
 namespace lipfast {
 
@@ -29,13 +29,6 @@ struct ConvGeometry {
   int64_t batch, height, width;    // of the input, in pixels
   int64_t in_block_h, in_block_w;  // stride * out_block exactly
   int64_t out_block_h, out_block_w;
-};
-
-// What follows the sum over taps in the forward pass: y = act(scale * sum + bias + residual).
-struct ConvEnd {
-  ActivationSpec act = {};            // kNone, kRelu or kLeaky
-  const float* scale = nullptr;       // [out_channels]; null: 1
-  const LaneMap* residual = nullptr;  // of the sizes and blocks of y, elsewhere in memory; null: none
 };
 
 class Conv {

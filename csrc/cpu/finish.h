@@ -1,6 +1,7 @@
 // What inference does behind a convolution: BatchNorm with running statistics, a
-// residual sum, an activation, and the halo of what is written. In one pass over the
-// result here; a convolution that can do it as it stores takes FinishAffine.
+// residual sum, an activation, and the halo of what is written. All but the halo a
+// convolution can do as it stores (ConvEnd); FinishKernels do all of it in one pass over
+// the result.
 #pragma once
 
 #include <cmath>
@@ -32,6 +33,13 @@ static inline FinishAffine FinishAffineOf(const NormNumbers& norm, int64_t c) {
   const float scale = static_cast<float>(1.0 / deviation) * (norm.gamma ? norm.gamma[c] : 1.0f);
   return {scale, (norm.beta ? norm.beta[c] : 0.0f) - norm.mean[c] * scale};
 }
+
+// What follows the sum over taps in the forward pass: y = act(scale * sum + bias + residual).
+struct ConvEnd {
+  ActivationSpec act = {};            // kNone, kRelu or kLeaky
+  const float* scale = nullptr;       // [out_channels]; null: 1
+  const LaneMap* residual = nullptr;  // of the sizes and blocks of y, elsewhere in memory; null: none
+};
 
 struct FinishKernels {
   // y = act(gamma * (x - mean) / sqrt(variance + epsilon) + beta + residual).

@@ -55,8 +55,7 @@ static inline AxisRule RuleAt(int64_t position, int64_t block, int64_t side, Pad
 struct LaneRule {
   int count;
   int64_t source[kGrid];
-  alignas(64) int32_t lane[kGrid][kLanes];
-  alignas(64) int32_t live[kGrid][kLanes];  // the mask, lane by lane: -1 or 0
+  int32_t lane[kGrid][kLanes];
   uint16_t mask[kGrid];
 };
 
@@ -72,7 +71,6 @@ static inline LaneRule ToLanes(const AxisRule& axis, bool rows, bool only_pads) 
     for (int other = 0; other < kGrid; ++other) {
       const int l = LaneOf(g, other, rows);
       rule.lane[k][l] = LaneOf(axis.from[g], other, rows);
-      rule.live[k][l] = -1;
       rule.mask[k] = static_cast<uint16_t>(rule.mask[k] | 1u << l);
     }
   }
@@ -80,13 +78,15 @@ static inline LaneRule ToLanes(const AxisRule& axis, bool rows, bool only_pads) 
 }
 
 #if LIPFAST_TARGET == 1
-// v with x[lane[i]] at each live i, for 8 of the 16 lanes.
-static inline __m256 PermuteLive(__m256 v, V x, const int32_t* lane, const int32_t* live) {
-  const __m256i from = _mm256_load_si256(reinterpret_cast<const __m256i*>(lane));
+// v with x[lane[i]] at each i in the mask, for 8 of the 16 lanes.
+static inline __m256 PermuteLive(__m256 v, V x, const int32_t* lane, int mask) {
+  const __m256i from = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane));
+  const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i live = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(mask), bits), bits);
   const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(from, 28));  // sign: the lane is in x's upper half
   const __m256 moved =
       _mm256_blendv_ps(_mm256_permutevar8x32_ps(x.a, from), _mm256_permutevar8x32_ps(x.b, from), upper);
-  return _mm256_blendv_ps(v, moved, _mm256_load_ps(reinterpret_cast<const float*>(live)));
+  return _mm256_blendv_ps(v, moved, _mm256_castsi256_ps(live));
 }
 #endif
 
@@ -102,8 +102,8 @@ static inline void Gather(const LaneRule& rule, const float* base, int64_t step,
   V v = Zero();
   for (int k = 0; k < rule.count; ++k) {
     const V x = Load(base + rule.source[k] * step);
-    v.a = PermuteLive(v.a, x, rule.lane[k], rule.live[k]);
-    v.b = PermuteLive(v.b, x, rule.lane[k] + 8, rule.live[k] + 8);
+    v.a = PermuteLive(v.a, x, rule.lane[k], rule.mask[k]);
+    v.b = PermuteLive(v.b, x, rule.lane[k] + 8, rule.mask[k] >> 8);
   }
   Store(out, v);
 #else
@@ -172,15 +172,20 @@ class HaloFiller {
   void Fetch(const float* plane) const {
     for (int64_t row = -reach_; row < block_h_ + reach_; ++row) {
       const float* line = plane + row * row_stride_;
-      const bool whole = row <= reach_ || row >= block_h_ - reach_ - 1;
-      for (int64_t col = -reach_; col < block_w_ + reach_; ++col) {
-        if (!whole && col == reach_) col = block_w_ - reach_ > col ? block_w_ - reach_ : col;
-        PrefetchFar(line + col * kLanes);
+      if (row <= reach_ || row >= block_h_ - reach_ - 1) {
+        FetchVectors(line, -reach_, block_w_ + reach_);
+      } else {
+        FetchVectors(line, -reach_, reach_);
+        FetchVectors(line, block_w_ - reach_, block_w_ + reach_);
       }
     }
   }
 
  private:
+  static void FetchVectors(const float* line, int64_t first, int64_t last) {
+    for (int64_t col = first; col < last; ++col) PrefetchFar(line + col * kLanes);
+  }
+
   std::vector<Border> rows_, columns_;
   int64_t block_h_, block_w_, reach_, row_stride_;
 };

@@ -62,15 +62,14 @@ bool CrossRow(float* plane, const PlainMap& p, const LaneMap& m, float* vectors,
   return true;
 }
 
-// A few channels at a time: more planes than a core follows would be written at once.
 constexpr int64_t kAhead = 3;  // pixels: strides this long have no hardware that fetches ahead
 
+// A few channels at a time: more planes than a core follows would be written at once.
 template <bool kToLanes>
 bool CrossPixels(const PlainMap& p, const LaneMap& m, int64_t n, int64_t row) {
   if (m.channels < kSquare || !RowIsWhole(m, row)) return false;
   for (int64_t c = 0; c < m.channels; c += kLanes) {
-    const int64_t count = AtMost(kLanes, m.channels - c) < kSquare ? kSquare : AtMost(kLanes, m.channels - c);
-    const int64_t first = AtMost(c, m.channels - count);
+    const int64_t first = AtMost(c, m.channels - kSquare), count = AtMost(kLanes, m.channels - first);
     float* pixels[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       pixels[lane] = p.data + n * p.batch_stride + first + PlainOffset(p, m, lane, row, 0);

@@ -118,17 +118,6 @@ inline __attribute__((always_inline)) void AddTap(V weight, const float* in, int
   }
 }
 
-template <int kRows, int kCols>
-inline __attribute__((always_inline)) void AddRows(const float* in, int64_t in_row, int64_t in_col,
-                                                   V (&sum)[kRows][kCols]) {
-  LIPFAST_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    const float* row = Row(in + r * in_row);
-    LIPFAST_UNROLL
-    for (int c = 0; c < kCols; ++c) sum[r][c] = Add(sum[r][c], Load(row + c * in_col));
-  }
-}
-
 // One tile, `first` to `last` output channels: sums stay in registers while the
 // taps of one block of input channels pass; the tile of the input stays in L1 while
 // the output channels pass over it. Between blocks the sums wait side by side in
@@ -204,7 +193,7 @@ void AccumulateTile(const SparseTask& task) {
       if (g.residual) {
         const float* add =
             g.residual + o * g.residual_channel + task.tile.row * g.residual_row + task.tile.col * out_col;
-        AddRows<kRows, kCols>(add, g.residual_row, out_col, sum[0]);
+        AddTap<kRows, kCols>(Set(1.0f), add, g.residual_row, out_col, sum[0]);
       }
       LIPFAST_UNROLL
       for (int r = 0; r < kRows; ++r) {

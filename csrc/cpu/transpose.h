@@ -6,8 +6,30 @@
 namespace lipfast {
 namespace LIPFAST_NS {
 
+#if LIPFAST_TARGET == 1
+// to[i][l] = from[l][i], eight rows of eight.
+static inline void Transpose8(const float* const* from, float* const* to) {
+  for (int column = 0; column < 8; column += 4) {
+    __m256 v[4];
+    LIPFAST_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      v[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from[j] + column)),
+                                  _mm_loadu_ps(from[j + 4] + column), 1);
+    }
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(v[0], v[1]));
+    const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(v[0], v[1]));
+    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(v[2], v[3]));
+    const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(v[2], v[3]));
+    _mm256_storeu_ps(to[column], _mm256_castpd_ps(_mm256_unpacklo_pd(a, c)));
+    _mm256_storeu_ps(to[column + 1], _mm256_castpd_ps(_mm256_unpackhi_pd(a, c)));
+    _mm256_storeu_ps(to[column + 2], _mm256_castpd_ps(_mm256_unpacklo_pd(b, d)));
+    _mm256_storeu_ps(to[column + 3], _mm256_castpd_ps(_mm256_unpackhi_pd(b, d)));
+  }
+}
+#endif
+
 // to[i * stride + l] = from[l * 16 + i]; `from` and the rows of `to` are aligned.
-// From memory it is cheaper than Transpose16: loads put the 4 x 4 blocks in place, and
+// With AVX-512 it is cheaper from memory than Transpose16: loads put the 4 x 4 blocks in place, and
 // only the transposes inside them occupy the shuffle unit.
 static inline void TransposeBlock(const float* from, float* to, int64_t stride) {
 #if LIPFAST_TARGET == 2
@@ -33,22 +55,15 @@ static inline void TransposeBlock(const float* from, float* to, int64_t stride) 
   }
 #elif LIPFAST_TARGET == 1
   for (int half = 0; half < kLanes; half += 8) {
-    for (int column = 0; column < kLanes; column += 4) {
-      __m256 v[4];
+    for (int column = 0; column < kLanes; column += 8) {
+      const float* rows[8];
+      float* columns[8];
       LIPFAST_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const float* p = from + (half + j) * kLanes + column;
-        v[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_load_ps(p)), _mm_load_ps(p + 4 * kLanes), 1);
+      for (int i = 0; i < 8; ++i) {
+        rows[i] = from + (half + i) * kLanes + column;
+        columns[i] = to + (column + i) * stride + half;
       }
-      const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(v[0], v[1]));
-      const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(v[0], v[1]));
-      const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(v[2], v[3]));
-      const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(v[2], v[3]));
-      float* out = to + column * stride + half;
-      _mm256_store_ps(out, _mm256_castpd_ps(_mm256_unpacklo_pd(a, c)));
-      _mm256_store_ps(out + stride, _mm256_castpd_ps(_mm256_unpackhi_pd(a, c)));
-      _mm256_store_ps(out + 2 * stride, _mm256_castpd_ps(_mm256_unpacklo_pd(b, d)));
-      _mm256_store_ps(out + 3 * stride, _mm256_castpd_ps(_mm256_unpackhi_pd(b, d)));
+      Transpose8(rows, columns);
     }
   }
 #else
@@ -97,28 +112,6 @@ static inline void Transpose16(V* v) {
   for (int i = 0; i < kLanes; ++i) v[i] = Load(u + i * kLanes);
 #endif
 }
-
-#if LIPFAST_TARGET == 1
-// to[i][l] = from[l][i], eight rows of eight.
-static inline void Transpose8(const float* const* from, float* const* to) {
-  for (int column = 0; column < 8; column += 4) {
-    __m256 v[4];
-    LIPFAST_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      v[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from[j] + column)),
-                                  _mm_loadu_ps(from[j + 4] + column), 1);
-    }
-    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(v[0], v[1]));
-    const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(v[0], v[1]));
-    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(v[2], v[3]));
-    const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(v[2], v[3]));
-    _mm256_storeu_ps(to[column], _mm256_castpd_ps(_mm256_unpacklo_pd(a, c)));
-    _mm256_storeu_ps(to[column + 1], _mm256_castpd_ps(_mm256_unpackhi_pd(a, c)));
-    _mm256_storeu_ps(to[column + 2], _mm256_castpd_ps(_mm256_unpacklo_pd(b, d)));
-    _mm256_storeu_ps(to[column + 3], _mm256_castpd_ps(_mm256_unpackhi_pd(b, d)));
-  }
-}
-#endif
 
 }  // namespace LIPFAST_NS
 }  // namespace lipfast

@@ -345,14 +345,8 @@ class Forward {
   static constexpr int kSize = P::kSize, kFrequencies = kSize * kSize;
 
  public:
-  Forward(const LaneMap& x, const LaneMap* residual, const LaneMap& y, ActivationSpec end, int threads)
-      : x_(x),
-        y_(y),
-        residual_(residual),
-        grid_(x, kTile),
-        end_(end),
-        threads_(threads),
-        blocks_(CeilDiv(grid_.count, kTiles)) {
+  Forward(const LaneMap& x, const LaneMap& y, const ConvEnd& end, int threads)
+      : x_(x), y_(y), grid_(x, kTile), end_(end), threads_(threads), blocks_(CeilDiv(grid_.count, kTiles)) {
     v_step_ = x.channels * kTiles * kLanes + kSkew;
     m_step_ = AtMost(y.channels, kOutChannels) * kTiles * kLanes + kSkew;
     // Few tiles: threads share the transformed input and divide the output channels.
@@ -449,12 +443,12 @@ class Forward {
     TilePosition at[kTiles];
     for (int64_t t = 0; t < tiles; ++t) at[t] = TileAt(y_, grid_, kTile, block * kTiles + t);
     for (int64_t c = 0; c < count; ++c) {
-      const V offset = Set(bias ? bias[first + c] : 0.0f);
-      for (int64_t t = 0; t < tiles; ++t) StoreTile(m + (c * kTiles + t) * kLanes, offset, at[t], first + c);
+      const V scale = Set(end_.scale ? end_.scale[first + c] : 1.0f), offset = Set(bias ? bias[first + c] : 0.0f);
+      for (int64_t t = 0; t < tiles; ++t) StoreTile(m + (c * kTiles + t) * kLanes, scale, offset, at[t], first + c);
     }
   }
 
-  void StoreTile(const float* m, V offset, const TilePosition& at, int64_t channel) const {
+  void StoreTile(const float* m, V scale, V offset, const TilePosition& at, int64_t channel) const {
     V half[kTile][kSize];
     LIPFAST_UNROLL
     for (int s = 0; s < kSize; ++s) {
@@ -466,7 +460,7 @@ class Forward {
       for (int r = 0; r < kTile; ++r) half[r][s] = line[r];
     }
     float* to = y_.At(at.image, channel, at.row, at.col);
-    const float* add = residual_ ? residual_->At(at.image, channel, at.row, at.col) : nullptr;
+    const float* add = end_.residual ? end_.residual->At(at.image, channel, at.row, at.col) : nullptr;
     const bool whole = at.live_rows == kTile && at.live_cols == kTile;
     LIPFAST_UNROLL
     for (int r = 0; r < kTile; ++r) {
@@ -475,17 +469,16 @@ class Forward {
       LIPFAST_UNROLL
       for (int s = 0; s < kTile; ++s) {
         if (!whole && (r >= at.live_rows || s >= at.live_cols)) continue;
-        V sum = Add(line[s], offset);
-        if (add) sum = Add(sum, Load(add + r * residual_->row_stride + s * kLanes));
-        Store(to + r * y_.row_stride + s * kLanes, SimpleAct(sum, end_));
+        V sum = Fma(scale, line[s], offset);
+        if (add) sum = Add(sum, Load(add + r * end_.residual->row_stride + s * kLanes));
+        Store(to + r * y_.row_stride + s * kLanes, SimpleAct(sum, end_.act));
       }
     }
   }
 
   LaneMap x_, y_;
-  const LaneMap* residual_;
   TileGrid grid_;
-  ActivationSpec end_;
+  ConvEnd end_;
   int threads_;
   int64_t blocks_, v_step_, m_step_;
   bool shared_;
@@ -651,18 +644,17 @@ void TransformWeightsAny(const float* w, int64_t out, int64_t in, bool transpose
   }
 }
 
-void ForwardAny(const LaneMap& x, const float* u, const float* bias, const LaneMap* residual, const LaneMap& y,
-                ActivationSpec end, int tile, float* scratch, int threads) {
+void ForwardAny(const LaneMap& x, const float* u, const float* bias, const LaneMap& y, const ConvEnd& end, int tile,
+                float* scratch, int threads) {
   if (tile == 4) {
-    Forward<4>(x, residual, y, end, threads).Run(u, bias, scratch);
+    Forward<4>(x, y, end, threads).Run(u, bias, scratch);
   } else {
-    Forward<2>(x, residual, y, end, threads).Run(u, bias, scratch);
+    Forward<2>(x, y, end, threads).Run(u, bias, scratch);
   }
 }
 
 int64_t ForwardScratch(const LaneMap& x, const LaneMap& y, int tile, int threads) {
-  return tile == 4 ? Forward<4>(x, nullptr, y, {}, threads).ScratchFloats()
-                   : Forward<2>(x, nullptr, y, {}, threads).ScratchFloats();
+  return tile == 4 ? Forward<4>(x, y, {}, threads).ScratchFloats() : Forward<2>(x, y, {}, threads).ScratchFloats();
 }
 
 void WeightGradientAny(const LaneMap& x, const LaneMap& dy, float* dw, int tile, float* scratch, int threads) {

@@ -20,8 +20,8 @@
 
 #include <cstdint>
 
+#include "cpu/finish.h"
 #include "cpu/lanes.h"
-#include "cpu/pointwise.h"
 
 namespace lipfast {
 
@@ -42,12 +42,12 @@ struct WinogradKernels {
   // [(tile + 2)^2][in][out].
   void (*transform_weights)(const float* w, int64_t out, int64_t in, bool transposed, int tile, float* u, int threads);
 
-  // y = end(conv(x) + bias + residual); x and y have the same blocks and x a halo >= 1, filled. residual may be null.
+  // y = act(scale * conv(x) + bias + residual), see ConvEnd; x and y have the same blocks and x a halo >= 1, filled.
   // Writes pixels of y, nothing else. u is from transform_weights for
   // y.channels x x.channels; bias [y.channels] may be null. The input gradient is
   // the same call with transposed weights, x = dy (zero halo and dead pixels), y = dx.
-  void (*forward)(const LaneMap& x, const float* u, const float* bias, const LaneMap* residual, const LaneMap& y,
-                  ActivationSpec end, int tile, float* scratch, int threads);
+  void (*forward)(const LaneMap& x, const float* u, const float* bias, const LaneMap& y, const ConvEnd& end, int tile,
+                  float* scratch, int threads);
   int64_t (*forward_scratch)(const LaneMap& x, const LaneMap& y, int tile, int threads);
 
   // dw [dy.channels][x.channels][3][3] of the layer y = conv(x). x as in forward;

@@ -4,7 +4,6 @@ The masks have the layer densities of a real magnitude pruning (below) at random
 """
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import cast
@@ -50,29 +49,35 @@ TOY: dict[str, object] = {"in_channels": 4, "down": [8, 8], "skip": 2}  # a smal
 
 def cases(size: Size) -> list[Case]:
     """One case for each picture size and sparsity."""
+    # bf16 in cases of its own: a CPU without its instructions takes ten times as long as for all others together.
+    forms: tuple[tuple[str, int, Forms], ...] = (
+        ("", max(SIDES), _eager_forms),
+        (", bf16", LARGEST_BF16, _autocast_form),
+    )
     if size == "toy":
-        return [_case(TOY, 32, 0.0), _case(TOY, 32, 0.89), _bf16_case(TOY, 32, 0.89), _compiled_case(TOY, 32, "eager")]
-    sparsities = (0.0, *LAYER_DENSITIES)
-    eager = [_case({}, side, sparsity) for side in SIDES for sparsity in sparsities]
-    bf16 = [_bf16_case({}, side, sparsity) for side in SIDES if side <= LARGEST_BF16 for sparsity in sparsities]
-    return eager + bf16 + [_compiled_case({}, side, "inductor") for side in SIDES]
+        return [
+            _case(TOY, 32, 0.0, "", _eager_forms),
+            *(_case(TOY, 32, 0.89, against, baselines) for against, _, baselines in forms),
+            _compiled_case(TOY, 32, "eager"),
+        ]
+    steps = [
+        _case({}, side, sparsity, against, baselines)
+        for against, largest, baselines in forms
+        for side in SIDES
+        if side <= largest
+        for sparsity in (0.0, *LAYER_DENSITIES)
+    ]
+    return steps + [_compiled_case({}, side, "inductor") for side in SIDES]
 
 
-def _case(config: dict[str, object], side: int, sparsity: float) -> Case:
+def _case(config: dict[str, object], side: int, sparsity: float, against: str, baselines: Forms) -> Case:
     return Case(
         op="training_step",
-        name=f"{side} px, {sparsity:.0%} zeros",
+        name=f"{side} px, {sparsity:.0%} zeros{against}",
         shape=f"skip net, {side} x {side} px",
         density=1 - sparsity,
-        setup=functools.partial(_setup, config, side, sparsity, _eager_forms),
+        setup=functools.partial(_setup, config, side, sparsity, baselines),
     )
-
-
-def _bf16_case(config: dict[str, object], side: int, sparsity: float) -> Case:
-    """On its own: on a CPU without bf16 instructions it takes ten times as long as all others together."""
-    case = _case(config, side, sparsity)
-    setup = functools.partial(_setup, config, side, sparsity, _autocast_form)
-    return dataclasses.replace(case, name=f"{case.name}, bf16", setup=setup)
 
 
 def _compiled_case(config: dict[str, object], side: int, compiler: str) -> Case:

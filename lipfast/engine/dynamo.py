@@ -27,8 +27,6 @@ from lipfast.engine.lower import Lowered, Segment, lower
 from lipfast.errors import ConfigError, InputError
 
 _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-
-
 _CHANGES = ("contents", "versions")
 
 

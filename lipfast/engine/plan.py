@@ -291,9 +291,10 @@ class _Planner:
             self.emit("from_plain", _FORWARD, number, self.home[value])
             self.wrote(self.home[value])
         finished = self._finished_convs()
+        waiting = set(finished.values())  # until all that their finish reads is there
         for position, node in enumerate(self.graph.nodes):
-            if position in finished.values():
-                continue  # waits until all that its finish reads is there
+            if position in waiting:
+                continue
             if position in finished:
                 self._conv_finish(finished[position], node)
                 continue
