@@ -33,6 +33,13 @@ int64_t FloorDiv(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) /
 int64_t CeilDiv(int64_t a, int64_t b) { return FloorDiv(a + b - 1, b); }
 int64_t RoundUp(int64_t floats) { return CeilDiv(floats, kVector) * kVector; }  // keeps what follows aligned
 
+// body(first, last) for ranges that make up [0, count).
+template <class Body>
+void ForRanges(int threads, int64_t count, const Body& body) {
+  constexpr int64_t kRange = 1 << 14;
+  ParallelFor(threads, CeilDiv(count, kRange), [&](int64_t i) { body(i * kRange, std::min((i + 1) * kRange, count)); });
+}
+
 constexpr int64_t kFarthest = INT16_MAX;  // pixels: of a Source
 
 // Where a weight reads, in pixels of the map that is read.
@@ -80,14 +87,16 @@ class Pass {
       }
     }
     sources_.shrink_to_fit();
+    // Where all kept weights come in their own order, as they do forward, no list is needed.
+    in_order_ = true;
+    for (size_t i = 0; i < index_.size(); ++i) in_order_ = in_order_ && index_[i] == static_cast<int32_t>(i);
+    if (in_order_) index_.clear();
     index_.shrink_to_fit();
   }
 
-  // Packed value of tap t of output o where dense; -1 is zero.
-  int32_t DenseIndex(int64_t o, int64_t t) const {
-    const int64_t at = o * taps() + t;
-    return in_order_ ? static_cast<int32_t>(at) : index_[at];
-  }
+  // Packed value of the i-th tap or, where dense, of tap i % taps() of output i / taps(); -1 is zero.
+  int32_t Index(int64_t i) const { return in_order_ ? static_cast<int32_t>(i) : index_[i]; }
+  bool in_order() const { return in_order_; }  // the packed values are those of the taps, output by output
   int64_t outputs() const { return outputs_; }
   int64_t taps() const { return static_cast<int64_t>(sources_.size()); }
   bool empty() const { return rows <= 0 || cols <= 0; }
@@ -130,10 +139,6 @@ class Pass {
         index_[o * sources_.size() + at] = tap.index;
       }
     }
-    // A layer that keeps all its weights has them in the order of its taps: no list needed.
-    in_order_ = true;
-    for (size_t i = 0; i < index_.size(); ++i) in_order_ = in_order_ && index_[i] == static_cast<int32_t>(i);
-    if (in_order_) index_.clear();
   }
 
   // Rows and columns, relative to a position, between which the taps read.
@@ -239,7 +244,7 @@ class Pass {
         int32_t& t = next[o];
         for (; t < ends_[o] && sources_[t].channel < block * per_block; ++t) {
           offsets.push_back(bound->offsets[t]);
-          bound->order.push_back(index_[t]);
+          bound->order.push_back(Index(t));
         }
         bound->starts.push_back(static_cast<int32_t>(offsets.size()));
       }
@@ -251,7 +256,7 @@ class Pass {
   int64_t outputs_ = 0;
   std::vector<Source> sources_;
   std::vector<int32_t> index_, ends_;  // packed value of each tap, or of each (output, tap) where dense
-  bool in_order_ = false;              // dense, and index_ would count from 0
+  bool in_order_ = false;              // index_ is empty and would count from 0
   mutable std::mutex mutex_;
   mutable std::map<std::pair<int64_t, int64_t>, std::shared_ptr<const BoundTaps>> bound_;
 };
@@ -268,29 +273,46 @@ const char* Name(ConvKernel kernel) {
 // Dense weights as the kernels want them: [group of outputs][tap][output of the group],
 // times the output's scale (null: 1).
 void PackDense(const Pass& pass, const float* values, const float* scale, float* packed, int threads) {
-  const int64_t group = Kernels<TapKernels>().dense_group, taps = pass.taps(), outputs = pass.outputs();
-  ParallelFor(threads, CeilDiv(outputs, group), [&](int64_t g) {
-    float* to = packed + g * taps * group;
-    for (int64_t k = 0; k < group; ++k) {
-      const int64_t o = g * group + k;
-      const float factor = scale && o < outputs ? scale[o] : 1.0f;
+  const int64_t taps = pass.taps(), outputs = pass.outputs();
+  ParallelFor(threads, CeilDiv(outputs, kDenseGroup), [&](int64_t g) {
+    const int64_t first = g * kDenseGroup;
+    float* to = packed + first * taps;
+    float factors[kDenseGroup] = {};
+    for (int64_t k = 0; k < kDenseGroup && first + k < outputs; ++k) factors[k] = scale ? scale[first + k] : 1.0f;
+    if (pass.in_order() && first + kDenseGroup <= outputs) {
+      const float* rows = values + first * taps;
       for (int64_t t = 0; t < taps; ++t) {
-        const int32_t i = o < outputs ? pass.DenseIndex(o, t) : -1;
-        to[t * group + k] = i < 0 ? 0.0f : values[i] * factor;
+        for (int64_t k = 0; k < kDenseGroup; ++k) to[t * kDenseGroup + k] = rows[k * taps + t] * factors[k];
+      }
+      return;
+    }
+    for (int64_t k = 0; k < kDenseGroup; ++k) {
+      for (int64_t t = 0; t < taps; ++t) {
+        const int32_t i = first + k < outputs ? pass.Index((first + k) * taps + t) : -1;
+        to[t * kDenseGroup + k] = i < 0 ? 0.0f : values[i] * factors[k];
       }
     }
   });
 }
 
 // Values in the order of the taps, times the output's scale (null: 1).
-void PackSparse(const TapList& taps, const float* values, const float* scale, float* packed, int threads) {
+void PackSparse(const Pass& pass, const TapList& taps, const float* values, const float* scale, float* packed,
+                int threads) {
   constexpr int64_t kPerTask = 64;  // rows: an output's taps of a block
   const int64_t rows = taps.outputs * taps.blocks;
   ParallelFor(threads, CeilDiv(rows, kPerTask), [&](int64_t i) {
     const int64_t last = std::min((i + 1) * kPerTask, rows);
     for (int64_t row = i * kPerTask; row < last; ++row) {
       const float factor = scale ? scale[row % taps.outputs] : 1.0f;
-      for (int32_t t = taps.starts[row]; t < taps.starts[row + 1]; ++t) packed[t] = values[taps.order[t]] * factor;
+      const int32_t first = taps.starts[row], count = taps.starts[row + 1] - first;
+      float* to = packed + first;
+      const int32_t* order = taps.order + first;
+      if (pass.in_order() && count > 0) {  // an output's taps of a block are neighbours
+        const float* from = values + *order;
+        for (int32_t t = 0; t < count; ++t) to[t] = from[t] * factor;
+      } else {
+        for (int32_t t = 0; t < count; ++t) to[t] = values[order[t]] * factor;
+      }
     }
   });
 }
@@ -308,7 +330,7 @@ void Accumulate(const Pass& pass, const float* values, const float* bias, const 
     kernels.dense_accumulate(regions.data(), count, taps->dense, scratch, bias, end.act, threads);
     return;
   }
-  PackSparse(taps->sparse, values, end.scale, scratch, threads);
+  PackSparse(pass, taps->sparse, values, end.scale, scratch, threads);
   kernels.sparse_accumulate(regions.data(), count, taps->sparse, scratch, bias, end.act, threads);
 }
 
@@ -332,7 +354,7 @@ struct Conv::Impl {
   bool dense() const { return kept == DenseWeightFloats(); }
   int32_t FlatIndex(int64_t packed) const { return weights.empty() ? static_cast<int32_t>(packed) : weights[packed]; }
   Weight WeightAt(int64_t packed) const;
-  void Scatter(const float* values, float* dense) const;
+  void Scatter(const float* values, float* dense, int threads) const;
   void WinogradAccumulate(bool transposed, const float* values, const float* bias, const LaneMap& in,
                           const LaneMap& out, const ConvEnd& end, float* scratch, int threads) const;
   LaneMap Sketch(bool input) const;
@@ -473,12 +495,14 @@ LaneMap Conv::Impl::Sketch(bool input) const {
 }
 
 int64_t Conv::Impl::ScratchFloats(int threads) const {
-  const int64_t group = Kernels<TapKernels>().dense_group;
-  const int64_t dense = CeilDiv(shape.out_channels, group) * group * CeilDiv(shape.in_channels, group) * group *
-                        shape.kernel_h * shape.kernel_w;
+  const auto whole_groups = [](int64_t channels) { return CeilDiv(channels, kDenseGroup) * kDenseGroup; };
+  const int64_t dense =
+      whole_groups(shape.out_channels) * whole_groups(shape.in_channels) * shape.kernel_h * shape.kernel_w;
   int64_t most = std::max(dense, kept);
-  if (weight_gradient == ConvKernel::kSparse) most = std::max(most, 16 * kept);  // see sparse_dot_chunks
-  if (weight_gradient == ConvKernel::kDense) most = std::max(most, 8 * dense);   // see dense_dot_chunks
+  if (weight_gradient == ConvKernel::kSparse) {
+    most = std::max(most, 16 * SparseDotFloats(kept, shape.out_channels));  // see sparse_dot_chunks
+  }
+  if (weight_gradient == ConvKernel::kDense) most = std::max(most, 8 * dense);  // see dense_dot_chunks
   const WinogradKernels& winograd = Kernels<WinogradKernels>();
   const LaneMap x = Sketch(true), y = Sketch(false);
   const int64_t weight_floats = RoundUp(DenseWeightFloats());
@@ -496,9 +520,11 @@ int64_t Conv::Impl::ScratchFloats(int threads) const {
 }
 
 // Packed values to w[out][in][3][3].
-void Conv::Impl::Scatter(const float* values, float* dense) const {
-  std::fill(dense, dense + DenseWeightFloats(), 0.0f);
-  for (int64_t i = 0; i < kept; ++i) dense[FlatIndex(i)] = values[i];
+void Conv::Impl::Scatter(const float* values, float* dense, int threads) const {
+  ForRanges(threads, DenseWeightFloats(), [&](int64_t i, int64_t last) { std::fill(dense + i, dense + last, 0.0f); });
+  ForRanges(threads, kept, [&](int64_t i, int64_t last) {
+    for (; i < last; ++i) dense[FlatIndex(i)] = values[i];
+  });
 }
 
 void Conv::Impl::WinogradAccumulate(bool transposed, const float* values, const float* bias, const LaneMap& in,
@@ -508,7 +534,7 @@ void Conv::Impl::WinogradAccumulate(bool transposed, const float* values, const 
   float* rest = transformed + RoundUp(WinogradWeightFloats(shape.out_channels, shape.in_channels, tile));
   const float* weight = values;  // packed order of a dense layer is w[out][in][3][3] itself
   if (!dense()) {
-    Scatter(values, scratch);
+    Scatter(values, scratch, threads);
     weight = scratch;
   }
   winograd.transform_weights(weight, shape.out_channels, shape.in_channels, transposed, tile, transformed, threads);
@@ -579,25 +605,29 @@ void Conv::WeightGradient(const LaneMap& x, const LaneMap& dy, float* dvalues, f
   const Pass& pass = m.shares_taps ? m.forward_pass : m.weight_pass;
   const std::vector<Region> regions = pass.Regions(x, dy);
   const int64_t count = static_cast<int64_t>(regions.size());
+  if (m.weight_gradient == ConvKernel::kSparse) {
+    const auto taps = pass.Bind(x);
+    kernels.sparse_dot(regions.data(), count, taps->sparse, scratch, dvalues, dbias, threads);
+    return;
+  }
   if (dbias) kernels.channel_sums(regions.data(), count, m.shape.out_channels, dbias, threads);
   if (m.weight_gradient == ConvKernel::kWinograd) {
     float* rest = m.dense() ? scratch : scratch + RoundUp(m.DenseWeightFloats());
     Kernels<WinogradKernels>().weight_gradient(x, dy, m.dense() ? dvalues : scratch, m.tile, rest, threads);
-    for (int64_t i = 0; i < m.kept && !m.dense(); ++i) dvalues[i] = scratch[m.FlatIndex(i)];
+    if (m.dense()) return;
+    ForRanges(threads, m.kept, [&](int64_t i, int64_t last) {
+      for (; i < last; ++i) dvalues[i] = scratch[m.FlatIndex(i)];
+    });
     return;
   }
   const auto taps = pass.Bind(x);
-  if (!pass.dense) {
-    kernels.sparse_dot(regions.data(), count, taps->sparse, scratch, dvalues, threads);
-    return;
-  }
   kernels.dense_dot(regions.data(), count, taps->dense, scratch, threads);
-  for (int64_t o = 0; o < pass.outputs(); ++o) {
-    for (int64_t t = 0; t < pass.taps(); ++t) {
-      const int32_t to = pass.DenseIndex(o, t);  // -1 where pruned
-      if (to >= 0) dvalues[to] = scratch[o * pass.taps() + t];
+  ForRanges(threads, pass.outputs() * pass.taps(), [&](int64_t i, int64_t last) {
+    for (; i < last; ++i) {
+      const int32_t to = pass.Index(i);  // -1 where pruned
+      if (to >= 0) dvalues[to] = scratch[i];
     }
-  }
+  });
 }
 
 }  // namespace lipfast

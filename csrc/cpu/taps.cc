@@ -44,6 +44,7 @@ struct SparseTask {
   const float* bias;
   ActivationSpec end;
   float* partial;
+  float* sums;  // of the gradients of each output, a vector; null: not wanted
   Tile tile;
   int64_t first, last;  // output channels
   // The tile that the thread takes next; null: there is none.
@@ -246,6 +247,12 @@ void DotTile(const SparseTask& task) {
         for (int i = 0; i < kVectors; ++i) {
           if (blocks > 1) Store(copy + i * kLanes, d[i / kCols][i % kCols]);
         }
+        if (task.sums) {
+          V total = Load(task.sums + o * kLanes);
+          LIPFAST_UNROLL
+          for (int i = 0; i < kVectors; ++i) total = Add(total, d[i / kCols][i % kCols]);
+          Store(task.sums + o * kLanes, total);
+        }
       } else {
         LIPFAST_UNROLL
         for (int i = 0; i < kVectors; ++i) d[i / kCols][i % kCols] = Load(copy + i * kLanes);
@@ -396,29 +403,32 @@ int64_t DotChunks(const Region* regions, int64_t count, const TapList& taps) {
 }
 
 void SparseDot(const Region* regions, int64_t count, const TapList& taps, float* partial, float* d_values,
-               int threads) {
+               float* d_bias, int threads) {
   const int64_t tiles = TileCount(regions, count, taps.tile_rows), chunks = DotChunks(regions, count, taps);
   const int64_t parts = OutputParts(chunks, taps.outputs), total = taps.starts[taps.outputs * taps.blocks];
-  std::memset(partial, 0, sizeof(float) * chunks * total);
+  const int64_t size = SparseDotFloats(total, taps.outputs), sums = size - kLanes * taps.outputs;
+  std::memset(partial, 0, sizeof(float) * chunks * size);
   ParallelFor(threads, chunks * parts, [&](int64_t i) {
     const int64_t chunk = i / parts, part = i % parts;
     const int64_t stop = tiles * (chunk + 1) / chunks;
     for (int64_t tile = tiles * chunk / chunks; tile < stop; ++tile) {
       SparseTask task = TaskAt(regions, taps, tile, stop, part, parts);
-      task.partial = partial + chunk * total;
+      task.partial = partial + chunk * size;
+      if (d_bias) task.sums = task.partial + sums;
       ForTile<Dot>(task.tile, *task.region)(task);
     }
   });
-  AddChunks(partial, chunks, total, threads);
+  AddChunks(partial, chunks, size, threads);
   ParallelFor(threads, Parts(total, kPerTask), [&](int64_t i) {
     const int64_t last = Least((i + 1) * kPerTask, total);
     for (int64_t t = i * kPerTask; t < last; ++t) d_values[taps.order[t]] = partial[t];
   });
+  for (int64_t o = 0; d_bias && o < taps.outputs; ++o) d_bias[o] = Sum(Load(partial + sums + o * kLanes));
 }
 
 // --- dense ---------------------------------------------------------------------
 
-constexpr int kGroup = 4;                             // output channels that share a load of the input
+constexpr int kGroup = kDenseGroup;                   // output channels that share a load of the input
 constexpr int kDenseCols = kRegisters >= 32 ? 6 : 1;  // kGroup * kDenseCols sums in registers
 constexpr int64_t kDenseBlock = 72;                   // taps between two visits of a sum to memory
 constexpr int kDotGroup = 4;                          // output channels that share a load in the weight gradient
@@ -657,8 +667,8 @@ void ChannelSums(const Region* regions, int64_t count, int64_t channels, float* 
 }  // namespace
 
 extern const TapKernels tap_kernels;
-const TapKernels tap_kernels = {SparseAccumulate, SparseDot, DotChunks, DenseAccumulate, DenseDot,   DenseDotChunks,
-                                ChannelSums,      kGroup,    kTileRows, kTileCols,       kFirstLevel};
+const TapKernels tap_kernels = {SparseAccumulate, SparseDot,   DotChunks, DenseAccumulate, DenseDot,
+                                DenseDotChunks,   ChannelSums, kTileRows, kTileCols,       kFirstLevel};
 
 }  // namespace LIPFAST_NS
 }  // namespace lipfast

@@ -52,18 +52,23 @@ struct DenseTaps {
   const int32_t* offsets;  // [taps]
 };
 
+// Floats that one chunk of sparse_dot sums up: a gradient of each tap, and a vector of each output.
+inline int64_t SparseDotFloats(int64_t taps, int64_t outputs) { return (taps + 15) / 16 * 16 + 16 * outputs; }
+
+constexpr int64_t kDenseGroup = 4;  // output channels that dense weights are interleaved by
+
 struct TapKernels {
   // out = end(bias + taps + residual) (bias null: zero); `end` is kNone, kRelu or kLeaky. Regions
   // are disjoint in their outputs.
   // `values` in the list's order; one float beyond the last is read and not used.
   void (*sparse_accumulate)(const Region* regions, int64_t count, const TapList& taps, const float* values,
                             const float* bias, ActivationSpec end, int threads);
-  // d_values[order[t]] = sum over all regions' positions. `partial` holds
-  // sparse_dot_chunks(...) * (number of taps) floats.
+  // d_values[order[t]] = sum over all regions' positions; d_bias[o] the sum of out[o] alone (null:
+  // not wanted). `partial`, 64-byte aligned, holds sparse_dot_chunks(...) * SparseDotFloats(...) floats.
   void (*sparse_dot)(const Region* regions, int64_t count, const TapList& taps, float* partial, float* d_values,
-                     int threads);
+                     float* d_bias, int threads);
   int64_t (*sparse_dot_chunks)(const Region* regions, int64_t count, const TapList& taps);
-  // The same for dense taps; weights are [ceil(outputs / group)][taps][group].
+  // The same for dense taps; weights are [ceil(outputs / kDenseGroup)][taps][kDenseGroup].
   void (*dense_accumulate)(const Region* regions, int64_t count, const DenseTaps& taps, const float* weights,
                            const float* bias, ActivationSpec end, int threads);
   // The gradients [outputs][taps] end up first in `partial`, which holds
@@ -72,7 +77,6 @@ struct TapKernels {
   int64_t (*dense_dot_chunks)(const Region* regions, int64_t count);
   // Sum over a region's positions of each output channel.
   void (*channel_sums)(const Region* regions, int64_t count, int64_t channels, float* sums, int threads);
-  int64_t dense_group;           // output channels that dense weights are interleaved by
   int64_t tile_rows, tile_cols;  // output vectors that the sparse kernels hold in registers, at most
   int64_t first_level;           // bytes of the first cache level of the machines that run this target
 };
