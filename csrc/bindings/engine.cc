@@ -36,6 +36,8 @@ ActivationSpec AsActivation(int kind, float slope) {
 // read or write outside its maps.
 class CheckedProgram {
  public:
+  explicit CheckedProgram(bool keeps_weights) : program_(keeps_weights) {}
+
   void Allocate(int64_t map_floats, int64_t value_count, int64_t statistic_count) {
     constexpr int64_t kMost = int64_t{1} << 40;
     for (int64_t count : {map_floats, value_count, statistic_count}) {
@@ -270,7 +272,7 @@ class CheckedProgram {
     }
     py::gil_scoped_release release;
     std::lock_guard<std::mutex> lock(running_);
-    Program::Load(sources, threads);
+    program_.Load(sources, threads);
   }
 
   void Run(int where, const std::vector<py::array>& tensors, int threads) {
@@ -464,7 +466,7 @@ void BindEngine(py::module_& m) {
            py::arg("first"), py::arg("second"), py::arg("weight"));
   using P = CheckedProgram;
   py::class_<P>(m, "Program", "A network as two lists of steps over planned memory; see csrc/engine/program.h.")
-      .def(py::init<>())
+      .def(py::init<bool>(), py::arg("keeps_weights"))
       .def("allocate", &P::Allocate, py::arg("map_floats"), py::arg("value_count"), py::arg("statistic_count"))
       .def("values",
            [](py::object self) {

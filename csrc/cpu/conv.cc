@@ -317,21 +317,32 @@ void PackSparse(const Pass& pass, const TapList& taps, const float* values, cons
   });
 }
 
-// out = end(pass over in, bias)
-void Accumulate(const Pass& pass, const float* values, const float* bias, const LaneMap& in, const LaneMap& out,
-                const ConvEnd& end, float* scratch, int threads) {
+// Floats that the weights of a pass take in the kernels' form.
+int64_t PackedFloats(const Pass& pass) {
+  return pass.dense ? CeilDiv(pass.outputs(), kDenseGroup) * kDenseGroup * pass.taps() : pass.taps() + 1;
+}
+
+void Pack(const Pass& pass, const float* values, const float* scale, const LaneMap& in, float* packed, int threads) {
+  if (pass.dense) {
+    PackDense(pass, values, scale, packed, threads);
+  } else {
+    PackSparse(pass, pass.Bind(in)->sparse, values, scale, packed, threads);
+  }
+}
+
+// out = end(pass over in, bias); the scale is in the packed weights already.
+void Accumulate(const Pass& pass, const float* packed, const float* bias, const LaneMap& in, const LaneMap& out,
+                const ConvEnd& end, int threads) {
   const std::vector<Region> regions = pass.Regions(in, out, end.residual);
   if (regions.empty()) return;
   const auto taps = pass.Bind(in);
   const TapKernels& kernels = Kernels<TapKernels>();
   const int64_t count = static_cast<int64_t>(regions.size());
   if (pass.dense) {
-    PackDense(pass, values, end.scale, scratch, threads);
-    kernels.dense_accumulate(regions.data(), count, taps->dense, scratch, bias, end.act, threads);
-    return;
+    kernels.dense_accumulate(regions.data(), count, taps->dense, packed, bias, end.act, threads);
+  } else {
+    kernels.sparse_accumulate(regions.data(), count, taps->sparse, packed, bias, end.act, threads);
   }
-  PackSparse(pass, taps->sparse, values, end.scale, scratch, threads);
-  kernels.sparse_accumulate(regions.data(), count, taps->sparse, scratch, bias, end.act, threads);
 }
 
 }  // namespace
@@ -355,8 +366,12 @@ struct Conv::Impl {
   int32_t FlatIndex(int64_t packed) const { return weights.empty() ? static_cast<int32_t>(packed) : weights[packed]; }
   Weight WeightAt(int64_t packed) const;
   void Scatter(const float* values, float* dense, int threads) const;
-  void WinogradAccumulate(bool transposed, const float* values, const float* bias, const LaneMap& in,
-                          const LaneMap& out, const ConvEnd& end, float* scratch, int threads) const;
+  int64_t TransformedFloats() const {
+    return RoundUp(WinogradWeightFloats(shape.out_channels, shape.in_channels, tile));
+  }
+  void Transform(bool transposed, const float* values, float* transformed, float* scratch, int threads) const;
+  void AccumulateGradient(const Pass& pass, const float* values, const LaneMap& dy, const LaneMap& dx, float* scratch,
+                          int threads) const;
   LaneMap Sketch(bool input) const;
   void CheckSizes();
   void ListWeights(const uint8_t* mask);
@@ -506,12 +521,13 @@ int64_t Conv::Impl::ScratchFloats(int threads) const {
   const WinogradKernels& winograd = Kernels<WinogradKernels>();
   const LaneMap x = Sketch(true), y = Sketch(false);
   const int64_t weight_floats = RoundUp(DenseWeightFloats());
-  const int64_t transformed = RoundUp(WinogradWeightFloats(shape.out_channels, shape.in_channels, tile));
   if (forward == ConvKernel::kWinograd) {
-    most = std::max(most, weight_floats + transformed + winograd.forward_scratch(x, y, tile, threads));
+    const int64_t rest = std::max(weight_floats, winograd.forward_scratch(x, y, tile, threads));
+    most = std::max(most, TransformedFloats() + rest);
   }
   if (input_gradient == ConvKernel::kWinograd) {
-    most = std::max(most, weight_floats + transformed + winograd.forward_scratch(y, x, tile, threads));
+    const int64_t rest = std::max(weight_floats, winograd.forward_scratch(y, x, tile, threads));
+    most = std::max(most, TransformedFloats() + rest);
   }
   if (weight_gradient == ConvKernel::kWinograd) {
     most = std::max(most, weight_floats + winograd.weight_gradient_scratch(x, y, tile, threads));
@@ -527,18 +543,22 @@ void Conv::Impl::Scatter(const float* values, float* dense, int threads) const {
   });
 }
 
-void Conv::Impl::WinogradAccumulate(bool transposed, const float* values, const float* bias, const LaneMap& in,
-                                    const LaneMap& out, const ConvEnd& end, float* scratch, int threads) const {
-  const WinogradKernels& winograd = Kernels<WinogradKernels>();
-  float* transformed = scratch + RoundUp(DenseWeightFloats());
-  float* rest = transformed + RoundUp(WinogradWeightFloats(shape.out_channels, shape.in_channels, tile));
-  const float* weight = values;  // packed order of a dense layer is w[out][in][3][3] itself
+// All frequencies of all filters.
+void Conv::Impl::Transform(bool transposed, const float* values, float* transformed, float* scratch,
+                           int threads) const {
   if (!dense()) {
     Scatter(values, scratch, threads);
-    weight = scratch;
+    values = scratch;
   }
-  winograd.transform_weights(weight, shape.out_channels, shape.in_channels, transposed, tile, transformed, threads);
-  winograd.forward(in, transformed, bias, out, end, tile, rest, threads);
+  // The packed order of a dense layer is w[out][in][3][3] itself.
+  Kernels<WinogradKernels>().transform_weights(values, shape.out_channels, shape.in_channels, transposed, tile,
+                                               transformed, threads);
+}
+
+void Conv::Impl::AccumulateGradient(const Pass& pass, const float* values, const LaneMap& dy, const LaneMap& dx,
+                                    float* scratch, int threads) const {
+  Pack(pass, values, nullptr, dy, scratch, threads);
+  Accumulate(pass, scratch, nullptr, dy, dx, {}, threads);
 }
 
 Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* mask, ConvKernel asked, bool exact)
@@ -577,24 +597,45 @@ const char* Conv::forward_kernel() const { return Name(impl_->forward); }
 const char* Conv::input_gradient_kernel() const { return Name(impl_->input_gradient); }
 const char* Conv::weight_gradient_kernel() const { return Name(impl_->weight_gradient); }
 
+int64_t Conv::prepared_floats() const {
+  return impl_->forward == ConvKernel::kWinograd ? impl_->TransformedFloats() : PackedFloats(impl_->forward_pass);
+}
+
+void Conv::Prepare(const float* values, const LaneMap& x, float* prepared, float* scratch, int threads,
+                   const ConvEnd& end) const {
+  if (impl_->forward == ConvKernel::kWinograd) {
+    impl_->Transform(false, values, prepared, scratch, threads);
+  } else {
+    Pack(impl_->forward_pass, values, end.scale, x, prepared, threads);
+  }
+}
+
+void Conv::ForwardPrepared(const float* prepared, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch,
+                           int threads, const ConvEnd& end) const {
+  if (impl_->forward == ConvKernel::kWinograd) {
+    Kernels<WinogradKernels>().forward(x, prepared, bias, y, end, impl_->tile, scratch, threads);
+  } else {
+    Accumulate(impl_->forward_pass, prepared, bias, x, y, end, threads);
+  }
+}
+
 void Conv::Forward(const float* values, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch,
                    int threads, const ConvEnd& end) const {
-  if (impl_->forward == ConvKernel::kWinograd) {
-    impl_->WinogradAccumulate(false, values, bias, x, y, end, scratch, threads);
-  } else {
-    Accumulate(impl_->forward_pass, values, bias, x, y, end, scratch, threads);
-  }
+  float* rest = scratch + RoundUp(prepared_floats());
+  Prepare(values, x, scratch, rest, threads, end);
+  ForwardPrepared(scratch, bias, x, y, rest, threads, end);
 }
 
 void Conv::InputGradient(const float* values, const LaneMap& dy, const LaneMap& dx, float* scratch, int threads) const {
   const Impl& m = *impl_;
   if (m.input_gradient == ConvKernel::kWinograd) {
-    m.WinogradAccumulate(true, values, nullptr, dy, dx, {}, scratch, threads);
-  } else {
-    for (const auto& pass : m.interior) Accumulate(*pass, values, nullptr, dy, dx, {}, scratch, threads);
+    float* rest = scratch + m.TransformedFloats();
+    m.Transform(true, values, scratch, rest, threads);
+    Kernels<WinogradKernels>().forward(dy, scratch, nullptr, dx, {}, m.tile, rest, threads);
   }
+  for (const auto& pass : m.interior) m.AccumulateGradient(*pass, values, dy, dx, scratch, threads);
   if (m.border.empty()) return;
-  for (const auto& pass : m.border) Accumulate(*pass, values, nullptr, dy, dx, {}, scratch, threads);
+  for (const auto& pass : m.border) m.AccumulateGradient(*pass, values, dy, dx, scratch, threads);
   Kernels<LaneKernels>().fold_halo(dx, m.shape.padding, std::max(m.shape.pad_h, m.shape.pad_w), threads);
 }
 

@@ -54,6 +54,15 @@ class Conv {
   void Forward(const float* values, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch, int threads,
                const ConvEnd& end = {}) const;
 
+  // Forward in two halves, for weights that stay the same from call to call. Prepare puts them in the form
+  // that the kernel wants, scaled where end.scale says so, into prepared_floats() floats, 64-byte aligned;
+  // ForwardPrepared takes maps with the strides of those given here, and the same end.
+  int64_t prepared_floats() const;
+  void Prepare(const float* values, const LaneMap& x, float* prepared, float* scratch, int threads,
+               const ConvEnd& end = {}) const;
+  void ForwardPrepared(const float* prepared, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch,
+                       int threads, const ConvEnd& end = {}) const;
+
   // How far the halo of dy must reach (filled with zeros, dead pixels too) for the
   // input gradient; the weight gradient wants zero dead pixels only.
   int64_t gradient_halo() const;

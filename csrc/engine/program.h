@@ -55,6 +55,9 @@ struct StepTime {
 
 class Program {
  public:
+  // keeps_weights: between two Loads the weights stay as they are, so convolutions prepare them once.
+  explicit Program(bool keeps_weights) : keeps_weights_(keeps_weights) {}
+
   // Convolutions are added first: how wide a halo their gradients want decides how
   // much memory the maps need. Then comes the memory, then maps and steps.
   // Throws std::bad_alloc when the memory cannot be had.
@@ -72,13 +75,14 @@ class Program {
   int64_t map_floats() const { return map_floats_; }
   int64_t bytes() const;
 
-  // Copies numbers to where the program keeps them; `to` is in values() or statistics().
+  // Copies numbers to where the program keeps them; `to` is in values() or statistics(). A program that keeps
+  // its weights first looks whether they are the same as last time.
   struct Source {
     const float* from;
     float* to;
     int64_t count;
   };
-  static void Load(const std::vector<Source>& sources, int threads);
+  void Load(const std::vector<Source>& sources, int threads);
 
   // A map at `offset` floats into the arena, the first float of its halo.
   // Channels [first, last) of `whole` make another map.
@@ -154,10 +158,14 @@ class Program {
     std::unique_ptr<Conv> conv;
     ConvShape shape;
     ConvGeometry geometry;
+    int64_t prepared;       // where its weights lie in prepared_, in their kernel's form,
+    int64_t prepared_load;  // and which load they were made from
   };
 
   static int64_t Padded(int64_t floats) { return (floats + 15) / 16 * 16; }
   void Add(Section where, std::string label, std::function<void(const RunContext&)> run);
+  void RunConv(int conv, const float* values, const float* bias, const LaneMap& x, const LaneMap& y, const ConvEnd& end,
+               const RunContext& context);
   // Memory that every convolution may use, for that many threads.
   float* Scratch(int threads);
   LivePixelMask LiveMask(const LaneMap& map);
@@ -167,7 +175,7 @@ class Program {
   NormNumbers NumbersOf(const NormOffsets& offsets, float epsilon) const;
 
   int64_t map_floats_ = 0, value_count_ = 0, statistic_count_ = 0;
-  std::unique_ptr<Arena> memory_, vectors_, scratch_;
+  std::unique_ptr<Arena> memory_, vectors_, scratch_, prepared_;
   std::vector<LaneMap> maps_;
   std::vector<ConvEntry> convs_;
   std::vector<std::unique_ptr<std::vector<float>>> masks_;
@@ -176,6 +184,9 @@ class Program {
   std::vector<int> plain_maps_[2];
   int plain_count_[2] = {0, 0};
   int scratch_threads_ = 0;
+  bool keeps_weights_;
+  int64_t loads_ = 0;  // that changed a weight
+  uint64_t mark_ = 0;  // fingerprint of the last
   bool profile_ = false;
 };
 

@@ -1,7 +1,6 @@
 """The convolution kernel that lipfast chooses against each that it could have chosen: no ratio should be below 0.95."""
 
 import functools
-from dataclasses import dataclass
 
 import torch
 
@@ -15,13 +14,6 @@ DENSITIES = (1.0, 0.5, 0.3, 0.25, 0.2, 0.15, 0.1, 0.03)
 LAYERS = ((128, 128, 3, 1, 128), (128, 128, 3, 1, 32), (64, 64, 3, 1, 56), (128, 128, 1, 1, 128), (128, 128, 3, 2, 64))
 
 
-@dataclass(frozen=True)
-class _Layer:
-    form: ConvForm
-    pixels: int
-    density: float
-
-
 def cases(size: Size) -> list[Case]:
     """One case for each layer, density and direction."""
     layers, densities = (LAYERS, DENSITIES) if size == "full" else (((8, 8, 3, 1, 16),), (0.5,))
@@ -32,9 +24,7 @@ def cases(size: Size) -> list[Case]:
             shape=f"{into} -> {out} channels, {kernel}x{kernel}, stride {stride}, {pixels} px, batch 1",
             density=density,
             setup=functools.partial(
-                _setup,
-                _Layer(ConvForm(out, into, (kernel, kernel), stride, (kernel // 2,) * 2), pixels, density),
-                direction,
+                _setup, ConvForm(out, into, (kernel, kernel), stride, (kernel // 2,) * 2), pixels, density, direction
             ),
         )
         for into, out, kernel, stride, pixels in layers
@@ -43,9 +33,9 @@ def cases(size: Size) -> list[Case]:
     ]
 
 
-def _setup(layer: _Layer, direction: str) -> Timed:
-    chosen = _OneDirection(layer, direction, "auto")
-    others = {name: _OneDirection(layer, direction, name) for name in KERNELS}
+def _setup(form: ConvForm, pixels: int, density: float, direction: str) -> Timed:
+    chosen = OneDirection(form, pixels, density, direction, "auto")
+    others = {name: OneDirection(form, pixels, density, direction, name) for name in KERNELS}
     # A kernel that cannot do the layer leaves the choice to the cost model: nothing to compare with.
     able = {name: other for name, other in others.items() if other.kernel == name}
     return Timed(
@@ -56,15 +46,13 @@ def _setup(layer: _Layer, direction: str) -> Timed:
     )
 
 
-class _OneDirection:
+class OneDirection:
     """A layer of which one direction runs, by one kernel."""
 
-    def __init__(self, layer: _Layer, direction: str, kernel: str) -> None:
+    def __init__(self, form: ConvForm, pixels: int, density: float, direction: str, kernel: str) -> None:
         generator = torch.Generator().manual_seed(0)
-        form, pixels = layer.form, layer.pixels
-        shape = (form.out_channels, form.in_channels, *form.kernel)
-        mask = torch.rand(shape, generator=generator) < layer.density
-        self.conv = LaneConv(form, None if layer.density == 1 else mask, 1, pixels, pixels, kernel=kernel)
+        mask = torch.rand(form.out_channels, form.in_channels, *form.kernel, generator=generator) < density
+        self.conv = LaneConv(form, None if density == 1 else mask, 1, pixels, pixels, kernel=kernel)
         self.kernel, self.direction = self.conv.kernels[direction], direction
         self.values = torch.randn(self.conv.kept, generator=generator)
         x = torch.randn(1, form.in_channels, pixels, pixels, generator=generator)
@@ -89,7 +77,7 @@ class _OneDirection:
         return (self.y if self.direction == "forward" else self.dx).to_tensor()
 
 
-def _check(chosen: _OneDirection, others: list[_OneDirection]) -> None:
+def _check(chosen: OneDirection, others: list[OneDirection]) -> None:
     want = chosen.answer()
     for other in others:
         assert float((other.answer() - want).norm() / want.norm()) < 1e-5, other.kernel

@@ -175,7 +175,7 @@ class _Planner:
         ]
         self.statistic_count = starts[-1].stop if starts else 0
         self.saved: dict[int, int] = {}
-        self.program = _C.Program()
+        self.program = _C.Program(keeps_weights=not options.backward)
         self.convs = {at: self._add_conv(node) for at, node in enumerate(graph.nodes) if node.kind == "conv"}
         self.home = self._place()
 
@@ -480,11 +480,7 @@ class _Planner:
         n, _, height, width = self.graph.shapes[node.inputs[0]]
         geometry = [n, height, width, *self.blocks[node.inputs[0]], *self.blocks[node.output]]
         mask = None if weight.mask is None else weight.mask.contiguous().view(torch.uint8).numpy()
-        kernels = ("auto", "sparse", "winograd", "dense")
-        one_pixel = self.graph.shapes[node.output][2:] == (1, 1)
-        # For one pixel the sparse kernel reads each weight once, where the dense one would re-order them first.
-        sparse = self.options.kernel == "auto" and one_pixel and not self.options.backward
-        number = kernels.index("sparse" if sparse else self.options.kernel)
+        number = ("auto", "sparse", "winograd", "dense").index(self.options.kernel)
         padding = PADDING_MODES[node.padding_mode]
         conv: int = self.program.add_conv(shape, geometry, padding, mask, number, self.options.exact)
         return conv
