@@ -6,6 +6,7 @@ constants and how far the model is from the times.
 
 import argparse
 import dataclasses
+import datetime
 import itertools
 import json
 import statistics
@@ -16,6 +17,7 @@ import numpy
 import torch
 from scipy.optimize import nnls
 
+import lipfast
 import lipfast._C as _C
 from lipfast.bench import harness
 from lipfast.bench.choice import DIRECTIONS, KERNELS, OneDirection
@@ -52,6 +54,7 @@ def main() -> None:
     torch.set_num_threads(1)
     timings = measured()
     about = {"isa": _C.isa(), "cpu": harness.cpu_name(), "commit": harness.commit()}
+    about |= {"version": lipfast.__version__, "utc": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
     with arguments.out.open("a") as file:
         for timing in timings:
             file.write(json.dumps({**dataclasses.asdict(timing), **about}) + "\n")

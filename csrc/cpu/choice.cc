@@ -6,23 +6,24 @@
 namespace lipfast {
 namespace {
 
-// What the kernels' times are made of, in nanoseconds of one core of a Zen 3 server with
-// AVX2; only ratios matter. Fitted to twelve layers of 16 to 512 channels and maps of 7 to
-// 128 pixels a side (docs/kernels.md, "Choice").
+// What the kernels' times are made of, in nanoseconds of one core of an Emerald Rapids server;
+// only ratios matter. Fitted by benchmarks/fit_choice.py (docs/kernels.md, "Choice").
 struct Costs {
   double sparse_tap, sparse_sum, sparse_weight;  // tap x vector, output x vector, weight to re-order
   double winograd_product, winograd_transform;   // product of two frequencies, vector of a frequency
   double winograd_weight;                        // frequency of a filter
   double dense_tap, dense_weight;                // as for sparse
 };
-constexpr Costs kCosts[] = {
-    {0.503, 4.4, 2.0, 0.392, 3.17, 0.68, 0.402, 4.1},   // forward
-    {0.498, 5.5, 2.2, 0.392, 2.93, 0.80, 0.411, 4.1},   // input gradient
-    {0.612, 3.9, 3.1, 0.490, 1.58, 0.52, 0.592, 11.4},  // weight gradient
+constexpr Costs kCostsOfAvx2[] = {
+    {0.442, 7.87, 1.44, 0.415, 3.79, 0.639, 0.484, 0.718},  // forward
+    {0.433, 7.75, 2.11, 0.410, 3.66, 0.769, 0.468, 2.36},   // input gradient
+    {0.628, 6.87, 2.70, 0.425, 4.44, 0.448, 0.494, 5.61},   // weight gradient
 };
-// With AVX-512 sparse and Winograd cross where they do with AVX2; dense kernels are
-// faster: they beat sparse ones above this share of kept weights.
-constexpr double kDenseAboveOnAvx512 = 0.6;
+constexpr Costs kCostsOfAvx512[] = {
+    {0.254, 8.75, 1.15, 0.216, 2.74, 0.703, 0.224, 0.702},
+    {0.250, 8.27, 1.68, 0.213, 2.66, 0.828, 0.219, 2.29},
+    {0.303, 8.20, 1.73, 0.245, 4.53, 0.424, 0.312, 7.57},
+};
 // Filters in frequencies beyond this many bytes come from memory, every time.
 constexpr double kLastLevel = 16 << 20, kFromMemory = 2.0;
 
@@ -60,8 +61,7 @@ double SparseCost(const Costs& c, const Work& w) {
 }
 
 double DenseCost(const Costs& c, const Work& w) {
-  const double tap = ActiveIsa() == Isa::kAvx512 ? kDenseAboveOnAvx512 * c.sparse_tap : c.dense_tap;
-  return tap * w.positions * w.filters + c.dense_weight * w.filters;
+  return c.dense_tap * w.positions * w.filters + c.dense_weight * w.filters;
 }
 
 double WinogradCost(const Costs& c, const Work& w) {
@@ -78,7 +78,8 @@ ConvKernel ChooseKernel(ConvKernel asked, const ConvShape& shape, const ConvGeom
   if (shape.groups > 1 || asked == ConvKernel::kSparse) return ConvKernel::kSparse;
   const bool winograd = WinogradPossible(shape) && !exact;
   if (asked == ConvKernel::kDense || (asked == ConvKernel::kWinograd && winograd)) return asked;
-  const Costs& costs = kCosts[static_cast<int>(direction)];
+  const Costs& costs =
+      (ActiveIsa() == Isa::kAvx512 ? kCostsOfAvx512 : kCostsOfAvx2)[static_cast<int>(direction)];  // plain: as AVX2
   const Work work = WorkOf(shape, geometry, kept, direction);
   const double sparse = SparseCost(costs, work), dense = DenseCost(costs, work);
   // A list of all weights would take 20 bytes for each in each direction, whatever time it saves on a tiny map.

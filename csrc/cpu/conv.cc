@@ -286,8 +286,8 @@ void PackDense(const Pass& pass, const float* values, const float* scale, float*
       }
       return;
     }
-    for (int64_t k = 0; k < kDenseGroup; ++k) {
-      for (int64_t t = 0; t < taps; ++t) {
+    for (int64_t t = 0; t < taps; ++t) {
+      for (int64_t k = 0; k < kDenseGroup; ++k) {
         const int32_t i = first + k < outputs ? pass.Index((first + k) * taps + t) : -1;
         to[t * kDenseGroup + k] = i < 0 ? 0.0f : values[i] * factors[k];
       }
@@ -345,6 +345,8 @@ void Accumulate(const Pass& pass, const float* packed, const float* bias, const 
   }
 }
 
+enum Side { kNoSide, kTop, kBottom, kLeft, kRight };  // of the picture
+
 }  // namespace
 
 struct Conv::Impl {
@@ -355,11 +357,11 @@ struct Conv::Impl {
   std::vector<int32_t> weights;  // packed order -> position in the dense weight; empty where all are kept
   ConvKernel forward, input_gradient, weight_gradient;
   Pass forward_pass, weight_pass;
-  bool shares_taps;                                     // weight_pass stays empty: forward_pass is the same
-  std::vector<std::unique_ptr<Pass>> interior, border;  // of the input gradient
+  bool shares_taps;                                    // weight_pass stays empty: forward_pass is the same
+  std::vector<std::unique_ptr<Pass>> gradient_passes;  // of the input gradient; with Winograd, of the padding alone
   int64_t gradient_halo;
   int tile;            // of Winograd
-  bool dense_borders;  // where Winograd does the rest of the input gradient
+  bool dense_borders;  // the padding's, where Winograd does the rest of the input gradient
 
   int64_t DenseWeightFloats() const { return shape.out_channels * shape.in_channels * 9; }
   bool dense() const { return kept == DenseWeightFloats(); }
@@ -379,9 +381,9 @@ struct Conv::Impl {
   void BuildForward(Pass* pass, bool taps, bool dense);
   void BuildInputGradient();
   // One phase of the input gradient, over position rows [row_from, row_to) and the
-  // same of columns; `side` 0 is the interior, 1 - 4 a border (top, bottom, left, right).
+  // same of columns. Beyond a side of the picture the weights that reach back matter.
   void AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t row_from, int64_t row_to, int64_t col_from,
-                       int64_t col_to, int side);
+                       int64_t col_to, Side beyond);
   int64_t ScratchFloats(int threads) const;
 };
 
@@ -441,7 +443,7 @@ void Conv::Impl::BuildForward(Pass* pass, bool needs_taps, bool dense) {
 }
 
 void Conv::Impl::AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t row_from, int64_t row_to,
-                                 int64_t col_from, int64_t col_to, int side) {
+                                 int64_t col_from, int64_t col_to, Side beyond) {
   auto pass = std::make_unique<Pass>();
   pass->rows = row_to - row_from;
   pass->cols = col_to - col_from;
@@ -460,10 +462,9 @@ void Conv::Impl::AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t r
     if (FloorDiv(row, shape.stride) * shape.stride != row || FloorDiv(col, shape.stride) * shape.stride != col)
       continue;
     const int64_t shift_row = row / shape.stride, shift_col = col / shape.stride;
-    // A border sees only what lies in the picture's direction: the rest reads zeros.
-    if ((side == 1 && shift_row < 1) || (side == 2 && shift_row > -1) || (side == 3 && shift_col < 1) ||
-        (side == 4 && shift_col > -1)) {
-      continue;
+    if ((beyond == kTop && shift_row < 1) || (beyond == kBottom && shift_row > -1) ||
+        (beyond == kLeft && shift_col < 1) || (beyond == kRight && shift_col > -1)) {
+      continue;  // reads zeros
     }
     taps[w.in].push_back(
         {{w.out, static_cast<int16_t>(shift_row), static_cast<int16_t>(shift_col)}, static_cast<int32_t>(i)});
@@ -472,7 +473,7 @@ void Conv::Impl::AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t r
     std::sort(row.begin(), row.end(), [](const Tap& a, const Tap& b) { return a.source < b.source; });
   }
   pass->SetTaps(std::move(taps));
-  (side ? border : interior).push_back(std::move(pass));
+  gradient_passes.push_back(std::move(pass));
 }
 
 void Conv::Impl::BuildInputGradient() {
@@ -484,11 +485,14 @@ void Conv::Impl::BuildInputGradient() {
       // Positions whose pixel s * i + r lies in [-pad, block + pad).
       const int64_t row_from = CeilDiv(-pad_h - r, s), row_to = FloorDiv(s * rows + pad_h - 1 - r, s) + 1;
       const int64_t col_from = CeilDiv(-pad_w - c, s), col_to = FloorDiv(s * cols + pad_w - 1 - c, s) + 1;
-      if (input_gradient != ConvKernel::kWinograd) AddGradientPass(r, c, 0, rows, 0, cols, 0);
-      AddGradientPass(r, c, row_from, 0, col_from, col_to, 1);
-      AddGradientPass(r, c, rows, row_to, col_from, col_to, 2);
-      AddGradientPass(r, c, 0, rows, col_from, 0, 3);
-      AddGradientPass(r, c, 0, rows, cols, col_to, 4);
+      if (input_gradient != ConvKernel::kWinograd) {
+        AddGradientPass(r, c, row_from, row_to, col_from, col_to, kNoSide);
+        continue;
+      }
+      AddGradientPass(r, c, row_from, 0, col_from, col_to, kTop);
+      AddGradientPass(r, c, rows, row_to, col_from, col_to, kBottom);
+      AddGradientPass(r, c, 0, rows, col_from, 0, kLeft);
+      AddGradientPass(r, c, 0, rows, cols, col_to, kRight);
     }
   }
   const int64_t reach = shape.dilation * (std::max(shape.kernel_h, shape.kernel_w) - 1);
@@ -633,10 +637,11 @@ void Conv::InputGradient(const float* values, const LaneMap& dy, const LaneMap& 
     m.Transform(true, values, scratch, rest, threads);
     Kernels<WinogradKernels>().forward(dy, scratch, nullptr, dx, {}, m.tile, rest, threads);
   }
-  for (const auto& pass : m.interior) m.AccumulateGradient(*pass, values, dy, dx, scratch, threads);
-  if (m.border.empty()) return;
-  for (const auto& pass : m.border) m.AccumulateGradient(*pass, values, dy, dx, scratch, threads);
-  Kernels<LaneKernels>().fold_halo(dx, m.shape.padding, std::max(m.shape.pad_h, m.shape.pad_w), threads);
+  for (const auto& pass : m.gradient_passes) m.AccumulateGradient(*pass, values, dy, dx, scratch, threads);
+  const int64_t pad = std::max(m.shape.pad_h, m.shape.pad_w);
+  if (m.shape.padding != Padding::kZero && pad > 0) {
+    Kernels<LaneKernels>().fold_halo(dx, m.shape.padding, pad, threads);
+  }
 }
 
 void Conv::WeightGradient(const LaneMap& x, const LaneMap& dy, float* dvalues, float* dbias, float* scratch,

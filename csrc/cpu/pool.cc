@@ -16,6 +16,7 @@ namespace {
 // training step, shorter than anything a neighbour would notice.
 constexpr auto kStayAwake = std::chrono::microseconds(50);
 constexpr int kSpinsBetweenClockReads = 64;
+constexpr int kApart = 128;  // bytes: processors fetch cache lines in pairs
 
 inline void Relax() {
 #if defined(__x86_64__)
@@ -39,7 +40,7 @@ bool SpinUntil(const Ready& ready) {
 thread_local bool inside_chunk = false;
 
 // A range of groups of chunks that is claimed from both ends: begin in the low half.
-struct alignas(64) Range {
+struct alignas(kApart) Range {
   std::atomic<uint64_t> packed{0};
 
   static uint64_t Pack(uint64_t begin, uint64_t end) { return begin | end << 32; }
@@ -84,7 +85,7 @@ class Pool {
     for (int i = 0; i < threads; ++i) {
       ranges_[i].packed.store(Range::Pack(groups * i / threads, groups * (i + 1) / threads), std::memory_order_release);
     }
-    unclaimed_.fetch_add(groups, std::memory_order_seq_cst);
+    job_.fetch_add(1, std::memory_order_seq_cst);
     if (sleeping_.load(std::memory_order_seq_cst) > 0) {
       std::lock_guard<std::mutex> lock(sleep_mutex_);
       wake_.notify_all();
@@ -99,25 +100,26 @@ class Pool {
   // Claims groups of the own range, then of the others', until none is left. The
   // fields of a job are read only after a claim succeeded: until that group is done
   // the job cannot end, so a thread that comes late finds nothing or the next job.
+  // Groups are counted once at the end: a counter that all threads write costs as
+  // much as a small group.
   void Work(int self) {
     inside_chunk = true;
     const int parts = parts_.load(std::memory_order_relaxed);
+    int64_t done = 0;
     for (int i = 0; i < parts; ++i) {
       Range& range = ranges_[(self + i) % parts];
-      for (int64_t group; (group = range.Claim(i == 0)) >= 0;) {
-        unclaimed_.fetch_sub(1, std::memory_order_relaxed);
+      for (int64_t group; (group = range.Claim(i == 0)) >= 0; ++done) {
         const int64_t end = group * group_ + group_ < chunks_ ? group * group_ + group_ : chunks_;
         for (int64_t chunk = group * group_; chunk < end; ++chunk) body_(context_, chunk);
-        done_.fetch_add(1, std::memory_order_acq_rel);
       }
     }
+    if (done > 0) done_.fetch_add(done, std::memory_order_acq_rel);
     inside_chunk = false;
   }
 
-  void Serve(int self) {
-    const auto work_waits = [&] {
-      return unclaimed_.load(std::memory_order_seq_cst) > 0 && self < parts_.load(std::memory_order_relaxed);
-    };
+  // seen: the last job that this thread needs not look at.
+  void Serve(int self, uint64_t seen) {
+    const auto work_waits = [&] { return job_.load(std::memory_order_seq_cst) != seen; };
     for (;;) {
       if (!SpinUntil(work_waits)) {
         std::unique_lock<std::mutex> lock(sleep_mutex_);
@@ -125,13 +127,14 @@ class Pool {
         wake_.wait(lock, work_waits);
         sleeping_.fetch_sub(1, std::memory_order_seq_cst);
       }
-      Work(self);
+      seen = job_.load(std::memory_order_seq_cst);
+      if (self < parts_.load(std::memory_order_relaxed)) Work(self);
     }
   }
 
   void Grow(int workers) {
     for (; workers_ < workers; ++workers_) {
-      std::thread([this, self = workers_ + 1] { Serve(self); }).detach();
+      std::thread([this, self = workers_ + 1, seen = job_.load()] { Serve(self, seen); }).detach();
     }
   }
 
@@ -141,9 +144,9 @@ class Pool {
   int64_t chunks_ = 0, group_ = 1;  // of the job; a group is claimed at once
   int workers_ = 0;
   Range ranges_[kMaxThreads];
-  alignas(64) std::atomic<int64_t> unclaimed_{0};
-  alignas(64) std::atomic<int64_t> done_{0};
-  alignas(64) std::atomic<int> parts_{1};
+  alignas(kApart) std::atomic<uint64_t> job_{0};
+  alignas(kApart) std::atomic<int64_t> done_{0};
+  alignas(kApart) std::atomic<int> parts_{1};
   std::atomic<int> sleeping_{0};
   std::mutex sleep_mutex_;
   std::condition_variable wake_;

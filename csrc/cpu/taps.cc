@@ -477,12 +477,16 @@ void DenseTile(const DenseTask& task) {
           }
         }
       }
-      // The next tile's input, a share with every group: its lines come from far away.
+      // The next tile, a share of its input and its own outputs with every group: their lines come from far away.
       const int64_t share = task.last - task.first;
       const int64_t ahead = begin + (end - begin) * (group - task.first + 1) / share;
       for (int64_t t = begin + (end - begin) * (group - task.first) / share; t < ahead; ++t) {
         LIPFAST_UNROLL
-        for (int c = 0; c < kCols; ++c) Prefetch(in + offsets[t] + (kCols + c) * in_col);
+        for (int c = 0; c < kCols; ++c) PrefetchFar(in + offsets[t] + (kCols + c) * in_col);
+      }
+      for (int k = 0; k < live && end == count; ++k) {
+        LIPFAST_UNROLL
+        for (int c = 0; c < kCols; ++c) PrefetchFar(out + k * g.out_channel + (kCols + c) * out_col);
       }
       const float* w = task.weights + (group * count + begin) * kGroup;
       for (int64_t t = begin; t < end; ++t, w += kGroup) {
