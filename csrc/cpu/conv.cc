@@ -519,9 +519,11 @@ int64_t Conv::Impl::ScratchFloats(int threads) const {
       whole_groups(shape.out_channels) * whole_groups(shape.in_channels) * shape.kernel_h * shape.kernel_w;
   int64_t most = std::max(dense, kept);
   if (weight_gradient == ConvKernel::kSparse) {
-    most = std::max(most, 16 * SparseDotFloats(kept, shape.out_channels));  // see sparse_dot_chunks
+    most = std::max(most, 16 * DotFloats(kept, shape.out_channels));  // see sparse_dot_chunks
   }
-  if (weight_gradient == ConvKernel::kDense) most = std::max(most, 8 * dense);  // see dense_dot_chunks
+  if (weight_gradient == ConvKernel::kDense) {
+    most = std::max(most, 8 * DotFloats(dense, whole_groups(shape.out_channels)));  // see dense_dot_chunks
+  }
   const WinogradKernels& winograd = Kernels<WinogradKernels>();
   const LaneMap x = Sketch(true), y = Sketch(false);
   const int64_t weight_floats = RoundUp(DenseWeightFloats());
@@ -652,27 +654,25 @@ void Conv::WeightGradient(const LaneMap& x, const LaneMap& dy, float* dvalues, f
   const std::vector<Region> regions = pass.Regions(x, dy);
   const int64_t count = static_cast<int64_t>(regions.size());
   if (m.weight_gradient == ConvKernel::kSparse) {
-    const auto taps = pass.Bind(x);
-    kernels.sparse_dot(regions.data(), count, taps->sparse, scratch, dvalues, dbias, threads);
+    kernels.sparse_dot(regions.data(), count, pass.Bind(x)->sparse, scratch, dvalues, dbias, threads);
     return;
   }
-  if (dbias) kernels.channel_sums(regions.data(), count, m.shape.out_channels, dbias, threads);
-  if (m.weight_gradient == ConvKernel::kWinograd) {
-    float* rest = m.dense() ? scratch : scratch + RoundUp(m.DenseWeightFloats());
-    Kernels<WinogradKernels>().weight_gradient(x, dy, m.dense() ? dvalues : scratch, m.tile, rest, threads);
-    if (m.dense()) return;
-    ForRanges(threads, m.kept, [&](int64_t i, int64_t last) {
-      for (; i < last; ++i) dvalues[i] = scratch[m.FlatIndex(i)];
+  if (m.weight_gradient == ConvKernel::kDense) {
+    kernels.dense_dot(regions.data(), count, pass.Bind(x)->dense, scratch, dbias, threads);
+    ForRanges(threads, pass.outputs() * pass.taps(), [&](int64_t i, int64_t last) {
+      for (; i < last; ++i) {
+        const int32_t to = pass.Index(i);  // -1 where pruned
+        if (to >= 0) dvalues[to] = scratch[i];
+      }
     });
     return;
   }
-  const auto taps = pass.Bind(x);
-  kernels.dense_dot(regions.data(), count, taps->dense, scratch, threads);
-  ForRanges(threads, pass.outputs() * pass.taps(), [&](int64_t i, int64_t last) {
-    for (; i < last; ++i) {
-      const int32_t to = pass.Index(i);  // -1 where pruned
-      if (to >= 0) dvalues[to] = scratch[i];
-    }
+  if (dbias) kernels.channel_sums(regions.data(), count, m.shape.out_channels, dbias, threads);
+  float* rest = m.dense() ? scratch : scratch + RoundUp(m.DenseWeightFloats());
+  Kernels<WinogradKernels>().weight_gradient(x, dy, m.dense() ? dvalues : scratch, m.tile, rest, threads);
+  if (m.dense()) return;
+  ForRanges(threads, m.kept, [&](int64_t i, int64_t last) {
+    for (; i < last; ++i) dvalues[i] = scratch[m.FlatIndex(i)];
   });
 }
 

@@ -406,7 +406,7 @@ void SparseDot(const Region* regions, int64_t count, const TapList& taps, float*
                float* d_bias, int threads) {
   const int64_t tiles = TileCount(regions, count, taps.tile_rows), chunks = DotChunks(regions, count, taps);
   const int64_t parts = OutputParts(chunks, taps.outputs), total = taps.starts[taps.outputs * taps.blocks];
-  const int64_t size = SparseDotFloats(total, taps.outputs), sums = size - kLanes * taps.outputs;
+  const int64_t size = DotFloats(total, taps.outputs), sums = size - kLanes * taps.outputs;
   std::memset(partial, 0, sizeof(float) * chunks * size);
   ParallelFor(threads, chunks * parts, [&](int64_t i) {
     const int64_t chunk = i / parts, part = i % parts;
@@ -616,40 +616,60 @@ void DenseDotRows(const Region& g, int64_t row, int64_t last, const int32_t* off
   }
 }
 
-void DenseDotGroup(const Region& g, int64_t row, int64_t last, const DenseTaps& taps, int64_t group, float* sums) {
+// Adds the gradients of rows [row, last) to a vector for each output of a group.
+void AddGradients(const Region& g, int64_t row, int64_t last, int64_t first, int live, float* sums) {
+  for (int k = 0; k < live; ++k) {
+    float* to = sums + (first + k) * kLanes;
+    V total = Load(to);
+    for (int64_t r = row; r < last; ++r) {
+      const float* dy = g.out + (first + k) * g.out_channel + r * g.out_row;
+      V line = Zero();  // line by line: the rounding error grows with rows + columns, not with pixels
+      for (int64_t col = 0; col < g.cols; ++col) line = Add(line, Load(dy + col * g.out_col));
+      total = Add(total, line);
+    }
+    Store(to, total);
+  }
+}
+
+// `sums` of the outputs alone; null: not wanted.
+void DenseDotGroup(const Region& g, int64_t row, int64_t last, const DenseTaps& taps, int64_t group, float* partial,
+                   float* sums) {
   const int live = static_cast<int>(Least(kDotGroup, taps.outputs - group * kDotGroup));
-  float* out = sums + group * kDotGroup * taps.taps;
+  float* out = partial + group * kDotGroup * taps.taps;
   int64_t t = 0;
   for (; t + kDotTaps <= taps.taps; t += kDotTaps) {
     DenseDotRows<kDotTaps>(g, row, last, taps.offsets + t, group, live, out + t, taps.taps);
   }
   for (; t < taps.taps; ++t) DenseDotRows<1>(g, row, last, taps.offsets + t, group, live, out + t, taps.taps);
+  if (sums) AddGradients(g, row, last, group * kDotGroup, live, sums);
 }
 
 int64_t DenseDotChunks(const Region* regions, int64_t count) { return Most(1, Least(RowCount(regions, count), 8)); }
 
-void DenseDot(const Region* regions, int64_t count, const DenseTaps& taps, float* partial, int threads) {
+void DenseDot(const Region* regions, int64_t count, const DenseTaps& taps, float* partial, float* d_bias, int threads) {
   const int64_t rows = RowCount(regions, count), chunks = DenseDotChunks(regions, count);
   const int64_t groups = Parts(taps.outputs, kDotGroup), parts = OutputParts(chunks, taps.outputs);
-  const int64_t size = taps.outputs * taps.taps;
+  const int64_t size = DotFloats(taps.outputs * taps.taps, taps.outputs), sums = size - kLanes * taps.outputs;
   ParallelFor(threads, chunks * parts, [&](int64_t i) {
     const int64_t chunk = i / parts, part = i % parts;
     const int64_t first = groups * part / parts, last = groups * (part + 1) / parts;
-    float* sums = partial + chunk * size;
-    const int64_t begin = first * kDotGroup * taps.taps, end = Least(last * kDotGroup, taps.outputs) * taps.taps;
-    std::memset(sums + begin, 0, sizeof(float) * (end - begin));
+    float* sum = partial + chunk * size;
+    const int64_t begin = first * kDotGroup, end = Least(last * kDotGroup, taps.outputs);
+    std::memset(sum + begin * taps.taps, 0, sizeof(float) * (end - begin) * taps.taps);
+    std::memset(sum + sums + begin * kLanes, 0, sizeof(float) * (end - begin) * kLanes);
     const int64_t line_end = rows * (chunk + 1) / chunks;
     for (int64_t line = rows * chunk / chunks; line < line_end;) {
       int64_t row = line;
       const Region* region = RegionOfRow(regions, &row);
       const int64_t count = Least(Least(Parts(kDotVectors, region->cols), region->rows - row), line_end - line);
       for (int64_t group = first; group < last; ++group) {
-        DenseDotGroup(*region, row, row + count, taps, group, sums);
+        DenseDotGroup(*region, row, row + count, taps, group, sum, d_bias ? sum + sums : nullptr);
       }
       line += count;
     }
   });
   AddChunks(partial, chunks, size, threads);
+  for (int64_t o = 0; d_bias && o < taps.outputs; ++o) d_bias[o] = Sum(Load(partial + sums + o * kLanes));
 }
 
 void ChannelSums(const Region* regions, int64_t count, int64_t channels, float* sums, int threads) {

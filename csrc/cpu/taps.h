@@ -52,8 +52,8 @@ struct DenseTaps {
   const int32_t* offsets;  // [taps]
 };
 
-// Floats that one chunk of sparse_dot sums up: a gradient of each tap, and a vector of each output.
-inline int64_t SparseDotFloats(int64_t taps, int64_t outputs) { return (taps + 15) / 16 * 16 + 16 * outputs; }
+// Floats that one chunk of sparse_dot or dense_dot sums up: a gradient of each weight, and a vector of each output.
+inline int64_t DotFloats(int64_t weights, int64_t outputs) { return (weights + 15) / 16 * 16 + 16 * outputs; }
 
 constexpr int64_t kDenseGroup = 4;  // output channels that dense weights are interleaved by
 
@@ -64,7 +64,7 @@ struct TapKernels {
   void (*sparse_accumulate)(const Region* regions, int64_t count, const TapList& taps, const float* values,
                             const float* bias, ActivationSpec end, int threads);
   // d_values[order[t]] = sum over all regions' positions; d_bias[o] the sum of out[o] alone (null:
-  // not wanted). `partial`, 64-byte aligned, holds sparse_dot_chunks(...) * SparseDotFloats(...) floats.
+  // not wanted). `partial`, 64-byte aligned, holds sparse_dot_chunks(...) * DotFloats(...) floats.
   void (*sparse_dot)(const Region* regions, int64_t count, const TapList& taps, float* partial, float* d_values,
                      float* d_bias, int threads);
   int64_t (*sparse_dot_chunks)(const Region* regions, int64_t count, const TapList& taps);
@@ -72,8 +72,9 @@ struct TapKernels {
   void (*dense_accumulate)(const Region* regions, int64_t count, const DenseTaps& taps, const float* weights,
                            const float* bias, ActivationSpec end, int threads);
   // The gradients [outputs][taps] end up first in `partial`, which holds
-  // dense_dot_chunks(...) * outputs * taps floats.
-  void (*dense_dot)(const Region* regions, int64_t count, const DenseTaps& taps, float* partial, int threads);
+  // dense_dot_chunks(...) * DotFloats(outputs * taps, outputs) floats.
+  void (*dense_dot)(const Region* regions, int64_t count, const DenseTaps& taps, float* partial, float* d_bias,
+                    int threads);
   int64_t (*dense_dot_chunks)(const Region* regions, int64_t count);
   // Sum over a region's positions of each output channel.
   void (*channel_sums)(const Region* regions, int64_t count, int64_t channels, float* sums, int threads);
