@@ -434,7 +434,7 @@ constexpr int64_t kDenseBlock = 72;                   // taps between two visits
 constexpr int kDotGroup = 4;                          // output channels that share a load in the weight gradient
 constexpr int kDotTaps = kRegisters >= 32 ? 6 : kParts == 2 ? 3 : 1;  // kDotGroup * kDotTaps sums in registers
 
-constexpr int64_t kDotVectors = 96;  // positions whose output gradients stay in the first cache level
+constexpr int64_t kDotVectors = 64;  // positions whose input, for some taps, stays in the first cache level
 
 struct DenseTask {
   const Region* region;
@@ -616,13 +616,13 @@ void DenseDotRows(const Region& g, int64_t row, int64_t last, const int32_t* off
   }
 }
 
-// Adds the gradients of rows [row, last) to a vector for each output of a group.
-void AddGradients(const Region& g, int64_t row, int64_t last, int64_t first, int live, float* sums) {
-  for (int k = 0; k < live; ++k) {
-    float* to = sums + (first + k) * kLanes;
+// Adds the gradients of rows [row, last_row) to a vector for each output from first to last.
+void AddGradients(const Region& g, int64_t row, int64_t last_row, int64_t first, int64_t last, float* sums) {
+  for (int64_t o = first; o < last; ++o) {
+    float* to = sums + o * kLanes;
     V total = Load(to);
-    for (int64_t r = row; r < last; ++r) {
-      const float* dy = g.out + (first + k) * g.out_channel + r * g.out_row;
+    for (int64_t r = row; r < last_row; ++r) {
+      const float* dy = g.out + o * g.out_channel + r * g.out_row;
       V line = Zero();  // line by line: the rounding error grows with rows + columns, not with pixels
       for (int64_t col = 0; col < g.cols; ++col) line = Add(line, Load(dy + col * g.out_col));
       total = Add(total, line);
@@ -631,20 +631,24 @@ void AddGradients(const Region& g, int64_t row, int64_t last, int64_t first, int
   }
 }
 
-// `sums` of the outputs alone; null: not wanted.
-void DenseDotGroup(const Region& g, int64_t row, int64_t last, const DenseTaps& taps, int64_t group, float* partial,
-                   float* sums) {
-  const int live = static_cast<int>(Least(kDotGroup, taps.outputs - group * kDotGroup));
-  float* out = partial + group * kDotGroup * taps.taps;
-  int64_t t = 0;
-  for (; t + kDotTaps <= taps.taps; t += kDotTaps) {
-    DenseDotRows<kDotTaps>(g, row, last, taps.offsets + t, group, live, out + t, taps.taps);
+// Groups [first, last) over rows [row, last_row) of a region. The input of some taps stays in the first
+// cache level while the gradients of all groups, which are fewer bytes for each product, pass by.
+template <int kTaps>
+void DenseDotTaps(const Region& g, int64_t row, int64_t last_row, const DenseTaps& taps, int64_t t, int64_t first,
+                  int64_t last, float* partial) {
+  for (int64_t group = first; group < last; ++group) {
+    const int live = static_cast<int>(Least(kDotGroup, taps.outputs - group * kDotGroup));
+    float* out = partial + group * kDotGroup * taps.taps;
+    DenseDotRows<kTaps>(g, row, last_row, taps.offsets + t, group, live, out + t, taps.taps);
   }
-  for (; t < taps.taps; ++t) DenseDotRows<1>(g, row, last, taps.offsets + t, group, live, out + t, taps.taps);
-  if (sums) AddGradients(g, row, last, group * kDotGroup, live, sums);
 }
 
-int64_t DenseDotChunks(const Region* regions, int64_t count) { return Most(1, Least(RowCount(regions, count), 8)); }
+// Few enough that taking the sums across lanes, once a chunk and weight, costs little.
+int64_t DenseDotChunks(const Region* regions, int64_t count) {
+  int64_t positions = 0;
+  for (int64_t i = 0; i < count; ++i) positions += regions[i].rows * regions[i].cols;
+  return Most(1, Least(Least(RowCount(regions, count), positions / kDotVectors), 8));
+}
 
 void DenseDot(const Region* regions, int64_t count, const DenseTaps& taps, float* partial, float* d_bias, int threads) {
   const int64_t rows = RowCount(regions, count), chunks = DenseDotChunks(regions, count);
@@ -662,9 +666,12 @@ void DenseDot(const Region* regions, int64_t count, const DenseTaps& taps, float
       int64_t row = line;
       const Region* region = RegionOfRow(regions, &row);
       const int64_t count = Least(Least(Parts(kDotVectors, region->cols), region->rows - row), line_end - line);
-      for (int64_t group = first; group < last; ++group) {
-        DenseDotGroup(*region, row, row + count, taps, group, sum, d_bias ? sum + sums : nullptr);
+      int64_t t = 0;
+      for (; t + kDotTaps <= taps.taps; t += kDotTaps) {
+        DenseDotTaps<kDotTaps>(*region, row, row + count, taps, t, first, last, sum);
       }
+      for (; t < taps.taps; ++t) DenseDotTaps<1>(*region, row, row + count, taps, t, first, last, sum);
+      if (d_bias) AddGradients(*region, row, row + count, begin, end, sum + sums);
       line += count;
     }
   });
