@@ -25,7 +25,7 @@ from lipfast.search.imp import rounds
 
 ROUNDS = 16  # of pruning, and the dense fit before them
 SIDE = 128  # px
-STEPS = 25  # of every fit
+STEPS = 50  # of every fit
 WARM_UP_STEPS = 2
 TASK = tasks.Denoise(sigma=25)
 ENGINES = {"": "auto", "channels_last": "torch"}
