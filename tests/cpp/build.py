@@ -28,7 +28,7 @@ def main(output: Path, flags: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     common = [*setup.COMMON_FLAGS, "-O1", "-g", *flags]
     cpu = ROOT / "csrc/cpu"
-    jobs = [(Path(__file__).with_name("test_kernels.cc"), "test", common)]
+    jobs = [(source, "test", common) for source in sorted(Path(__file__).parent.glob("*.cc"))]
     jobs += [(cpu / name, "once", common) for name in sorted(setup.ONCE)]
     for namespace, (number, isa) in setup.TARGETS.items():
         macros = [f"-DLIPFAST_TARGET={number}", f"-DLIPFAST_NS={namespace}"]

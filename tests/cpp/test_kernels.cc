@@ -1,63 +1,20 @@
-// The convolution and layout kernels without Python, for sanitizers and valgrind:
+// The kernels without Python, for sanitizers and valgrind:
 // every instruction set, every kernel, awkward sizes, maps in memory of exactly
 // their size, answers compared with plain loops in double. Prints a plain closing
 // line and exits 1 when anything is wrong.
-#include <cmath>
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "cpu/conv.h"
 #include "cpu/isa.h"
-#include "cpu/lanes.h"
+#include "support.h"
 
 namespace lipfast {
 namespace {
-
-int passed = 0, failed = 0;
-
-void Expect(bool ok, const std::string& what) {
-  ok ? ++passed : ++failed;
-  if (!ok) std::printf("FAILED: %s\n", what.c_str());
-}
-
-// 64-byte aligned floats; a sanitizer sees the first one past the end.
-struct Floats {
-  explicit Floats(int64_t n) : size(n), data(static_cast<float*>(std::aligned_alloc(64, (n * 4 + 63) / 64 * 64))) {
-    for (int64_t i = 0; i < n; ++i) data[i] = 0.0f;
-  }
-  ~Floats() { std::free(data); }
-  Floats(const Floats&) = delete;
-  int64_t size;
-  float* data;
-};
-
-struct Map {
-  Map(int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t block_h, int64_t block_w, int64_t halo)
-      : floats(batch * channels * (block_h + 2 * halo) * (block_w + 2 * halo) * 16) {
-    const int64_t row = (block_w + 2 * halo) * 16, plane = (block_h + 2 * halo) * row;
-    lanes = {floats.data, batch, channels, height, width, block_h, block_w, halo, channels * plane, plane, row};
-    lanes.data = lanes.At(0, 0, halo, halo);
-  }
-  Floats floats;
-  LaneMap lanes;
-};
-
-using Tensor = std::vector<float>;  // NCHW
-
-PlainMap Plain(Tensor& t, int64_t batch, int64_t channels, int64_t height, int64_t width) {
-  return {t.data(), batch, channels, height, width, channels * height * width, height * width, width, 1};
-}
-
-Tensor Draw(int64_t n, std::mt19937& random) {
-  std::normal_distribution<float> normal;
-  Tensor t(n);
-  for (float& x : t) x = normal(random);
-  return t;
-}
 
 struct Case {
   int64_t batch, in, out, height, width, kernel, stride, pad;
@@ -78,15 +35,6 @@ int64_t Source(int64_t at, int64_t side, Padding mode) {
     default:
       return -1;
   }
-}
-
-double Error(const Tensor& got, const std::vector<double>& want) {
-  double difference = 0, norm = 1.0 + static_cast<double>(want.size());  // inputs are of size 1
-  for (size_t i = 0; i < want.size(); ++i) {
-    difference += (got[i] - want[i]) * (got[i] - want[i]);
-    norm += want[i] * want[i];
-  }
-  return std::sqrt(difference / norm);
 }
 
 void RunCase(const Case& c, ConvKernel kernel, int threads, const std::string& name) {
@@ -207,6 +155,7 @@ int main() {
                     std::to_string(i));
       }
     }
+    RunPasses(2, IsaName(isa));
   }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0 || passed == 0;

@@ -412,6 +412,20 @@ def test_weights_changed_by_any_way_are_used(change):
             assert not close(module(x), before)
 
 
+def test_running_statistics_set_back_are_used_again():
+    """Passes in training mode without gradients change the statistics where the program keeps them, too."""
+    model = make(ResNet).train()
+    fast, plain, x = accelerated(model), copy.deepcopy(model), torch.randn(2, 3, 32, 32)
+    first = copy.deepcopy(fast.state_dict())
+    with torch.no_grad():
+        plain(x)
+        for _ in range(2):
+            fast.load_state_dict(first)
+            fast(x)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(fast.state_dict()[name], buffer, rtol=1e-4, atol=1e-5)
+
+
 def test_threads_may_train_models_of_their_own():
     def train(model: nn.Module, x: Tensor) -> Tensor:
         stepper = torch.optim.SGD(model.parameters(), lr=0.01)

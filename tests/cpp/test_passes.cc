@@ -1,0 +1,317 @@
+// Norm, finish, pointwise, pooling and resampling passes, pruning and optimiser steps against plain loops.
+#include <algorithm>
+#include <functional>
+#include <numeric>
+
+#include "cpu/adam.h"
+#include "cpu/finish.h"
+#include "cpu/isa.h"
+#include "cpu/norm.h"
+#include "cpu/pointwise.h"
+#include "cpu/pool2d.h"
+#include "cpu/prune.h"
+#include "cpu/resample.h"
+#include "support.h"
+
+namespace lipfast {
+namespace {
+
+constexpr double kTolerance = 1e-5;
+
+// A map, its tensor and its sizes. Blocks larger than the picture needs have dead pixels.
+struct Picture {
+  Picture(int64_t n, int64_t c, int64_t h, int64_t w, int64_t block_h, int64_t block_w, int64_t halo, std::mt19937& r)
+      : map(n, c, h, w, block_h, block_w, halo), tensor(Draw(n * c * h * w, r)) {
+    Write();
+  }
+  PlainMap plain() {
+    const LaneMap& m = map.lanes;
+    return Plain(tensor, m.batch, m.channels, m.height, m.width);
+  }
+  void Write() { Kernels<LaneKernels>().from_plain(plain(), map.lanes, 1); }
+  // What the map holds now.
+  Tensor Read() {
+    Kernels<LaneKernels>().to_plain(map.lanes, plain(), 1);
+    return tensor;
+  }
+  int64_t pixels() const { return map.lanes.height * map.lanes.width; }
+  Map map;
+  Tensor tensor;
+};
+
+constexpr int64_t kBatch = 2, kChannels = 5, kHeight = 9, kWidth = 14, kBlockH = 3, kBlockW = 4;
+
+Picture MakePicture(std::mt19937& random, int64_t halo) {
+  return Picture(kBatch, kChannels, kHeight, kWidth, kBlockH, kBlockW, halo, random);
+}
+
+int64_t ChannelOf(int64_t i) { return i / (kHeight * kWidth) % kChannels; }
+
+void RunNorm(int threads, const std::string& name) {
+  std::mt19937 random(3);
+  Picture x = MakePicture(random, 1), y = MakePicture(random, 1), dy = MakePicture(random, 1);
+  Tensor gamma = Draw(kChannels, random), beta = Draw(kChannels, random);
+  Tensor running_mean(kChannels), running_variance(kChannels, 1.0f), mean(kChannels), inverse(kChannels);
+  // One where the lane holds a pixel, for each row and column of a block.
+  Floats rows(kBlockH * 16), columns(kBlockW * 16);
+  for (int64_t lane = 0; lane < 16; ++lane) {
+    for (int64_t r = 0; r < kBlockH; ++r) rows.data[r * 16 + lane] = lane / 4 * kBlockH + r < kHeight;
+    for (int64_t c = 0; c < kBlockW; ++c) columns.data[c * 16 + lane] = lane % 4 * kBlockW + c < kWidth;
+  }
+  const Tensor in = x.tensor, gradient = dy.tensor;
+  const NormSpec spec = {kChannels, 1e-5f, 0.1f, {Activation::kLeaky, 0.2f}, {rows.data, columns.data}};
+  const NormState state = {gamma.data(), beta.data(), running_mean.data(), running_variance.data(),
+                           mean.data(),  inverse.data(), {}};
+  const NormKernels& kernels = Kernels<NormKernels>();
+  kernels.train(x.map.lanes, y.map.lanes, spec, state, {true, Padding::kReflect, 1}, threads);
+  const int64_t count = kBatch * kHeight * kWidth;
+  std::vector<double> sum(kChannels), squares(kChannels), want(in.size());
+  for (size_t i = 0; i < in.size(); ++i) sum[ChannelOf(i)] += in[i];
+  for (size_t i = 0; i < in.size(); ++i) squares[ChannelOf(i)] += std::pow(in[i] - sum[ChannelOf(i)] / count, 2);
+  std::vector<double> normal(in.size()), slope(in.size()), d(in.size());
+  for (size_t i = 0; i < in.size(); ++i) {
+    const int64_t c = ChannelOf(i);
+    normal[i] = (in[i] - sum[c] / count) / std::sqrt(squares[c] / count + 1e-5);
+    const double z = gamma[c] * normal[i] + beta[c];
+    slope[i] = z > 0 ? 1.0 : 0.2;
+    want[i] = slope[i] * z;
+  }
+  Expect(Error(y.Read(), want) < kTolerance, name + " norm forward");
+  std::vector<double> dgamma_want(kChannels), dbeta_want(kChannels);
+  for (size_t i = 0; i < in.size(); ++i) {
+    d[i] = slope[i] * gradient[i];
+    dgamma_want[ChannelOf(i)] += d[i] * normal[i];
+    dbeta_want[ChannelOf(i)] += d[i];
+  }
+  for (size_t i = 0; i < in.size(); ++i) {
+    const int64_t c = ChannelOf(i);
+    const double rest = d[i] - dbeta_want[c] / count - normal[i] * dgamma_want[c] / count;
+    want[i] = gamma[c] / std::sqrt(squares[c] / count + 1e-5) * rest;
+  }
+  Tensor dgamma(kChannels), dbeta(kChannels);
+  kernels.backward(x.map.lanes, dy.map.lanes, nullptr, dy.map.lanes, spec, state, true, dgamma.data(), dbeta.data(),
+                   true, threads);
+  Expect(Error(dy.Read(), want) < kTolerance, name + " norm backward");
+  Expect(Error(dgamma, dgamma_want) < kTolerance, name + " norm gamma gradient");
+  Expect(Error(dbeta, dbeta_want) < kTolerance, name + " norm beta gradient");
+}
+
+void RunPointwise(int threads, const std::string& name) {
+  std::mt19937 random(4);
+  const Activation all[] = {Activation::kNone,    Activation::kRelu, Activation::kLeaky,
+                            Activation::kSigmoid, Activation::kTanh, Activation::kSilu};
+  for (Activation kind : all) {
+    Picture x = MakePicture(random, 0), y = MakePicture(random, 1), dy = MakePicture(random, 2);
+    const ActivationSpec act = {kind, 0.3f};
+    const auto value = [&](double z) {
+      const double sigmoid = 1 / (1 + std::exp(-z));
+      return kind == Activation::kRelu      ? std::max(z, 0.0)
+             : kind == Activation::kLeaky   ? (z > 0 ? z : 0.3 * z)
+             : kind == Activation::kSigmoid ? sigmoid
+             : kind == Activation::kTanh    ? std::tanh(z)
+             : kind == Activation::kSilu    ? z * sigmoid
+                                            : z;
+    };
+    const std::string what = name + " activation " + std::to_string(static_cast<int>(kind));
+    const Tensor in = x.tensor, gradient = dy.tensor;
+    std::vector<double> want(in.size()), slope(in.size());
+    for (size_t i = 0; i < in.size(); ++i) {
+      want[i] = value(in[i]);
+      slope[i] = gradient[i] * (value(in[i] + 1e-5) - value(in[i] - 1e-5)) / 2e-5;
+    }
+    const PointwiseKernels& kernels = Kernels<PointwiseKernels>();
+    kernels.activate(x.map.lanes, y.map.lanes, act, threads);
+    Expect(Error(y.Read(), want) < kTolerance, what);
+    kernels.activate_backward(x.map.lanes, dy.map.lanes, y.map.lanes, act, false, threads);
+    Expect(Error(y.Read(), slope) < 1e-4, what + " backward");
+  }
+  Picture a = MakePicture(random, 0), b = MakePicture(random, 1), y = MakePicture(random, 0);
+  std::vector<double> want(a.tensor.size());
+  for (size_t i = 0; i < want.size(); ++i) want[i] = 2.0 * a.tensor[i] - 0.5 * b.tensor[i] + 3.0;
+  Kernels<PointwiseKernels>().combine(a.map.lanes, 2.0f, &b.map.lanes, -0.5f, 3.0f, y.map.lanes, threads);
+  Expect(Error(y.Read(), want) < kTolerance, name + " combine");
+  std::vector<double> squares(kBatch * kHeight * kWidth);
+  const auto pixel = [&](size_t i) { return i / (kChannels * kHeight * kWidth) * kHeight * kWidth + i % (kHeight * kWidth); };
+  for (size_t i = 0; i < want.size(); ++i) squares[pixel(i)] += std::pow(a.tensor[i], 2) / kChannels;
+  for (size_t i = 0; i < want.size(); ++i) want[i] = a.tensor[i] / std::sqrt(squares[pixel(i)] + 1e-8);
+  Kernels<PointwiseKernels>().pixel_norm(a.map.lanes, y.map.lanes, 1e-8f, threads);
+  Expect(Error(y.Read(), want) < kTolerance, name + " pixel norm");
+}
+
+void RunFinish(int threads, const std::string& name) {
+  std::mt19937 random(5);
+  Picture x = MakePicture(random, 0), residual = MakePicture(random, 1), y = MakePicture(random, 1);
+  Tensor gamma = Draw(kChannels, random), beta = Draw(kChannels, random), mean = Draw(kChannels, random);
+  const Tensor variance(kChannels, 0.7f);
+  const NormNumbers norm = {gamma.data(), beta.data(), mean.data(), variance.data(), 1e-5f};
+  std::vector<double> want(x.tensor.size());
+  for (size_t i = 0; i < want.size(); ++i) {
+    const int64_t c = ChannelOf(i);
+    const double z = gamma[c] * (x.tensor[i] - mean[c]) / std::sqrt(0.7 + 1e-5) + beta[c] + residual.tensor[i];
+    want[i] = std::max(z, 0.0);
+  }
+  Kernels<FinishKernels>().finish(x.map.lanes, &residual.map.lanes, y.map.lanes, norm, {Activation::kRelu, 0.0f},
+                                  {true, Padding::kZero, 1}, threads);
+  Expect(Error(y.Read(), want) < kTolerance, name + " finish");
+}
+
+void RunPool(int threads, const std::string& name) {
+  for (bool maximum : {false, true}) {
+    std::mt19937 random(6);
+    const int64_t out_h = 5, out_w = 7;  // of 9 x 14 by windows of 3 every 2 pixels, padded by 1
+    Picture x(kBatch, kChannels, kHeight, kWidth, 4, 4, 1, random), dx(kBatch, kChannels, kHeight, kWidth, 4, 4, 0, random);
+    Picture y(kBatch, kChannels, out_h, out_w, 2, 2, 0, random), dy(kBatch, kChannels, out_h, out_w, 2, 2, 0, random);
+    const PoolSpec spec = {3, 2, 1, maximum};
+    std::vector<double> want(y.tensor.size()), dx_want(dx.tensor.begin(), dx.tensor.end());
+    for (size_t i = 0; i < want.size(); ++i) {
+      const int64_t plane = i / (out_h * out_w), row = i / out_w % out_h, col = i % out_w;
+      int64_t best = -1;
+      for (int64_t k = 0; k < 9; ++k) {
+        const int64_t r = 2 * row + k / 3 - 1, c = 2 * col + k % 3 - 1;
+        if (r < 0 || c < 0 || r >= kHeight || c >= kWidth) continue;
+        const int64_t at = plane * kHeight * kWidth + r * kWidth + c;
+        if (!maximum) want[i] += x.tensor[at] / 9, dx_want[at] += dy.tensor[i] / 9;
+        if (best < 0 || x.tensor[at] > x.tensor[best]) best = at;
+      }
+      if (maximum) want[i] = x.tensor[best], dx_want[best] += dy.tensor[i];
+    }
+    Kernels<LaneKernels>().fill_halo(x.map.lanes, maximum ? Padding::kReplicate : Padding::kZero, 1, threads);
+    const PoolKernels& kernels = Kernels<PoolKernels>();
+    kernels.forward(x.map.lanes, y.map.lanes, spec, threads);
+    kernels.backward(x.map.lanes, dy.map.lanes, dx.map.lanes, spec, threads);
+    const std::string what = name + (maximum ? " maximum" : " average");
+    Expect(Error(y.Read(), want) < kTolerance, what);
+    Expect(Error(dx.Read(), dx_want) < kTolerance, what + " backward");
+  }
+}
+
+void RunResample(int threads, const std::string& name) {
+  std::mt19937 random(8);
+  const int64_t side = 8;  // whole blocks: what x2 upsampling is planned for
+  for (bool bilinear : {false, true}) {
+    Picture x(1, 3, side, side, 2, 2, 1, random), y(1, 3, 2 * side, 2 * side, 4, 4, 1, random);
+    const auto at = [&](int64_t i) { return std::clamp<int64_t>(i, 0, side - 1); };
+    std::vector<double> want(y.tensor.size());
+    for (size_t i = 0; i < want.size(); ++i) {
+      const int64_t plane = i / (4 * side * side), row = i / (2 * side) % (2 * side), col = i % (2 * side);
+      const auto pixel = [&](int64_t r, int64_t c) { return x.tensor[(plane * side + at(r)) * side + at(c)]; };
+      const int64_t r = row / 2, c = col / 2, down = row % 2 ? 1 : -1, right = col % 2 ? 1 : -1;
+      want[i] = bilinear ? 0.5625 * pixel(r, c) + 0.1875 * (pixel(r + down, c) + pixel(r, c + right)) +
+                               0.0625 * pixel(r + down, c + right)
+                         : pixel(r, c);
+    }
+    Kernels<LaneKernels>().fill_halo(x.map.lanes, Padding::kReplicate, 1, threads);
+    const ResampleKernels& kernels = Kernels<ResampleKernels>();
+    (bilinear ? kernels.bilinear2 : kernels.nearest2)(x.map.lanes, y.map.lanes, threads);
+    const std::string what = name + (bilinear ? " bilinear" : " nearest");
+    Expect(Error(y.Read(), want) < kTolerance, what);
+    // The transposed map: <up(x), g> = <x, up^T(g)>.
+    Picture g(1, 3, 2 * side, 2 * side, 4, 4, 1, random), dx(1, 3, side, side, 2, 2, 0, random);
+    double forward = 0, backward = 0;
+    for (size_t i = 0; i < want.size(); ++i) forward += want[i] * g.tensor[i];
+    Kernels<LaneKernels>().fill_halo(g.map.lanes, Padding::kReplicate, 1, threads);
+    (bilinear ? kernels.bilinear2_backward : kernels.nearest2_backward)(g.map.lanes, dx.map.lanes, false, threads);
+    const Tensor read = dx.Read();
+    for (size_t i = 0; i < read.size(); ++i) backward += static_cast<double>(read[i]) * x.tensor[i];
+    Expect(std::abs(forward - backward) < 1e-3, what + " backward");
+  }
+  // Flipped columns, and rows of which one is nothing: any selection.
+  Picture x = MakePicture(random, 0), y = MakePicture(random, 0), dx = MakePicture(random, 0);
+  std::vector<int32_t> rows(kHeight), columns(kWidth);
+  for (int64_t r = 0; r < kHeight; ++r) rows[r] = r == 4 ? -1 : static_cast<int32_t>(r);
+  for (int64_t c = 0; c < kWidth; ++c) columns[c] = static_cast<int32_t>(kWidth - 1 - c);
+  const AxisTaps down = {kHeight, rows.data(), nullptr, nullptr}, across = {kWidth, columns.data(), nullptr, nullptr};
+  const ResampleKernels& kernels = Kernels<ResampleKernels>();
+  kernels.general(x.map.lanes, y.map.lanes, down, across, threads);
+  std::vector<double> want(x.tensor.size()), dx_want(dx.tensor.begin(), dx.tensor.end());
+  for (size_t i = 0; i < want.size(); ++i) {
+    const size_t from = i - i % kWidth + kWidth - 1 - i % kWidth;
+    if (i / kWidth % kHeight == 4) continue;
+    want[i] = x.tensor[from];
+    dx_want[from] += x.tensor[i];
+  }
+  Expect(Error(y.Read(), want) < kTolerance, name + " selection");
+  kernels.general_backward(x.map.lanes, dx.map.lanes, down, across, threads);
+  Expect(Error(dx.Read(), dx_want) < kTolerance, name + " selection backward");
+}
+
+void RunPruning(int threads, const std::string& name) {
+  std::mt19937 random(9);
+  const std::vector<int64_t> sizes = {1, 15, 1000, 40000};
+  std::vector<Tensor> scores, starts, dense;
+  std::vector<std::vector<uint8_t>> alive, masks, bits;
+  std::vector<WeightPart> parts;
+  std::vector<PrunedPart> to;
+  for (int64_t n : sizes) {
+    scores.push_back(Draw(n, random)), starts.push_back(Draw(n, random)), dense.emplace_back(n);
+    alive.emplace_back(n), masks.emplace_back(n), bits.emplace_back((n + 7) / 8);
+    for (uint8_t& a : alive.back()) a = random() % 4 != 0;
+  }
+  struct Weight {
+    float magnitude;
+    size_t part, at;
+  };
+  std::vector<Weight> living;
+  for (size_t p = 0; p < sizes.size(); ++p) {
+    parts.push_back({scores[p].data(), alive[p].data(), sizes[p]});
+    to.push_back({starts[p].data(), masks[p].data(), bits[p].data(), dense[p].data()});
+    for (size_t i = 0; i < scores[p].size(); ++i) {
+      if (alive[p][i]) living.push_back({std::abs(scores[p][i]), p, i});
+    }
+  }
+  const int64_t count = static_cast<int64_t>(living.size()) / 3;
+  std::stable_sort(living.begin(), living.end(), [](const Weight& a, const Weight& b) { return a.magnitude < b.magnitude; });
+  std::vector<std::vector<uint8_t>> want = alive;
+  for (int64_t i = 0; i < count; ++i) want[living[i].part][living[i].at] = 0;
+  Pruning pruning(parts, count, threads);
+  Expect(pruning.valid() && pruning.survivors() == static_cast<int64_t>(living.size()) - count, name + " survivors");
+  Tensor values(pruning.survivors());
+  pruning.Write(to, values.data(), threads);
+  bool right = true;
+  size_t next = 0;
+  for (size_t p = 0; p < sizes.size(); ++p) {
+    for (size_t i = 0; i < masks[p].size(); ++i) {
+      const bool kept = want[p][i];
+      right = right && masks[p][i] == kept && (bits[p][i / 8] >> i % 8 & 1) == kept;
+      right = right && dense[p][i] == (kept ? starts[p][i] : 0.0f) && (!kept || values[next++] == starts[p][i]);
+    }
+  }
+  Expect(right && next == values.size(), name + " pruned weights");
+  Tensor gathered(CountOnes(masks[3].data(), sizes[3], threads)), scattered(sizes[3]);
+  Gather(starts[3].data(), masks[3].data(), sizes[3], gathered.data(), threads);
+  Scatter(gathered.data(), masks[3].data(), sizes[3], scattered.data(), threads);
+  Expect(scattered == dense[3], name + " gather and scatter");
+}
+
+void RunSteps(int threads, const std::string& name) {
+  std::mt19937 random(10);
+  const int64_t n = 1037;
+  Tensor values = Draw(n, random), gradient = Draw(n, random), m(n), v(n), other = values, momentum(n);
+  std::vector<double> want(values.begin(), values.end()), sgd_want = want, first(n), second(n), buffer(n);
+  for (int64_t step = 1; step <= 3; ++step) {
+    Kernels<StepKernels>().adam({0.01, 0.9, 0.999, 1e-8, 0.1}, step, values.data(), gradient.data(), m.data(), v.data(),
+                                n, threads);
+    Kernels<StepKernels>().sgd({0.01, 0.9, 0.0, 0.1, true}, step, other.data(), gradient.data(), momentum.data(), n,
+                               threads);
+    for (int64_t i = 0; i < n; ++i) {
+      const double g = gradient[i] + 0.1 * want[i], h = gradient[i] + 0.1 * sgd_want[i];
+      first[i] = 0.9 * first[i] + 0.1 * g;
+      second[i] = 0.999 * second[i] + 0.001 * g * g;
+      want[i] -= 0.01 * first[i] / (1 - std::pow(0.9, step)) / (std::sqrt(second[i] / (1 - std::pow(0.999, step))) + 1e-8);
+      buffer[i] = step == 1 ? h : 0.9 * buffer[i] + h;
+      sgd_want[i] -= 0.01 * (h + 0.9 * buffer[i]);
+    }
+  }
+  Expect(Error(values, want) < kTolerance, name + " Adam");
+  Expect(Error(other, sgd_want) < kTolerance, name + " SGD");
+}
+
+}  // namespace
+
+void RunPasses(int threads, const std::string& name) {
+  for (const auto& run : {RunNorm, RunPointwise, RunFinish, RunPool, RunResample, RunPruning, RunSteps}) {
+    run(threads, name);
+  }
+}
+
+}  // namespace lipfast
