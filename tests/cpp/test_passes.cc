@@ -60,8 +60,8 @@ void RunNorm(int threads, const std::string& name) {
   }
   const Tensor in = x.tensor, gradient = dy.tensor;
   const NormSpec spec = {kChannels, 1e-5f, 0.1f, {Activation::kLeaky, 0.2f}, {rows.data, columns.data}};
-  const NormState state = {gamma.data(), beta.data(), running_mean.data(), running_variance.data(),
-                           mean.data(),  inverse.data(), {}};
+  const NormState state = {gamma.data(),   beta.data(), running_mean.data(), running_variance.data(), mean.data(),
+                           inverse.data(), {}};
   const NormKernels& kernels = Kernels<NormKernels>();
   kernels.train(x.map.lanes, y.map.lanes, spec, state, {true, Padding::kReflect, 1}, threads);
   const int64_t count = kBatch * kHeight * kWidth;
@@ -131,7 +131,9 @@ void RunPointwise(int threads, const std::string& name) {
   Kernels<PointwiseKernels>().combine(a.map.lanes, 2.0f, &b.map.lanes, -0.5f, 3.0f, y.map.lanes, threads);
   Expect(Error(y.Read(), want) < kTolerance, name + " combine");
   std::vector<double> squares(kBatch * kHeight * kWidth);
-  const auto pixel = [&](size_t i) { return i / (kChannels * kHeight * kWidth) * kHeight * kWidth + i % (kHeight * kWidth); };
+  const auto pixel = [&](size_t i) {
+    return i / (kChannels * kHeight * kWidth) * kHeight * kWidth + i % (kHeight * kWidth);
+  };
   for (size_t i = 0; i < want.size(); ++i) squares[pixel(i)] += std::pow(a.tensor[i], 2) / kChannels;
   for (size_t i = 0; i < want.size(); ++i) want[i] = a.tensor[i] / std::sqrt(squares[pixel(i)] + 1e-8);
   Kernels<PointwiseKernels>().pixel_norm(a.map.lanes, y.map.lanes, 1e-8f, threads);
@@ -159,7 +161,8 @@ void RunPool(int threads, const std::string& name) {
   for (bool maximum : {false, true}) {
     std::mt19937 random(6);
     const int64_t out_h = 5, out_w = 7;  // of 9 x 14 by windows of 3 every 2 pixels, padded by 1
-    Picture x(kBatch, kChannels, kHeight, kWidth, 4, 4, 1, random), dx(kBatch, kChannels, kHeight, kWidth, 4, 4, 0, random);
+    Picture x(kBatch, kChannels, kHeight, kWidth, 4, 4, 1, random),
+        dx(kBatch, kChannels, kHeight, kWidth, 4, 4, 0, random);
     Picture y(kBatch, kChannels, out_h, out_w, 2, 2, 0, random), dy(kBatch, kChannels, out_h, out_w, 2, 2, 0, random);
     const PoolSpec spec = {3, 2, 1, maximum};
     std::vector<double> want(y.tensor.size()), dx_want(dx.tensor.begin(), dx.tensor.end());
@@ -260,7 +263,8 @@ void RunPruning(int threads, const std::string& name) {
     }
   }
   const int64_t count = static_cast<int64_t>(living.size()) / 3;
-  std::stable_sort(living.begin(), living.end(), [](const Weight& a, const Weight& b) { return a.magnitude < b.magnitude; });
+  std::stable_sort(living.begin(), living.end(),
+                   [](const Weight& a, const Weight& b) { return a.magnitude < b.magnitude; });
   std::vector<std::vector<uint8_t>> want = alive;
   for (int64_t i = 0; i < count; ++i) want[living[i].part][living[i].at] = 0;
   Pruning pruning(parts, count, threads);
@@ -297,7 +301,8 @@ void RunSteps(int threads, const std::string& name) {
       const double g = gradient[i] + 0.1 * want[i], h = gradient[i] + 0.1 * sgd_want[i];
       first[i] = 0.9 * first[i] + 0.1 * g;
       second[i] = 0.999 * second[i] + 0.001 * g * g;
-      want[i] -= 0.01 * first[i] / (1 - std::pow(0.9, step)) / (std::sqrt(second[i] / (1 - std::pow(0.999, step))) + 1e-8);
+      want[i] -=
+          0.01 * first[i] / (1 - std::pow(0.9, step)) / (std::sqrt(second[i] / (1 - std::pow(0.999, step))) + 1e-8);
       buffer[i] = step == 1 ? h : 0.9 * buffer[i] + h;
       sgd_want[i] -= 0.01 * (h + 0.9 * buffer[i]);
     }
