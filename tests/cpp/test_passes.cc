@@ -293,18 +293,17 @@ void RunSteps(int threads, const std::string& name) {
   Tensor values = Draw(n, random), gradient = Draw(n, random), m(n), v(n), other = values, momentum(n);
   std::vector<double> want(values.begin(), values.end()), sgd_want = want, first(n), second(n), buffer(n);
   for (int64_t step = 1; step <= 3; ++step) {
-    Kernels<StepKernels>().adam({0.01, 0.9, 0.999, 1e-8, 0.1}, step, values.data(), gradient.data(), m.data(), v.data(),
+    Kernels<StepKernels>().adam({1.0, 0.9, 0.999, 1e-8, 0.1}, step, values.data(), gradient.data(), m.data(), v.data(),
                                 n, threads);
-    Kernels<StepKernels>().sgd({0.01, 0.9, 0.0, 0.1, true}, step, other.data(), gradient.data(), momentum.data(), n,
+    Kernels<StepKernels>().sgd({0.5, 0.9, 0.0, 0.1, true}, step, other.data(), gradient.data(), momentum.data(), n,
                                threads);
     for (int64_t i = 0; i < n; ++i) {
       const double g = gradient[i] + 0.1 * want[i], h = gradient[i] + 0.1 * sgd_want[i];
       first[i] = 0.9 * first[i] + 0.1 * g;
       second[i] = 0.999 * second[i] + 0.001 * g * g;
-      want[i] -=
-          0.01 * first[i] / (1 - std::pow(0.9, step)) / (std::sqrt(second[i] / (1 - std::pow(0.999, step))) + 1e-8);
+      want[i] -= first[i] / (1 - std::pow(0.9, step)) / (std::sqrt(second[i] / (1 - std::pow(0.999, step))) + 1e-8);
       buffer[i] = step == 1 ? h : 0.9 * buffer[i] + h;
-      sgd_want[i] -= 0.01 * (h + 0.9 * buffer[i]);
+      sgd_want[i] -= 0.5 * (h + 0.9 * buffer[i]);
     }
   }
   Expect(Error(values, want) < kTolerance, name + " Adam");
