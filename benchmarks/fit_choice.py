@@ -107,7 +107,7 @@ def work(one: OneDirection, form: ConvForm, pixels: int, direction: str) -> list
         return [positions * one.conv.kept, vectors, one.conv.kept]
     if one.kernel == "dense":
         return [positions * filters, filters]
-    tile = 4 if _C.winograd_tile(*block) == 4 else 2
+    tile = _C.winograd_tile(*block)
     tiles = -(-block[0] // tile) * -(-block[1] // tile) * (tile + 2) ** 2
     pairs = filters / 9
     weights = pairs * (tile + 2) ** 2

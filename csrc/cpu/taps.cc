@@ -616,19 +616,16 @@ void DenseDotRows(const Region& g, int64_t row, int64_t last, const int32_t* off
   }
 }
 
-// Adds the gradients of rows [row, last_row) to a vector for each output from first to last.
-void AddGradients(const Region& g, int64_t row, int64_t last_row, int64_t first, int64_t last, float* sums) {
-  for (int64_t o = first; o < last; ++o) {
-    float* to = sums + o * kLanes;
-    V total = Load(to);
-    for (int64_t r = row; r < last_row; ++r) {
-      const float* dy = g.out + o * g.out_channel + r * g.out_row;
-      V line = Zero();  // line by line: the rounding error grows with rows + columns, not with pixels
-      for (int64_t col = 0; col < g.cols; ++col) line = Add(line, Load(dy + col * g.out_col));
-      total = Add(total, line);
-    }
-    Store(to, total);
+// total + what rows [row, last_row) of an output hold, line by line: the rounding error grows with rows +
+// columns, not with pixels.
+V AddLines(const Region& g, int64_t row, int64_t last_row, int64_t output, V total) {
+  for (; row < last_row; ++row) {
+    const float* p = g.out + output * g.out_channel + row * g.out_row;
+    V line = Zero();
+    for (int64_t col = 0; col < g.cols; ++col) line = Add(line, Load(p + col * g.out_col));
+    total = Add(total, line);
   }
+  return total;
 }
 
 // Groups [first, last) over rows [row, last_row) of a region. The input of some taps stays in the first
@@ -671,7 +668,10 @@ void DenseDot(const Region* regions, int64_t count, const DenseTaps& taps, float
         DenseDotTaps<kDotTaps>(*region, row, row + count, taps, t, first, last, sum);
       }
       for (; t < taps.taps; ++t) DenseDotTaps<1>(*region, row, row + count, taps, t, first, last, sum);
-      if (d_bias) AddGradients(*region, row, row + count, begin, end, sum + sums);
+      for (int64_t o = begin; d_bias && o < end; ++o) {
+        float* to = sum + sums + o * kLanes;
+        Store(to, AddLines(*region, row, row + count, o, Load(to)));
+      }
       line += count;
     }
   });
@@ -682,15 +682,7 @@ void DenseDot(const Region* regions, int64_t count, const DenseTaps& taps, float
 void ChannelSums(const Region* regions, int64_t count, int64_t channels, float* sums, int threads) {
   ParallelFor(threads, channels, [&](int64_t channel) {
     V total = Zero();
-    for (int64_t i = 0; i < count; ++i) {
-      const Region& g = regions[i];
-      for (int64_t row = 0; row < g.rows; ++row) {
-        const float* p = g.out + channel * g.out_channel + row * g.out_row;
-        V line = Zero();  // line by line: the rounding error grows with rows + columns, not with pixels
-        for (int64_t col = 0; col < g.cols; ++col) line = Add(line, Load(p + col * g.out_col));
-        total = Add(total, line);
-      }
-    }
+    for (int64_t i = 0; i < count; ++i) total = AddLines(regions[i], 0, regions[i].rows, channel, total);
     sums[channel] = Sum(total);
   });
 }
