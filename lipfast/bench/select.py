@@ -56,33 +56,33 @@ def cases(size: Size) -> list[Case]:
 
 
 def _setup(shapes: list[Shape], number: int) -> Timed:
-    start = _draw(shapes, seed=0)
-    trained = _draw(shapes, seed=1)
+    start = draw(shapes, seed=0)
+    trained = draw(shapes, seed=1)
     alive = [torch.rand(shape) < (1 - PRUNE_FRACTION) ** (number - 1) for shape in shapes]
     trained = [weight * mask for weight, mask in zip(trained, alive, strict=True)]
     living = sum(int(mask.sum()) for mask in alive)
     count = round(PRUNE_FRACTION * living)
     total = sum(mask.numel() for mask in alive)
-    network = _draw(shapes, seed=2)  # stands for the parameters that the rewound weights go to
+    network = draw(shapes, seed=2)  # stands for the parameters that the rewound weights go to
     backend, _ = _dispatch.pick("begin_pruning", start[0].device)
     return Timed(
         ours=lambda: ops.prune_rewind_pack(trained, alive, start, count, into=network),
         baselines={
-            "global_unstructured + load_state_dict + mask": _torch_round(trained, start, total - living + count)
+            "global_unstructured + load_state_dict + mask": torch_round(trained, start, total - living + count)
         },
-        check=functools.partial(_check, trained, alive, start, count),
+        check=functools.partial(check, trained, alive, start, count),
         backend=backend,
         bytes=total * (4 + 1 + 4 + 4 + 1 + 1 / 8)
         + (living - count) * 4,  # scores, mask, start; dense, mask, bits; values
     )
 
 
-def _draw(shapes: list[Shape], seed: int) -> list[Tensor]:
+def draw(shapes: list[Shape], seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def _torch_round(trained: list[Tensor], start: list[Tensor], dead: int) -> Callable[[], object]:
+def torch_round(trained: list[Tensor], start: list[Tensor], dead: int) -> Callable[[], object]:
     """The round with torch alone, leaving ``dead`` zeros; weights that were dead before are zeros and so die first."""
     layers = [_Layer(first.clone()) for first in start]
     network = nn.ModuleList(layers)
@@ -113,7 +113,7 @@ class _Layer(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
-def _check(trained: list[Tensor], alive: list[Tensor], start: list[Tensor], count: int) -> None:
+def check(trained: list[Tensor], alive: list[Tensor], start: list[Tensor], count: int) -> None:
     mine = ops.prune_rewind_pack(trained, alive, start, count)
     theirs = ops.prune_rewind_pack(trained, alive, start, count, backend="reference")
     for name in ("masks", "bits", "weights"):

@@ -1,8 +1,9 @@
 """What the CUDA sparse convolution must compute, as test bodies for the emulator and for a real GPU.
 
-    python tests/gpu/sparse_conv_cases.py LIBRARY
+    python tests/gpu/sparse_conv_cases.py LIBRARY [DEVICE]
 
-checks every layer and exits with 1 if one is wrong; the sanitizer and mutation tests run it in a process of its own.
+checks every layer and exits with 1 if one is wrong; the sanitizer and mutation tests run it in a process of its own, and
+``compute-sanitizer`` can on a GPU.
 """
 
 import sys
@@ -79,13 +80,13 @@ def same(got: torch.Tensor, want: torch.Tensor, *, terms: int) -> None:
     assert error <= bound, f"error {error:.2g}, allowed {bound:.2g}"
 
 
-def main(path: str) -> int:
+def main(path: str, device: str = "cpu") -> int:
     library = _cuda_library.Library(Path(path))
     wrong = 0
     for layer in LAYERS:
         for tile in TILES:
             try:
-                check(library, layer, tile, "cpu")
+                check(library, layer, tile, device)
             except Exception as error:
                 print(f"{layer} {tile}: {error}")
                 wrong += 1
@@ -93,4 +94,4 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))
