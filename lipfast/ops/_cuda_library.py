@@ -16,53 +16,80 @@ from torch import Tensor
 
 from lipfast.errors import BackendError
 
-ABI_VERSION = 1
-POINT, SAME, HALF, DOUBLE = range(4)  # enum LipfastGeometry in csrc/cuda/sparse_conv.h, which explains them
+ABI_VERSION = 2
+CONVOLUTION, WEIGHT_GRADIENT = range(2)  # enum LipfastKernel in csrc/cuda/sparse_conv.h, which explains the rest
+SIZES = ("large", "medium", "small")
 PADDING_MODES = {"zeros": 0, "reflect": 1, "replicate": 2, "circular": 3}
+READ_AHEAD = 128  # entries
+VECTOR = 4  # floats of the widest copy
+LANES = 32
 
-# A launch with fewer blocks than this takes the small register tile: about one block for each multiprocessor of an
-# A100 or H100. Chosen by counting, not timed.
-FILLING_BLOCKS = 128
+# A launch takes the largest tile that gives this many blocks: about one for each multiprocessor of an A100 or H100.
+FILLING_BLOCKS = 96
+MOST_SHARED_BYTES = 160 << 10  # of a block; an A100 has 163 KB
 
 
 class _Facts(ctypes.Structure):
-    _fields_ = (
-        ("group", ctypes.c_int32),
-        ("taps", ctypes.c_int32),
-        ("tap_columns", ctypes.c_int32),
-        ("stage", ctypes.c_int32),
-        ("tile_rows", ctypes.c_int32 * 2),
-        ("tile_columns", ctypes.c_int32 * 2),
-    )
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("warps", "lists", "rows", "stage", "pitch"))
 
 
 class _Arguments(ctypes.Structure):
     """``LipfastSparseConv``, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "codes", "slots", "starts", "values", "bias")),
-        *((name, ctypes.c_void_p) for name in ("packed", "y", "partial", "gradient")),
-        *((name, ctypes.c_int32) for name in ("kept", "batch", "input_channels", "output_channels")),
-        *((name, ctypes.c_int32) for name in ("rows", "columns", "y_rows", "y_columns", "pad_top", "pad_left")),
-        *((name, ctypes.c_int32) for name in ("output_offset", "padding", "geometry", "small_tile", "splits")),
+        *((name, ctypes.c_void_p) for name in ("x", "entries", "counts", "begins", "outputs")),
+        *((name, ctypes.c_void_p) for name in ("values", "bias", "y", "partial", "gradient")),
+        *((name, ctypes.c_int32) for name in ("listed", "list_warps", "batch", "channels", "rows", "columns")),
+        *((name, ctypes.c_int32) for name in ("y_channels", "y_rows", "y_columns", "stages")),
+        *((name, ctypes.c_int32) for name in ("row_phases", "column_phases", "row_scale", "column_scale")),
+        *((name, ctypes.c_int32) for name in ("halo_rows", "halo_columns", "pad_top", "pad_left", "shift")),
+        *((name, ctypes.c_int32) for name in ("top_cut", "left_cut", "padding", "size", "splits")),
     )
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a geometry's kernels expect; see ``LipfastGeometryFacts``. Tiles are (large, small), in output pixels."""
+    """How a block cuts the work; see ``LipfastTileFacts``."""
 
-    group: int
-    taps: int
-    tap_columns: int
+    warps: int
+    lists: int
+    rows: int
     stage: int
-    tile_rows: tuple[int, int]
-    tile_columns: tuple[int, int]
+    pitch: int
 
-    def tiles(self, size: Sequence[int], small: bool) -> int:
-        """Blocks that cover a plane of ``size`` (rows, columns)."""
-        rows, columns = size
-        return -(-rows // self.tile_rows[small]) * -(-columns // self.tile_columns[small])
+    def tiles(self, size: Sequence[int]) -> int:
+        """Tiles that cover a plane of ``size`` (rows, columns)."""
+        return -(-size[0] // self.rows) * -(-size[1] // LANES)
+
+    def group_blocks(self, outputs: int) -> int:
+        """Blocks that share a tile, each with its own output channels."""
+        return -(-outputs // (self.warps * self.lists))
+
+
+@dataclass(frozen=True)
+class Form:
+    """One direction of a layer as a stride-1 problem on virtual channels: (rows, columns) everywhere.
+
+    Attributes:
+        taps: window of the stride-1 problem.
+        phases: virtual channels of a source channel along each axis.
+        scale: virtual channels of an output channel along each axis.
+    """
+
+    taps: tuple[int, int]
+    phases: tuple[int, int] = (1, 1)
+    scale: tuple[int, int] = (1, 1)
+
+    @classmethod
+    def of(cls, shape: torch.Size, stride: tuple[int, int], *, transposed: bool) -> "Form":
+        """Of a weight of ``shape``; ``transposed`` for its input gradient."""
+        taps = (-(-shape[2] // stride[0]), -(-shape[3] // stride[1]))
+        return cls(taps, scale=stride) if transposed else cls(taps, phases=stride)
+
+    @property
+    def halo(self) -> tuple[int, int]:
+        """Rows and columns that a tile's source is larger than the tile."""
+        return self.taps[0] - 1, self.taps[1] - 1
 
 
 class Library:
@@ -92,11 +119,27 @@ class Library:
         self._check("counting devices", self._c.lipfast_cuda_devices(ctypes.byref(count)))
         return count.value
 
-    @functools.cache  # noqa: B019  one entry per geometry; the library lives as long as the process
-    def facts(self, geometry: int) -> Facts:
+    @functools.cache  # noqa: B019  one entry per kernel and size; the library lives as long as the process
+    def facts(self, kernel: int, size: int) -> Facts:
         raw = _Facts()
-        self._check("geometry facts", self._c.lipfast_geometry_facts(geometry, ctypes.byref(raw)))
-        return Facts(raw.group, raw.taps, raw.tap_columns, raw.stage, (*raw.tile_rows,), (*raw.tile_columns,))
+        self._check("tile facts", self._c.lipfast_tile_facts(kernel, size, ctypes.byref(raw)))
+        return Facts(*(getattr(raw, name) for name, _ in _Facts._fields_))
+
+    def sizes(self, kernel: int, form: Form) -> list[int]:
+        """Tile sizes, largest first, whose staged channels fit into a block's shared memory."""
+        phases = form.phases[0] * form.phases[1]
+        bytes_of = self._c.lipfast_shared_bytes
+        return [
+            size
+            for size in range(len(SIZES))
+            if bytes_of(kernel, size, form.halo[0], phases) <= MOST_SHARED_BYTES
+            and self._copied_at_once(self.facts(kernel, size), form)
+        ]
+
+    @staticmethod
+    def _copied_at_once(facts: Facts, form: Form) -> bool:
+        """Whether a block has a thread for every four pixels of a staged channel."""
+        return (facts.rows + form.halo[0]) * facts.pitch <= VECTOR * LANES * facts.warps
 
     def run(self, name: str, arguments: _Arguments, device: torch.device) -> None:
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
@@ -122,48 +165,109 @@ def find_library() -> Path:
 
 @dataclass(frozen=True)
 class Lists:
-    """The kept weights of one layer in the order the kernels walk them, for one direction.
+    """The kept weights of one layer in the order the kernels walk them, for one direction and tile.
 
     Attributes:
-        codes, slots: ``(kept,)`` int32; starts: ``(groups * inputs + 1,)`` int32. Format: ``csrc/cuda/sparse_conv.h``.
-        inputs, outputs: virtual channels.
+        form, size: what they were made for.
+        entries, counts, begins, outputs: int32; shapes, format and order in ``csrc/cuda/sparse_conv.h``.
+        shift: staged columns before the first one that is used.
+        stages: of input channels.
+        listed: entries, padding counted in.
     """
 
-    geometry: int
-    codes: Tensor
-    slots: Tensor
-    starts: Tensor
-    inputs: int
-    outputs: int
+    form: Form
+    size: int
+    entries: Tensor
+    counts: Tensor
+    begins: Tensor
+    outputs: Tensor
+    shift: int
+    stages: int
+    listed: int
 
 
-def build_lists(library: Library, geometry: int, positions: Tensor, shape: torch.Size, *, transposed: bool) -> Lists:
-    """Order the weights at ``positions`` (ascending flat indices into a dense weight of ``shape``) for the kernels.
+def pick_size(library: Library, kernel: int, form: Form, outputs: int, plane: Sequence[int], batch: int) -> int:
+    """The tile for ``outputs`` (virtual) channels of ``plane`` pixels: the largest that fills a GPU, else the smallest."""
+    sizes = library.sizes(kernel, form)
+    for size in sizes:
+        facts = library.facts(kernel, size)
+        if facts.tiles(plane) * facts.group_blocks(outputs) * batch >= FILLING_BLOCKS:
+            return size
+    return sizes[-1]
+
+
+def build_lists(
+    library: Library,
+    kernel: int,
+    size: int,
+    positions: Tensor,
+    shape: torch.Size,
+    stride: tuple[int, int],
+    *,
+    pad_left: int,
+    transposed: bool = False,
+) -> Lists:
+    """Order the weights at ``positions`` (ascending flat indices into a dense weight of ``shape``) for a kernel.
 
     ``transposed`` gives the input gradient's lists. Costs a sort of ``kept`` keys: once per mask, not per step.
     """
-    facts = library.facts(geometry)
+    facts, form = library.facts(kernel, size), Form.of(shape, stride, transposed=transposed)
+    tap, source, target, inputs, outputs = _virtual(positions, shape, form, transposed=transposed)
+    # Columns of x on 16 bytes are staged on 16 bytes where the row has room for it.
+    shift = -pad_left % VECTOR if form.phases[1] == 1 else 0
+    shift = shift if LANES + form.halo[1] + shift <= facts.pitch else 0
+    plane = (facts.rows + form.halo[0]) * facts.pitch
+    offset = source % facts.stage * plane + tap[0] * facts.pitch + tap[1] + shift
+
+    # Warps get channels with many and with few weights alike, so that they reach the barriers together.
+    stages = -(-inputs // facts.stage)
+    warps = facts.group_blocks(outputs) * facts.warps
+    places = torch.full((warps * facts.lists,), -1, dtype=torch.int64, device=positions.device)
+    by_weight = torch.argsort(torch.bincount(target, minlength=outputs), descending=True, stable=True)
+    rank = torch.arange(outputs, device=positions.device)
+    place = rank % warps * facts.lists + rank // warps
+    places[place] = by_weight
+    place_of = torch.empty_like(by_weight)
+    place_of[by_weight] = place
+
+    # A segment is what one warp does for one output channel in one stage.
+    warp, list_number = place_of[target] // facts.lists, place_of[target] % facts.lists
+    segment = (warp * stages + source // facts.stage) * facts.lists + list_number
+    segments = warps * stages * facts.lists
+    order = torch.argsort(segment * (facts.stage * plane) + offset)
+    counts = torch.bincount(segment, minlength=segments)
+    starts = _before(counts + counts % 2)
+    listed = len(positions) + segments + len(positions) % 2  # as many as there can be: no need to ask the device
+    ordered = segment[order]
+    at = starts[ordered] + torch.arange(len(positions), device=positions.device) - _before(counts)[ordered]
+    entries = torch.full((listed + READ_AHEAD, 2), -1, dtype=torch.int32, device=positions.device)
+    entries[at] = torch.stack((4 * offset[order], order), 1).int()
+    begins = starts[:: stages * facts.lists].int()
+    counts = torch.nn.functional.pad(counts, (0, facts.lists)).int()
+    return Lists(form, size, entries, counts, begins, places.int(), shift, stages, listed)
+
+
+def _virtual(
+    positions: Tensor, shape: torch.Size, form: Form, *, transposed: bool
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, int, int]:
+    """Of each weight: its tap (row, column), source and target channel; then the numbers of both kinds of channel."""
     outputs, inputs, rows, columns = shape
     column, rest = positions % columns, positions // columns
     row, rest = rest % rows, rest // rows
     source, target = rest % inputs, rest // inputs
-    if transposed:
-        source, target, inputs, outputs = target, source, outputs, inputs
-    if geometry == SAME and transposed:
-        row, column = rows - 1 - row, columns - 1 - column
-    elif geometry == HALF:  # rows of parity p form channel 2c + p
-        source, inputs, row = 2 * source + row % 2, 2 * inputs, row // 2
-    elif geometry == DOUBLE:  # pixels of one parity class form a channel; its window starts one pixel early
-        target, outputs = 4 * target + 2 * (row % 2) + column % 2, 4 * outputs
-        row, column = 1 - row // 2, 1 - column // 2
-    in_group = target % facts.group * facts.taps + row * facts.tap_columns + column
-    pair = target // facts.group * inputs + source  # (group, input channel)
-    order = torch.argsort(pair * (facts.group * facts.taps) + in_group)
-    groups = -(-outputs // facts.group)
-    counts = torch.bincount(pair, minlength=groups * inputs)
-    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    codes = source % facts.stage * (facts.group * facts.taps) + in_group
-    return Lists(geometry, codes[order].int(), order.int(), starts.int(), inputs, outputs)
+    if not transposed:
+        down, across = form.phases
+        source = (source * down + row % down) * across + column % across
+        return (row // down, column // across), source, target, inputs * down * across, outputs
+    down, across = form.scale
+    virtual = (source * down + row % down) * across + column % across
+    tap = form.taps[0] - 1 - row // down, form.taps[1] - 1 - column // across
+    return tap, target, virtual, outputs, inputs * down * across
+
+
+def _before(counts: Tensor) -> Tensor:
+    """Sum of the counts before each."""
+    return counts.cumsum(0) - counts
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -178,60 +282,62 @@ def convolve(
     lists: Lists,
     y: Tensor,
     *,
-    pad: int,
+    pad: tuple[int, int],
     padding_mode: str = "zeros",
-    output_offset: int = 0,
+    cut: tuple[int, int] = (0, 0),
 ) -> None:
     """Fill ``y`` ``(batch, channels, rows, columns)``; the first pixel's window sticks ``pad`` pixels out of ``x``."""
-    facts = library.facts(lists.geometry)
-    scale = 2 if lists.geometry == DOUBLE else 1
-    rows, columns = (-(-(size + output_offset) // scale) for size in y.shape[2:])
-    blocks = facts.tiles((rows, columns), False) * -(-lists.outputs // (4 * facts.group)) * len(x)
-    packed = torch.empty(len(values), dtype=torch.int64, device=x.device)
-    arguments = _arguments(x, lists, y, pad, padding_mode)
-    arguments.values, arguments.bias, arguments.packed = _pointer(values), _pointer(bias), _pointer(packed)
-    arguments.output_offset = output_offset
-    arguments.small_tile = blocks < FILLING_BLOCKS
+    arguments = _arguments(library, CONVOLUTION, x, lists, y, pad, padding_mode)
+    arguments.values, arguments.bias = _pointer(values), _pointer(bias)
+    arguments.top_cut, arguments.left_cut = cut
     library.run("lipfast_sparse_conv", arguments, x.device)
 
 
 def weight_gradient(
-    library: Library, x: Tensor, dy: Tensor, lists: Lists, *, pad: int, padding_mode: str = "zeros"
+    library: Library, x: Tensor, dy: Tensor, kept: int, lists: Lists, *, pad: tuple[int, int], padding_mode: str
 ) -> Tensor:
     """``(kept,)`` gradient of each kept weight, summed over batch and pixels in a fixed order."""
-    facts = library.facts(lists.geometry)
-    group_blocks = -(-lists.outputs // (4 * facts.group))
-    small = facts.tiles(dy.shape[2:], False) * len(x) * group_blocks < FILLING_BLOCKS
-    jobs = facts.tiles(dy.shape[2:], small) * len(x)
-    splits = max(1, min(jobs, 2 * FILLING_BLOCKS // group_blocks))
-    kept = len(lists.codes)
-    packed = torch.empty(kept, dtype=torch.int64, device=x.device)
-    partial = torch.empty(splits, kept, device=x.device)
+    facts = library.facts(WEIGHT_GRADIENT, lists.size)
+    blocks = facts.group_blocks(dy.shape[1])
+    splits = max(1, min(facts.tiles(dy.shape[2:]) * len(x), FILLING_BLOCKS * 4 // 3 // blocks))
+    partial = torch.empty(splits, lists.listed, device=x.device)
     gradient = torch.empty(kept, device=x.device)
-    arguments = _arguments(x, lists, dy, pad, padding_mode)
-    arguments.packed, arguments.partial, arguments.gradient = _pointer(packed), _pointer(partial), _pointer(gradient)
-    arguments.small_tile, arguments.splits = small, splits
+    arguments = _arguments(library, WEIGHT_GRADIENT, x, lists, dy, pad, padding_mode)
+    arguments.partial, arguments.gradient, arguments.splits = _pointer(partial), _pointer(gradient), splits
     library.run("lipfast_sparse_conv_weight_gradient", arguments, x.device)
     return gradient
 
 
-def _arguments(x: Tensor, lists: Lists, y: Tensor, pad: int, padding_mode: str) -> _Arguments:
+def _arguments(
+    library: Library, kernel: int, x: Tensor, lists: Lists, y: Tensor, pad: tuple[int, int], padding_mode: str
+) -> _Arguments:
+    form, facts = lists.form, library.facts(kernel, lists.size)
     return _Arguments(
         x=_pointer(x),
-        codes=_pointer(lists.codes),
-        slots=_pointer(lists.slots),
-        starts=_pointer(lists.starts),
+        entries=_pointer(lists.entries),
+        counts=_pointer(lists.counts),
+        begins=_pointer(lists.begins),
+        outputs=_pointer(lists.outputs),
         y=_pointer(y),
-        kept=len(lists.codes),
+        listed=lists.listed,
+        list_warps=len(lists.outputs) // facts.lists,
         batch=len(x),
-        input_channels=lists.inputs,
-        output_channels=lists.outputs,
+        channels=x.shape[1],
         rows=x.shape[2],
         columns=x.shape[3],
+        y_channels=y.shape[1],
         y_rows=y.shape[2],
         y_columns=y.shape[3],
-        pad_top=pad,
-        pad_left=pad,
+        stages=lists.stages,
+        row_phases=form.phases[0],
+        column_phases=form.phases[1],
+        row_scale=form.scale[0],
+        column_scale=form.scale[1],
+        halo_rows=form.halo[0],
+        halo_columns=form.halo[1],
+        pad_top=pad[0],
+        pad_left=pad[1],
+        shift=lists.shift,
         padding=PADDING_MODES[padding_mode],
-        geometry=lists.geometry,
+        size=lists.size,
     )

@@ -17,30 +17,31 @@ def pad(x: Tensor, padding: tuple[int, int], mode: str) -> Tensor:
 def fold(gradient: Tensor, size: torch.Size, padding: tuple[int, int], mode: str) -> Tensor:
     """The transpose of `pad`: add each padding pixel's gradient to the pixel of the ``size`` map it copied.
 
-    Spelt out, as autograd is off inside an operator's implementation.
+    Spelt out, as autograd is off inside an operator's implementation, and as torch's own adjoints add in any order on a
+    GPU. Changes ``gradient``.
     """
-    rows, columns = padding
-    if rows == columns == 0:
+    if padding == (0, 0):
         return gradient
-    widths = [columns, columns, rows, rows]
-    if mode == "reflect":
-        folded: Tensor = torch.ops.aten.reflection_pad2d_backward(gradient, gradient.new_empty(size), widths)
-        return folded
-    if mode == "replicate":
-        summed: Tensor = torch.ops.aten.replication_pad2d_backward(gradient, gradient.new_empty(size), widths)
-        return summed
-    if mode == "circular":
-        return _unroll(_unroll(gradient, rows, 2), columns, 3)
+    if mode != "zeros":
+        for axis, width in ((2, padding[0]), (3, padding[1])):
+            if width:
+                _fold_axis(gradient, axis, width, size[axis], mode)
+    rows, columns = padding
     return gradient[:, :, rows : rows + size[2], columns : columns + size[3]].contiguous()
 
 
-def _unroll(gradient: Tensor, width: int, axis: int) -> Tensor:
-    """Fold circular padding of ``width`` along one axis."""
-    side = gradient.shape[axis] - 2 * width
-    inner = gradient.narrow(axis, width, side).clone()
-    inner.narrow(axis, side - width, width).add_(gradient.narrow(axis, 0, width))
-    inner.narrow(axis, 0, width).add_(gradient.narrow(axis, side + width, width))
-    return inner
+def _fold_axis(gradient: Tensor, axis: int, width: int, side: int, mode: str) -> None:
+    """Add the ``width`` lines before and behind ``side`` lines to those they copied."""
+    before, behind = gradient.narrow(axis, 0, width), gradient.narrow(axis, width + side, width)
+    if mode == "reflect":
+        gradient.narrow(axis, width + 1, width).add_(before.flip(axis))
+        gradient.narrow(axis, side - 1, width).add_(behind.flip(axis))
+    elif mode == "replicate":
+        gradient.narrow(axis, width, 1).add_(before.sum(axis, keepdim=True))
+        gradient.narrow(axis, width + side - 1, 1).add_(behind.sum(axis, keepdim=True))
+    else:
+        gradient.narrow(axis, side, width).add_(before)
+        gradient.narrow(axis, width, width).add_(behind)
 
 
 def is_channels_last(x: Tensor) -> bool:

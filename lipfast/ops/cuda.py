@@ -3,7 +3,8 @@
 Importing this module needs the built library and a usable driver. Without them it raises `ModuleNotFoundError` with the
 reason, which the seam passes on and ``lipfast doctor`` prints; other backends then serve CUDA tensors.
 
-Layers the library has no kernel for (anything but 1x1 at stride 1 and 3x3 at strides 1 and 2) go to the Triton backend.
+What the library has no kernel for (other types than float32, strides above 2, windows above 9) goes to the Triton
+backend.
 """
 
 import torch
@@ -39,8 +40,8 @@ def sparse_conv2d_forward(
     padding_mode: str,
 ) -> Tensor:
     """See ``lipfast.ops.reference.sparse_conv2d_forward``."""
-    if _cuda_sparse_conv.fits(x, shape, stride, padding):
-        return _kernels.forward(x, values, positions, shape, bias, stride[0], padding[0], padding_mode)
+    if _cuda_sparse_conv.fits(_kernels.library, x, shape, stride, padding):
+        return _kernels.forward(x, values, positions, shape, bias, stride, padding, padding_mode)
     return _triton.sparse_conv2d_forward(x, values, positions, shape, bias, stride, padding, padding_mode)
 
 
@@ -55,8 +56,8 @@ def sparse_conv2d_input_gradient(
     padding_mode: str,
 ) -> Tensor:
     """See ``lipfast.ops.reference.sparse_conv2d_input_gradient``."""
-    if _cuda_sparse_conv.fits(dy, shape, stride, padding):
-        return _kernels.input_gradient(dy, values, positions, shape, input_size, stride[0], padding[0], padding_mode)
+    if _cuda_sparse_conv.fits(_kernels.library, dy, shape, stride, padding):
+        return _kernels.input_gradient(dy, values, positions, shape, input_size, stride, padding, padding_mode)
     return _triton.sparse_conv2d_input_gradient(dy, values, positions, shape, input_size, stride, padding, padding_mode)
 
 
@@ -70,6 +71,6 @@ def sparse_conv2d_weight_gradient(
     padding_mode: str,
 ) -> Tensor:
     """See ``lipfast.ops.reference.sparse_conv2d_weight_gradient``."""
-    if _cuda_sparse_conv.fits(x, shape, stride, padding):
-        return _kernels.weight_gradient(x, dy, positions, shape, stride[0], padding[0], padding_mode)
+    if _cuda_sparse_conv.fits(_kernels.library, x, shape, stride, padding):
+        return _kernels.weight_gradient(x, dy, positions, shape, stride, padding, padding_mode)
     return _triton.sparse_conv2d_weight_gradient(x, dy, positions, shape, stride, padding, padding_mode)

@@ -1,6 +1,6 @@
 """The meaning of every op in plain torch: the shortest correct form, no checks, no speed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,17 +19,11 @@ def prune_smallest(magnitude: Tensor, alive: Tensor, count: int) -> Tensor:
     return survivors
 
 
-class FlatPruning:
-    """A `lipfast.ops.select.PruningRound` around any ``prune_smallest`` for one flat tensor."""
+class _Pruning:
+    """A `lipfast.ops.select.PruningRound`."""
 
-    def __init__(
-        self,
-        prune_flat: Callable[[Tensor, Tensor, int], Tensor],
-        weights: Sequence[Tensor],
-        alive: Sequence[Tensor],
-        count: int,
-    ) -> None:
-        self._prune_flat, self._weights, self._alive, self._count = prune_flat, weights, alive, count
+    def __init__(self, weights: Sequence[Tensor], alive: Sequence[Tensor], count: int) -> None:
+        self._weights, self._alive, self._count = weights, alive, count
         self.living = sum(int(mask.sum()) for mask in alive)
         nan = [bool(weight[mask].isnan().any()) for weight, mask in zip(weights, alive, strict=True)]
         self.nan_part = nan.index(True) if any(nan) else -1
@@ -40,7 +34,7 @@ class FlatPruning:
             return []
         magnitude = torch.cat([weight.reshape(-1).abs() for weight in self._weights])
         alive = torch.cat([mask.reshape(-1) for mask in self._alive])
-        pieces = torch.split(self._prune_flat(magnitude, alive, self._count), [mask.numel() for mask in self._alive])
+        pieces = torch.split(prune_smallest(magnitude, alive, self._count), [mask.numel() for mask in self._alive])
         return [piece.reshape(mask.shape) for piece, mask in zip(pieces, self._alive, strict=True)]
 
     def rewind(self, start: Sequence[Tensor], into: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -52,9 +46,9 @@ class FlatPruning:
         return masks, [pack_bits(mask) for mask in masks], torch.cat(values) if values else torch.empty(0)
 
 
-def begin_pruning(weights: Sequence[Tensor], alive: Sequence[Tensor], count: int) -> FlatPruning:
+def begin_pruning(weights: Sequence[Tensor], alive: Sequence[Tensor], count: int) -> _Pruning:
     """See ``lipfast.ops.select.PruningRound``."""
-    return FlatPruning(prune_smallest, weights, alive, count)
+    return _Pruning(weights, alive, count)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

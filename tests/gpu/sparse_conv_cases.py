@@ -7,67 +7,80 @@ checks every layer and exits with 1 if one is wrong; the sanitizer and mutation 
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-from lipfast.ops import _cuda_library, reference
-from lipfast.ops._cuda_sparse_conv import Kernels
+from lipfast.ops import _cuda_library, _cuda_sparse_conv, reference
+from lipfast.ops._cuda_library import SIZES
+from lipfast.ops._cuda_sparse_conv import Kernels, fits
 
 
 @dataclass(frozen=True)
 class Layer:
     size: tuple[int, int, int, int]  # input: batch, channels, rows, columns
     outputs: int
-    kernel: int
-    stride: int
-    padding: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
     mode: str
     density: float
 
 
 LAYERS = [
-    Layer((2, 5, 17, 19), 9, 3, 1, 1, "zeros", 0.3),
-    Layer((1, 9, 20, 36), 17, 3, 1, 1, "reflect", 0.2),  # more than one tile and one group each way
-    Layer((1, 5, 16, 32), 33, 3, 1, 1, "reflect", 0.9),  # long lists; exactly one large tile
-    Layer((2, 9, 9, 7), 33, 1, 1, 0, "zeros", 0.4),
-    Layer((2, 5, 17, 19), 9, 3, 2, 1, "zeros", 0.3),
-    Layer((1, 3, 34, 18), 9, 3, 2, 1, "reflect", 0.3),
-    Layer((1, 3, 5, 6), 3, 3, 2, 0, "zeros", 0.5),
-    Layer((1, 3, 5, 6), 3, 3, 1, 0, "zeros", 0.5),
-    Layer((1, 3, 6, 6), 3, 3, 1, 1, "circular", 1.0),
-    Layer((1, 3, 6, 5), 3, 3, 1, 2, "replicate", 0.5),
-    Layer((1, 8, 6, 6), 32, 3, 1, 1, "zeros", 1.0),  # every list full, in both halves of shared memory
-    Layer((1, 2, 8, 8), 3, 3, 1, 1, "zeros", 0.0),  # nothing kept
-    Layer((1, 1, 1, 1), 1, 1, 1, 0, "zeros", 1.0),
+    Layer((2, 5, 17, 19), 9, (3, 3), (1, 1), (1, 1), "zeros", 0.3),
+    Layer((1, 9, 20, 36), 17, (3, 3), (1, 1), (1, 1), "reflect", 0.2),  # more than one tile each way, columns on 16 bytes
+    Layer((1, 5, 16, 32), 70, (3, 3), (1, 1), (1, 1), "reflect", 0.9),  # long lists; exactly four large tiles; two groups
+    Layer((1, 130, 5, 12), 3, (3, 3), (1, 1), (1, 1), "zeros", 0.1),  # more stages than buffers, the last not full
+    Layer((2, 9, 9, 7), 33, (1, 1), (1, 1), (0, 0), "zeros", 0.4),
+    Layer((2, 5, 17, 19), 9, (3, 3), (2, 2), (1, 1), "zeros", 0.3),
+    Layer((1, 3, 34, 18), 9, (3, 3), (2, 2), (1, 1), "reflect", 0.3),
+    Layer((1, 40, 6, 8), 5, (3, 3), (2, 2), (1, 1), "zeros", 0.3),
+    Layer((1, 3, 5, 6), 3, (3, 3), (2, 2), (0, 0), "zeros", 0.5),
+    Layer((1, 3, 5, 6), 3, (3, 3), (1, 1), (0, 0), "zeros", 0.5),
+    Layer((1, 3, 6, 6), 3, (3, 3), (1, 1), (1, 1), "circular", 1.0),
+    Layer((1, 3, 6, 5), 3, (3, 3), (1, 1), (2, 2), "replicate", 0.5),
+    Layer((1, 3, 9, 8), 4, (5, 5), (1, 1), (2, 2), "reflect", 0.3),
+    Layer((1, 2, 11, 12), 4, (7, 7), (2, 2), (3, 3), "zeros", 0.3),
+    Layer((1, 3, 9, 8), 4, (3, 2), (2, 1), (1, 0), "zeros", 0.5),
+    Layer((1, 3, 4, 40), 4, (1, 7), (1, 1), (0, 3), "circular", 0.5),
+    Layer((1, 1, 258, 3), 2, (3, 3), (1, 1), (1, 1), "zeros", 0.5),  # weight gradient: several tiles for a block
+    Layer((1, 8, 6, 6), 32, (3, 3), (1, 1), (1, 1), "zeros", 1.0),
+    Layer((1, 2, 8, 8), 3, (3, 3), (1, 1), (1, 1), "zeros", 0.0),  # nothing kept
+    Layer((1, 1, 1, 1), 1, (1, 1), (1, 1), (0, 0), "zeros", 1.0),
 ]
-TILES = {"large": 0, "small": 10**9}  # FILLING_BLOCKS that forces a tile
 
 
-def check(library: _cuda_library.Library, layer: Layer, tile: str, device: str) -> None:
-    """Compare forward and both gradients with the reference; raises AssertionError."""
+def check(library: _cuda_library.Library, layer: Layer, size: str, device: str) -> None:
+    """Compare forward and both gradients at one tile size with the reference; raises AssertionError."""
     torch.manual_seed(0)
-    shape = torch.Size((layer.outputs, layer.size[1], layer.kernel, layer.kernel))
+    shape = torch.Size((layer.outputs, layer.size[1], *layer.kernel))
     positions = (torch.rand(shape.numel()) < layer.density).nonzero().squeeze(1)
     values, bias, x = torch.randn(len(positions)), torch.randn(layer.outputs), torch.randn(layer.size)
-    layout = ((layer.stride,) * 2, (layer.padding,) * 2, layer.mode)
+    layout = (layer.stride, layer.padding, layer.mode)
     y = reference.sparse_conv2d_forward(x, values, positions, shape, bias, *layout)
     dy = torch.randn_like(y)
     dx = reference.sparse_conv2d_input_gradient(dy, values, positions, shape, x.shape, *layout)
     gradient = reference.sparse_conv2d_weight_gradient(x, dy, positions, shape, *layout)
 
     on = [part.to(device) for part in (x, dy, values, positions, bias)]
-    kernels = Kernels(library)
-    settings = (layer.stride, layer.padding, layer.mode)
-    with mock.patch.object(_cuda_library, "FILLING_BLOCKS", TILES[tile]):
-        same(kernels.forward(on[0], on[2], on[3], shape, on[4], *settings), y, terms=9 * layer.size[1])
-        same(kernels.input_gradient(on[1], on[2], on[3], shape, x.shape, *settings), dx, terms=9 * layer.outputs)
-        got = kernels.weight_gradient(on[0], on[1], on[3], shape, *settings)
+    kernels, taps = Kernels(library), shape[2] * shape[3]
+    assert fits(library, on[0], shape, layer.stride, layer.padding)
+    with mock.patch.object(_cuda_sparse_conv, "pick_size", _largest_from(SIZES.index(size))):
+        same(kernels.forward(on[0], on[2], on[3], shape, on[4], *layout), y, terms=taps * shape[1])
+        same(kernels.input_gradient(on[1], on[2], on[3], shape, x.shape, *layout), dx, terms=taps * shape[0])
+        got = kernels.weight_gradient(on[0], on[1], on[3], shape, *layout)
         same(got, gradient, terms=dy[0, 0].numel() * len(dy))
-        again = kernels.weight_gradient(on[0], on[1], on[3], shape, *settings)
+        again = kernels.weight_gradient(on[0], on[1], on[3], shape, *layout)
         assert torch.equal(got, again), "equal inputs must give equal bits"
+
+
+def _largest_from(first: int) -> Callable[..., int]:
+    """Instead of `pick_size`: the largest tile that can run, not larger than ``SIZES[first]``."""
+    return lambda library, kernel, form, *rest: next(s for s in library.sizes(kernel, form) if s >= first)
 
 
 def same(got: torch.Tensor, want: torch.Tensor, *, terms: int) -> None:
@@ -84,11 +97,11 @@ def main(path: str, device: str = "cpu") -> int:
     library = _cuda_library.Library(Path(path))
     wrong = 0
     for layer in LAYERS:
-        for tile in TILES:
+        for size in SIZES:
             try:
-                check(library, layer, tile, device)
+                check(library, layer, size, device)
             except Exception as error:
-                print(f"{layer} {tile}: {error}")
+                print(f"{layer} {size}: {error}")
                 wrong += 1
     return int(wrong > 0)
 

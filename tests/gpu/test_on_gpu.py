@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sparse_conv_cases import LAYERS, TILES, check
+from sparse_conv_cases import LAYERS, SIZES, check
 
 from lipfast.engine.graph_trainer import GraphTrainer
 from lipfast.engine.trainer import TorchTrainer
@@ -11,10 +11,10 @@ from lipfast.ops._cuda_library import Library, find_library
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_cuda_library_matches_the_reference(layer, tile):
-    check(Library(find_library()), layer, tile, "cuda")
+def test_cuda_library_matches_the_reference(layer, size):
+    check(Library(find_library()), layer, size, "cuda")
 
 
 def test_a_captured_network_trains_like_a_plain_one():

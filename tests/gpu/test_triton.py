@@ -128,6 +128,15 @@ def test_a_pruning_round_is_the_reference_round():
     assert torch.equal(values.cpu(), want_values)
 
 
+def test_a_pruning_round_names_the_tensor_with_a_living_nan():
+    weights, alive = [torch.randn(5), torch.randn(4, 3)], [torch.ones(5).bool(), torch.ones(4, 3).bool()]
+    weights[0][2], alive[0][2] = float("nan"), False  # dead: nobody looks at it
+    for dead, part in ((weights[0][2], -1), (weights[1][1, 1], 1)):
+        dead.fill_(float("nan"))
+        got = run(ops.begin_pruning, [place(weight) for weight in weights], [place(mask) for mask in alive], 3)
+        assert (got.living, got.nan_part) == (16, part)
+
+
 @pytest.mark.parametrize("size", [(2, 3, 5, 7), (1, 2, 32, 33)])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_normalise_activate(size, dtype):

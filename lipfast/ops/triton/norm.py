@@ -9,14 +9,18 @@ from lipfast.ops.triton.configs import CONFIGS
 
 
 @triton.jit
-def normalise_kernel(x, scale, shift, y, plane, n_channels, slope, BLOCK: tl.constexpr):
+def normalise_kernel(
+    x, mean, variance, weight, bias, y, plane, n_channels, eps, slope, BLOCK: tl.constexpr
+):  # fmt: skip
     """Grid: (blocks of a plane, batch * channels)."""
     row = tl.program_id(1)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel = row % n_channels
     start = row.to(tl.int64) * plane
+    scale = tl.load(weight + channel) / tl.sqrt_rn(tl.load(variance + channel) + eps)
+    shift = tl.load(bias + channel) - tl.load(mean + channel) * scale
     value = tl.load(x + start + i, mask=i < plane, other=0.0).to(tl.float32)
-    value = value * tl.load(scale + channel) + tl.load(shift + channel)
+    value = value * scale + shift
     value = tl.where(value > 0, value, value * slope)
     tl.store(y + start + i, value.to(y.dtype.element_ty), mask=i < plane)
 
@@ -52,15 +56,14 @@ def normalise_activate(
         slope: of the negative side; 1 leaves out the activation.
     """
     x = x.contiguous()
-    scale = weight * torch.rsqrt(variance + eps)
-    shift = bias - mean * scale
     y = torch.empty_like(x)
     batch, channels, rows, columns = x.shape
     if x.numel():
         config = CONFIGS["normalise"]
         normalise_kernel[(triton.cdiv(rows * columns, config["meta"]["BLOCK"]), batch * channels)](
-            x, scale, shift, y, rows * columns, channels, slope, **config["meta"], num_warps=config["warps"]
-        )
+            x, *(vector.contiguous() for vector in (mean, variance, weight, bias)), y,
+            rows * columns, channels, eps, slope, **config["meta"], num_warps=config["warps"],
+        )  # fmt: skip
     return y
 
 

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lipfast.ops.reference import FlatPruning
 from lipfast.ops.triton.configs import CONFIGS
 from lipfast.ops.triton.mask import pack_mask
 from lipfast.ops.triton.select import prune_smallest
@@ -46,13 +45,14 @@ def _count_through(alive: Tensor, block: int) -> Tensor:
     return padded.view(-1, block).sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
-def _compact(alive: Tensor, start: Tensor, dense: Tensor | None) -> Tensor:
-    """The living elements of ``start``; waits for the device once, to learn how many there are."""
+def _compact(alive: Tensor, start: Tensor, dense: Tensor | None, kept: int | None = None) -> Tensor:
+    """The living elements of ``start``; if ``kept`` does not say how many there are, waits for the device to tell."""
     if alive.numel() == 0:
         return torch.empty_like(start)
     config = CONFIGS["compact"]
     through = _count_through(alive, config["meta"]["BLOCK"])
-    values = torch.empty(int(through[-1]), dtype=start.dtype, device=start.device)
+    kept = int(through[-1]) if kept is None else kept
+    values = torch.empty(kept, dtype=start.dtype, device=start.device)
     compact_kernel[(len(through),)](
         alive.view(torch.uint8), start, through, start if dense is None else dense, values, alive.numel(),
         DENSE=dense is not None, **config["meta"], num_warps=config["warps"],
@@ -78,32 +78,64 @@ def scatter_kept(values: Tensor, mask: Tensor) -> Tensor:
     return dense.view(mask.shape)
 
 
-def rewind_pack(alive: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+def rewind_pack(alive: Tensor, start: Tensor, kept: int | None = None) -> tuple[Tensor, Tensor]:
     """``start`` with dead elements 0 ``(n,)``, and its living elements packed ``(kept,)``; both inputs flat."""
     dense = torch.empty_like(start)
-    return dense, _compact(alive, start, dense)
+    return dense, _compact(alive, start, dense, kept)
 
 
-class _Pruning(FlatPruning):
-    """A `lipfast.ops.select.PruningRound` on the GPU: one selection and one rewind over all tensors together."""
+class _Pruning:
+    """A `lipfast.ops.select.PruningRound` on the GPU: one selection and one rewind over all tensors together.
+
+    Waits for the device once, for what it must answer before anything is written.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], alive: Sequence[Tensor], count: int) -> None:
+        self._shapes, self._count = [mask.shape for mask in alive], count
+        self._magnitude, self._alive = (_flat(parts) for parts in (weights, alive))
+        self._magnitude = self._magnitude.abs()
+        nan = self._magnitude.isnan() & self._alive
+        self.living, found = torch.stack((self._alive.sum(), nan.sum())).tolist() if alive else (0, 0)
+        self.nan_part = [bool(part.any()) for part in self._split(nan)].index(True) if found else -1
+
+    def masks(self) -> list[Tensor]:
+        """The survivors of each tensor."""
+        return [part.view(shape) for part, shape in zip(self._split(self._survivors()), self._shapes, strict=True)]
 
     def rewind(self, start: Sequence[Tensor], into: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        masks = self.masks()
-        if not masks:
+        """Survivors, survivors as bits, and the packed start values; writes the rewound weights to ``into``."""
+        if not self._shapes:
             return [], [], torch.empty(0)
-        alive = torch.cat([mask.reshape(-1) for mask in masks])
-        dense, values = rewind_pack(alive, torch.cat([first.reshape(-1) for first in start]))
-        pieces = torch.split(dense, [mask.numel() for mask in masks])
-        for target, piece in zip(into, pieces, strict=True):
-            target.copy_(piece.view(target.shape))
-        return masks, [_pack_bits(mask) for mask in masks], values
+        alive = self._survivors()
+        dense, values = rewind_pack(alive, _flat(start), self.living - self._count)
+        masks, rewound = (
+            [part.view(shape) for part, shape in zip(self._split(whole), self._shapes, strict=True)]
+            for whole in (alive, dense)
+        )
+        torch._foreach_copy_(list(into), rewound)
+        return masks, self._bits(alive), values
+
+    def _survivors(self) -> Tensor:
+        return prune_smallest(self._magnitude, self._alive, self._count) if self._shapes else self._alive
+
+    def _split(self, whole: Tensor) -> Sequence[Tensor]:
+        return torch.split(whole, [shape.numel() for shape in self._shapes])
+
+    def _bits(self, alive: Tensor) -> list[Tensor]:
+        """Eight weights to a byte, as the seam packs them: the words of `pack_mask`, low byte first."""
+        parts = [
+            torch.nn.functional.pad(part, (0, -len(part) % 32)) if len(part) % 32 else part
+            for part in self._split(alive)
+        ]
+        words = torch.split(pack_mask(_flat(parts)), [len(part) // 32 for part in parts])
+        sizes = (shape.numel() for shape in self._shapes)
+        return [word.view(torch.uint8)[: -(-size // 8)] for word, size in zip(words, sizes, strict=True)]
 
 
-def _pack_bits(mask: Tensor) -> Tensor:
-    """Eight weights to a byte, as the seam packs them: the words of `pack_mask`, low byte first."""
-    return pack_mask(mask.contiguous()).view(torch.uint8)[: -(-mask.numel() // 8)]
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts]) if parts else torch.empty(0)
 
 
 def begin_pruning(weights: Sequence[Tensor], alive: Sequence[Tensor], count: int) -> _Pruning:
     """See ``lipfast.ops.select.PruningRound``."""
-    return _Pruning(prune_smallest, weights, alive, count)
+    return _Pruning(weights, alive, count)

@@ -48,6 +48,9 @@ struct alignas(8) float2 {
 struct alignas(8) int2 {
   int x, y;
 };
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
 static inline float4 make_float4(float a, float b, float c, float d) { return {a, b, c, d}; }
 static inline int2 make_int2(int a, int b) { return {a, b}; }
 
@@ -277,6 +280,9 @@ T __shfl_sync(unsigned mask, T value, int source) {
 static inline void __pipeline_memcpy_async(void* to, const void* from, size_t size, size_t zeros = 0) {
   if (size != 4 && size != 8 && size != 16) {
     emulator::Fail("an asynchronous copy moves 4, 8 or 16 bytes");
+  }
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % size != 0) {
+    emulator::Fail("an asynchronous copy is not aligned to its size");
   }
   emulator::state.fibers[emulator::state.current].copies.back().push_back({to, from, size, zeros});
 }

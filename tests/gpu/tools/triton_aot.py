@@ -56,8 +56,8 @@ KERNELS = {
     "remove": ("remove", select.remove_kernel, [F32, U8, I32, I32, U8], {}),
     "compact": ("compact", rewind.compact_kernel, [U8, F32, I32, F32, F32], {"DENSE": True}),
     "expand": ("expand", rewind.expand_kernel, [U8, F32, I32, F32], {}),
-    "normalise": ("normalise", norm.normalise_kernel, [F32, F32, F32, F32], {}),
-    "normalise bf16": ("normalise", norm.normalise_kernel, [BF16, F32, F32, BF16], {}),
+    "normalise": ("normalise", norm.normalise_kernel, [F32] * 6, {}),
+    "normalise bf16": ("normalise", norm.normalise_kernel, [BF16, F32, F32, F32, F32, BF16], {}),
     "normalise_backward": ("normalise_backward", norm.normalise_backward_kernel, 8 * [F32], {}),
     "sparse_forward": (
         "sparse_forward",
