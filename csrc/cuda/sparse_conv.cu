@@ -10,7 +10,7 @@ struct Sized;
 template <>
 struct Sized<0> {
   using Convolution = Tile<16, 4, 8, 32>;
-  using WeightGradient = Tile<16, 4, 8, 16>;
+  using WeightGradient = Tile<16, 2, 16, 12>;
 };
 template <>
 struct Sized<1> {
@@ -184,29 +184,29 @@ __device__ __forceinline__ float Dot(const char* staged, int offset, const float
 
 // Per-warp transpose buffer: a row per list entry, a column per lane. The odd
 // pitch keeps both directions free of bank conflicts.
+constexpr int kSumRows = kWarp / 2;
 constexpr int kSumPitch = kWarp + 1;
 template <class T>
-constexpr int kSumBytes = static_cast<int>(sizeof(float)) * T::kThreads * kSumPitch;
+constexpr int kSumBytes = static_cast<int>(sizeof(float)) * T::kWarps * kSumRows * kSumPitch;
 
-// Adds up the first `count` rows of a warp's transpose buffer, one per lane, into
-// its partial sums.
+// Adds up the first `count` rows of a warp's transpose buffer, two lanes to a row,
+// into its partial sums.
 __device__ inline void FlushSums(const float* sums, int count, bool first, float* partial) {
-  const int lane = threadIdx.x % kWarp;
+  const int row = threadIdx.x % kSumRows, half = threadIdx.x % kWarp / kSumRows;
   __syncwarp();  // all lanes have stored
-  if (lane < count) {
-    float total = first ? 0.0f : partial[lane];
+  float total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kWarp; ++i) total += sums[lane * kSumPitch + i];
-    partial[lane] = total;
-  }
+  for (int i = 0; i < kSumRows; ++i) total += sums[row * kSumPitch + half * kSumRows + i];
+  total += __shfl_sync(kFullWarp, total, row + (1 - half) * kSumRows);
+  if (half == 0 && row < count) partial[row] = first ? total : partial[row] + total;
   __syncwarp();  // all lanes have read: the rows may be overwritten
 }
 
 // Grid: (list_warps / kWarps, splits). Each block walks over its share of the
 // (item, tile) pairs in order, so a sum has one order, whatever runs when.
 //
-// The 32 lane sums of a weight do not go through five shuffles: 32 weights are
-// stored row by row in shared memory, then each lane adds up one weight.
+// The 32 lane sums of a weight do not go through five shuffles: 16 weights are
+// stored row by row in shared memory, then two lanes add up each.
 template <class T>
 __global__ void __launch_bounds__(T::kThreads) WeightGradientKernel(const LipfastSparseConv a) {
   LIPFAST_DYNAMIC_SHARED(memory);
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(T::kThreads) WeightGradientKernel(const Lipfas
   const int lane = threadIdx.x % kWarp;
   const int warp = blockIdx.x * T::kWarps + threadIdx.x / kWarp;
   const int split = blockIdx.y;
-  float* sums = shared.rest + threadIdx.x / kWarp * kWarp * kSumPitch;
+  float* sums = shared.rest + threadIdx.x / kWarp * kSumRows * kSumPitch;
   const int tiles = (a.y_columns + kWarp - 1) / kWarp * ((a.y_rows + T::kRows - 1) / T::kRows);
 
 #pragma unroll 1
@@ -257,9 +257,9 @@ __global__ void __launch_bounds__(T::kThreads) WeightGradientKernel(const Lipfas
           row[0] = Dot<T>(staged, pair.x, dy[g]);
           row[kSumPitch] = left > 1 ? Dot<T>(staged, pair.z, dy[g]) : 0.0f;
           pending += 2;
-          if (pending == kWarp) {
-            FlushSums(sums, kWarp, first, partial);
-            partial += kWarp;
+          if (pending == kSumRows) {
+            FlushSums(sums, kSumRows, first, partial);
+            partial += kSumRows;
             pending = 0;
           }
         }

@@ -8,6 +8,7 @@
 namespace lipfast {
 
 constexpr int kWarp = 32;
+constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kPitch = 40;    // floats of a staged row: 32 lanes and up to 8 columns of halo
 constexpr int kBuffers = 3;   // stages in flight or in use
 constexpr int kOutside = -1;  // a pixel that reads as zero

@@ -5,7 +5,9 @@ can outlast the work at small sizes. A graph launches each pass at once. The los
 kernels, and callers may change it from step to step), as do the masks and the fused Adam.
 """
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -14,6 +16,31 @@ from torch import Tensor, nn
 from lipfast.engine.trainer import TorchTrainer
 
 Capture = Callable[[nn.Module, tuple[Tensor, ...]], nn.Module]
+
+
+def capture_as_graphs(module: nn.Module, arguments: tuple[Tensor, ...]) -> nn.Module:
+    """The module's forward and backward pass as CUDA graphs of kernels that give equal bits for equal inputs."""
+    with _equal_bits(), warnings.catch_warnings():
+        # Where torch has no such kernel it warns; so does make_graphed_callables of its own side stream.
+        warnings.filterwarnings("ignore", message=".*(deterministic|AccumulateGrad)")
+        return cast(nn.Module, torch.cuda.make_graphed_callables(module, arguments))
+
+
+@contextmanager
+def _equal_bits() -> Iterator[None]:
+    """torch chooses deterministic kernels inside, where it has some."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn, fills = torch.backends.cudnn.deterministic, torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.deterministic = True
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for each new tensor
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=only_warns)
+        torch.backends.cudnn.deterministic = cudnn
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 class _Holder(nn.Module):
@@ -31,7 +58,7 @@ class GraphTrainer(TorchTrainer):
     """A :class:`TorchTrainer` that captures the network when it first sees an input's shape.
 
     Args:
-        capture: a stand-in for ``torch.cuda.make_graphed_callables``, for use without a GPU.
+        capture: a stand-in for `capture_as_graphs`, for use without a GPU.
     """
 
     def __init__(
@@ -43,7 +70,7 @@ class GraphTrainer(TorchTrainer):
         capture: Capture | None = None,
     ) -> None:
         super().__init__(network, masks, lr=lr)
-        self._capture = capture or cast(Capture, torch.cuda.make_graphed_callables)
+        self._capture: Capture = capture or capture_as_graphs
         self._captured: tuple[torch.Size, nn.Module] | None = None
 
     def _forward(self, z: Tensor) -> Tensor:

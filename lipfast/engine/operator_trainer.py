@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lipfast import ops
 from lipfast.engine.capture import Recording, record
-from lipfast.engine.graph_trainer import Capture, GraphTrainer
+from lipfast.engine.graph_trainer import Capture, GraphTrainer, capture_as_graphs
 from lipfast.engine.lane_module import Compiled
 from lipfast.engine.lane_trainer import LaneTrainer, Moments
 from lipfast.engine.operators import lower_to_operators
@@ -32,7 +32,7 @@ class OperatorTrainer(LaneTrainer):
 
     Args:
         capture: turns a module and example arguments into one that replays them; None is
-            ``torch.cuda.make_graphed_callables`` on a GPU and no capture elsewhere.
+            `lipfast.engine.graph_trainer.capture_as_graphs` on a GPU and no capture elsewhere.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class PackedNetwork:
         self.values = self._flat.values
         self._first, self._second = torch.zeros_like(self.values.data), torch.zeros_like(self.values.data)
         if capture is None and z.device.type == "cuda":
-            capture = cast(Capture, torch.cuda.make_graphed_callables)
+            capture = capture_as_graphs
         self._capture, self._captured = capture, cast(nn.Module | None, None)
 
     def fits(self, z: Tensor) -> bool:

@@ -104,9 +104,8 @@ class PrunedConv:
     def kernels(self, precision: str) -> dict[str, str]:
         """What runs each direction; see `lipfast.ops.pruned_conv.choose_kernels`."""
         if precision not in self._chosen:
-            sizes = torch.Size(self._source.shape), torch.Size(self._result.shape)
             self._chosen[precision] = pruned_conv.choose_kernels(
-                self.pattern, self.form, *sizes, device=self._device, precision=precision
+                self.pattern, self.form, torch.Size(self._result.shape), device=self._device, precision=precision
             )
         return self._chosen[precision]
 

@@ -1,4 +1,4 @@
-"""A convolution with a pruned weight whose directions run in different kernels, as a GPU's bounds advise."""
+"""A convolution with a pruned weight whose directions run in different kernels, as timings on a GPU advise."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +51,6 @@ class PrunedForm:
 def choose_kernels(
     pattern: Pattern,
     form: PrunedForm,
-    input_size: torch.Size,
     output_size: torch.Size,
     *,
     device: torch.device,
@@ -61,8 +60,8 @@ def choose_kernels(
     if (form.dilation, form.groups) != (1, 1):
         return dict.fromkeys(_gpu_rule.DIRECTIONS, "dense")
     library, _ = _dispatch.pick("sparse_conv2d_forward", device)
-    layer = _gpu_rule.Layer(tuple(pattern.shape), tuple(input_size), tuple(output_size), form.stride, pattern.density)
-    return _gpu_rule.choose(layer, target=_gpu_rule.target_of(device), library=library, precision=precision)
+    layer = _gpu_rule.Layer(tuple(pattern.shape), tuple(output_size), form.stride, pattern.density)
+    return _gpu_rule.choose(layer, library=library, precision=precision)
 
 
 def pruned_conv2d(

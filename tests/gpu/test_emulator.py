@@ -43,6 +43,7 @@ MUTATIONS = {
         "",
     ),
     "barrier of half a warp": ("sparse_conv.cu", "__syncwarp();  // all lanes have stored\n", "__syncwarp(0xffffu);\n"),
+    "shuffle of half a warp": ("tile.cuh", "kFullWarp = 0xffffffffu", "kFullWarp = 0xffffu"),
     "lane sums read before all lanes stored": ("sparse_conv.cu", "  __syncwarp();  // all lanes have stored\n", ""),
     "no bound on stored rows": ("sparse_conv.cu", "if (row >= 0 && row < a.y_rows) to[", "to["),
     "no bound on source columns": ("tile.cuh", "if (i >= 0 && i < size) return i;", "if (i >= 0) return i;"),

@@ -3,14 +3,18 @@
 import dataclasses
 import itertools
 import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lipfast.ops import _gpu_rule, reference
-from lipfast.ops._cuda_library import FILLING_BLOCKS
 from lipfast.ops.pruned_conv import Pattern, PrunedForm, choose_kernels, pruned_conv2d
 
+ROOT = Path(__file__).parents[2]
+fit_gpu_rule = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks/fit_gpu_rule.py")))
 CPU = torch.device("cpu")
 FORMS = [  # input, weight, form
     ((2, 3, 9, 8), (4, 3, 3, 3), PrunedForm((1, 1), (1, 1), "reflect")),
@@ -62,99 +66,91 @@ def test_gradients_are_the_derivatives():
 def test_groups_and_dilation_run_densely():
     mask = torch.rand(4, 2, 3, 3) < 0.01
     form = PrunedForm(dilation=2, groups=2)
-    assert set(choose(mask, form, (1, 4, 64, 64), (1, 4, 60, 60)).values()) == {"dense"}
+    assert set(choose(mask, form, (1, 4, 60, 60)).values()) == {"dense"}
     parts, pattern, mask = draw((1, 4, 9, 9), (4, 2, 3, 3))
     got = pruned_conv2d(*parts, pattern, form, dict.fromkeys(DIRECTIONS, "dense"))
     weight = torch.zeros(4, 2, 3, 3, dtype=torch.float64).masked_scatter(mask, parts[1])
     torch.testing.assert_close(got, torch.nn.functional.conv2d(parts[0], weight, parts[2], dilation=2, groups=2))
 
 
-def choose(mask, form, size, out):
-    sizes = torch.Size(size), torch.Size(out)
-    return choose_kernels(Pattern.of(mask, CPU), form, *sizes, device=CPU, precision="ieee")
+def choose(mask, form, out):
+    return choose_kernels(Pattern.of(mask, CPU), form, torch.Size(out), device=CPU, precision="ieee")
 
 
 # The rule.
 
-LAYER = _gpu_rule.Layer((128, 128, 3, 3), (1, 128, 256, 256), (1, 128, 256, 256), (1, 1), 0.1)
+LAYER = _gpu_rule.Layer((128, 128, 3, 3), (1, 128, 128, 128), (1, 1), 0.1)
 
 
-def chosen(layer=LAYER, *, density=0.1, target="sm_90", library="cuda", precision="ieee"):
+def chosen(layer=LAYER, *, density=0.1, library="cuda", precision="ieee"):
     layer = dataclasses.replace(layer, density=density)
-    return tuple(_gpu_rule.choose(layer, target=target, library=library, precision=precision).values())
+    return tuple(_gpu_rule.choose(layer, library=library, precision=precision).values())
 
 
-def row(target, form, direction):
-    return json.loads(_gpu_rule.TABLE.read_text())[target]["cuda"][form][direction]
+def row(form, direction, precision, work=128**2 * 128**2, library="cuda"):
+    rows = json.loads(_gpu_rule.TABLE.read_text())["libraries"][library][form][direction][precision]
+    return next(row for row in rows if row["work"] == work)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize(("precision", "rival"), [("ieee", "fp32"), ("tf32", "tf32")])
-def test_a_direction_is_sparse_up_to_half_its_break_even_density(target, precision, rival):
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
+def test_a_direction_is_sparse_below_the_measured_density(precision):
     for place, direction in enumerate(DIRECTIONS):
-        limit = 0.5 * row(target, "3x3 large", direction)[rival]
-        below, above = (chosen(density=d, target=target, precision=precision)[place] for d in (limit - 1e-4, limit))
-        assert (below, above) == ("sparse", "dense"), direction
+        known = row("3x3", direction, precision)
+        assert chosen(density=known["sparse_below"] - 1e-4, precision=precision)[place] == (
+            "sparse" if known["sparse_below"] > 0 else known["dense"]
+        )
+        assert chosen(density=known["sparse_below"], precision=precision)[place] == known["dense"]
 
 
 def test_denser_is_never_sparser():
-    for library, target in itertools.product(("cuda", "triton"), ("sm_80", "sm_90")):
+    for library, precision in itertools.product(("cuda", "triton"), ("ieee", "tf32", "bf16")):
         sparse = [
-            sum(kernel == "sparse" for kernel in chosen(density=d / 100, target=target, library=library))
+            sum(kernel == "sparse" for kernel in chosen(density=d / 100, library=library, precision=precision))
             for d in range(101)
         ]
         assert sparse == sorted(sparse, reverse=True)
-        assert sparse[0] == 3
         assert sparse[-1] == 0
-
-
-def test_bf16_factors_go_to_the_masked_convolution_forward():
-    assert chosen(density=0.5, precision="bf16") == ("masked", "dense", "dense")
-    assert chosen(density=0.01, precision="bf16")[1:] == ("sparse", "sparse")  # against TF32
+    assert chosen(density=0.01) == ("sparse", "sparse", "sparse")
 
 
 def test_a_backend_without_gpu_kernels_runs_densely():
     assert chosen(density=0.01, library="reference") == ("dense", "dense", "dense")
 
 
-def test_small_maps_count_as_small_tiles():
-    """A block covers 16 x 32 pixels and 32 channels (48 for 1x1): the table's other rows hold below 128 blocks."""
-    small = dataclasses.replace(LAYER, input_size=(1, 128, 64, 64), output_size=(1, 128, 64, 64))
-    assert _gpu_rule.fills_a_gpu(LAYER, "forward")
-    assert not _gpu_rule.fills_a_gpu(small, "forward")
-    batch = dataclasses.replace(small, input_size=(4, 128, 64, 64))
-    assert _gpu_rule.fills_a_gpu(batch, "forward") == (FILLING_BLOCKS <= 8 * 4 * 4)
-    limit = 0.5 * row("sm_90", "3x3 small", "forward")["fp32"]
-    assert chosen(small, density=limit - 1e-4)[0] == "sparse"
-    assert chosen(small, density=limit)[0] == "dense"
-
-
-def test_input_gradients_of_stride_2_have_rows_of_their_own():
-    strided = dataclasses.replace(LAYER, output_size=(1, 128, 128, 128), stride=(2, 2))
-    rows = [_gpu_rule.break_even(strided, direction, "sm_90", "cuda") for direction in DIRECTIONS]
-    assert rows == [row("sm_90", "3x3 stride 2 large", direction) for direction in DIRECTIONS]
-    assert rows[0] != rows[1]
-    # Its kernel makes four parity classes of a quarter of the pixels: 8 tiles times 11 groups of 48 for 512 of them.
-    half = dataclasses.replace(strided, input_size=(1, 128, 128, 128), output_size=(1, 128, 64, 64))
-    assert not _gpu_rule.fills_a_gpu(half, "input_gradient")
-
-
-def test_layers_without_a_cuda_kernel_have_tritons_bounds():
-    five = dataclasses.replace(LAYER, shape=(128, 128, 5, 5))
-    uneven = dataclasses.replace(LAYER, stride=(2, 1))
-    for layer, direction in itertools.product((five, uneven), DIRECTIONS):
-        bounds = [_gpu_rule.break_even(layer, direction, "sm_90", library) for library in ("cuda", "triton")]
-        assert bounds[0] == bounds[1]
-    mirrored = _gpu_rule.break_even(five, "input_gradient", "sm_90", "triton")
-    assert mirrored == _gpu_rule.break_even(five, "forward", "sm_90", "triton")
-    assert mirrored["fp32"] > _gpu_rule.break_even(uneven, "input_gradient", "sm_90", "triton")["fp32"]
+def test_a_layer_takes_the_row_with_the_nearest_work():
+    wide = dataclasses.replace(LAYER, shape=(512, 512, 3, 3), output_size=(1, 512, 31, 33))  # work of 128 at 128 px
+    for place, direction in enumerate(DIRECTIONS):
+        limit = row("3x3", direction, "ieee")["sparse_below"]
+        assert chosen(wide, density=limit - 1e-4)[place] == "sparse"
+        assert chosen(wide, density=limit)[place] == "dense"
 
 
 @pytest.mark.parametrize(
-    ("capability", "hip", "target"), [((8, 0), None, "sm_80"), ((8, 6), None, "sm_90"), ((8, 0), "6", "sm_90")]
+    ("shape", "stride", "form"),
+    [
+        ((8, 8, 5, 5), (1, 1), "3x3"),
+        ((8, 8, 1, 1), (1, 1), "1x1"),
+        ((8, 8, 1, 7), (1, 1), "3x3"),
+        ((8, 8, 3, 3), (2, 2), "3x3 stride 2"),
+        ((8, 8, 3, 3), (2, 1), "3x3 stride 2"),
+    ],
 )
-def test_whose_bounds_count(monkeypatch, capability, hip, target):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.version, "hip", hip)
-    assert _gpu_rule.target_of(torch.device("cuda", 1)) == target
-    assert _gpu_rule.target_of(CPU) == "sm_90"
+def test_layers_that_were_not_measured_take_the_most_alike(shape, stride, form):
+    assert dataclasses.replace(LAYER, shape=shape, stride=stride).form == form
+
+
+# How it is fitted.
+
+SPARSE = {0.02: 10.0, 0.1: 30.0, 0.2: 60.0}
+
+
+@pytest.mark.parametrize(
+    ("dense", "density"), [(20.0, 0.06), (45.0, 0.15), (60.0, 0.2), (99.0, 0.2), (10.0, 0.02), (7.5, 0.01), (5.0, 0.0)]
+)
+def test_where_sparse_breaks_even(dense, density):
+    assert fit_gpu_rule.break_even(dense, SPARSE) == pytest.approx(density)
+
+
+def test_the_rule_is_what_the_stored_timings_say():
+    stored = [json.loads(line) for line in (ROOT / "docs/results/gpu.jsonl").read_text().splitlines()]
+    assert json.loads(_gpu_rule.TABLE.read_text())["libraries"] == fit_gpu_rule.fit(stored)

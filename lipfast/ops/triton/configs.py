@@ -37,6 +37,6 @@ CONFIGS: dict[str, Config] = {
     "sparse_forward": _config(BLOCK=512),
     "sparse_input_gradient": _config(BLOCK=512),
     "sparse_weight_gradient": _config(BLOCK=1024),
-    "masked_conv": _config(warps=4, stages=3, PIXELS=64, CHANNELS=64),
-    "masked_conv_ieee": _config(warps=8, stages=3, PIXELS=64, CHANNELS=64),  # no tensor cores: 4 warps spill
+    "masked_conv": _config(warps=8, stages=3, PIXELS=128, CHANNELS=128),
+    "masked_conv_ieee": _config(warps=8, stages=3, PIXELS=128, CHANNELS=64),
 }

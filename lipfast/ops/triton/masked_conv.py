@@ -1,7 +1,7 @@
 """Dense convolution on the tensor cores under a packed mask: what can win on a GPU at moderate sparsity.
 
-An implicit matrix product (pixels x taps) * (taps x output channels). Each weight tile is masked while it is loaded,
-one mask word for 32 weights, so pruned weights need no clean copy.
+An implicit matrix product (output channels x taps) * (taps x pixels), so that neighbouring lanes load neighbouring
+pixels. Each weight tile is masked while it is loaded, one mask word for 32 weights, so pruned weights need no clean copy.
 """
 
 import torch
@@ -35,23 +35,23 @@ def masked_conv_kernel(
         (place // y_columns) * (stride_rows * x_columns) + (place % y_columns) * stride_columns
     )
     bit = tl.arange(0, 32)
-    total = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    total = tl.zeros((CHANNELS, PIXELS), tl.float32)
     for step in range(words_per_channel):
         tap = step * 32 + bit
         column, rest = tap % tap_columns, tap // tap_columns
         offset = (rest // tap_rows) * x_plane + (rest % tap_rows) * x_columns + column
-        a_inside = (pixel[:, None] < n_pixels) & (tap[None, :] < n_taps)
-        a = tl.load(x + corner[:, None] + offset[None, :], mask=a_inside, other=0.0)  # [PIXELS, 32]
         word = tl.load(words + channel * words_per_channel + step, mask=channel < n_channels, other=0)
-        keep = ((word[None, :] >> bit[:, None]) & 1) != 0  # [32, CHANNELS]; bits beyond the taps are 0
-        b = tl.load(weight + channel[None, :] * n_taps + tap[:, None], mask=keep, other=0.0)
+        keep = ((word[:, None] >> bit[None, :]) & 1) != 0  # [CHANNELS, 32]; bits beyond the taps are 0
+        a = tl.load(weight + channel[:, None] * n_taps + tap[None, :], mask=keep, other=0.0)
+        inside = (tap[:, None] < n_taps) & (pixel[None, :] < n_pixels)
+        b = tl.load(x + offset[:, None] + corner[None, :], mask=inside, other=0.0)  # [32, PIXELS]
         if PRECISION == "bf16":
             total = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
         else:
             total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
     place = place.to(tl.int64) + item.to(tl.int64) * n_channels * y_pixels
-    inside = (pixel[:, None] < n_pixels) & (channel[None, :] < n_channels)
-    tl.store(y + place[:, None] + channel[None, :] * y_pixels, total.to(y.dtype.element_ty), mask=inside)
+    inside = (channel[:, None] < n_channels) & (pixel[None, :] < n_pixels)
+    tl.store(y + channel[:, None] * y_pixels + place[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 
 def pack_channel_masks(alive: Tensor) -> Tensor:
