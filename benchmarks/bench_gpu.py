@@ -31,8 +31,8 @@ from torch import Tensor
 
 import lipfast
 from lipfast import ops, priors
-from lipfast.bench.adam import BYTES_PER_WEIGHT
 from lipfast.bench import harness, select
+from lipfast.bench.adam import BYTES_PER_WEIGHT
 from lipfast.engine.graph_trainer import GraphTrainer
 from lipfast.engine.operator_trainer import OperatorTrainer
 from lipfast.engine.trainer import TorchTrainer, Trainer
@@ -186,9 +186,7 @@ def sparse_convolutions(layer: Layer, density: float, device: torch.device) -> I
         for name in implementations(device):
             _, run = _dispatch.pick(op, device, name)
             check(run(*given), want)
-            yield Subject(
-                {**keys, "direction": direction, "implementation": name}, functools.partial(run, *given)
-            )
+            yield Subject({**keys, "direction": direction, "implementation": name}, functools.partial(run, *given))
     if "triton" in implementations(device) and density == MASKED_DENSITY:
         weight = ops.SparseWeight(values, positions, shape).to_dense()
         words = ops.pack_mask(weight != 0)
@@ -304,9 +302,7 @@ def training_steps(size: str, pixels: int, precision: str, device: torch.device)
     for name, make, density in kinds:
         torch.manual_seed(0)
         module = priors.build("skip", TOY_NETWORK if size == "toy" else {}, 0).to(device)
-        masks = {
-            n: torch.rand(p.shape, device=device) < density for n, p in module.named_parameters() if p.dim() == 4
-        }
+        masks = {n: torch.rand(p.shape, device=device) < density for n, p in module.named_parameters() if p.dim() == 4}
         trainer = make(module, masks, lr=0.01)
         z = torch.rand(priors.as_prior(module).input_shape(pixels, pixels), device=device)
 
@@ -335,6 +331,7 @@ def measure(size: str, device: torch.device, rounds: int, only: str, commit: str
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": {"lipfast": lipfast.__version__, "torch": torch.__version__, "cuda": torch.version.cuda},
         "commit": commit,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     for kind, subjects in groups(size, device):
@@ -357,8 +354,12 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--only", default="", help="kinds whose name contains this")
+    parser.add_argument("--deterministic", action="store_true", help="torch's switch for equal bits")
     parser.add_argument("--commit", default=harness.commit(), help="what rows name where there is no checkout")
     arguments = parser.parse_args()
+    if arguments.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.deterministic, torch.utils.deterministic.fill_uninitialized_memory = True, False
     torch.backends.cudnn.benchmark = True  # the fastest of torch's convolutions for each layer
     torch.backends.cudnn.allow_tf32 = False  # references are exact; baselines say what they use
     partial = arguments.output.with_suffix(".partial")

@@ -2,7 +2,9 @@
 
 For each measured layer, direction and precision: the density at which the sparse kernel takes as long as the fastest
 dense one, between measured densities by a straight line, below the smallest by the line through the two smallest. Maps
-are NCHW in the engine, so dense kernels are taken in that format.
+are NCHW in the engine, so dense kernels are taken in that format. An input gradient at stride 1 is the forward kernel
+with mirrored lists and takes its times: its own rows fold mirrored borders back, which a dense gradient needs as well
+and the dense rows leave out.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ def fit(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             dense = {name: max(found[name].values()) for name in rivals if name in found}
             best = min(dense, key=dense.__getitem__)
             place = table.setdefault(library, {}).setdefault(form, {}).setdefault(direction, {})
-            density = break_even(dense[best], found[library])
+            mirrored = direction == "input_gradient" and "stride" not in form
+            sparse = times[form, work, "forward"] if mirrored else found
+            density = break_even(dense[best], sparse[library])
             place.setdefault(precision, []).append(
                 {"work": work, "sparse_below": round(density, 4), "dense": rivals[best]}
             )

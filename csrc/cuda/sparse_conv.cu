@@ -378,9 +378,8 @@ int lipfast_sparse_conv(const LipfastSparseConv* args, int32_t device, void* str
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   const cudaError_t status = cudaSetDevice(device);
   if (status != cudaSuccess) return status;
-  return WithSize(a.size, cudaErrorInvalidValue, [&](auto sized) {
-    return LaunchConvolution<typename decltype(sized)::Convolution>(a, stream);
-  });
+  return WithSize(a.size, cudaErrorInvalidValue,
+                  [&](auto sized) { return LaunchConvolution<typename decltype(sized)::Convolution>(a, stream); });
 }
 
 int lipfast_sparse_conv_weight_gradient(const LipfastSparseConv* args, int32_t device, void* stream_pointer) {

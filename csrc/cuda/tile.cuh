@@ -40,8 +40,8 @@ struct Tile {
 // What a block of tile T keeps in shared memory.
 template <class T>
 struct Shared {
-  int plane;    // floats of a staged channel
-  int* source;  // [phases][plane] offset of each staged pixel in its channel, or kOutside
+  int plane;      // floats of a staged channel
+  int* source;    // [phases][plane] offset of each staged pixel in its channel, or kOutside
   float* planes;  // [kBuffers][kStage][plane]
   int4* ring;     // [kWarps][kWarp] pairs of entries
   float* rest;
@@ -75,7 +75,8 @@ __device__ inline void PrepareStages(const LipfastSparseConv& a, const Shared<T>
   for (int i = static_cast<int>(threadIdx.x); i < phases * shared.plane; i += T::kThreads) {
     const int phase = i / shared.plane, pixel = i % shared.plane;
     const int row = (tile_row + pixel / kPitch) * a.row_phases + phase / a.column_phases - a.pad_top;
-    const int column = (tile_column + pixel % kPitch - a.shift) * a.column_phases + phase % a.column_phases - a.pad_left;
+    const int column =
+        (tile_column + pixel % kPitch - a.shift) * a.column_phases + phase % a.column_phases - a.pad_left;
     const int source_row = SourceIndex(row, a.rows, a.padding);
     const int source_column = SourceIndex(column, a.columns, a.padding);
     const bool inside = source_row != kOutside && source_column != kOutside;
@@ -111,7 +112,8 @@ struct Copier {
     const bool aligned = a.columns % kVector == 0;
 #pragma unroll 1
     for (int c = channel; c < T::kStage; c += step) {
-      const float* from = item + static_cast<size_t>(min((first + c) >> phase_bits, a.channels - 1)) * a.rows * a.columns;
+      const float* from =
+          item + static_cast<size_t>(min((first + c) >> phase_bits, a.channels - 1)) * a.rows * a.columns;
       float* to = stage + c * shared.plane + pixel;
       const int4 at = *reinterpret_cast<const int4*>(shared.source + (c & phase_mask) * shared.plane + pixel);
       if (aligned && at.x >= 0 && at.x % kVector == 0 && at.y == at.x + 1 && at.z == at.x + 2 && at.w == at.x + 3) {

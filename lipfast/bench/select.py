@@ -67,9 +67,7 @@ def _setup(shapes: list[Shape], number: int) -> Timed:
     backend, _ = _dispatch.pick("begin_pruning", start[0].device)
     return Timed(
         ours=lambda: ops.prune_rewind_pack(trained, alive, start, count, into=network),
-        baselines={
-            "global_unstructured + load_state_dict + mask": torch_round(trained, start, total - living + count)
-        },
+        baselines={"global_unstructured + load_state_dict + mask": torch_round(trained, start, total - living + count)},
         check=functools.partial(check, trained, alive, start, count),
         backend=backend,
         bytes=total * (4 + 1 + 4 + 4 + 1 + 1 / 8)

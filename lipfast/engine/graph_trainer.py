@@ -6,8 +6,7 @@ kernels, and callers may change it from step to step), as do the masks and the f
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -19,28 +18,11 @@ Capture = Callable[[nn.Module, tuple[Tensor, ...]], nn.Module]
 
 
 def capture_as_graphs(module: nn.Module, arguments: tuple[Tensor, ...]) -> nn.Module:
-    """The module's forward and backward pass as CUDA graphs of kernels that give equal bits for equal inputs."""
-    with _equal_bits(), warnings.catch_warnings():
-        # Where torch has no such kernel it warns; so does make_graphed_callables of its own side stream.
-        warnings.filterwarnings("ignore", message=".*(deterministic|AccumulateGrad)")
+    """The module's forward and backward pass as CUDA graphs."""
+    with warnings.catch_warnings():
+        # make_graphed_callables warms up on a stream of its own, of which torch warns once.
+        warnings.filterwarnings("ignore", message=".*AccumulateGrad")
         return cast(nn.Module, torch.cuda.make_graphed_callables(module, arguments))
-
-
-@contextmanager
-def _equal_bits() -> Iterator[None]:
-    """torch chooses deterministic kernels inside, where it has some."""
-    enabled = torch.are_deterministic_algorithms_enabled()
-    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    cudnn, fills = torch.backends.cudnn.deterministic, torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.deterministic = True
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for each new tensor
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=only_warns)
-        torch.backends.cudnn.deterministic = cudnn
-        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 class _Holder(nn.Module):

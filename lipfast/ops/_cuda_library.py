@@ -123,7 +123,7 @@ class Library:
     def facts(self, kernel: int, size: int) -> Facts:
         raw = _Facts()
         self._check("tile facts", self._c.lipfast_tile_facts(kernel, size, ctypes.byref(raw)))
-        return Facts(*(getattr(raw, name) for name, _ in _Facts._fields_))
+        return Facts(*(getattr(raw, name) for name, *_ in _Facts._fields_))
 
     def sizes(self, kernel: int, form: Form) -> list[int]:
         """Tile sizes, largest first, whose staged channels fit into a block's shared memory."""
@@ -187,7 +187,7 @@ class Lists:
 
 
 def pick_size(library: Library, kernel: int, form: Form, outputs: int, plane: Sequence[int], batch: int) -> int:
-    """The tile for ``outputs`` (virtual) channels of ``plane`` pixels: the largest that fills a GPU, else the smallest."""
+    """The largest tile that fills a GPU with ``outputs`` (virtual) channels of ``plane`` pixels, else the smallest."""
     sizes = library.sizes(kernel, form)
     for size in sizes:
         facts = library.facts(kernel, size)

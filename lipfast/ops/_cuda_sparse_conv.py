@@ -23,13 +23,15 @@ Pair = tuple[int, int]  # rows, columns
 
 
 def fits(library: Library, x: Tensor, shape: torch.Size, stride: Pair, padding: Pair) -> bool:
-    """Whether the library has kernels for float32 maps and weights of ``shape``: strides 1 and 2, windows up to 9."""
-    if x.dtype != torch.float32 or not {*stride} <= {1, 2} or not all(p < k for p, k in zip(padding, shape[2:])):
+    """Whether the library has kernels for float32 maps and weights of ``shape``: strides 1 and 2."""
+    if x.dtype != torch.float32 or not {*stride} <= {1, 2} or padding[0] >= shape[2] or padding[1] >= shape[3]:
         return False
     forward, back = (Form.of(shape, stride, transposed=transposed) for transposed in (False, True))
     widest = library.facts(CONVOLUTION, 0).pitch - LANES
-    roomy = all(library.sizes(kernel, form) for kernel, form in (
-        (CONVOLUTION, forward), (CONVOLUTION, back), (WEIGHT_GRADIENT, forward)))
+    roomy = all(
+        library.sizes(kernel, form)
+        for kernel, form in ((CONVOLUTION, forward), (CONVOLUTION, back), (WEIGHT_GRADIENT, forward))
+    )
     return roomy and forward.halo[1] <= widest
 
 
@@ -82,7 +84,14 @@ class Kernels:
         return _padding.in_layout_of(dy, _padding.fold(dx, input_size, margin, padding_mode))
 
     def weight_gradient(
-        self, x: Tensor, dy: Tensor, positions: Tensor, shape: torch.Size, stride: Pair, padding: Pair, padding_mode: str
+        self,
+        x: Tensor,
+        dy: Tensor,
+        positions: Tensor,
+        shape: torch.Size,
+        stride: Pair,
+        padding: Pair,
+        padding_mode: str,
     ) -> Tensor:
         lists = self._lists_of(positions, shape, stride, WEIGHT_GRADIENT, dy, padding[1])
         x, dy, kept = x.contiguous(), dy.contiguous(), len(positions)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lipfast.ops import _dispatch
+
 MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 
@@ -18,10 +20,15 @@ def fold(gradient: Tensor, size: torch.Size, padding: tuple[int, int], mode: str
     """The transpose of `pad`: add each padding pixel's gradient to the pixel of the ``size`` map it copied.
 
     Spelt out, as autograd is off inside an operator's implementation, and as torch's own adjoints add in any order on a
-    GPU. Changes ``gradient``.
+    GPU. May change ``gradient``.
     """
     if padding == (0, 0):
         return gradient
+    if mode in ("reflect", "circular") and gradient.is_cuda:  # one pass; what follows takes ten
+        triton = _dispatch.load("triton")
+        if not isinstance(triton, ModuleNotFoundError):
+            folded: Tensor = triton.fold_padding(gradient.contiguous(), size, padding, mode)
+            return folded
     if mode != "zeros":
         for axis, width in ((2, padding[0]), (3, padding[1])):
             if width:

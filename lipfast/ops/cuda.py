@@ -3,8 +3,8 @@
 Importing this module needs the built library and a usable driver. Without them it raises `ModuleNotFoundError` with the
 reason, which the seam passes on and ``lipfast doctor`` prints; other backends then serve CUDA tensors.
 
-What the library has no kernel for (other types than float32, strides above 2, windows above 9) goes to the Triton
-backend.
+What the library has no kernel for (other types than float32, strides above 2, windows whose pixels do not fit into
+shared memory) goes to the Triton backend.
 """
 
 import torch

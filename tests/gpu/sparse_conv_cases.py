@@ -2,8 +2,8 @@
 
     python tests/gpu/sparse_conv_cases.py LIBRARY [DEVICE]
 
-checks every layer and exits with 1 if one is wrong; the sanitizer and mutation tests run it in a process of its own, and
-``compute-sanitizer`` can on a GPU.
+checks every layer and exits with 1 if one is wrong; the sanitizer and mutation tests run it in a process of its own,
+and ``compute-sanitizer`` can on a GPU.
 """
 
 import sys
@@ -32,8 +32,12 @@ class Layer:
 
 LAYERS = [
     Layer((2, 5, 17, 19), 9, (3, 3), (1, 1), (1, 1), "zeros", 0.3),
-    Layer((1, 9, 20, 36), 17, (3, 3), (1, 1), (1, 1), "reflect", 0.2),  # more than one tile each way, columns on 16 bytes
-    Layer((1, 5, 16, 32), 70, (3, 3), (1, 1), (1, 1), "reflect", 0.9),  # long lists; exactly four large tiles; two groups
+    Layer(
+        (1, 9, 20, 36), 17, (3, 3), (1, 1), (1, 1), "reflect", 0.2
+    ),  # more than one tile each way, columns on 16 bytes
+    Layer(
+        (1, 5, 16, 32), 70, (3, 3), (1, 1), (1, 1), "reflect", 0.9
+    ),  # long lists; exactly four large tiles; two groups
     Layer((1, 130, 5, 12), 3, (3, 3), (1, 1), (1, 1), "zeros", 0.1),  # more stages than buffers, the last not full
     Layer((2, 9, 9, 7), 33, (1, 1), (1, 1), (0, 0), "zeros", 0.4),
     Layer((2, 5, 17, 19), 9, (3, 3), (2, 2), (1, 1), "zeros", 0.3),

@@ -1,7 +1,5 @@
 """The page of bounds says what the committed tables say, and the streaming kernels are bound by memory."""
 
-import json
-
 import bounds
 import pytest
 import tables
@@ -22,11 +20,6 @@ def test_streaming_kernels_are_bound_by_memory(row):
 
 def test_streams_are_all_there():
     assert {row["kernel"] for row in STREAMS} == set(bounds.STREAM_BYTES)
-
-
-def test_the_rule_reads_these_tables():
-    """The densities below which a GPU takes a sparse kernel are the page's."""
-    assert json.loads(tables.RULE.read_text()) == tables.break_evens(), "run: make gpu-tables"
 
 
 def test_the_layers_are_the_papers():

@@ -30,7 +30,11 @@ MUTATIONS = {
         "",
     ),
     "no zeros around the map": ("tile.cuh", "shared.planes[c * shared.plane + pixel] = 0.0f;", ";"),
-    "no wait for the copies": ("tile.cuh", "__pipeline_wait_prior(kBuffers - 2);", "__pipeline_wait_prior(kBuffers - 1);"),
+    "no wait for the copies": (
+        "tile.cuh",
+        "__pipeline_wait_prior(kBuffers - 2);",
+        "__pipeline_wait_prior(kBuffers - 1);",
+    ),
     "a stage refilled while it is read": ("tile.cuh", "buffer == 0 ? kBuffers - 1 : buffer - 1;", "buffer;"),
     "pairs replaced before all lanes have read them": (
         "sparse_conv.cu",

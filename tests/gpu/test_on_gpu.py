@@ -31,8 +31,19 @@ def network():
     ).cuda()
 
 
+@pytest.fixture
+def deterministic_torch(monkeypatch):
+    """torch's switch, which costs time; lipfast's own kernels always are."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.filterwarnings("ignore:.*deterministic")
 @pytest.mark.parametrize("kernels", [None, "sparse", "dense"])  # None: a network that is not pruned
-def test_equal_seeds_train_to_equal_bits(kernels, monkeypatch):
+def test_equal_seeds_train_to_equal_bits(kernels, deterministic_torch, monkeypatch):
     monkeypatch.setattr(_gpu_rule, "choose", lambda layer, **where: dict.fromkeys(_gpu_rule.DIRECTIONS, kernels))
     z, target = torch.rand(1, 8, 64, 64, device="cuda"), torch.rand(1, 3, 64, 64, device="cuda")
 

@@ -7,7 +7,7 @@ import torch
 from gpu_device import DEVICE  # first: it switches the interpreter on
 from guard import guarded, guarding_outputs
 
-from lipfast.ops import reference
+from lipfast.ops import _padding, reference
 from lipfast.ops import triton as ops
 
 SIZES = [1, 31, 32, 33, 1023, 1024, 1025, 2080]  # either side of a mask word and of a block
@@ -161,6 +161,22 @@ def test_normalise_activate_backward(size, dtype):
     # Where scale * x + shift is within rounding of 0, either slope is right; these seeds have no such pixel.
     for mine, theirs, terms in zip(got, want, (8, pixels, pixels), strict=True):
         close(mine, theirs, terms=terms)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "circular"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("size", "padding"),
+    [((2, 3, 5, 7), (1, 2)), ((1, 2, 4, 4), (3, 3)), ((1, 1, 31, 33), (0, 1)), ((1, 2, 3, 2), (2, 1))],
+)
+def test_padding_is_folded_back(size, padding, mode, dtype):
+    padded = (*size[:2], size[2] + 2 * padding[0], size[3] + 2 * padding[1])
+    gradient = torch.randn(padded).to(dtype)
+    want = _padding.fold(gradient.double(), torch.Size(size), padding, mode)
+    x = torch.zeros(size, dtype=torch.float64, requires_grad=True)
+    (theirs,) = torch.autograd.grad(_padding.pad(x, padding, mode), x, gradient.double())
+    torch.testing.assert_close(want, theirs)
+    close(run(ops.fold_padding, place(gradient), torch.Size(size), padding, mode), want.to(dtype), terms=9)
 
 
 LAYERS = [  # input, weight, stride, padding, mode

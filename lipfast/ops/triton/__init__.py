@@ -3,6 +3,7 @@
 Under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors, slowly, which is how they are tested without a GPU.
 """
 
+from lipfast.ops.triton.fold import fold_padding
 from lipfast.ops.triton.mask import apply_mask, pack_mask
 from lipfast.ops.triton.masked_conv import (
     masked_conv2d,
@@ -24,6 +25,7 @@ __all__ = [
     "adam_step",
     "apply_mask",
     "begin_pruning",
+    "fold_padding",
     "gather_kept",
     "masked_conv2d",
     "masked_conv2d_input_gradient",

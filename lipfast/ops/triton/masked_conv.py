@@ -1,7 +1,7 @@
 """Dense convolution on the tensor cores under a packed mask: what can win on a GPU at moderate sparsity.
 
 An implicit matrix product (output channels x taps) * (taps x pixels), so that neighbouring lanes load neighbouring
-pixels. Each weight tile is masked while it is loaded, one mask word for 32 weights, so pruned weights need no clean copy.
+pixels. Each weight tile is masked while it is loaded, one mask word for 32 weights: pruned weights need no clean copy.
 """
 
 import torch

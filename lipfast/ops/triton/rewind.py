@@ -95,7 +95,8 @@ class _Pruning:
         self._magnitude, self._alive = (_flat(parts) for parts in (weights, alive))
         self._magnitude = self._magnitude.abs()
         nan = self._magnitude.isnan() & self._alive
-        self.living, found = torch.stack((self._alive.sum(), nan.sum())).tolist() if alive else (0, 0)
+        counts: list[int] = torch.stack((self._alive.sum(), nan.sum())).tolist() if alive else [0, 0]
+        self.living, found = counts
         self.nan_part = [bool(part.any()) for part in self._split(nan)].index(True) if found else -1
 
     def masks(self) -> list[Tensor]:

@@ -1,10 +1,13 @@
-"""Writes the tables of docs/gpu.md from the committed ones:  python tests/gpu/tools/bounds.py
+"""Writes the tables of docs/gpu.md:  python tests/gpu/tools/bounds.py
 
-Everything it prints is a bound worked out from machine code and data sheets; nothing is a timing.
+Bounds come from the committed tables of compiled kernels and from data sheets, timings from docs/results/gpu.jsonl.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +18,9 @@ import tables
 from static_roofline import MACHINES
 
 PAGE = Path(__file__).parents[3] / "docs/gpu.md"
+RESULTS = PAGE.parent / "results/gpu.jsonl"
+DIRECTIONS = ("forward", "input_gradient", "weight_gradient")
+DENSITIES = (0.2, 0.1, 0.05, 0.02)
 
 # Bytes that cross memory for one element of a streaming kernel: buffers read and written, and 1/8 of mask bits.
 STREAM_BYTES = {
@@ -69,13 +75,6 @@ def skip_net(side: int) -> Iterator[Layer]:
         yield Layer(1, 128, 128, 1, 1, side >> scale)
 
 
-def blocks(layer: Layer, small: bool) -> int:
-    """Blocks of the CUDA forward kernel: 32 output channels and a tile of pixels each."""
-    rows, columns = (8, 16) if small else (16, 32)
-    channels = 48 if layer.kernel == 1 else 32
-    return -(-layer.pixels // rows) * -(-layer.pixels // columns) * -(-layer.outputs // channels)
-
-
 def stream_margin(row: dict[str, Any]) -> float:
     """Memory time of a streaming kernel over its issue time: above 1, memory is the bound."""
     machine = MACHINES[row["target"]]
@@ -97,67 +96,124 @@ def percent(share: float) -> str:
 
 
 def cuda_table() -> str:
-    head = [
-        "kernel",
-        "target",
-        "registers",
-        "spills",
-        "shared bytes",
-        "occupancy",
-        "limited by",
-        "instructions a weight",
-    ]
-    head += ["FFMA", "branches", "bound", "ceiling at 20 %", "10 %", "5 %", "2 %"]
+    head = ["kernel", "target", "registers", "spills", "shared bytes", "occupancy", "limited by"]
+    head += ["instructions a weight", "FFMA", "branches", "bound"]
     rows = []
     for row in tables.read("cuda"):
         cells = [row[name] for name in ("kernel", "target", "registers", "spills", "shared")]
         cells += [percent(row["occupancy"]), row["occupancy_limit"]]
-        if "ceiling" in row:
-            cells += [row["entry_instructions"], row["multiply_adds"], row["branches"], row["bound"]]
-            cells += [percent(share) for share in row["ceilings"].values()]
-        else:
-            cells += 8 * [""]
-        rows.append(cells)
+        names = ("entry_instructions", "multiply_adds", "branches", "bound")
+        rows.append(cells + [row.get(name, "") for name in names])
     return table(head, rows)
 
 
-def bars_table() -> str:
+def ceiling_table() -> str:
     rows = []
     for row in tables.read("cuda"):
-        if row["target"] == "sm_90" and "ceiling" in row:
-            bar = 0.3 if row["kernel"].startswith("SparseConv") else 0.2
-            reached = row["ceiling"] >= bar
-            rows.append([row["kernel"], percent(row["ceiling"]), percent(bar), "yes" if reached else "**no**"])
-    return table(["kernel on an H100", "ceiling at 10 %", "bar", "reached"], rows)
+        for form, shares in row.get("ceilings", {}).items():
+            rows.append([row["kernel"], form, row["target"], *(percent(share) for share in shares.values())])
+    return table(["kernel", "form", "target", "20 % kept", "10 %", "5 %", "2 %"], rows)
 
 
-def break_even_table() -> str:
-    head = ["kernel", "target", "dense fp32", "dense TF32", "dense bf16"]
+# What the rows of docs/results/gpu.jsonl call the kernels of the tables, by direction.
+KERNELS = {"forward": "SparseConvKernel", "weight_gradient": "WeightGradientKernel"}
+BARS = {"forward": 0.3, "weight_gradient": 0.2}
+
+
+def bars_table() -> str:
+    """Static ceilings beside the bars, and what the same layers reached on a GPU."""
+    ceilings = {
+        row["kernel"]: row["ceilings"] for row in tables.read("cuda") if row["target"] == "sm_90" and "ceiling" in row
+    }
+    peak = MACHINES["sm_90"].fp32_teraflops
+    rows = []
+    for direction, kernel in KERNELS.items():
+        for form in ("3x3", "1x1", "3x3 stride 2"):
+            ceiling, timed = ceilings[f"{kernel} large"][form]["0.1"], measured(form, 128, direction, "cuda")[0.1]
+            bar = BARS[direction]
+            rows.append(
+                [
+                    direction.replace("_", " "),
+                    form,
+                    percent(ceiling),
+                    percent(bar),
+                    "yes" if ceiling >= bar else "**no**",
+                    percent(timed["flops"] / timed["microseconds"]["median"] / 1e6 / peak),
+                ]
+            )
+    return table(["direction", "form", "ceiling at 10 %", "bar", "reached", "timed, 128 px"], rows)
+
+
+@functools.cache
+def results() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+
+
+def measured(form: str, pixels: int, direction: str, implementation: str) -> dict[float, dict[str, Any]]:
+    """Density -> row."""
+    kernel, stride = int(form[0]), 2 if "stride" in form else 1
+    wanted = {"kind": "conv", "kernel": kernel, "stride": stride, "pixels": pixels, "direction": direction}
+    wanted["implementation"] = implementation
+    return {row["density"]: row for row in results() if wanted.items() <= row.items()}
+
+
+def times_table() -> str:
+    """Microseconds of a layer with 128 channels in and out."""
+    head = ["form", "px", "direction", "dense fp32", "dense TF32", "dense TF32, channels_last"]
+    head += [f"sparse, {percent(density)}" for density in DENSITIES]
+    rows = []
+    for form, pixels, direction in itertools.product(("3x3", "1x1", "3x3 stride 2"), (64, 128, 256), DIRECTIONS):
+        dense = [
+            measured(form, pixels, direction, f"torch {name}")[1.0] for name in ("ieee", "tf32", "tf32 channels_last")
+        ]
+        sparse = [measured(form, pixels, direction, "cuda")[density] for density in DENSITIES]
+        median = [f"{row['microseconds']['median']:.0f}" for row in (*dense, *sparse)]
+        rows.append([form, pixels, direction.replace("_", " "), *median])
+    return table(head, rows)
+
+
+def flat_table() -> str:
+    rows = []
+    for row in results():
+        if row["kind"] == "flat":
+            kept = percent(row["density"]) if "density" in row else ""
+            speed = f"{row['bytes'] / row['microseconds']['median'] / 1e3:.0f} GB/s" if "bytes" in row else ""
+            rows.append([row["op"], kept, row["implementation"], f"{row['microseconds']['median']:.1f} us", speed])
+    return table(["operation", "kept", "implementation", "time", "bytes a second"], rows)
+
+
+def step_table() -> str:
+    head = ["px", "precision", "torch's switch for equal bits", "torch eager", "torch, CUDA graphs"]
+    head += [f"lipfast, {percent(density)} kept" for density in (0.4, *DENSITIES)]
+    found: dict[tuple[Any, ...], dict[Any, float]] = {}
+    for row in results():
+        if row["kind"] == "step":
+            place = found.setdefault((row["pixels"], row["precision"], row["deterministic"]), {})
+            place[row["implementation"], row["density"]] = row["microseconds"]["median"] / 1e3
     rows = [
         [
-            row["kernel"],
-            row["target"],
-            *(percent(share) if share else "nowhere" for share in row["break_even"].values()),
+            pixels,
+            precision,
+            "on" if deterministic else "off",
+            *(
+                f"{times[name]:.2f} ms"
+                for name in (("torch", 0.1), ("torch graphs", 0.1), *(("lipfast", d) for d in (0.4, *DENSITIES)))
+            ),
         ]
-        for row in tables.read("cuda")
-        if "break_even" in row and "large" in row["kernel"]
+        for (pixels, precision, deterministic), times in sorted(found.items())
+        if len(times) == 7
     ]
     return table(head, rows)
 
 
 def layer_table(side: int) -> str:
     head = ["layer", "output", "dense GFLOP", "MB", "dense fp32 at 80 % of peak", "memory", "sparse, 10 % kept"]
-    head += ["blocks, large tile", "small tile"]
-    ceilings = {
-        row["kernel"]: row["ceiling"] for row in tables.read("cuda") if row["target"] == "sm_90" and "ceiling" in row
-    }
+    row = next(r for r in tables.read("cuda") if r["kernel"] == "SparseConvKernel large" and r["target"] == "sm_90")
     machine = MACHINES["sm_90"]
     rows = []
     for layer in skip_net(side):
         name = {(1, 1): "1x1", (3, 1): "3x3", (3, 2): "3x3 stride 2"}[layer.kernel, layer.stride]
-        small = blocks(layer, False) < 128
         flops = 2 * layer.multiply_adds
-        ceiling = ceilings[f"SparseConvKernel {name} {'small' if small else 'large'}"]
         rows.append(
             [
                 f"{name}, {layer.inputs} to {layer.outputs}",
@@ -166,9 +222,7 @@ def layer_table(side: int) -> str:
                 f"{layer.bytes / 1e6:.2f}",
                 f"{flops / machine.fp32_teraflops / 0.8 / 1e6:.1f} us",
                 f"{layer.bytes / machine.gigabytes_per_second / 1e3:.1f} us",
-                f"{0.1 * flops / machine.fp32_teraflops / ceiling / 1e6:.1f} us",
-                blocks(layer, False),
-                blocks(layer, True),
+                f"{0.1 * flops / machine.fp32_teraflops / row['ceilings'][name]['0.1'] / 1e6:.1f} us",
             ]
         )
     return table(head, rows)
@@ -190,8 +244,11 @@ def triton_table() -> str:
 
 SECTIONS = {
     "cuda": cuda_table,
+    "ceilings": ceiling_table,
     "bars": bars_table,
-    "break-even": break_even_table,
+    "times": times_table,
+    "flat": flat_table,
+    "steps": step_table,
     "layers": lambda: layer_table(256),
     "triton": triton_table,
 }

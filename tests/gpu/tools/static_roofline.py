@@ -48,12 +48,6 @@ MACHINES = {
     "sm_90": Machine("H100 SXM", 128, 64, 16, 132, 1.98, 3350, 64, 32, 65536, 228 << 10),
 }
 
-# Dense convolution: (share of the peak it is assumed to reach, data-sheet peak in TFLOP/s without sparsity).
-DENSE = {
-    "sm_80": {"fp32": (0.8, 19.5), "tf32": (0.5, 156.0), "bf16": (0.5, 312.0)},
-    "sm_90": {"fp32": (0.8, 66.9), "tf32": (0.5, 494.7), "bf16": (0.5, 989.4)},
-}
-
 # First match wins. "alu" is everything else.
 PIPES = {
     "fma": r"FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2",

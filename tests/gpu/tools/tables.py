@@ -3,8 +3,6 @@
     python tests/gpu/tools/tables.py cuda LIBRARY.so      writes tests/gpu/tables/cuda.json
     python tests/gpu/tools/tables.py triton               writes tests/gpu/tables/triton.json
 
-Both also write lipfast/ops/gpu_break_even.json, from which a GPU's kernels are chosen.
-
 A test compares fresh compilations with them, so a change of a kernel that costs registers, spills or ceiling shows up
 in review as a change of these files. docs/gpu.md is written from them.
 """
@@ -20,7 +18,6 @@ from typing import Any
 
 TABLES = Path(__file__).parents[1] / "tables"
 ROOT = Path(__file__).parents[3]
-RULE = ROOT / "lipfast/ops/gpu_break_even.json"
 Row = Mapping[str, Any]
 
 AT_MOST = ("registers", "spills", "shared", "narrow", "atomics", "entry_instructions", "branches")
@@ -54,31 +51,6 @@ def worse(rows: Iterable[Row], table: Iterable[Row]) -> list[str]:
     return sorted(found)
 
 
-def break_evens() -> dict[str, Any]:
-    """What the rule reads: target -> backend -> (form and tile ->) direction -> dense rival -> density."""
-    cuda = {(row["target"], row["kernel"]): row["break_even"] for row in read("cuda") if "break_even" in row}
-    triton = {(row["target"], row["kernel"]): row["break_even"] for row in read("triton") if "break_even" in row}
-    found: dict[str, Any] = {}
-    for target in ("sm_80", "sm_90"):
-        directions = ("forward", "input_gradient", "weight_gradient")
-        found[target] = {"cuda": {}, "triton": {d: triton[target, f"sparse_{d}"] for d in directions}}
-        for form in ("1x1", "3x3", "3x3 stride 2"):
-            for tile in ("large", "small"):
-                back = f"{form} transposed {tile}" if "stride" in form else f"{form} {tile}"
-                kernels = (
-                    f"SparseConvKernel {form} {tile}",
-                    f"SparseConvKernel {back}",
-                    f"WeightGradientKernel {form} {tile}",
-                )
-                rows = (cuda[target, kernel] for kernel in kernels)
-                found[target]["cuda"][f"{form} {tile}"] = dict(zip(directions, rows, strict=True))
-    return found
-
-
-def write_break_evens() -> None:
-    RULE.write_text(json.dumps(break_evens(), indent=1) + "\n")
-
-
 def compile_triton() -> list[dict[str, Any]]:
     """Compile all Triton kernels in a fresh process, where they are not interpreted."""
     import os
@@ -102,4 +74,3 @@ if __name__ == "__main__":
         import cuda_static
 
         write("cuda", cuda_static.describe_library(Path(sys.argv[2])))
-    write_break_evens()

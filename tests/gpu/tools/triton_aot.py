@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lipfast.ops.masked import PRECISIONS
-from lipfast.ops.triton import mask, masked_conv, norm, rewind, select, sparse_conv, step
+from lipfast.ops.triton import fold, mask, masked_conv, norm, rewind, select, sparse_conv, step
 from lipfast.ops.triton.configs import CONFIGS
 
 TARGETS = {
@@ -56,6 +56,7 @@ KERNELS = {
     "remove": ("remove", select.remove_kernel, [F32, U8, I32, I32, U8], {}),
     "compact": ("compact", rewind.compact_kernel, [U8, F32, I32, F32, F32], {"DENSE": True}),
     "expand": ("expand", rewind.expand_kernel, [U8, F32, I32, F32], {}),
+    "fold": ("fold", fold.fold_kernel, [F32, F32], {"CIRCULAR": False}),
     "normalise": ("normalise", norm.normalise_kernel, [F32] * 6, {}),
     "normalise bf16": ("normalise", norm.normalise_kernel, [BF16, F32, F32, F32, F32, BF16], {}),
     "normalise_backward": ("normalise_backward", norm.normalise_backward_kernel, 8 * [F32], {}),
@@ -160,9 +161,7 @@ def sparse_ceiling(kernel: static_roofline.Kernel, resident: int) -> dict[str, o
     cycles = static_roofline.cycles_of(work, machine, resident)
     bound = max(cycles, key=cycles.__getitem__)
     share = work.of("FFMA") * 32 / machine.fp32 / cycles[bound]
-    dense = static_roofline.DENSE[kernel.arch]
-    even = {name: round(share * machine.fp32_teraflops / (part * peak), 3) for name, (part, peak) in dense.items()}
-    return {"ceiling": round(share, 3), "bound": bound, "break_even": even}
+    return {"ceiling": round(share, 3), "bound": bound}
 
 
 if __name__ == "__main__":
