@@ -26,7 +26,7 @@ def main(output: Path, flags: list[str]) -> None:
     setup = load_setup()
     folder = output.parent
     folder.mkdir(parents=True, exist_ok=True)
-    common = [*setup.COMMON_FLAGS, "-O1", "-g", *flags]
+    common = [*setup.COMMON_FLAGS, "-O1", "-g1", *flags]
     cpu = ROOT / "csrc/cpu"
     jobs = [(source, "test", common) for source in sorted(Path(__file__).parent.glob("*.cc"))]
     jobs += [(cpu / name, "once", common) for name in sorted(setup.ONCE)]
