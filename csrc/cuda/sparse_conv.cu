@@ -110,15 +110,17 @@ __device__ __forceinline__ void Accumulate(const char* staged, int offset, int w
   for (int r = 0; r < T::kRows; ++r) sum[r] = fmaf(weight, pixel[r * kPitch], sum[r]);
 }
 
-// Grid: (list_warps / kWarps, tiles, batch).
+// Grid: (tiles * groups, 1, batch), the groups of output channels of a tile side
+// by side: they read the same pixels.
 template <class T>
 __global__ void __launch_bounds__(T::kThreads) SparseConvKernel(const LipfastSparseConv a) {
   LIPFAST_DYNAMIC_SHARED(memory);
   const Shared<T> shared(a, memory);
   const int lane = threadIdx.x % kWarp;
-  const int warp = blockIdx.x * T::kWarps + threadIdx.x / kWarp;
+  const int groups = a.list_warps / T::kWarps;
+  const int warp = blockIdx.x % groups * T::kWarps + threadIdx.x / kWarp;
   const int n = blockIdx.z;
-  const Corner<T> corner(blockIdx.y, (a.y_columns + a.left_cut + a.column_scale - 1) / a.column_scale);
+  const Corner<T> corner(blockIdx.x / groups, (a.y_columns + a.left_cut + a.column_scale - 1) / a.column_scale);
   const int classes = a.row_scale * a.column_scale;
   PrepareStages<T>(a, shared, corner.row, corner.column);
 
@@ -300,7 +302,7 @@ cudaError_t LaunchConvolution(const LipfastSparseConv& a, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   const unsigned tiles = Ceil(Ceil(a.y_rows + a.top_cut, a.row_scale), T::kRows) *
                          Ceil(Ceil(a.y_columns + a.left_cut, a.column_scale), kWarp);
-  const dim3 grid(a.list_warps / T::kWarps, tiles, a.batch);
+  const dim3 grid(tiles * (a.list_warps / T::kWarps), 1, a.batch);
   return LIPFAST_LAUNCH(kernel, grid, dim3(T::kThreads), bytes, stream, a);
 }
 
