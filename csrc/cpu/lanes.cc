@@ -28,7 +28,7 @@ int64_t PlainOffset(const PlainMap& p, const LaneMap& m, int lane, int64_t row, 
 // Square blocks between the pixels of the 16 lanes, which lie apart, and lane vectors: `count` columns or channels of a
 // row without dead pixels, where they are at least kSquare. The last square may cover a part of the one before it
 // again.
-#if LIPFAST_TARGET == 1
+#if LIPFAST_TARGET >= 1
 constexpr int64_t kSquare = 8;
 
 bool RowIsWhole(const LaneMap& m, int64_t row) {

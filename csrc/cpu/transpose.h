@@ -6,7 +6,7 @@
 namespace lipfast {
 namespace LIPFAST_NS {
 
-#if LIPFAST_TARGET == 1
+#if LIPFAST_TARGET >= 1
 // to[i][l] = from[l][i], eight rows of eight.
 static inline void Transpose8(const float* const* from, float* const* to) {
   for (int column = 0; column < 8; column += 4) {
