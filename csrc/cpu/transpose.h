@@ -1,4 +1,4 @@
-// 16 x 16 transposes in registers.
+// 8 x 8 and 16 x 16 transposes in registers.
 #pragma once
 
 #include "cpu/vec.h"
