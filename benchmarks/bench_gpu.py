@@ -8,7 +8,8 @@ conv      the skip net's layers: every direction, density and implementation, be
 flat      optimiser steps, masks, a pruning round: ours and torch's.
 step      whole training steps of the skip net.
 
-Each answer is checked against the reference before it is timed. What a CUDA graph can hold is captured so often that a
+Each kernel's answer is checked against the reference before it is timed; that steps are torch's is for make test-gpu to
+say. What a CUDA graph can hold is captured so often that a
 replay outlasts its launch; a pruning round and a training step, which wait for the device or keep their own graphs, are
 called from Python. All variants of a group are timed in turn, ``--rounds`` times, with CUDA events; rows give median,
 20th and 80th percentile in microseconds. ``--device cpu --size toy`` only checks that the script works.
@@ -32,7 +33,7 @@ from torch import Tensor
 import lipfast
 from lipfast import ops, priors
 from lipfast.bench import harness, select
-from lipfast.bench.adam import BYTES_PER_WEIGHT
+from lipfast.bench.adam import BYTES_PER_WEIGHT, SKIP_NET
 from lipfast.engine.graph_trainer import GraphTrainer
 from lipfast.engine.operator_trainer import OperatorTrainer
 from lipfast.engine.trainer import TorchTrainer, Trainer
@@ -65,7 +66,6 @@ SIZES = {
 }
 TOY_NETWORK = {"in_channels": 4, "down": [8], "skip": 2}
 STEP_PIXELS = {"toy": (16,), "short": (128,), "full": (128, 256, 512)}
-SKIP_NET = 2_217_831  # parameters
 BASELINES = {
     "torch ieee": (torch.float32, "ieee", torch.contiguous_format),
     "torch ieee channels_last": (torch.float32, "ieee", torch.channels_last),
@@ -242,6 +242,10 @@ def optimiser_steps(size: str, device: torch.device) -> Iterator[Subject]:
     n = 5_000 if size == "toy" else SKIP_NET
     for density in (1.0, 0.1):
         values, gradient, m, v = torch.rand(4, round(n * density), device=device).unbind()
+        ours, plain = ([part.clone() for part in (values, gradient, m, v)] for _ in range(2))
+        ops.adam_step(*ours, 3, 0.01)
+        reference.adam_step(*plain, 3, 0.01, 0.9, 0.999, 1e-8, 0.0)
+        check(torch.cat(ours), torch.cat(plain))
         keys = {"op": "adam", "density": density, "bytes": BYTES_PER_WEIGHT * len(values)}
         step = functools.partial(ops.adam_step, values, gradient, m, v, 3, 0.01)
         yield Subject({**keys, "implementation": "lipfast"}, step)

@@ -27,24 +27,24 @@ struct Sized<2> {
 // 128-bit load serves the warp for 32 pairs, and the next is in flight.
 class WeightedPairs {
  public:
-  __device__ WeightedPairs(const int4* pairs, const float* values, int4* ring)
+  __device__ WeightedPairs(const int4* pairs, const float* values, int4* chunk)
       : next_(pairs + threadIdx.x % kWarp),
         values_(values),
-        ring_(ring + threadIdx.x / kWarp * kWarp),
-        at_(ring_ + kWarp),
+        chunk_(chunk + threadIdx.x / kWarp * kWarp),
+        at_(chunk_ + kWarp),
         ahead_(*next_) {}
 
   // (offset, weight, offset, weight).
   __device__ __forceinline__ int4 Take() {
-    if (at_ == ring_ + kWarp) {
+    if (at_ == chunk_ + kWarp) {
       ahead_.y = Weight(ahead_.y);
       ahead_.w = Weight(ahead_.w);
       __syncwarp();  // all lanes have read the last pair
-      ring_[threadIdx.x % kWarp] = ahead_;
+      chunk_[threadIdx.x % kWarp] = ahead_;
       __syncwarp();  // all lanes have stored theirs
       next_ += kWarp;
       ahead_ = *next_;
-      at_ = ring_;
+      at_ = chunk_;
     }
     return *at_++;
   }
@@ -54,7 +54,7 @@ class WeightedPairs {
 
   const int4* next_;
   const float* values_;
-  int4* ring_;
+  int4* chunk_;
   const int4* at_;
   int4 ahead_;
 };
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(T::kThreads) SparseConvKernel(const LipfastSpa
     for (int r = 0; r < T::kRows; ++r) sum[g][r] = start;
   }
 
-  WeightedPairs entries(reinterpret_cast<const int4*>(a.entries) + a.begins[warp] / 2, a.values, shared.ring);
+  WeightedPairs entries(reinterpret_cast<const int4*>(a.entries) + a.begins[warp] / 2, a.values, shared.pairs);
   Counts<T> counts(a, warp);
   __syncthreads();  // the sources are known
   ForEachStage<T>(a, shared, n, [&](const float* stage) LIPFAST_INLINE {

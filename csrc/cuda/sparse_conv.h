@@ -66,14 +66,14 @@ typedef struct LipfastSparseConv {
   int32_t stages;
   int32_t row_phases, column_phases;
   int32_t row_scale, column_scale;
-  int32_t halo_rows, halo_columns;  // taps - 1, of the stride-1 problem
-  int32_t pad_top, pad_left;        // how far the window of output pixel 0 sticks out
-  int32_t shift;                    // columns before the first staged one that is used, so that
-                                    // columns of x on 16 bytes are staged on 16 bytes
-  int32_t top_cut, left_cut;        // scaled outputs: rows and columns cut off at the start
-  int32_t padding;                  // LipfastPadding
-  int32_t size;                     // of the tile: 0 large, 1 medium, 2 small
-  int32_t splits;                   // weight gradient: blocks that share the pixels
+  int32_t halo_rows;          // rows of taps - 1, of the stride-1 problem
+  int32_t pad_top, pad_left;  // how far the window of output pixel 0 sticks out
+  int32_t shift;              // columns before the first staged one that is used, so that
+                              // columns of x on 16 bytes are staged on 16 bytes
+  int32_t top_cut, left_cut;  // scaled outputs: rows and columns cut off at the start
+  int32_t padding;            // LipfastPadding
+  int32_t size;               // of the tile: 0 large, 1 medium, 2 small
+  int32_t splits;             // weight gradient: blocks that share the pixels
 } LipfastSparseConv;
 
 // 1000 * version of the list format + size of LipfastSparseConv, so that a

@@ -43,14 +43,14 @@ struct Shared {
   int plane;      // floats of a staged channel
   int* source;    // [phases][plane] offset of each staged pixel in its channel, or kOutside
   float* planes;  // [kBuffers][kStage][plane]
-  int4* ring;     // [kWarps][kWarp] pairs of entries
+  int4* pairs;    // [kWarps][kWarp] pairs of entries
   float* rest;
 
   __device__ Shared(const LipfastSparseConv& a, float4* memory) : plane(T::Plane(a.halo_rows)) {
     source = reinterpret_cast<int*>(memory);
     planes = reinterpret_cast<float*>(source + a.row_phases * a.column_phases * plane);
-    ring = reinterpret_cast<int4*>(planes + kBuffers * T::kStage * plane);
-    rest = reinterpret_cast<float*>(ring + T::kThreads);
+    pairs = reinterpret_cast<int4*>(planes + kBuffers * T::kStage * plane);
+    rest = reinterpret_cast<float*>(pairs + T::kThreads);
   }
 
   __device__ float* Stage(int buffer) const { return planes + buffer * T::kStage * plane; }

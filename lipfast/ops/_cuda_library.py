@@ -42,7 +42,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("listed", "list_warps", "batch", "channels", "rows", "columns")),
         *((name, ctypes.c_int32) for name in ("y_channels", "y_rows", "y_columns", "stages")),
         *((name, ctypes.c_int32) for name in ("row_phases", "column_phases", "row_scale", "column_scale")),
-        *((name, ctypes.c_int32) for name in ("halo_rows", "halo_columns", "pad_top", "pad_left", "shift")),
+        *((name, ctypes.c_int32) for name in ("halo_rows", "pad_top", "pad_left", "shift")),
         *((name, ctypes.c_int32) for name in ("top_cut", "left_cut", "padding", "size", "splits")),
     )
 
@@ -125,16 +125,17 @@ class Library:
         self._check("tile facts", self._c.lipfast_tile_facts(kernel, size, ctypes.byref(raw)))
         return Facts(*(getattr(raw, name) for name, *_ in _Facts._fields_))
 
-    def sizes(self, kernel: int, form: Form) -> list[int]:
+    @functools.cache  # noqa: B019  one entry per kernel and form; every call of a layer asks
+    def sizes(self, kernel: int, form: Form) -> tuple[int, ...]:
         """Tile sizes, largest first, whose staged channels fit into a block's shared memory."""
         phases = form.phases[0] * form.phases[1]
         bytes_of = self._c.lipfast_shared_bytes
-        return [
+        return tuple(
             size
             for size in range(len(SIZES))
             if bytes_of(kernel, size, form.halo[0], phases) <= MOST_SHARED_BYTES
             and self._copied_at_once(self.facts(kernel, size), form)
-        ]
+        )
 
     @staticmethod
     def _copied_at_once(facts: Facts, form: Form) -> bool:
@@ -334,7 +335,6 @@ def _arguments(
         row_scale=form.scale[0],
         column_scale=form.scale[1],
         halo_rows=form.halo[0],
-        halo_columns=form.halo[1],
         pad_top=pad[0],
         pad_left=pad[1],
         shift=lists.shift,

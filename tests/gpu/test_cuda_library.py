@@ -47,7 +47,8 @@ def test_a_kept_weight_costs_its_own_multiply_adds_only(rows):
     """An entry issues one tap's multiply-adds, not all taps' under predicates; sums of gradients may add one."""
     for row in rows.values():
         if "ceiling" in row:
-            assert row["multiply_adds"] <= row["multiply_adds_wanted"] + 3, row
+            sums = 2.5 if row["kernel"].startswith("WeightGradient") else 0.1
+            assert row["multiply_adds"] <= row["multiply_adds_wanted"] + sums, row
 
 
 def test_nothing_is_worse_than_the_table(rows):

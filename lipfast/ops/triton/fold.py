@@ -21,6 +21,16 @@ def _copies(i, size, width, CIRCULAR: tl.constexpr):
 
 
 @triton.jit
+def _candidate(own, before, behind, NUMBER: tl.constexpr):
+    if NUMBER == 0:
+        return own
+    elif NUMBER == 1:  # noqa: RET505  Triton wants one way out for each branch
+        return before
+    else:
+        return behind
+
+
+@triton.jit
 def fold_kernel(
     gradient, folded, n_rows, n_columns, row_width, column_width, CIRCULAR: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -35,17 +45,9 @@ def fold_kernel(
     column_before, column_behind = _copies(column, n_columns, column_width, CIRCULAR)
     total = tl.zeros((BLOCK,), tl.float32)
     for down in tl.static_range(3):
-        source_row = row + row_width
-        if down == 1:
-            source_row = row_before
-        if down == 2:
-            source_row = row_behind
+        source_row = _candidate(row + row_width, row_before, row_behind, down)
         for across in tl.static_range(3):
-            source_column = column + column_width
-            if across == 1:
-                source_column = column_before
-            if across == 2:
-                source_column = column_behind
+            source_column = _candidate(column + column_width, column_before, column_behind, across)
             there = inside & (source_row >= 0) & (source_column >= 0)
             total += tl.load(gradient + source_row * pitch + source_column, mask=there, other=0.0).to(tl.float32)
     tl.store(folded + plane * n_rows * n_columns + i, total.to(folded.dtype.element_ty), mask=inside)

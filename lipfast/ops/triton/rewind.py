@@ -87,7 +87,8 @@ def rewind_pack(alive: Tensor, start: Tensor, kept: int | None = None) -> tuple[
 class _Pruning:
     """A `lipfast.ops.select.PruningRound` on the GPU: one selection and one rewind over all tensors together.
 
-    Waits for the device once, for what it must answer before anything is written.
+    Waits for the device once, for what it must answer before anything is written. There is at least one tensor: none is
+    on no GPU.
     """
 
     def __init__(self, weights: Sequence[Tensor], alive: Sequence[Tensor], count: int) -> None:
@@ -95,29 +96,26 @@ class _Pruning:
         self._magnitude, self._alive = (_flat(parts) for parts in (weights, alive))
         self._magnitude = self._magnitude.abs()
         nan = self._magnitude.isnan() & self._alive
-        counts: list[int] = torch.stack((self._alive.sum(), nan.sum())).tolist() if alive else [0, 0]
+        counts: list[int] = torch.stack((self._alive.sum(), nan.sum())).tolist()
         self.living, found = counts
         self.nan_part = [bool(part.any()) for part in self._split(nan)].index(True) if found else -1
 
     def masks(self) -> list[Tensor]:
         """The survivors of each tensor."""
-        return [part.view(shape) for part, shape in zip(self._split(self._survivors()), self._shapes, strict=True)]
+        return self._shaped(self._survivors())
 
     def rewind(self, start: Sequence[Tensor], into: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Survivors, survivors as bits, and the packed start values; writes the rewound weights to ``into``."""
-        if not self._shapes:
-            return [], [], torch.empty(0)
         alive = self._survivors()
         dense, values = rewind_pack(alive, _flat(start), self.living - self._count)
-        masks, rewound = (
-            [part.view(shape) for part, shape in zip(self._split(whole), self._shapes, strict=True)]
-            for whole in (alive, dense)
-        )
-        torch._foreach_copy_(list(into), rewound)
-        return masks, self._bits(alive), values
+        torch._foreach_copy_(list(into), self._shaped(dense))
+        return self._shaped(alive), self._bits(alive), values
 
     def _survivors(self) -> Tensor:
-        return prune_smallest(self._magnitude, self._alive, self._count) if self._shapes else self._alive
+        return prune_smallest(self._magnitude, self._alive, self._count)
+
+    def _shaped(self, whole: Tensor) -> list[Tensor]:
+        return [part.view(shape) for part, shape in zip(self._split(whole), self._shapes, strict=True)]
 
     def _split(self, whole: Tensor) -> Sequence[Tensor]:
         return torch.split(whole, [shape.numel() for shape in self._shapes])
@@ -134,7 +132,7 @@ class _Pruning:
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.reshape(-1) for part in parts]) if parts else torch.empty(0)
+    return torch.cat([part.reshape(-1) for part in parts])
 
 
 def begin_pruning(weights: Sequence[Tensor], alive: Sequence[Tensor], count: int) -> _Pruning:

@@ -13,6 +13,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,13 +163,15 @@ def any_op(kernel: Kernel, blocks: frozenset[int], prefix: str) -> bool:
 def describe_library(library: Path) -> list[dict[str, object]]:
     rows = []
     for cubin in cubins(library):
-        kernels = static_roofline.read_cubin(cubin).values()
-        for kernel in kernels:
-            row = describe(kernel)
-            if (tile := tile_of(kernel)) is not None:
-                alike = [tile_of(k) for k in kernels if describe(k)["kernel"] == row["kernel"]]
-                order = sorted((t for t in alike if t is not None), key=lambda t: -t.lists * t.rows)
-                row["kernel"] = f"{row['kernel']} {SIZES[order.index(tile)]}"
+        described = [(describe(kernel), tile_of(kernel)) for kernel in static_roofline.read_cubin(cubin).values()]
+        # The tiles of one kernel are named by their size.
+        described.sort(key=lambda each: -each[1].lists * each[1].rows if each[1] else 0)
+        seen: Counter[object] = Counter()
+        for row, tile in described:
+            if tile is not None:
+                name = row["kernel"]
+                row["kernel"] = f"{name} {SIZES[seen[name]]}"
+                seen[name] += 1
             rows.append(row)
     return sorted(rows, key=lambda row: (str(row["target"]), str(row["kernel"])))
 
