@@ -107,8 +107,9 @@ def work(one: OneDirection, form: ConvForm, pixels: int, direction: str) -> list
         return [positions * one.conv.kept, vectors, one.conv.kept]
     if one.kernel == "dense":
         return [positions * filters, filters]
-    tile = _C.winograd_tile(*block)
-    tiles = -(-block[0] // tile) * -(-block[1] // tile) * (tile + 2) ** 2
+    tile = _C.winograd_tile(*block, form.stride)
+    products = ((2 * tile + 1) if form.stride == 2 else (tile + 2)) ** 2
+    tiles = -(-block[0] // tile) * -(-block[1] // tile) * products
     pairs = filters / 9
     weights = pairs * (tile + 2) ** 2
     far = 2.0 if 4 * weights > 16 << 20 else 1.0

@@ -79,7 +79,9 @@ int64_t WeightGradientScratch(const py::array& x, int64_t x_halo, const py::arra
 }  // namespace
 
 void BindWinograd(py::module_& m) {
-  m.def("winograd_tile", &WinogradTile, py::arg("block_h"), py::arg("block_w"));
+  m.def("winograd_tile", &WinogradTile, py::arg("block_h"), py::arg("block_w"), py::arg("stride"));
+  m.def("winograd_weight_floats", &WinogradWeightFloats, py::arg("out_channels"), py::arg("in_channels"),
+        py::arg("tile"));
   m.def("winograd_transform_weights", &TransformWeights, py::arg("w"), py::arg("out_channels"), py::arg("in_channels"),
         py::arg("transposed"), py::arg("tile"), py::arg("u"), py::arg("threads"));
   m.def("winograd_forward", &Forward, py::arg("x"), py::arg("x_halo"), py::arg("u"), py::arg("bias").none(true),

@@ -28,12 +28,12 @@ constexpr Costs kCostsOfAvx512[] = {
 constexpr double kLastLevel = 16 << 20, kFromMemory = 2.0;
 
 bool WinogradPossible(const ConvShape& s) {
-  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride == 1 && s.dilation == 1 && s.groups == 1 && s.pad_h == 1 &&
+  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride <= 2 && s.dilation == 1 && s.groups == 1 && s.pad_h == 1 &&
          s.pad_w == 1;
 }
 
 // How much one direction does: positions of the output, vectors it writes, weights it keeps
-// and has; of Winograd frequencies x tiles, channels of both maps, a tile's side.
+// and has; of Winograd products x tiles, channels of both maps, a tile's side.
 struct Work {
   double positions, out_vectors, kept, filters;
   double tiles, channels;
@@ -43,14 +43,14 @@ struct Work {
 Work WorkOf(const ConvShape& s, const ConvGeometry& g, int64_t kept, ConvDirection direction) {
   const double positions = static_cast<double>(g.batch * g.out_block_h * g.out_block_w);
   const bool backward = direction == ConvDirection::kInputGradient;
-  const int tile = WinogradTile(g.out_block_h, g.out_block_w);
+  const int tile = WinogradTile(g.out_block_h, g.out_block_w, s.stride);
   const int64_t tiles = g.batch * ((g.out_block_h + tile - 1) / tile) * ((g.out_block_w + tile - 1) / tile);
   Work work = {};
   work.positions = positions;
   work.out_vectors = positions * static_cast<double>(backward ? s.stride * s.stride * s.in_channels : s.out_channels);
   work.kept = static_cast<double>(kept);
   work.filters = static_cast<double>(s.out_channels * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w);
-  work.tiles = static_cast<double>(tiles * (tile + 2) * (tile + 2));
+  work.tiles = static_cast<double>(tiles * WinogradProducts(tile, s.stride));
   work.channels = static_cast<double>(s.in_channels + s.out_channels);
   work.tile = tile;
   return work;

@@ -371,6 +371,9 @@ struct Conv::Impl {
   int64_t TransformedFloats() const {
     return RoundUp(WinogradWeightFloats(shape.out_channels, shape.in_channels, tile));
   }
+  const WinogradKernels& Winograd() const {
+    return shape.stride == 2 ? Kernels<StridedWinogradKernels>().kernels : Kernels<WinogradKernels>();
+  }
   void Transform(bool transposed, const float* values, float* transformed, float* scratch, int threads) const;
   void AccumulateGradient(const Pass& pass, const float* values, const LaneMap& dy, const LaneMap& dx, float* scratch,
                           int threads) const;
@@ -524,7 +527,7 @@ int64_t Conv::Impl::ScratchFloats(int threads) const {
   if (weight_gradient == ConvKernel::kDense) {
     most = std::max(most, 8 * DotFloats(dense, whole_groups(shape.out_channels)));  // see dense_dot_chunks
   }
-  const WinogradKernels& winograd = Kernels<WinogradKernels>();
+  const WinogradKernels& winograd = Winograd();
   const LaneMap x = Sketch(true), y = Sketch(false);
   const int64_t weight_floats = RoundUp(DenseWeightFloats());
   if (forward == ConvKernel::kWinograd) {
@@ -532,7 +535,7 @@ int64_t Conv::Impl::ScratchFloats(int threads) const {
     most = std::max(most, TransformedFloats() + rest);
   }
   if (input_gradient == ConvKernel::kWinograd) {
-    const int64_t rest = std::max(weight_floats, winograd.forward_scratch(y, x, tile, threads));
+    const int64_t rest = std::max(weight_floats, winograd.input_gradient_scratch(y, x, tile, threads));
     most = std::max(most, TransformedFloats() + rest);
   }
   if (weight_gradient == ConvKernel::kWinograd) {
@@ -557,8 +560,7 @@ void Conv::Impl::Transform(bool transposed, const float* values, float* transfor
     values = scratch;
   }
   // The packed order of a dense layer is w[out][in][3][3] itself.
-  Kernels<WinogradKernels>().transform_weights(values, shape.out_channels, shape.in_channels, transposed, tile,
-                                               transformed, threads);
+  Winograd().transform_weights(values, shape.out_channels, shape.in_channels, transposed, tile, transformed, threads);
 }
 
 void Conv::Impl::AccumulateGradient(const Pass& pass, const float* values, const LaneMap& dy, const LaneMap& dx,
@@ -581,7 +583,7 @@ Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* 
   m.input_gradient = choose(ConvDirection::kInputGradient, exact);
   m.weight_gradient = choose(ConvDirection::kWeightGradient, exact);
   m.dense_borders = choose(ConvDirection::kInputGradient, true) == ConvKernel::kDense;
-  m.tile = WinogradTile(geometry.out_block_h, geometry.out_block_w);
+  m.tile = WinogradTile(geometry.out_block_h, geometry.out_block_w, shape.stride);
   m.BuildForward(&m.forward_pass, m.forward != ConvKernel::kWinograd, m.forward == ConvKernel::kDense);
   m.weight_pass.two_rows = kTwoRowsOfGradient;
   // Two sparse passes differ only where tiles may have one row or two.
@@ -619,7 +621,7 @@ void Conv::Prepare(const float* values, const LaneMap& x, float* prepared, float
 void Conv::ForwardPrepared(const float* prepared, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch,
                            int threads, const ConvEnd& end) const {
   if (impl_->forward == ConvKernel::kWinograd) {
-    Kernels<WinogradKernels>().forward(x, prepared, bias, y, end, impl_->tile, scratch, threads);
+    impl_->Winograd().forward(x, prepared, bias, y, end, impl_->tile, scratch, threads);
   } else {
     Accumulate(impl_->forward_pass, prepared, bias, x, y, end, threads);
   }
@@ -637,7 +639,7 @@ void Conv::InputGradient(const float* values, const LaneMap& dy, const LaneMap& 
   if (m.input_gradient == ConvKernel::kWinograd) {
     float* rest = scratch + m.TransformedFloats();
     m.Transform(true, values, scratch, rest, threads);
-    Kernels<WinogradKernels>().forward(dy, scratch, nullptr, dx, {}, m.tile, rest, threads);
+    m.Winograd().input_gradient(dy, scratch, nullptr, dx, {}, m.tile, rest, threads);
   }
   for (const auto& pass : m.gradient_passes) m.AccumulateGradient(*pass, values, dy, dx, scratch, threads);
   const int64_t pad = std::max(m.shape.pad_h, m.shape.pad_w);
@@ -669,7 +671,7 @@ void Conv::WeightGradient(const LaneMap& x, const LaneMap& dy, float* dvalues, f
   }
   if (dbias) kernels.channel_sums(regions.data(), count, m.shape.out_channels, dbias, threads);
   float* rest = m.dense() ? scratch : scratch + RoundUp(m.DenseWeightFloats());
-  Kernels<WinogradKernels>().weight_gradient(x, dy, m.dense() ? dvalues : scratch, m.tile, rest, threads);
+  m.Winograd().weight_gradient(x, dy, m.dense() ? dvalues : scratch, m.tile, rest, threads);
   if (m.dense()) return;
   ForRanges(threads, m.kept, [&](int64_t i, int64_t last) {
     for (; i < last; ++i) dvalues[i] = scratch[m.FlatIndex(i)];

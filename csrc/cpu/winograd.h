@@ -1,8 +1,9 @@
-// 3x3 convolution, stride 1, padding 1, on lane maps by Winograd's minimal filtering.
+// 3x3 convolution, stride 1 or 2, padding 1, on lane maps by Winograd's minimal filtering.
 //
 // An output tile of T x T pixels (T = 4 or 2) comes from (T + 2)^2 products per pair
-// of channels instead of 9 T^2: 4 times fewer for T = 4, 2.25 times for T = 2.
-// In the lane layout a tile is (T + 2)^2 whole vectors, so the transforms of
+// of channels instead of 9 T^2: 4 times fewer for T = 4, 2.25 times for T = 2. With a
+// stride of 2, from (2T + 1)^2: 1.78 and 1.44 times fewer (winograd_forms.h says how).
+// In the lane layout a tile's patch is whole vectors, so the transforms of
 // Lavin & Gray 2016 (arXiv:1509.09308) use no shuffles: forward
 //   U = G w G^T      weights, once per step
 //   V = B^T x B      input tiles
@@ -25,35 +26,56 @@
 
 namespace lipfast {
 
-// The tile for blocks of this size: 2 where most of a 4 x 4 tile would be wasted.
-inline int WinogradTile(int64_t block_h, int64_t block_w) {
-  const int64_t fours = (block_h + 3) / 4 * ((block_w + 3) / 4) * 36;
-  const int64_t twos = (block_h + 1) / 2 * ((block_w + 1) / 2) * 16;
+// Products of a tile for each pair of channels.
+inline int64_t WinogradProducts(int tile, int64_t stride) {
+  const int64_t side = stride == 2 ? 2 * tile + 1 : tile + 2;
+  return side * side;
+}
+
+// The tile for output blocks of this size: 2 where most of a 4 x 4 tile would be wasted.
+inline int WinogradTile(int64_t block_h, int64_t block_w, int64_t stride) {
+  const int64_t fours = (block_h + 3) / 4 * ((block_w + 3) / 4) * WinogradProducts(4, stride);
+  const int64_t twos = (block_h + 1) / 2 * ((block_w + 1) / 2) * WinogradProducts(2, stride);
   return fours <= twos ? 4 : 2;
 }
 
-// Floats of the transformed weights.
-inline int64_t WinogradWeightFloats(int64_t out, int64_t in, int tile) { return (tile + 2) * (tile + 2) * out * in; }
+// Floats from frequency to frequency of the transformed weights: more than there are, so that
+// frequencies fall into different cache sets.
+inline int64_t WinogradWeightStep(int64_t out, int64_t in) { return out * in + 80; }
+
+// Floats of the transformed weights, with either stride.
+inline int64_t WinogradWeightFloats(int64_t out, int64_t in, int tile) {
+  return (tile + 2) * (tile + 2) * WinogradWeightStep(out, in);
+}
 
 // Pointers to floats of scratch and maps are 64-byte aligned. `tile` is 4 or 2.
 struct WinogradKernels {
-  // w [out][in][3][3], zeros where pruned -> u [(tile + 2)^2][out][in].
-  // transposed: for the input gradient, w turned by 180 degrees and u
-  // [(tile + 2)^2][in][out].
+  // w [out][in][3][3], zeros where pruned -> u [(tile + 2)^2][out][in], frequencies
+  // WinogradWeightStep apart. transposed: for the input gradient, w turned by 180 degrees
+  // and u [(tile + 2)^2][in][out].
   void (*transform_weights)(const float* w, int64_t out, int64_t in, bool transposed, int tile, float* u, int threads);
 
-  // y = act(scale * conv(x) + bias + residual), see ConvEnd; x and y have the same blocks and x a halo >= 1, filled.
-  // Writes pixels of y, nothing else. u is from transform_weights for
-  // y.channels x x.channels; bias [y.channels] may be null. The input gradient is
-  // the same call with transposed weights, x = dy (zero halo and dead pixels), y = dx.
+  // y = act(scale * conv(x) + bias + residual), see ConvEnd; blocks of x are as many pixels as blocks of y times the
+  // stride, and its halo is >= 1 and filled. Writes pixels of y, nothing else. u is from transform_weights for
+  // y.channels x x.channels; bias [y.channels] may be null.
   void (*forward)(const LaneMap& x, const float* u, const float* bias, const LaneMap& y, const ConvEnd& end, int tile,
                   float* scratch, int threads);
   int64_t (*forward_scratch)(const LaneMap& x, const LaneMap& y, int tile, int threads);
+
+  // The same from dy (zero halo >= 1 and dead pixels) to dx, with transposed weights. Writes all pixels of dx.
+  void (*input_gradient)(const LaneMap& dy, const float* u, const float* bias, const LaneMap& dx, const ConvEnd& end,
+                         int tile, float* scratch, int threads);
+  int64_t (*input_gradient_scratch)(const LaneMap& dy, const LaneMap& dx, int tile, int threads);
 
   // dw [dy.channels][x.channels][3][3] of the layer y = conv(x). x as in forward;
   // dead pixels of dy are zero, its halo is not read.
   void (*weight_gradient)(const LaneMap& x, const LaneMap& dy, float* dw, int tile, float* scratch, int threads);
   int64_t (*weight_gradient_scratch)(const LaneMap& x, const LaneMap& dy, int tile, int threads);
+};
+
+// The same with a stride of 2.
+struct StridedWinogradKernels {
+  WinogradKernels kernels;
 };
 
 }  // namespace lipfast

@@ -51,7 +51,7 @@ def cases(size: Size) -> list[Case]:
 
 
 def dense_cases(size: Size) -> list[Case]:
-    """The register-blocked dense kernels, which run what Winograd cannot."""
+    """The register-blocked dense kernels, which run what Winograd cannot or, with ``exact``, must not."""
     return _cases(DENSE_LAYERS if size == "full" else [_Layer("5x5 toy", 5, 1, 16, (1.0,))], size, "dense")
 
 

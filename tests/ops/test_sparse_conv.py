@@ -157,6 +157,36 @@ def test_many_channels_in_blocks(isa, out, density):
     assert all(close(a, b) for a, b in zip(got, want, strict=True))
 
 
+# Whole and cut tiles of both sizes, one block of tiles and many, more channels than are multiplied at once.
+@pytest.mark.parametrize("size", [(1, 1), (2, 9), (30, 31), (33, 130), (64, 64)])
+@pytest.mark.parametrize("channels", [(3, 2), (140, 170)])
+def test_winograd_with_a_stride(isa, channels, size):
+    conv_form = form(*channels, 3, stride=2)
+    x, weight, mask, bias = draw(conv_form, size, 2, 0.9)
+    want, dy = torch_gradients(x, weight, mask, bias, conv_form)
+    conv, got = on_lanes(x, weight, mask, bias, conv_form, dy, "winograd")
+    assert set(conv.kernels.values()) == {"winograd"}
+    assert all(close(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_winograd_with_a_stride_reads_no_more_than_it_needs(isa):
+    """Poison wherever the layer has no business: a second ring around the input, the gradient's far halo."""
+    conv_form = form(5, 4, 3, stride=2)
+    x, weight, mask, bias = draw(conv_form, (22, 18), 1, 1.0)
+    want, dy = torch_gradients(x, weight, mask, bias, conv_form)
+    conv = LaneConv(conv_form, None, 1, 22, 18, kernel="winograd")
+    xs, dys = (LaneMap.from_tensor(t, halo=3, block=block) for t, block in ((x, conv.in_block), (dy, conv.out_block)))
+    for lanes in (xs, dys):
+        ring = torch.ones(lanes.data.shape[2:4], dtype=torch.bool)
+        ring[2:-2, 2:-2] = False
+        lanes.data[:, :, ring] = torch.nan
+    ys, dxs, dvalues, dbias = conv.output_map(), conv.input_map(), torch.empty(conv.kept), torch.empty(5)
+    conv.forward(weight.flatten(), bias, xs, ys)
+    conv.input_gradient(weight.flatten(), dys, dxs)
+    conv.weight_gradient(xs, dys, dvalues, dbias)
+    assert all(close(a, b) for a, b in zip((ys.to_tensor(), dxs.to_tensor(), dvalues, dbias), want, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_computes_the_same():
     conv_form = form(20, 18, 3)
@@ -173,11 +203,13 @@ def test_a_forked_child_computes_the_same():
 
 
 @pytest.mark.parametrize("density", [0.1, 1.0])
-def test_same_bits_for_any_number_of_threads(for_each_thread_count, density):
-    conv_form = form(24, 20, 3, mode="reflect")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_same_bits_for_any_number_of_threads(for_each_thread_count, stride, density):
+    conv_form = form(24, 20, 3, stride, mode="reflect")
     x, weight, mask, bias = draw(conv_form, (33, 36), 2, density)
-    dy = torch.randn(2, 24, 33, 36)
-    results = for_each_thread_count(lambda: on_lanes(x, weight, mask, bias, conv_form, dy)[1])
+    dy = torch.randn(2, 24, *conv_form.out_size(33, 36))
+    kernel = "winograd" if density == 1.0 else "sparse"
+    results = for_each_thread_count(lambda: on_lanes(x, weight, mask, bias, conv_form, dy, kernel)[1])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -71,7 +71,7 @@ def scratch(floats: int) -> np.ndarray:
 
 def transform(w: Tensor, tile: int, transposed: bool = False, threads: int = 2) -> Tensor:
     outputs, inputs = w.shape[:2]
-    u = torch.full(((tile + 2) ** 2 * outputs * inputs,), float("nan"))
+    u = torch.full((_C.winograd_weight_floats(outputs, inputs, tile),), float("nan"))
     _C.winograd_transform_weights(w.contiguous().numpy(), outputs, inputs, transposed, tile, u.numpy(), threads)
     return u
 
@@ -175,7 +175,8 @@ def test_same_bits_for_any_number_of_threads(isa, size, tile):
         results.append((u, back, y, dx, weight_gradient(x_lanes, dy_lanes, tile, threads)))
     for other in results[1:]:
         for one, same in zip(results[0], other, strict=True):
-            assert torch.equal(one, same)
+            # Between the frequencies of u lies room that nobody writes: NaN here.
+            torch.testing.assert_close(same, one, rtol=0, atol=0, equal_nan=True)
 
 
 def test_runs_on_a_range_of_channels(isa):
@@ -210,14 +211,16 @@ def test_runs_on_a_range_of_channels(isa):
 )
 def test_tile_for_a_block_is_the_one_with_fewer_products(block, tile):
     products = {t: -(-block[0] // t) * -(-block[1] // t) * (t + 2) ** 2 for t in (4, 2)}
-    assert _C.winograd_tile(*block) == min(products, key=products.__getitem__) == tile
+    assert _C.winograd_tile(*block, 1) == min(products, key=products.__getitem__) == tile
+    products = {t: -(-block[0] // t) * -(-block[1] // t) * (2 * t + 1) ** 2 for t in (4, 2)}
+    assert _C.winograd_tile(*block, 2) == min(products, key=products.__getitem__)
 
 
 class TestBadArguments:
     def call(self, x_halo=1, tile=4, floats=None, bias=None, size=(8, 8), y_size=(8, 8)):
         x = LaneMap.allocate(1, 2, *size, halo=x_halo)
         y = LaneMap.allocate(1, 3, *y_size)
-        u = torch.zeros(36 * 6)
+        u = torch.zeros(_C.winograd_weight_floats(3, 2, 4))
         floats = 1 << 20 if floats is None else floats
         _C.winograd_forward(x.data.numpy(), x_halo, u.numpy(), bias, y.data.numpy(), 0, *size, tile, scratch(floats), 2)
 
@@ -231,7 +234,7 @@ class TestBadArguments:
             ({"tile": 3}, "tile is 2 or 4, got 3"),
             ({"floats": 16}, "scratch: expected .* floats"),
             ({"bias": np.zeros(2, np.float32)}, "bias: expected contiguous float32 of 3 elements"),
-            ({"tile": 2}, "u: expected contiguous float32 of 96 elements"),
+            ({"tile": 2}, f"u: expected contiguous float32 of {_C.winograd_weight_floats(3, 2, 2)} elements"),
             ({"y_size": (12, 12)}, "differ in more than channels"),
         ],
     )
