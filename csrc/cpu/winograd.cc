@@ -200,7 +200,7 @@ class Forward {
     const int64_t most_out = AtMost(y.channels, kOutChannels);
     for (int f = 0; f <= kFrequencies; ++f) {
       const int64_t vectors = tiles_ * ValuesBefore<Form>(f);
-      v_start_[f] = vectors * x.channels * kLanes + f * kSkew;
+      v_start_[f] = vectors * (x.channels + 1) * kLanes + f * kSkew;
       m_start_[f] = vectors * most_out * kLanes + f * kSkew;
     }
   }
@@ -251,7 +251,8 @@ class Forward {
     for (int64_t t = 0; t < TilesIn(block); ++t) at[t] = TileAt(small_, grid_, kTile, block * tiles_ + t);
   }
 
-  // v [frequency][panel of columns][channel][column of the panel]; a column is one value of one tile.
+  // v [frequency][panel of columns][channel][column of the panel]; a column is one value of one tile. Panels lie
+  // a channel more apart than there are, which spreads them over the cache's sets.
   void TransformInput(int64_t block, int64_t first, int64_t last, float* v) const {
     const int64_t tiles = TilesIn(block);
     TilePosition at[kMostTiles];
@@ -281,7 +282,7 @@ class Forward {
   int64_t ColumnAt(int instances, int64_t t, int instance, int64_t tiles, int64_t c) const {
     const int64_t col = t * instances + instance, panel = col / kCols * kCols;
     const int64_t width = instances % kCols ? AtMost(kCols, tiles * instances - panel) : kCols;
-    return (panel * x_.channels + c * width + col - panel) * kLanes;
+    return (panel * (x_.channels + 1) + c * width + col - panel) * kLanes;
   }
 
   // Output channels first .. first + count - 1 of a block; m [frequency][channel][column].
@@ -294,7 +295,7 @@ class Forward {
       for (int64_t k = 0; k < in; k += kDepth) {
         for (int64_t t = 0; t < columns; t += kCols) {
           const int cols = static_cast<int>(AtMost(kCols, columns - t));
-          MultiplyPanel(rows + k, in, count, v + v_start_[f] + (t * in + k * cols) * kLanes, cols,
+          MultiplyPanel(rows + k, in, count, v + v_start_[f] + (t * (in + 1) + k * cols) * kLanes, cols,
                         m + m_start_[f] + t * kLanes, m_stride, AtMost(kDepth, in - k), k > 0);
         }
       }
