@@ -39,6 +39,7 @@ ONCE = {
     "pool.cc",
     "tables.cc",
     "arena.cc",
+    "border.cc",
     "conv.cc",
     "choice.cc",
     "prune.cc",

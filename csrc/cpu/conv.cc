@@ -9,343 +9,19 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/border.h"
 #include "cpu/choice.h"
 #include "cpu/isa.h"
+#include "cpu/pass.h"
 #include "cpu/pool.h"
-#include "cpu/taps.h"
 #include "cpu/winograd.h"
 
 namespace lipfast {
 namespace {
 
-constexpr int64_t kVector = kGrid * kGrid;
-
-// What the sparse kernels' time is made of, in units of one multiply-add of a vector
-// whose operand is in the first cache level (docs/kernels.md, "Blocks").
-constexpr double kPartialSum = 3.0;  // a vector of sums that goes to memory and back
-constexpr double kFarOperand = 0.9;  // what an operand from the second level adds
-// Tiles of two rows save loads of weights but fill the first level sooner. They pay
-// from this many taps of an output, times the share of input that the row adds;
-// sooner in weight gradients, whose sums never go to memory.
-constexpr double kTwoRows = 300, kTwoRowsOfGradient = 50;
-
-int64_t FloorDiv(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
-int64_t CeilDiv(int64_t a, int64_t b) { return FloorDiv(a + b - 1, b); }
-int64_t RoundUp(int64_t floats) { return CeilDiv(floats, kVector) * kVector; }  // keeps what follows aligned
-
-// body(first, last) for ranges that make up [0, count).
-template <class Body>
-void ForRanges(int threads, int64_t count, const Body& body) {
-  constexpr int64_t kRange = 1 << 14;
-  ParallelFor(threads, CeilDiv(count, kRange), [&](int64_t i) { body(i * kRange, std::min((i + 1) * kRange, count)); });
-}
-
-constexpr int64_t kFarthest = INT16_MAX;  // pixels: of a Source
-
-// Where a weight reads, in pixels of the map that is read.
-struct Source {
-  int32_t channel;
-  int16_t row, col;
-  bool operator<(const Source& b) const { return std::tie(channel, row, col) < std::tie(b.channel, b.row, b.col); }
-};
-
-struct Tap {
-  Source source;
-  int32_t index;  // of the packed value
-};
-
-// The offsets of one pass for one set of map strides, in the kernels' form.
-struct BoundTaps {
-  std::vector<int32_t> starts, offsets, order, fresh;
-  TapList sparse;
-  DenseTaps dense;
-};
-
-// One visit of a map by one kernel call: a forward convolution, or one phase or
-// border of an input gradient. Positions are pixels of a block, from (0, 0) on.
-class Pass {
- public:
-  int64_t rows = 0, cols = 0;         // positions
-  int64_t out_row = 0, out_col = 0;   // the first position's pixel in the map that is written,
-  int64_t in_row = 0, in_col = 0;     // and in the map that is read
-  int64_t out_step = 1, in_step = 1;  // pixels from position to position
-  bool dense = false;
-  double two_rows = kTwoRows;
-
-  // taps[o]: of output channel o, ascending by source.
-  void SetTaps(std::vector<std::vector<Tap>> taps) {
-    outputs_ = static_cast<int64_t>(taps.size());
-    if (dense) {
-      SetDense(taps);
-    } else {
-      for (const auto& row : taps) {
-        for (const Tap& tap : row) {
-          sources_.push_back(tap.source);
-          index_.push_back(tap.index);
-        }
-        ends_.push_back(static_cast<int32_t>(sources_.size()));
-      }
-    }
-    sources_.shrink_to_fit();
-    // Where all kept weights come in their own order, as they do forward, no list is needed.
-    in_order_ = true;
-    for (size_t i = 0; i < index_.size(); ++i) in_order_ = in_order_ && index_[i] == static_cast<int32_t>(i);
-    if (in_order_) index_.clear();
-    index_.shrink_to_fit();
-  }
-
-  // Packed value of the i-th tap or, where dense, of tap i % taps() of output i / taps(); -1 is zero.
-  int32_t Index(int64_t i) const { return in_order_ ? static_cast<int32_t>(i) : index_[i]; }
-  bool in_order() const { return in_order_; }  // the packed values are those of the taps, output by output
-  int64_t outputs() const { return outputs_; }
-  int64_t taps() const { return static_cast<int64_t>(sources_.size()); }
-  bool empty() const { return rows <= 0 || cols <= 0; }
-
-  // A residual goes with passes that write every pixel.
-  std::vector<Region> Regions(const LaneMap& in, const LaneMap& out, const LaneMap* residual = nullptr) const {
-    std::vector<Region> regions;
-    for (int64_t n = 0; n < out.batch && !empty(); ++n) {
-      regions.push_back({rows, cols, out.At(n, 0, out_row, out_col), out.channel_stride, out_step * out.row_stride,
-                         out_step * kVector, in.At(n, 0, in_row, in_col), in.channel_stride, in_step * in.row_stride,
-                         in_step * kVector, nullptr, 0, 0});
-      if (!residual) continue;
-      regions.back().residual = residual->At(n, 0);
-      regions.back().residual_channel = residual->channel_stride;
-      regions.back().residual_row = residual->row_stride;
-    }
-    return regions;
-  }
-
-  std::shared_ptr<const BoundTaps> Bind(const LaneMap& in) const {
-    std::lock_guard<std::mutex> lock(mutex_);
-    auto& taps = bound_[{in.channel_stride, in.row_stride}];
-    if (!taps) taps = MakeBound(in);
-    return taps;
-  }
-
- private:
-  void SetDense(const std::vector<std::vector<Tap>>& taps) {
-    for (const auto& row : taps) {
-      for (const Tap& tap : row) sources_.push_back(tap.source);
-    }
-    std::sort(sources_.begin(), sources_.end());
-    sources_.erase(std::unique(sources_.begin(), sources_.end(),
-                               [](const Source& a, const Source& b) { return !(a < b) && !(b < a); }),
-                   sources_.end());
-    index_.assign(outputs_ * sources_.size(), -1);
-    for (int64_t o = 0; o < outputs_; ++o) {
-      for (const Tap& tap : taps[o]) {
-        const auto at = std::lower_bound(sources_.begin(), sources_.end(), tap.source) - sources_.begin();
-        index_[o * sources_.size() + at] = tap.index;
-      }
-    }
-  }
-
-  // Rows and columns, relative to a position, between which the taps read.
-  struct Window {
-    int16_t low = 0, high = 0, left = 0, right = 0;
-  };
-  Window Reach() const {
-    Window w;
-    for (const Source& s : sources_) {
-      w.low = std::min(w.low, s.row);
-      w.high = std::max(w.high, s.row);
-      w.left = std::min(w.left, s.col);
-      w.right = std::max(w.right, s.col);
-    }
-    return w;
-  }
-
-  // Input vectors of one channel that an output tile reads.
-  int64_t TileVectors(int64_t tile_rows) const {
-    const Window w = Reach();
-    const int64_t tile_cols = std::min(cols, Kernels<TapKernels>().tile_cols);
-    tile_rows = std::min(rows, tile_rows);
-    return ((tile_rows - 1) * in_step + 1 + w.high - w.low) * ((tile_cols - 1) * in_step + 1 + w.right - w.left);
-  }
-
-  // What a tile reads and its neighbours above and to the left do not: its lowest
-  // rows and rightmost columns, of `channels` channels.
-  std::vector<int32_t> Fresh(const LaneMap& in, int64_t channels, int64_t tile_rows) const {
-    const Window w = Reach();
-    const int64_t down = in_step * std::min(rows, tile_rows);
-    const int64_t across = in_step * std::min(cols, Kernels<TapKernels>().tile_cols);
-    std::vector<int32_t> lines;
-    for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t row = w.high - in_step + 1; row < w.high - in_step + 1 + down; ++row) {
-        for (int64_t col = w.right - in_step + 1; col < w.right - in_step + 1 + across; ++col) {
-          lines.push_back(static_cast<int32_t>(c * in.channel_stride + row * in.row_stride + col * kVector));
-        }
-      }
-    }
-    return lines;
-  }
-
-  // Ranges to cut the input channels into: few send few partial sums to memory, many
-  // keep the tile of a range in the first cache level.
-  int64_t Blocks(int64_t channels, int64_t tile_rows, double taps_per_output) const {
-    const double bytes = static_cast<double>(TileVectors(tile_rows) * kVector * sizeof(float) * channels);
-    const double level = static_cast<double>(Kernels<TapKernels>().first_level);
-    int64_t best = 1;
-    double least = 0;
-    for (int64_t blocks = 1; blocks <= channels; ++blocks) {
-      const double far = std::clamp((bytes / static_cast<double>(blocks) / level - 0.85) / 3.3, 0.0, 1.0);
-      const double cost = kPartialSum * static_cast<double>(blocks) + kFarOperand * taps_per_output * far;
-      if (blocks == 1 || cost < least) {
-        best = blocks;
-        least = cost;
-      }
-    }
-    return best;
-  }
-
-  bool TwoRows(double taps_per_output) const {
-    const double more = static_cast<double>(TileVectors(2)) / static_cast<double>(TileVectors(1)) - 1;
-    return taps_per_output > two_rows * more;
-  }
-
-  std::shared_ptr<const BoundTaps> MakeBound(const LaneMap& in) const {
-    auto bound = std::make_shared<BoundTaps>();
-    for (const Source& s : sources_) {
-      bound->offsets.push_back(
-          static_cast<int32_t>(s.channel * in.channel_stride + s.row * in.row_stride + s.col * kVector));
-    }
-    if (dense) {
-      bound->dense = {outputs_, taps(), bound->offsets.data()};
-      return bound;
-    }
-    const double taps_per_output = static_cast<double>(taps()) / static_cast<double>(std::max<int64_t>(1, outputs_));
-    const int64_t tile_rows = TwoRows(taps_per_output) ? Kernels<TapKernels>().tile_rows : 1;
-    const int64_t per_block = CeilDiv(in.channels, Blocks(in.channels, tile_rows, taps_per_output));
-    const int64_t blocks = CeilDiv(in.channels, per_block);
-    OrderByBlock(per_block, blocks, bound.get());
-    bound->fresh = Fresh(in, per_block, tile_rows);
-    bound->sparse = {outputs_,
-                     blocks,
-                     tile_rows,
-                     bound->starts.data(),
-                     bound->offsets.data(),
-                     bound->order.data(),
-                     bound->fresh.data(),
-                     static_cast<int64_t>(bound->fresh.size()),
-                     per_block * in.channel_stride};
-    return bound;
-  }
-
-  // Turns offsets by output into offsets by block and output, and fills starts and order.
-  void OrderByBlock(int64_t per_block, int64_t blocks, BoundTaps* bound) const {
-    std::vector<int32_t> next(outputs_), offsets;  // the first tap of each output that no block has taken
-    for (int64_t o = 1; o < outputs_; ++o) next[o] = ends_[o - 1];
-    offsets.reserve(sources_.size());
-    bound->order.reserve(sources_.size());
-    bound->starts.push_back(0);
-    for (int64_t block = 1; block <= blocks; ++block) {
-      for (int64_t o = 0; o < outputs_; ++o) {
-        int32_t& t = next[o];
-        for (; t < ends_[o] && sources_[t].channel < block * per_block; ++t) {
-          offsets.push_back(bound->offsets[t]);
-          bound->order.push_back(Index(t));
-        }
-        bound->starts.push_back(static_cast<int32_t>(offsets.size()));
-      }
-    }
-    offsets.push_back(0);  // kernels look a tap ahead
-    bound->offsets = std::move(offsets);
-  }
-
-  int64_t outputs_ = 0;
-  std::vector<Source> sources_;
-  std::vector<int32_t> index_, ends_;  // packed value of each tap, or of each (output, tap) where dense
-  bool in_order_ = false;              // index_ is empty and would count from 0
-  mutable std::mutex mutex_;
-  mutable std::map<std::pair<int64_t, int64_t>, std::shared_ptr<const BoundTaps>> bound_;
-};
-
-struct Weight {
-  int32_t out, in;  // channels of the whole layer, groups unfolded
-  int32_t row, col;
-};
-
 const char* Name(ConvKernel kernel) {
   return kernel == ConvKernel::kSparse ? "sparse" : kernel == ConvKernel::kWinograd ? "winograd" : "dense";
 }
-
-// Dense weights as the kernels want them: [group of outputs][tap][output of the group],
-// times the output's scale (null: 1).
-void PackDense(const Pass& pass, const float* values, const float* scale, float* packed, int threads) {
-  const int64_t taps = pass.taps(), outputs = pass.outputs();
-  ParallelFor(threads, CeilDiv(outputs, kDenseGroup), [&](int64_t g) {
-    const int64_t first = g * kDenseGroup;
-    float* to = packed + first * taps;
-    float factors[kDenseGroup] = {};
-    for (int64_t k = 0; k < kDenseGroup && first + k < outputs; ++k) factors[k] = scale ? scale[first + k] : 1.0f;
-    if (pass.in_order() && first + kDenseGroup <= outputs) {
-      const float* rows = values + first * taps;
-      for (int64_t t = 0; t < taps; ++t) {
-        for (int64_t k = 0; k < kDenseGroup; ++k) to[t * kDenseGroup + k] = rows[k * taps + t] * factors[k];
-      }
-      return;
-    }
-    for (int64_t t = 0; t < taps; ++t) {
-      for (int64_t k = 0; k < kDenseGroup; ++k) {
-        const int32_t i = first + k < outputs ? pass.Index((first + k) * taps + t) : -1;
-        to[t * kDenseGroup + k] = i < 0 ? 0.0f : values[i] * factors[k];
-      }
-    }
-  });
-}
-
-// Values in the order of the taps, times the output's scale (null: 1).
-void PackSparse(const Pass& pass, const TapList& taps, const float* values, const float* scale, float* packed,
-                int threads) {
-  constexpr int64_t kPerTask = 64;  // rows: an output's taps of a block
-  const int64_t rows = taps.outputs * taps.blocks;
-  ParallelFor(threads, CeilDiv(rows, kPerTask), [&](int64_t i) {
-    const int64_t last = std::min((i + 1) * kPerTask, rows);
-    for (int64_t row = i * kPerTask; row < last; ++row) {
-      const float factor = scale ? scale[row % taps.outputs] : 1.0f;
-      const int32_t first = taps.starts[row], count = taps.starts[row + 1] - first;
-      float* to = packed + first;
-      const int32_t* order = taps.order + first;
-      if (pass.in_order() && count > 0) {  // an output's taps of a block are neighbours
-        const float* from = values + *order;
-        for (int32_t t = 0; t < count; ++t) to[t] = from[t] * factor;
-      } else {
-        for (int32_t t = 0; t < count; ++t) to[t] = values[order[t]] * factor;
-      }
-    }
-  });
-}
-
-// Floats that the weights of a pass take in the kernels' form.
-int64_t PackedFloats(const Pass& pass) {
-  return pass.dense ? CeilDiv(pass.outputs(), kDenseGroup) * kDenseGroup * pass.taps() : pass.taps() + 1;
-}
-
-void Pack(const Pass& pass, const float* values, const float* scale, const LaneMap& in, float* packed, int threads) {
-  if (pass.dense) {
-    PackDense(pass, values, scale, packed, threads);
-  } else {
-    PackSparse(pass, pass.Bind(in)->sparse, values, scale, packed, threads);
-  }
-}
-
-// out = end(pass over in, bias); the scale is in the packed weights already.
-void Accumulate(const Pass& pass, const float* packed, const float* bias, const LaneMap& in, const LaneMap& out,
-                const ConvEnd& end, int threads) {
-  const std::vector<Region> regions = pass.Regions(in, out, end.residual);
-  if (regions.empty()) return;
-  const auto taps = pass.Bind(in);
-  const TapKernels& kernels = Kernels<TapKernels>();
-  const int64_t count = static_cast<int64_t>(regions.size());
-  if (pass.dense) {
-    kernels.dense_accumulate(regions.data(), count, taps->dense, packed, bias, end.act, threads);
-  } else {
-    kernels.sparse_accumulate(regions.data(), count, taps->sparse, packed, bias, end.act, threads);
-  }
-}
-
-enum Side { kNoSide, kTop, kBottom, kLeft, kRight };  // of the picture
 
 }  // namespace
 
@@ -358,10 +34,10 @@ struct Conv::Impl {
   ConvKernel forward, input_gradient, weight_gradient;
   Pass forward_pass, weight_pass;
   bool shares_taps;                                    // weight_pass stays empty: forward_pass is the same
-  std::vector<std::unique_ptr<Pass>> gradient_passes;  // of the input gradient; with Winograd, of the padding alone
+  std::vector<std::unique_ptr<Pass>> gradient_passes;  // of the input gradient, unless Winograd does it
+  std::unique_ptr<Border> border;                      // and of the padding
   int64_t gradient_halo;
-  int tile;            // of Winograd
-  bool dense_borders;  // the padding's, where Winograd does the rest of the input gradient
+  int tile;  // of Winograd
 
   int64_t DenseWeightFloats() const { return shape.out_channels * shape.in_channels * 9; }
   bool dense() const { return kept == DenseWeightFloats(); }
@@ -382,11 +58,8 @@ struct Conv::Impl {
   void ListWeights(const uint8_t* mask);
   // `taps`: false where Winograd runs, which needs none.
   void BuildForward(Pass* pass, bool taps, bool dense);
-  void BuildInputGradient();
-  // One phase of the input gradient, over position rows [row_from, row_to) and the
-  // same of columns. Beyond a side of the picture the weights that reach back matter.
-  void AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t row_from, int64_t row_to, int64_t col_from,
-                       int64_t col_to, Side beyond);
+  void BuildInputGradient(bool dense_border);
+  void AddGradientPass(int64_t phase_row, int64_t phase_col);  // one phase of the stride
   int64_t ScratchFloats(int threads) const;
 };
 
@@ -445,18 +118,14 @@ void Conv::Impl::BuildForward(Pass* pass, bool needs_taps, bool dense) {
   pass->SetTaps(std::move(taps));
 }
 
-void Conv::Impl::AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t row_from, int64_t row_to,
-                                 int64_t col_from, int64_t col_to, Side beyond) {
+void Conv::Impl::AddGradientPass(int64_t phase_row, int64_t phase_col) {
   auto pass = std::make_unique<Pass>();
-  pass->rows = row_to - row_from;
-  pass->cols = col_to - col_from;
-  if (pass->empty()) return;
-  pass->out_row = shape.stride * row_from + phase_row;
-  pass->out_col = shape.stride * col_from + phase_col;
-  pass->in_row = row_from;
-  pass->in_col = col_from;
+  pass->rows = geometry.out_block_h;
+  pass->cols = geometry.out_block_w;
+  pass->out_row = phase_row;
+  pass->out_col = phase_col;
   pass->out_step = shape.stride;
-  pass->dense = input_gradient == ConvKernel::kDense || (input_gradient == ConvKernel::kWinograd && dense_borders);
+  pass->dense = input_gradient == ConvKernel::kDense;
   std::vector<std::vector<Tap>> taps(shape.in_channels);
   for (int64_t i = 0; i < kept; ++i) {
     const Weight w = WeightAt(i);
@@ -464,13 +133,8 @@ void Conv::Impl::AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t r
     const int64_t col = phase_col + shape.pad_w - w.col * shape.dilation;
     if (FloorDiv(row, shape.stride) * shape.stride != row || FloorDiv(col, shape.stride) * shape.stride != col)
       continue;
-    const int64_t shift_row = row / shape.stride, shift_col = col / shape.stride;
-    if ((beyond == kTop && shift_row < 1) || (beyond == kBottom && shift_row > -1) ||
-        (beyond == kLeft && shift_col < 1) || (beyond == kRight && shift_col > -1)) {
-      continue;  // reads zeros
-    }
-    taps[w.in].push_back(
-        {{w.out, static_cast<int16_t>(shift_row), static_cast<int16_t>(shift_col)}, static_cast<int32_t>(i)});
+    taps[w.in].push_back({{w.out, static_cast<int16_t>(row / shape.stride), static_cast<int16_t>(col / shape.stride)},
+                          static_cast<int32_t>(i)});
   }
   for (auto& row : taps) {
     std::sort(row.begin(), row.end(), [](const Tap& a, const Tap& b) { return a.source < b.source; });
@@ -479,28 +143,15 @@ void Conv::Impl::AddGradientPass(int64_t phase_row, int64_t phase_col, int64_t r
   gradient_passes.push_back(std::move(pass));
 }
 
-void Conv::Impl::BuildInputGradient() {
-  const int64_t s = shape.stride, rows = geometry.out_block_h, cols = geometry.out_block_w;
-  const bool pads = shape.padding != Padding::kZero;
-  const int64_t pad_h = pads ? shape.pad_h : 0, pad_w = pads ? shape.pad_w : 0;
-  for (int64_t r = 0; r < s; ++r) {
-    for (int64_t c = 0; c < s; ++c) {
-      // Positions whose pixel s * i + r lies in [-pad, block + pad).
-      const int64_t row_from = CeilDiv(-pad_h - r, s), row_to = FloorDiv(s * rows + pad_h - 1 - r, s) + 1;
-      const int64_t col_from = CeilDiv(-pad_w - c, s), col_to = FloorDiv(s * cols + pad_w - 1 - c, s) + 1;
-      if (input_gradient != ConvKernel::kWinograd) {
-        AddGradientPass(r, c, row_from, row_to, col_from, col_to, kNoSide);
-        continue;
-      }
-      AddGradientPass(r, c, row_from, 0, col_from, col_to, kTop);
-      AddGradientPass(r, c, rows, row_to, col_from, col_to, kBottom);
-      AddGradientPass(r, c, 0, rows, col_from, 0, kLeft);
-      AddGradientPass(r, c, 0, rows, cols, col_to, kRight);
-    }
+void Conv::Impl::BuildInputGradient(bool dense_border) {
+  const int64_t s = shape.stride;
+  for (int64_t phase = 0; phase < s * s && input_gradient != ConvKernel::kWinograd; ++phase) {
+    AddGradientPass(phase / s, phase % s);
   }
+  border = std::make_unique<Border>(shape, geometry, kept, [this](int64_t i) { return WeightAt(i); }, dense_border);
   const int64_t reach = shape.dilation * (std::max(shape.kernel_h, shape.kernel_w) - 1);
-  const int64_t pad = std::max(shape.pad_h, shape.pad_w), most = std::max(pad_h, pad_w);
-  const int64_t before = CeilDiv(reach - std::min(shape.pad_h, shape.pad_w) + most, s), after = CeilDiv(pad + most, s);
+  const int64_t before = CeilDiv(reach - std::min(shape.pad_h, shape.pad_w), s);
+  const int64_t after = CeilDiv(std::max(shape.pad_h, shape.pad_w), s);
   gradient_halo = std::max<int64_t>(0, std::max(before, after));
 }
 
@@ -520,7 +171,7 @@ int64_t Conv::Impl::ScratchFloats(int threads) const {
   const auto whole_groups = [](int64_t channels) { return CeilDiv(channels, kDenseGroup) * kDenseGroup; };
   const int64_t dense =
       whole_groups(shape.out_channels) * whole_groups(shape.in_channels) * shape.kernel_h * shape.kernel_w;
-  int64_t most = std::max(dense, kept);
+  int64_t most = std::max({dense, kept, border->scratch_floats()});
   if (weight_gradient == ConvKernel::kSparse) {
     most = std::max(most, 16 * DotFloats(kept, shape.out_channels));  // see sparse_dot_chunks
   }
@@ -582,7 +233,6 @@ Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* 
   m.forward = choose(ConvDirection::kForward, exact);
   m.input_gradient = choose(ConvDirection::kInputGradient, exact);
   m.weight_gradient = choose(ConvDirection::kWeightGradient, exact);
-  m.dense_borders = choose(ConvDirection::kInputGradient, true) == ConvKernel::kDense;
   m.tile = WinogradTile(geometry.out_block_h, geometry.out_block_w, shape.stride);
   m.BuildForward(&m.forward_pass, m.forward != ConvKernel::kWinograd, m.forward == ConvKernel::kDense);
   m.weight_pass.two_rows = kTwoRowsOfGradient;
@@ -591,7 +241,7 @@ Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* 
   m.shares_taps = m.forward == m.weight_gradient && m.forward != ConvKernel::kWinograd && alike;
   const bool dense = m.weight_gradient == ConvKernel::kDense;
   m.BuildForward(&m.weight_pass, m.weight_gradient != ConvKernel::kWinograd && !m.shares_taps, dense);
-  m.BuildInputGradient();
+  m.BuildInputGradient(choose(ConvDirection::kInputGradient, true) == ConvKernel::kDense);
 }
 
 Conv::~Conv() = default;
@@ -642,10 +292,7 @@ void Conv::InputGradient(const float* values, const LaneMap& dy, const LaneMap& 
     m.Winograd().input_gradient(dy, scratch, nullptr, dx, {}, m.tile, rest, threads);
   }
   for (const auto& pass : m.gradient_passes) m.AccumulateGradient(*pass, values, dy, dx, scratch, threads);
-  const int64_t pad = std::max(m.shape.pad_h, m.shape.pad_w);
-  if (m.shape.padding != Padding::kZero && pad > 0) {
-    Kernels<LaneKernels>().fold_halo(dx, m.shape.padding, pad, threads);
-  }
+  m.border->AddTo(values, dy, dx, scratch, threads);
 }
 
 void Conv::WeightGradient(const LaneMap& x, const LaneMap& dy, float* dvalues, float* dbias, float* scratch,

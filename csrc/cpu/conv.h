@@ -68,8 +68,7 @@ class Conv {
   int64_t gradient_halo() const;
 
   // dx = conv^T(dy), padding included: contributions to padding pixels are added to
-  // the pixels they copy. Needs halo >= pad of dx where padding is not kZero (its
-  // content is destroyed); dead pixels of dx end as zeros or finite.
+  // the pixels they copy. Writes pixels of dx only; dead ones end as finite numbers.
   void InputGradient(const float* values, const LaneMap& dy, const LaneMap& dx, float* scratch, int threads) const;
 
   // dvalues (kept) and, unless null, dbias (out_channels); both overwritten.

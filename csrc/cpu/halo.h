@@ -22,19 +22,6 @@ struct AxisRule {
   bool identity;  // the position already holds all four blocks' own pixels
 };
 
-// The pixel that padding copies to `at`, which lies outside [0, side); -1 is zero.
-static inline int64_t PaddingSource(int64_t at, int64_t side, Padding mode, int64_t pad) {
-  if (mode == Padding::kZero || at < -pad || at >= side + pad) return -1;
-  switch (mode) {
-    case Padding::kReflect:
-      return at < 0 ? -at : 2 * (side - 1) - at;
-    case Padding::kReplicate:
-      return at < 0 ? 0 : side - 1;
-    default:
-      return at < 0 ? at + side : at - side;
-  }
-}
-
 static inline AxisRule RuleAt(int64_t position, int64_t block, int64_t side, Padding mode, int64_t pad) {
   AxisRule rule;
   rule.identity = position >= 0 && position < block;

@@ -57,6 +57,19 @@ struct PlainMap {
 
 enum class Padding { kZero = 0, kReflect = 1, kReplicate = 2, kCircular = 3 };
 
+// The pixel that padding copies to `at`, which lies outside [0, side); -1 is zero.
+inline int64_t PaddingSource(int64_t at, int64_t side, Padding mode, int64_t pad) {
+  if (mode == Padding::kZero || at < -pad || at >= side + pad) return -1;
+  switch (mode) {
+    case Padding::kReflect:
+      return at < 0 ? -at : 2 * (side - 1) - at;
+    case Padding::kReplicate:
+      return at < 0 ? 0 : side - 1;
+    default:
+      return at < 0 ? at + side : at - side;
+  }
+}
+
 struct LaneKernels {
   // Copies pixels in. Halo and dead pixels of `to` are left as they are.
   void (*from_plain)(const PlainMap& from, const LaneMap& to, int threads);

@@ -1,0 +1,237 @@
+#include "cpu/border.h"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+
+#include "cpu/pass.h"
+#include "cpu/pool.h"
+
+namespace lipfast {
+namespace {
+
+constexpr int64_t kChannelsPerTask = 16;
+
+// Pixels of the padded input that a strip covers: rows [top, bottom), columns [left, right).
+struct Rectangle {
+  int64_t top, bottom, left, right;
+};
+
+// A side of a map: pixels, and pixels of a block.
+struct Side {
+  int64_t size, block;
+};
+
+// Floats from a channel's pixel (0, 0) to pixel (row, col).
+int64_t PixelOffset(int64_t row, int64_t col, Side rows, Side cols, int64_t row_stride) {
+  const int64_t lane = row / rows.block * kGrid + col / cols.block;
+  return row % rows.block * row_stride + col % cols.block * kVector + lane;
+}
+
+}  // namespace
+
+// One phase of the stride in one rectangle. Positions count pixels of dx that are the stride apart,
+// and pixels of dy one apart; "across" runs over the few of them, "along" over the many.
+class Border::Strip {
+ public:
+  Strip(const ConvShape& shape, const ConvGeometry& geometry, const Rectangle& r, bool turned, int64_t phase_row,
+        int64_t phase_col)
+      : shape_(shape), turned_(turned), phase_row_(phase_row), phase_col_(phase_col) {
+    const int64_t s = shape.stride;
+    const auto span = [s](int64_t from, int64_t to, int64_t phase) {
+      return std::pair<int64_t, int64_t>{CeilDiv(from - phase, s), FloorDiv(to - 1 - phase, s) + 1};
+    };
+    auto [row_from, row_to] = span(r.top, r.bottom, phase_row);
+    auto [col_from, col_to] = span(r.left, r.right, phase_col);
+    if (turned) {
+      std::swap(row_from, col_from);
+      std::swap(row_to, col_to);
+    }
+    across_ = row_from;
+    along_ = col_from;
+    length_ = col_to - col_from;
+    pass_.rows = row_to - row_from;
+    pass_.cols = CeilDiv(length_, kVector);
+    in_rows_ = {geometry.height, geometry.in_block_h};
+    in_cols_ = {geometry.width, geometry.in_block_w};
+    const auto out_side = [&](int64_t side, int64_t pad, int64_t kernel) {
+      return FloorDiv(side + 2 * pad - shape.dilation * (kernel - 1) - 1, s) + 1;
+    };
+    out_rows_ = {out_side(geometry.height, shape.pad_h, shape.kernel_h), geometry.out_block_h};
+    out_cols_ = {out_side(geometry.width, shape.pad_w, shape.kernel_w), geometry.out_block_w};
+  }
+
+  bool empty() const { return pass_.empty() || pass_.taps() == 0; }
+
+  void SetTaps(int64_t kept, const std::function<Weight(int64_t)>& weight_at, bool dense) {
+    if (pass_.empty()) return;
+    const int64_t s = shape_.stride, out_across = (turned_ ? out_cols_ : out_rows_).size;
+    std::vector<std::vector<Tap>> taps(shape_.in_channels);
+    for (int64_t i = 0; i < kept; ++i) {
+      const Weight w = weight_at(i);
+      int64_t across = phase_row_ + shape_.pad_h - w.row * shape_.dilation;
+      int64_t along = phase_col_ + shape_.pad_w - w.col * shape_.dilation;
+      if (FloorDiv(across, s) * s != across || FloorDiv(along, s) * s != along) continue;
+      if (turned_) std::swap(across, along);
+      across /= s;
+      along /= s;
+      if (across_ + pass_.rows + across <= 0 || across_ + across >= out_across) continue;  // reads nothing but zeros
+      low_row_ = std::min(low_row_, across);
+      high_row_ = std::max(high_row_, across);
+      low_col_ = std::min(low_col_, along);
+      high_col_ = std::max(high_col_, along);
+      taps[w.in].push_back(
+          {{w.out, static_cast<int16_t>(across), static_cast<int16_t>(along)}, static_cast<int32_t>(i)});
+    }
+    for (auto& row : taps) {
+      std::sort(row.begin(), row.end(), [](const Tap& a, const Tap& b) { return a.source < b.source; });
+    }
+    pass_.dense = dense;
+    pass_.SetTaps(std::move(taps));
+  }
+
+  int64_t ScratchFloats(int64_t batch) const {
+    return PackedAligned() + batch * (shape_.out_channels * InFloats() + shape_.in_channels * OutFloats());
+  }
+
+  void AddTo(const float* values, const LaneMap& dy, const LaneMap& dx, float* scratch, int threads) const {
+    const LaneMap in = Map(scratch + PackedAligned(), dy, InRows(), InCols(), -low_row_ * InCols() - low_col_);
+    const LaneMap out =
+        Map(scratch + PackedAligned() + dy.batch * dy.channels * InFloats(), dx, pass_.rows, pass_.cols, 0);
+    const auto offsets = OffsetsFor(dy.row_stride, dx.row_stride);
+    ForChannels(dy, threads, [&](int64_t n, int64_t c) {
+      const float* from = dy.At(n, c);
+      float* to = in.At(n, c, low_row_, low_col_);
+      for (size_t i = 0; i < offsets->gather.size(); ++i) {
+        const int32_t at = offsets->gather[i];
+        to[i] = at < 0 ? 0.0f : from[at];
+      }
+    });
+    Pack(pass_, values, nullptr, in, scratch, threads);
+    Accumulate(pass_, scratch, nullptr, in, out, {}, threads);
+    ForChannels(dx, threads, [&](int64_t n, int64_t c) {
+      const float* from = out.At(n, c);
+      float* to = dx.At(n, c);
+      for (size_t i = 0; i < offsets->scatter.size(); ++i) {
+        const int32_t at = offsets->scatter[i];
+        if (at >= 0) to[at] += from[i];
+      }
+    });
+  }
+
+ private:
+  // For each float of a strip the pixel that it comes from or goes to, -1 for none.
+  struct Offsets {
+    std::vector<int32_t> gather, scatter;
+  };
+
+  int64_t InRows() const { return pass_.rows + high_row_ - low_row_; }
+  int64_t InCols() const { return pass_.cols + high_col_ - low_col_; }
+  int64_t InFloats() const { return InRows() * InCols() * kVector; }
+  int64_t OutFloats() const { return pass_.rows * pass_.cols * kVector; }
+  int64_t PackedAligned() const { return RoundUp(PackedFloats(pass_)); }
+
+  // A strip of `rows` x `cols` vectors for each channel of `like`, from position `first` on.
+  static LaneMap Map(float* data, const LaneMap& like, int64_t rows, int64_t cols, int64_t first) {
+    LaneMap map = {};
+    map.data = data + first * kVector;
+    map.batch = like.batch;
+    map.channels = like.channels;
+    map.row_stride = cols * kVector;
+    map.channel_stride = rows * map.row_stride;
+    map.batch_stride = like.channels * map.channel_stride;
+    return map;
+  }
+
+  template <class Body>
+  static void ForChannels(const LaneMap& map, int threads, const Body& body) {
+    const int64_t planes = map.batch * map.channels;
+    ParallelFor(threads, CeilDiv(planes, kChannelsPerTask), [&](int64_t task) {
+      const int64_t last = std::min((task + 1) * kChannelsPerTask, planes);
+      for (int64_t plane = task * kChannelsPerTask; plane < last; ++plane) {
+        body(plane / map.channels, plane % map.channels);
+      }
+    });
+  }
+
+  std::shared_ptr<const Offsets> OffsetsFor(int64_t dy_row_stride, int64_t dx_row_stride) const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto& offsets = offsets_[{dy_row_stride, dx_row_stride}];
+    if (offsets) return offsets;
+    auto made = std::make_shared<Offsets>();
+    ForPositions(InRows(), InCols(), [&](int64_t row, int64_t col, int64_t lane) {
+      int64_t y = across_ + low_row_ + row, x = along_ + low_col_ + lane * pass_.cols + col;
+      if (turned_) std::swap(y, x);
+      const bool inside = y >= 0 && y < out_rows_.size && x >= 0 && x < out_cols_.size;
+      made->gather.push_back(inside ? static_cast<int32_t>(PixelOffset(y, x, out_rows_, out_cols_, dy_row_stride))
+                                    : -1);
+    });
+    ForPositions(pass_.rows, pass_.cols, [&](int64_t row, int64_t col, int64_t lane) {
+      int64_t y = across_ + row, x = along_ + lane * pass_.cols + col;
+      const bool inside = lane * pass_.cols + col < length_;
+      if (turned_) std::swap(y, x);
+      y = Copied(shape_.stride * y + phase_row_, in_rows_.size, shape_.pad_h);
+      x = Copied(shape_.stride * x + phase_col_, in_cols_.size, shape_.pad_w);
+      made->scatter.push_back(inside ? static_cast<int32_t>(PixelOffset(y, x, in_rows_, in_cols_, dx_row_stride)) : -1);
+    });
+    offsets = made;
+    return offsets;
+  }
+
+  template <class Body>
+  static void ForPositions(int64_t rows, int64_t cols, const Body& body) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t col = 0; col < cols; ++col) {
+        for (int64_t lane = 0; lane < kVector; ++lane) body(row, col, lane);
+      }
+    }
+  }
+
+  // The pixel whose copy stands at `at`, itself inside the picture.
+  int64_t Copied(int64_t at, int64_t side, int64_t pad) const {
+    return at >= 0 && at < side ? at : PaddingSource(at, side, shape_.padding, pad);
+  }
+
+  ConvShape shape_;
+  bool turned_;
+  int64_t phase_row_, phase_col_;
+  int64_t across_, along_, length_;  // the first position, and how many lie along the strip
+  Side in_rows_, in_cols_, out_rows_, out_cols_;
+  int64_t low_row_ = 0, high_row_ = 0, low_col_ = 0, high_col_ = 0;  // what taps reach
+  Pass pass_;
+  mutable std::mutex mutex_;
+  mutable std::map<std::pair<int64_t, int64_t>, std::shared_ptr<const Offsets>> offsets_;
+};
+
+Border::Border(const ConvShape& shape, const ConvGeometry& geometry, int64_t kept,
+               const std::function<Weight(int64_t)>& weight_at, bool dense)
+    : batch_(geometry.batch) {
+  if (shape.padding == Padding::kZero) return;
+  const int64_t h = geometry.height, w = geometry.width, pad_h = shape.pad_h, pad_w = shape.pad_w;
+  const std::pair<Rectangle, bool> sides[] = {{{-pad_h, 0, -pad_w, w + pad_w}, false},
+                                              {{h, h + pad_h, -pad_w, w + pad_w}, false},
+                                              {{0, h, -pad_w, 0}, true},
+                                              {{0, h, w, w + pad_w}, true}};
+  for (const auto& [rectangle, turned] : sides) {
+    for (int64_t phase = 0; phase < shape.stride * shape.stride; ++phase) {
+      auto strip =
+          std::make_unique<Strip>(shape, geometry, rectangle, turned, phase / shape.stride, phase % shape.stride);
+      strip->SetTaps(kept, weight_at, dense);
+      if (!strip->empty()) strips_.push_back(std::move(strip));
+    }
+  }
+}
+
+Border::~Border() = default;
+
+int64_t Border::scratch_floats() const {
+  int64_t most = 0;
+  for (const auto& strip : strips_) most = std::max(most, strip->ScratchFloats(batch_));
+  return most;
+}
+
+void Border::AddTo(const float* values, const LaneMap& dy, const LaneMap& dx, float* scratch, int threads) const {
+  for (const auto& strip : strips_) strip->AddTo(values, dy, dx, scratch, threads);
+}
+
+}  // namespace lipfast

@@ -1,0 +1,50 @@
+// The border of an input gradient: what a convolution that pads with copied pixels owes to them.
+//
+// The forward pass reads padding, so pixels beyond the picture have gradients, which belong to the
+// pixels that were copied there. There are few of them: a strip along each side. In lanes a strip
+// along the top lies in four of sixteen, so each strip is worked out in lanes of its own,
+//
+//      x ->                        lane l holds the l-th sixteenth of the strip;
+//    +----+----+----+-   -+----+   rows are as in the picture, left and right
+//    | 0  | 1  | 2  | ... | 15 |   strips are turned by 90 degrees
+//    +----+----+----+-   -+----+
+//
+// by the kernels that run everything else: the gradients that it reads are gathered into such a
+// strip, and the result is added to the pixels that padding copies.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "cpu/conv.h"
+#include "cpu/lanes.h"
+
+namespace lipfast {
+
+// Where a packed weight stands in the layer; channels of the whole layer, groups unfolded.
+struct Weight {
+  int32_t out, in;
+  int32_t row, col;
+};
+
+class Border {
+ public:
+  // Nothing to do where padding is zeros or there is none. dense: which of the direct kernels.
+  Border(const ConvShape& shape, const ConvGeometry& geometry, int64_t kept,
+         const std::function<Weight(int64_t)>& weight_at, bool dense);
+  ~Border();
+
+  int64_t scratch_floats() const;  // 64-byte aligned
+
+  // Adds the border's part to dx, whose pixels hold the rest. dy's halo is not read.
+  void AddTo(const float* values, const LaneMap& dy, const LaneMap& dx, float* scratch, int threads) const;
+
+ private:
+  class Strip;
+  int64_t batch_;
+  std::vector<std::unique_ptr<Strip>> strips_;  // for each side and phase of the stride
+};
+
+}  // namespace lipfast
