@@ -168,7 +168,8 @@ LaneMap Conv::Impl::Sketch(bool input) const {
 }
 
 int64_t Conv::Impl::ScratchFloats(int threads) const {
-  const auto whole_groups = [](int64_t channels) { return CeilDiv(channels, kDenseGroup) * kDenseGroup; };
+  const int64_t group = Kernels<TapKernels>().dense_group;
+  const auto whole_groups = [group](int64_t channels) { return CeilDiv(channels, group) * group; };
   const int64_t dense =
       whole_groups(shape.out_channels) * whole_groups(shape.in_channels) * shape.kernel_h * shape.kernel_w;
   int64_t most = std::max({dense, kept, border->scratch_floats()});

@@ -262,27 +262,33 @@ class Pass {
 
 // Dense weights as the kernels want them: [group of outputs][tap][output of the group],
 // times the output's scale (null: 1).
-inline void PackDense(const Pass& pass, const float* values, const float* scale, float* packed, int threads) {
+template <int64_t kGroup>
+void PackDenseBy(const Pass& pass, const float* values, const float* scale, float* packed, int threads) {
   const int64_t taps = pass.taps(), outputs = pass.outputs();
-  ParallelFor(threads, CeilDiv(outputs, kDenseGroup), [&](int64_t g) {
-    const int64_t first = g * kDenseGroup;
+  ParallelFor(threads, CeilDiv(outputs, kGroup), [&](int64_t g) {
+    const int64_t first = g * kGroup;
     float* to = packed + first * taps;
-    float factors[kDenseGroup] = {};
-    for (int64_t k = 0; k < kDenseGroup && first + k < outputs; ++k) factors[k] = scale ? scale[first + k] : 1.0f;
-    if (pass.in_order() && first + kDenseGroup <= outputs) {
+    float factors[kGroup] = {};
+    for (int64_t k = 0; k < kGroup && first + k < outputs; ++k) factors[k] = scale ? scale[first + k] : 1.0f;
+    if (pass.in_order() && first + kGroup <= outputs) {
       const float* rows = values + first * taps;
       for (int64_t t = 0; t < taps; ++t) {
-        for (int64_t k = 0; k < kDenseGroup; ++k) to[t * kDenseGroup + k] = rows[k * taps + t] * factors[k];
+        for (int64_t k = 0; k < kGroup; ++k) to[t * kGroup + k] = rows[k * taps + t] * factors[k];
       }
       return;
     }
     for (int64_t t = 0; t < taps; ++t) {
-      for (int64_t k = 0; k < kDenseGroup; ++k) {
+      for (int64_t k = 0; k < kGroup; ++k) {
         const int32_t i = first + k < outputs ? pass.Index((first + k) * taps + t) : -1;
-        to[t * kDenseGroup + k] = i < 0 ? 0.0f : values[i] * factors[k];
+        to[t * kGroup + k] = i < 0 ? 0.0f : values[i] * factors[k];
       }
     }
   });
+}
+
+inline void PackDense(const Pass& pass, const float* values, const float* scale, float* packed, int threads) {
+  const auto pack = Kernels<TapKernels>().dense_group == 6 ? PackDenseBy<6> : PackDenseBy<4>;
+  pack(pass, values, scale, packed, threads);
 }
 
 // Values in the order of the taps, times the output's scale (null: 1).
@@ -309,7 +315,8 @@ inline void PackSparse(const Pass& pass, const TapList& taps, const float* value
 
 // Floats that the weights of a pass take in the kernels' form.
 inline int64_t PackedFloats(const Pass& pass) {
-  return pass.dense ? CeilDiv(pass.outputs(), kDenseGroup) * kDenseGroup * pass.taps() : pass.taps() + 1;
+  const int64_t group = Kernels<TapKernels>().dense_group;
+  return pass.dense ? CeilDiv(pass.outputs(), group) * group * pass.taps() : pass.taps() + 1;
 }
 
 inline void Pack(const Pass& pass, const float* values, const float* scale, const LaneMap& in, float* packed,

@@ -428,7 +428,7 @@ void SparseDot(const Region* regions, int64_t count, const TapList& taps, float*
 
 // --- dense ---------------------------------------------------------------------
 
-constexpr int kGroup = kDenseGroup;                   // output channels that share a load of the input
+constexpr int kGroup = kParts == 2 ? 6 : 4;           // output channels that share a load of the input
 constexpr int kDenseCols = kRegisters >= 32 ? 6 : 1;  // kGroup * kDenseCols sums in registers
 constexpr int64_t kDenseBlock = 72;                   // taps between two visits of a sum to memory
 constexpr int kDotGroup = 4;                          // output channels that share a load in the weight gradient
@@ -690,8 +690,8 @@ void ChannelSums(const Region* regions, int64_t count, int64_t channels, float* 
 }  // namespace
 
 extern const TapKernels tap_kernels;
-const TapKernels tap_kernels = {SparseAccumulate, SparseDot,   DotChunks, DenseAccumulate, DenseDot,
-                                DenseDotChunks,   ChannelSums, kTileRows, kTileCols,       kFirstLevel};
+const TapKernels tap_kernels = {SparseAccumulate, SparseDot, DotChunks, DenseAccumulate, DenseDot, DenseDotChunks,
+                                ChannelSums,      kTileRows, kTileCols, kFirstLevel,     kGroup};
 
 }  // namespace LIPFAST_NS
 }  // namespace lipfast

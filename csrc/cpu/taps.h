@@ -55,8 +55,6 @@ struct DenseTaps {
 // Floats that one chunk of sparse_dot or dense_dot sums up: a gradient of each weight, and a vector of each output.
 inline int64_t DotFloats(int64_t weights, int64_t outputs) { return (weights + 15) / 16 * 16 + 16 * outputs; }
 
-constexpr int64_t kDenseGroup = 4;  // output channels that dense weights are interleaved by
-
 struct TapKernels {
   // out = end(bias + taps + residual) (bias null: zero); `end` is kNone, kRelu or kLeaky. Regions
   // are disjoint in their outputs.
@@ -68,7 +66,7 @@ struct TapKernels {
   void (*sparse_dot)(const Region* regions, int64_t count, const TapList& taps, float* partial, float* d_values,
                      float* d_bias, int threads);
   int64_t (*sparse_dot_chunks)(const Region* regions, int64_t count, const TapList& taps);
-  // The same for dense taps; weights are [ceil(outputs / kDenseGroup)][taps][kDenseGroup].
+  // The same for dense taps; weights are [ceil(outputs / dense_group)][taps][dense_group].
   void (*dense_accumulate)(const Region* regions, int64_t count, const DenseTaps& taps, const float* weights,
                            const float* bias, ActivationSpec end, int threads);
   // The gradients [outputs][taps] end up first in `partial`, which holds
@@ -80,6 +78,7 @@ struct TapKernels {
   void (*channel_sums)(const Region* regions, int64_t count, int64_t channels, float* sums, int threads);
   int64_t tile_rows, tile_cols;  // output vectors that the sparse kernels hold in registers, at most
   int64_t first_level;           // bytes of the first cache level of the machines that run this target
+  int64_t dense_group;           // output channels that dense weights are interleaved by
 };
 
 }  // namespace lipfast
