@@ -51,8 +51,7 @@ class BoundConv {
                      int64_t dx_halo, const py::array& scratch, int threads) const {
     const float* v = Flat<float>(values, conv_->kept(), "values");
     const LaneMap out = Output(dy, dy_halo, conv_->gradient_halo(), "dy");
-    const bool pads = shape_.padding != Padding::kZero;
-    const LaneMap in = Input(dx, dx_halo, pads ? std::max(shape_.pad_h, shape_.pad_w) : 0, "dx");
+    const LaneMap in = Input(dx, dx_halo, 0, "dx");
     CheckBatch(in, out);
     float* s = Flat<float>(scratch, conv_->scratch_floats(threads), "scratch");
     py::gil_scoped_release release;

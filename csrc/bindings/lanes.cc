@@ -37,21 +37,12 @@ void FillHalo(const py::array& lanes, int64_t height, int64_t width, int64_t hal
   Kernels<LaneKernels>().fill_halo(map, padding, pad, threads);
 }
 
-void FoldHalo(const py::array& lanes, int64_t height, int64_t width, int64_t halo, int mode, int64_t pad, int threads) {
-  const LaneMap map = AsLaneMap(lanes, height, width, halo, "map");
-  const Padding padding = AsPadding(mode, pad, map);
-  py::gil_scoped_release release;
-  Kernels<LaneKernels>().fold_halo(map, padding, pad, threads);
-}
-
 }  // namespace
 
 void BindLanes(py::module_& m) {
   m.def("lanes_from_plain", &LanesFromPlain, py::arg("plain"), py::arg("lanes"), py::arg("halo"), py::arg("threads"));
   m.def("lanes_to_plain", &LanesToPlain, py::arg("lanes"), py::arg("plain"), py::arg("halo"), py::arg("threads"));
   m.def("fill_halo", &FillHalo, py::arg("lanes"), py::arg("height"), py::arg("width"), py::arg("halo"), py::arg("mode"),
-        py::arg("pad"), py::arg("threads"));
-  m.def("fold_halo", &FoldHalo, py::arg("lanes"), py::arg("height"), py::arg("width"), py::arg("halo"), py::arg("mode"),
         py::arg("pad"), py::arg("threads"));
   py::class_<Arena>(m, "Arena", py::buffer_protocol(), "Zeroed memory in large pages; torch.frombuffer reads it.")
       .def(py::init<int64_t>(), py::arg("bytes"))

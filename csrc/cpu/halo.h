@@ -1,4 +1,4 @@
-// How halos are filled and folded; for kernel sources only.
+// How halos are filled; for kernel sources only.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +13,10 @@ namespace LIPFAST_NS {
 
 // Where one position along one axis takes its pixels from, for each of the four
 // blocks along that axis: block `from[g]` at position `source[g]`; from[g] < 0
-// means zero. `pads` marks the blocks for which it is padding and not the copy of
-// a padding pixel that another block has closer to its own pixels.
+// means zero.
 struct AxisRule {
   int64_t source[kGrid];
   int from[kGrid];
-  bool pads[kGrid];
   bool identity;  // the position already holds all four blocks' own pixels
 };
 
@@ -28,7 +26,6 @@ static inline AxisRule RuleAt(int64_t position, int64_t block, int64_t side, Pad
   for (int g = 0; g < kGrid; ++g) {
     const int64_t at = g * block + position;
     const bool outside = at < 0 || at >= side;
-    rule.pads[g] = outside && g == (at < 0 ? 0 : (at / block < kGrid - 1 ? at / block : kGrid - 1));
     const int64_t source = outside ? PaddingSource(at, side, mode, pad) : at;
     rule.from[g] = source < 0 ? -1 : static_cast<int>(source / block);
     rule.source[g] = source < 0 ? 0 : source % block;
@@ -48,10 +45,10 @@ struct LaneRule {
 
 static inline int LaneOf(int g, int other, bool rows) { return rows ? g * kGrid + other : other * kGrid + g; }
 
-static inline LaneRule ToLanes(const AxisRule& axis, bool rows, bool only_pads) {
+static inline LaneRule ToLanes(const AxisRule& axis, bool rows) {
   LaneRule rule = {};
   for (int g = 0; g < kGrid; ++g) {
-    if (axis.from[g] < 0 || (only_pads && !axis.pads[g])) continue;
+    if (axis.from[g] < 0) continue;
     int k = 0;
     while (k < rule.count && rule.source[k] != axis.source[g]) ++k;
     if (k == rule.count) rule.source[rule.count++] = axis.source[g];
@@ -106,23 +103,22 @@ static inline void Gather(const LaneRule& rule, const float* base, int64_t step,
 }
 
 // A position along an axis, in pixels of a block, and what belongs there.
-struct Border {
+struct Edge {
   int64_t position;
   LaneRule rule;
 };
 
 // The positions along an axis that filling must write: the halo, and dead pixels.
-static inline std::vector<Border> Borders(int64_t block, int64_t side, int64_t halo, Padding mode, int64_t pad,
-                                          bool rows, bool only_pads) {
-  std::vector<Border> borders;
+static inline std::vector<Edge> Edges(int64_t block, int64_t side, int64_t halo, Padding mode, int64_t pad, bool rows) {
+  std::vector<Edge> edges;
   const int64_t first_dead = side - (kGrid - 1) * block;  // of the last block
   for (int64_t position = -halo; position < block + halo; ++position) {
     if (position == 0 && first_dead >= block) position = block;  // no dead pixels
     if (position >= block + halo) break;
     const AxisRule axis = RuleAt(position, block, side, mode, pad);
-    if (!axis.identity) borders.push_back({position, ToLanes(axis, rows, only_pads)});
+    if (!axis.identity) edges.push_back({position, ToLanes(axis, rows)});
   }
-  return borders;
+  return edges;
 }
 
 // Fills halos and dead pixels of planes of one shape: the rules are worked out once.
@@ -132,8 +128,8 @@ class HaloFiller {
   HaloFiller(const LaneMap& m, Padding mode, int64_t pad) : HaloFiller(m, m.halo, mode, pad) {}
   // Of the halo only the innermost `reach` vectors; 0 fills dead pixels alone.
   HaloFiller(const LaneMap& m, int64_t reach, Padding mode, int64_t pad)
-      : rows_(Borders(m.block_h, m.height, reach, mode, pad, true, false)),
-        columns_(Borders(m.block_w, m.width, reach, mode, pad, false, false)),
+      : rows_(Edges(m.block_h, m.height, reach, mode, pad, true)),
+        columns_(Edges(m.block_w, m.width, reach, mode, pad, false)),
         block_h_(m.block_h),
         block_w_(m.block_w),
         reach_(reach),
@@ -141,16 +137,16 @@ class HaloFiller {
 
   // plane: pixel (0, 0) of every block.
   void Fill(float* plane) const {
-    for (const Border& border : rows_) {
+    for (const Edge& edge : rows_) {
       for (int64_t col = 0; col < block_w_; ++col) {
         float* column = plane + col * kLanes;
-        Gather(border.rule, column, row_stride_, column + border.position * row_stride_);
+        Gather(edge.rule, column, row_stride_, column + edge.position * row_stride_);
       }
     }
-    for (const Border& border : columns_) {
+    for (const Edge& edge : columns_) {
       for (int64_t row = -reach_; row < block_h_ + reach_; ++row) {
         float* line = plane + row * row_stride_;
-        Gather(border.rule, line, kLanes, line + border.position * kLanes);
+        Gather(edge.rule, line, kLanes, line + edge.position * kLanes);
       }
     }
   }
@@ -173,7 +169,7 @@ class HaloFiller {
     for (int64_t col = first; col < last; ++col) PrefetchFar(line + col * kLanes);
   }
 
-  std::vector<Border> rows_, columns_;
+  std::vector<Edge> rows_, columns_;
   int64_t block_h_, block_w_, reach_, row_stride_;
 };
 

@@ -218,16 +218,6 @@ void ToPlain(const LaneMap& from, const PlainMap& to, int threads) {
   });
 }
 
-// Adds lanes to where they came from, one by one: two lanes may share a source.
-void Scatter(const LaneRule& rule, const float* in, float* base, int64_t step) {
-  for (int k = 0; k < rule.count; ++k) {
-    float* to = base + rule.source[k] * step;
-    for (int l = 0; l < kLanes; ++l) {
-      if (rule.mask[k] >> l & 1) to[rule.lane[k][l]] += in[l];
-    }
-  }
-}
-
 void FillHalo(const LaneMap& m, Padding mode, int64_t pad, int threads) {
   const HaloFiller filler(m, mode, pad);
   const int64_t planes = m.batch * m.channels;
@@ -235,28 +225,6 @@ void FillHalo(const LaneMap& m, Padding mode, int64_t pad, int threads) {
     // The next plane, which the same thread takes next.
     if (i + 1 < planes) filler.Fetch(m.At((i + 1) / m.channels, (i + 1) % m.channels));
     filler.Fill(m.At(i / m.channels, i % m.channels));
-  });
-}
-
-void FoldHalo(const LaneMap& m, Padding mode, int64_t pad, int threads) {
-  const std::vector<Border> columns = Borders(m.block_w, m.width, m.halo, mode, pad, false, true);
-  const std::vector<Border> rows = Borders(m.block_h, m.height, m.halo, mode, pad, true, true);
-  const HaloFiller dead(m, 0, Padding::kZero, 0);
-  ParallelFor(threads, m.batch * m.channels, [&](int64_t i) {
-    float* plane = m.At(i / m.channels, i % m.channels);
-    for (const Border& border : columns) {
-      for (int64_t row = -m.halo; row < m.block_h + m.halo; ++row) {
-        float* line = plane + row * m.row_stride;
-        Scatter(border.rule, line + border.position * kLanes, line, kLanes);
-      }
-    }
-    for (const Border& border : rows) {
-      for (int64_t col = 0; col < m.block_w; ++col) {
-        float* column = plane + col * kLanes;
-        Scatter(border.rule, column + border.position * m.row_stride, column, m.row_stride);
-      }
-    }
-    dead.Fill(plane);
   });
 }
 
@@ -277,7 +245,7 @@ void Reblock(const LaneMap& from, const LaneMap& to, int threads) {
 }  // namespace
 
 extern const LaneKernels lane_kernels;
-const LaneKernels lane_kernels = {FromPlain, ToPlain, FillHalo, FoldHalo, Reblock};
+const LaneKernels lane_kernels = {FromPlain, ToPlain, FillHalo, Reblock};
 
 }  // namespace LIPFAST_NS
 }  // namespace lipfast

@@ -79,9 +79,6 @@ struct LaneKernels {
   // gets the padding, everything farther out zero. pad <= halo; kReflect needs
   // pad < side, kCircular pad <= side.
   void (*fill_halo)(const LaneMap& map, Padding mode, int64_t pad, int threads);
-  // The transpose of fill_halo on gradients: adds each padding pixel to the pixel
-  // it was copied from, and sets dead pixels to zero. The halo keeps its old values.
-  void (*fold_halo)(const LaneMap& map, Padding mode, int64_t pad, int threads);
   // Copies pixels between maps of equal size whose blocks differ.
   void (*reblock)(const LaneMap& from, const LaneMap& to, int threads);
 };

@@ -651,8 +651,7 @@ class _Backward:
             planner.need(_BACKWARD, planner.home[x], _halo_of(node, self.graph.shapes, self.weights))
             planner.emit("conv_weight_gradient", conv, values, planner.offset(bias), planner.home[x], dy)
         if propagates:
-            pad = max(node.pad) if node.padding_mode != "zeros" else 0
-            self._into(x, lambda slot: planner.emit("conv_input_gradient", conv, values, dy, slot), halo=pad)
+            self._into(x, lambda slot: planner.emit("conv_input_gradient", conv, values, dy, slot))
 
     def _norm(self, position: int, node: Node) -> None:
         planner = self.planner

@@ -163,7 +163,7 @@ class LaneConv:
         )
 
     def input_gradient(self, values: Tensor, dy: LaneMap, dx: LaneMap) -> None:
-        """Gradient for the input; halo and dead pixels of ``dy`` hold zeros, the halo of ``dx`` is destroyed."""
+        """Gradient for the input; halo and dead pixels of ``dy`` hold zeros; only pixels of ``dx`` are written."""
         threads = torch.get_num_threads()
         self._conv.input_gradient(
             values.detach().numpy(),

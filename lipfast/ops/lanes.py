@@ -103,9 +103,3 @@ class LaneMap:
         _C.fill_halo(
             self.data.numpy(), self.height, self.width, self.halo, PADDING_MODES[mode], pad, torch.get_num_threads()
         )
-
-    def fold_halo(self, mode: str, pad: int) -> None:
-        """The transpose of `fill_halo` for gradients: add padding pixels to those they copy; dead pixels become 0."""
-        _C.fold_halo(
-            self.data.numpy(), self.height, self.width, self.halo, PADDING_MODES[mode], pad, torch.get_num_threads()
-        )

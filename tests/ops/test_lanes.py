@@ -55,24 +55,6 @@ def test_every_lane_is_its_block_with_its_neighbours_around(size, halo, width, m
         assert torch.equal(lanes.to_tensor(torch.channels_last), x)
 
 
-@pytest.mark.parametrize(("size", "mode"), [(s, m) for s in SIZES for m in PADDING_MODES if allowed(m, 1, s)])
-def test_folding_is_the_transpose_of_padding(size, mode):
-    width = 1
-    block = (-(-size[0] // GRID), -(-size[1] // GRID))
-    gradient = torch.randn(2, 3, size[0] + 2 * width, size[1] + 2 * width)
-    lanes = LaneMap.allocate(2, 3, *size, width, block)
-    margin = GRID * max(block) + width
-    around = functional.pad(gradient, [margin] * 4)
-    for lane in range(LANES):
-        top = margin + width + lane // GRID * block[0] - width
-        left = margin + width + lane % GRID * block[1] - width
-        lanes.data[..., lane] = around[:, :, top : top + block[0] + 2 * width, left : left + block[1] + 2 * width]
-    lanes.fold_halo(mode, width)
-    x = torch.zeros(2, 3, *size, requires_grad=True)
-    pad(x, width, mode).backward(gradient)
-    assert torch.allclose(lanes.to_tensor(), x.grad, atol=1e-5)  # at most 9 numbers of size 1 are added
-
-
 def test_blocks_larger_than_a_quarter():
     x = torch.randn(1, 2, 9, 10)
     assert torch.equal(LaneMap.from_tensor(x, 1, "reflect", 1, (6, 4)).data, expected(x, 1, "reflect", 1, (6, 4)))
