@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from lipfast.engine.trainer import TorchTrainer
 from lipfast.errors import BackendError
 
 STEPS = 4
-TRAINERS: dict[str, type[LaneTrainer] | type[TorchTrainer]] = {"": LaneTrainer, "channels_last": TorchTrainer}
+TRAINERS: dict[str, Callable[..., LaneTrainer | TorchTrainer]] = {
+    "": LaneTrainer,
+    "channels_last": functools.partial(TorchTrainer, memory_format=torch.channels_last),
+}
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 

@@ -1,8 +1,8 @@
 """A whole search in lanes against the same search with torch's trainer, a round of each in turn.
 
 Both are `lipfast.search`: same picture, steps, rounds, pruning and files; only the engine differs. torch runs eager in
-channels_last, its fastest form here. A round is everything from the ticket to the next: planning, the fit with its
-PSNR in every step, pruning, saving. Few steps a fit count planning and files more than a real search does.
+the memory format that is its fastest on this CPU. A round is everything from the ticket to the next: planning, the fit
+with its PSNR in every step, pruning, saving. Few steps a fit count planning and files more than a real search does.
 """
 
 import functools
@@ -15,11 +15,13 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lipfast import demo, tasks
 from lipfast.bench.harness import Case, Measured, Size
 from lipfast.bench.step import TOY
+from lipfast.engine.trainer import fastest_format
 from lipfast.fit import FitConfig
 from lipfast.search import SearchConfig
 from lipfast.search.imp import rounds
@@ -29,7 +31,8 @@ SIDE = 128  # px
 STEPS = 50  # of every fit
 WARM_UP_STEPS = 2
 TASK = tasks.Denoise(sigma=25)
-ENGINES = {"": "auto", "channels_last": "torch"}
+TORCH = "contiguous" if fastest_format(torch.nn.Identity()) == torch.contiguous_format else "channels_last"
+ENGINES = {"": "auto", TORCH: "torch"}
 # dB between the two, on average over the rounds so far. They differ by rounding alone, but the first steps of Adam
 # enlarge that: single rounds of so few steps come out up to 2 dB apart, either way.
 PSNR_TOLERANCE = 1.0
@@ -94,7 +97,7 @@ class _Race:
             started = time.perf_counter()
             rows[name] = next(self.searches[name])
             self.seconds[name].append(time.perf_counter() - started)
-        self._check(rows[""], rows["channels_last"])
+        self._check(rows[""], rows[TORCH])
 
     def _check(self, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
         assert mine["kept"] == theirs["kept"], f"{mine['kept']} weights kept, torch's search kept {theirs['kept']}"

@@ -137,15 +137,12 @@ def _setup(config: dict[str, object], side: int, sparsity: float, baselines_of: 
 
 
 def _eager_forms(network: nn.Module, masks: dict[str, Tensor], z: Tensor, loss: Loss) -> Steps:
-    fast = TorchTrainer(copy.deepcopy(network), masks, lr=0.01)
-    return {
-        "channels_last": lambda: fast.step(z, loss),
-        "contiguous": _contiguous_step(copy.deepcopy(network), masks, z, loss),
-    }
+    formats = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+    return {name: functools.partial(_trainer_in(form, network, masks).step, z, loss) for name, form in formats.items()}
 
 
 def _autocast_form(network: nn.Module, masks: dict[str, Tensor], z: Tensor, loss: Loss) -> Steps:
-    halved = TorchTrainer(copy.deepcopy(network), masks, lr=0.01)
+    halved = _trainer_in(torch.channels_last, network, masks)
     return {"bf16 autocast": _autocast_step(lambda: halved.step(z, loss))}
 
 
@@ -165,21 +162,8 @@ class _CompiledTrainer(TorchTrainer):
         return cast(Tensor, self._compiled(z))
 
 
-def _contiguous_step(network: nn.Module, masks: dict[str, Tensor], z: Tensor, loss: Loss) -> Callable[[], object]:
-    """The torch step in torch's default layout."""
-    parameters = dict(network.named_parameters())
-    pairs = [(parameters[name], mask.float()) for name, mask in masks.items()]
-    optimiser = torch.optim.Adam(parameters.values(), lr=0.01, fused=True)
-
-    def step() -> None:
-        optimiser.zero_grad(set_to_none=True)
-        loss(network(z)).backward()  # type: ignore[no-untyped-call]
-        for parameter, mask in pairs:
-            if parameter.grad is not None:
-                parameter.grad.mul_(mask)
-        optimiser.step()
-
-    return step
+def _trainer_in(memory_format: torch.memory_format, network: nn.Module, masks: dict[str, Tensor]) -> TorchTrainer:
+    return TorchTrainer(copy.deepcopy(network), masks, lr=0.01, memory_format=memory_format)
 
 
 def _autocast_step(step: Callable[[], object]) -> Callable[[], object]:
