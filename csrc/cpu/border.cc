@@ -4,7 +4,6 @@
 #include <map>
 #include <mutex>
 
-#include "cpu/pass.h"
 #include "cpu/pool.h"
 
 namespace lipfast {
@@ -30,6 +29,32 @@ int64_t PixelOffset(int64_t row, int64_t col, Side rows, Side cols, int64_t row_
 
 }  // namespace
 
+int64_t OutSide(int64_t side, int64_t pad, int64_t kernel, const ConvShape& shape) {
+  return FloorDiv(side + 2 * pad - shape.dilation * (kernel - 1) - 1, shape.stride) + 1;
+}
+
+std::vector<std::vector<Tap>> GradientTaps(const ConvShape& shape, int64_t kept,
+                                           const std::function<Weight(int64_t)>& weight_at, int64_t phase_row,
+                                           int64_t phase_col) {
+  const int64_t s = shape.stride;
+  std::vector<std::vector<Tap>> taps(shape.in_channels);
+  for (int64_t i = 0; i < kept; ++i) {
+    const Weight w = weight_at(i);
+    const int64_t row = phase_row + shape.pad_h - w.row * shape.dilation;
+    const int64_t col = phase_col + shape.pad_w - w.col * shape.dilation;
+    if (row % s != 0 || col % s != 0) continue;
+    taps[w.in].push_back(
+        {{w.out, static_cast<int16_t>(row / s), static_cast<int16_t>(col / s)}, static_cast<int32_t>(i)});
+  }
+  return taps;
+}
+
+void SortBySource(std::vector<std::vector<Tap>>* taps) {
+  for (auto& row : *taps) {
+    std::sort(row.begin(), row.end(), [](const Tap& a, const Tap& b) { return a.source < b.source; });
+  }
+}
+
 // One phase of the stride in one rectangle. Positions count pixels of dx that are the stride apart,
 // and pixels of dy one apart; "across" runs over the few of them, "along" over the many.
 class Border::Strip {
@@ -54,38 +79,32 @@ class Border::Strip {
     pass_.cols = CeilDiv(length_, kVector);
     in_rows_ = {geometry.height, geometry.in_block_h};
     in_cols_ = {geometry.width, geometry.in_block_w};
-    const auto out_side = [&](int64_t side, int64_t pad, int64_t kernel) {
-      return FloorDiv(side + 2 * pad - shape.dilation * (kernel - 1) - 1, s) + 1;
-    };
-    out_rows_ = {out_side(geometry.height, shape.pad_h, shape.kernel_h), geometry.out_block_h};
-    out_cols_ = {out_side(geometry.width, shape.pad_w, shape.kernel_w), geometry.out_block_w};
+    out_rows_ = {OutSide(geometry.height, shape.pad_h, shape.kernel_h, shape), geometry.out_block_h};
+    out_cols_ = {OutSide(geometry.width, shape.pad_w, shape.kernel_w, shape), geometry.out_block_w};
   }
 
   bool empty() const { return pass_.empty() || pass_.taps() == 0; }
 
   void SetTaps(int64_t kept, const std::function<Weight(int64_t)>& weight_at, bool dense) {
     if (pass_.empty()) return;
-    const int64_t s = shape_.stride, out_across = (turned_ ? out_cols_ : out_rows_).size;
-    std::vector<std::vector<Tap>> taps(shape_.in_channels);
-    for (int64_t i = 0; i < kept; ++i) {
-      const Weight w = weight_at(i);
-      int64_t across = phase_row_ + shape_.pad_h - w.row * shape_.dilation;
-      int64_t along = phase_col_ + shape_.pad_w - w.col * shape_.dilation;
-      if (FloorDiv(across, s) * s != across || FloorDiv(along, s) * s != along) continue;
-      if (turned_) std::swap(across, along);
-      across /= s;
-      along /= s;
-      if (across_ + pass_.rows + across <= 0 || across_ + across >= out_across) continue;  // reads nothing but zeros
-      low_row_ = std::min(low_row_, across);
-      high_row_ = std::max(high_row_, across);
-      low_col_ = std::min(low_col_, along);
-      high_col_ = std::max(high_col_, along);
-      taps[w.in].push_back(
-          {{w.out, static_cast<int16_t>(across), static_cast<int16_t>(along)}, static_cast<int32_t>(i)});
-    }
+    const int64_t out_across = (turned_ ? out_cols_ : out_rows_).size;
+    auto taps = GradientTaps(shape_, kept, weight_at, phase_row_, phase_col_);
     for (auto& row : taps) {
-      std::sort(row.begin(), row.end(), [](const Tap& a, const Tap& b) { return a.source < b.source; });
+      for (Tap& tap : row) {
+        if (turned_) std::swap(tap.source.row, tap.source.col);
+      }
+      const auto reads_zeros = [&](const Tap& tap) {
+        return across_ + pass_.rows + tap.source.row <= 0 || across_ + tap.source.row >= out_across;
+      };
+      row.erase(std::remove_if(row.begin(), row.end(), reads_zeros), row.end());
+      for (const Tap& tap : row) {
+        low_row_ = std::min<int64_t>(low_row_, tap.source.row);
+        high_row_ = std::max<int64_t>(high_row_, tap.source.row);
+        low_col_ = std::min<int64_t>(low_col_, tap.source.col);
+        high_col_ = std::max<int64_t>(high_col_, tap.source.col);
+      }
     }
+    SortBySource(&taps);
     pass_.dense = dense;
     pass_.SetTaps(std::move(taps));
   }

@@ -20,6 +20,7 @@
 
 #include "cpu/conv.h"
 #include "cpu/lanes.h"
+#include "cpu/pass.h"
 
 namespace lipfast {
 
@@ -28,6 +29,16 @@ struct Weight {
   int32_t out, in;
   int32_t row, col;
 };
+
+// Pixels of one side of the output.
+int64_t OutSide(int64_t side, int64_t pad, int64_t kernel, const ConvShape& shape);
+
+// The taps of an input gradient at pixels stride * i + phase, for each input channel: rows and
+// columns of dy relative to i, in no order.
+std::vector<std::vector<Tap>> GradientTaps(const ConvShape& shape, int64_t kept,
+                                           const std::function<Weight(int64_t)>& weight_at, int64_t phase_row,
+                                           int64_t phase_col);
+void SortBySource(std::vector<std::vector<Tap>>* taps);
 
 class Border {
  public:

@@ -1,11 +1,8 @@
 #include "cpu/conv.h"
 
 #include <algorithm>
-#include <map>
-#include <mutex>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -65,8 +62,8 @@ struct Conv::Impl {
 
 void Conv::Impl::CheckSizes() {
   const int64_t reach_h = shape.dilation * (shape.kernel_h - 1), reach_w = shape.dilation * (shape.kernel_w - 1);
-  out_h = FloorDiv(geometry.height + 2 * shape.pad_h - reach_h - 1, shape.stride) + 1;
-  out_w = FloorDiv(geometry.width + 2 * shape.pad_w - reach_w - 1, shape.stride) + 1;
+  out_h = OutSide(geometry.height, shape.pad_h, shape.kernel_h, shape);
+  out_w = OutSide(geometry.width, shape.pad_w, shape.kernel_w, shape);
   if (out_h < 1 || out_w < 1) {
     throw std::invalid_argument("conv: a picture of " + std::to_string(geometry.height) + " x " +
                                 std::to_string(geometry.width) + " pixels is smaller than the kernel of " +
@@ -126,19 +123,8 @@ void Conv::Impl::AddGradientPass(int64_t phase_row, int64_t phase_col) {
   pass->out_col = phase_col;
   pass->out_step = shape.stride;
   pass->dense = input_gradient == ConvKernel::kDense;
-  std::vector<std::vector<Tap>> taps(shape.in_channels);
-  for (int64_t i = 0; i < kept; ++i) {
-    const Weight w = WeightAt(i);
-    const int64_t row = phase_row + shape.pad_h - w.row * shape.dilation;
-    const int64_t col = phase_col + shape.pad_w - w.col * shape.dilation;
-    if (FloorDiv(row, shape.stride) * shape.stride != row || FloorDiv(col, shape.stride) * shape.stride != col)
-      continue;
-    taps[w.in].push_back({{w.out, static_cast<int16_t>(row / shape.stride), static_cast<int16_t>(col / shape.stride)},
-                          static_cast<int32_t>(i)});
-  }
-  for (auto& row : taps) {
-    std::sort(row.begin(), row.end(), [](const Tap& a, const Tap& b) { return a.source < b.source; });
-  }
+  auto taps = GradientTaps(shape, kept, [this](int64_t i) { return WeightAt(i); }, phase_row, phase_col);
+  SortBySource(&taps);
   pass->SetTaps(std::move(taps));
   gradient_passes.push_back(std::move(pass));
 }
