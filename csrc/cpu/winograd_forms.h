@@ -124,6 +124,21 @@ struct Points<2> {
   }
 };
 
+// All frequencies of a line of an input's pixels, and of a gradient's.
+template <class P>
+inline void InputLine(const R* d, R* v) {
+  P::template Input<0>(d, v[P::Lo(0)], v[P::Hi(0)]);
+  P::template Input<1>(d, v[P::Lo(1)], v[P::Hi(1)]);
+  if (P::kPairs == 3) P::template Input<P::kPairs - 1>(d, v[P::Lo(2)], v[P::kSize - 1]);
+}
+
+template <class P>
+inline void GradientLine(const R* d, R* v) {
+  P::template Gradient<0>(d, v[P::Lo(0)], v[P::Hi(0)]);
+  P::template Gradient<1>(d, v[P::Lo(1)], v[P::Hi(1)]);
+  if (P::kPairs == 3) P::template Gradient<P::kPairs - 1>(d, v[P::Lo(2)], v[P::kSize - 1]);
+}
+
 // ---- two dimensions ------------------------------------------------------------
 // A Form says how the tiles of one kind of layer become frequencies. Frequency f is row
 // f / kSize and column f % kSize of the transformed filter. A tile has Instances(f) values
@@ -172,9 +187,7 @@ struct Stride1 {
     LIPFAST_UNROLL
     for (int i = 0; i < 2; ++i) {
       R v[kSize];
-      P::template Input<0>(line[i], v[P::Lo(0)], v[P::Hi(0)]);
-      P::template Input<1>(line[i], v[P::Lo(1)], v[P::Hi(1)]);
-      if (P::kPairs == 3) P::template Input<P::kPairs - 1>(line[i], v[P::Lo(2)], v[kSize - 1]);
+      InputLine<P>(line[i], v);
       PutRow(i ? P::Hi(kGroup) : P::Lo(kGroup), v, put);
     }
   }
@@ -192,9 +205,7 @@ struct Stride1 {
     LIPFAST_UNROLL
     for (int i = 0; i < 2; ++i) {
       R v[kSize];
-      P::template Gradient<0>(line[i], v[P::Lo(0)], v[P::Hi(0)]);
-      P::template Gradient<1>(line[i], v[P::Lo(1)], v[P::Hi(1)]);
-      if (P::kPairs == 3) P::template Gradient<P::kPairs - 1>(line[i], v[P::Lo(2)], v[kSize - 1]);
+      GradientLine<P>(line[i], v);
       PutRow(i ? P::Hi(kGroup) : P::Lo(kGroup), v, put);
     }
   }
@@ -263,14 +274,14 @@ struct Stride2 {
       R d[kT], v[kSize];
       LIPFAST_UNROLL
       for (int r = 0; r < kT; ++r) d[r] = dy.At(r, s, lane);
-      if (!one_row) GradientLine(d, v);
+      if (!one_row) GradientLine<P>(d, v);
       LIPFAST_UNROLL
       for (int r = 0; r < rows; ++r) half[r][s] = one_row ? d[r] : v[r + 1];
     }
     LIPFAST_UNROLL
     for (int r = 0; r < rows; ++r) {
       R v[kSize];
-      if (!one_col) GradientLine(half[r], v);
+      if (!one_col) GradientLine<P>(half[r], v);
       PutLine<one_row, one_col>(r, half[r], v, put);
     }
   }
@@ -320,14 +331,14 @@ struct Stride2 {
       R d[kSize], v[kSize];
       LIPFAST_UNROLL
       for (int r = 0; r < rows; ++r) d[r] = x.At(top + kStep * r, left + kStep * s, lane);
-      if (!one_row) InputLine(d, v);
+      if (!one_row) TwoTapLine(d, v);
       LIPFAST_UNROLL
       for (int r = 0; r < rows; ++r) half[r][s] = one_row ? d[r] : v[r + 1];
     }
     LIPFAST_UNROLL
     for (int r = 0; r < rows; ++r) {
       R v[kSize];
-      if (!one_col) InputLine(half[r], v);
+      if (!one_col) TwoTapLine(half[r], v);
       PutLine<one_row, one_col>(r, half[r], v, put);
     }
   }
@@ -347,23 +358,13 @@ struct Stride2 {
     }
   }
 
-  // The frequencies v[1..] of kSize - 1 pixels.
-  static inline void InputLine(const R* pixels, R* v) {
-    R d[kSize], zero;
+  // The frequencies v[1..] of kSize - 1 pixels; v[0] means nothing.
+  static inline void TwoTapLine(const R* pixels, R* v) {
+    R d[kSize];
     d[0] = SetR(0.0f);
     LIPFAST_UNROLL
     for (int r = 1; r < kSize; ++r) d[r] = pixels[r - 1];
-    P::template Input<0>(d, v[1], v[2]);
-    if (P::kPairs == 3) P::template Input<1>(d, v[P::Lo(1)], v[P::Hi(1)]);
-    P::template Input<P::kPairs - 1>(d, zero, v[kSize - 1]);
-  }
-
-  // The same of kT pixels of a gradient.
-  static inline void GradientLine(const R* pixels, R* v) {
-    R zero;
-    P::template Gradient<0>(pixels, v[1], v[2]);
-    if (P::kPairs == 3) P::template Gradient<1>(pixels, v[P::Lo(1)], v[P::Hi(1)]);
-    P::template Gradient<P::kPairs - 1>(pixels, zero, v[kSize - 1]);
+    InputLine<P>(d, v);
   }
 
   // kT pixels of frequencies m[1..].
