@@ -39,6 +39,7 @@ from lipfast.engine.operator_trainer import OperatorTrainer
 from lipfast.engine.trainer import TorchTrainer, Trainer
 from lipfast.errors import BackendError
 from lipfast.ops import _dispatch, _gpu_rule, masked, reference
+from lipfast.ops.batch_norm import batch_norm_activate
 
 DENSITIES = (0.4, 0.2, 0.1, 0.05, 0.02)
 MASKED_DENSITY = 0.4  # one is enough: the masked convolution does not skip what is dead
@@ -62,7 +63,7 @@ FORMS = ((128, 128, 3, 1), (128, 128, 3, 2), (128, 128, 1, 1))  # inputs, output
 SIZES = {
     "toy": [Layer(3, 4, 3, 1, 8)],
     "short": [Layer(*form, 128) for form in FORMS],
-    "full": [Layer(*form, pixels) for pixels in (32, 64, 128, 256) for form in FORMS],
+    "full": [Layer(*form, pixels) for pixels in (8, 16, 32, 64, 128, 256) for form in FORMS],
 }
 TOY_NETWORK = {"in_channels": 4, "down": [8], "skip": 2}
 STEP_PIXELS = {"toy": (16,), "short": (128,), "full": (128, 256, 512)}
@@ -279,6 +280,31 @@ def normalisations(size: str, device: torch.device) -> Iterator[Subject]:
     yield Subject({**keys, "implementation": "torch"}, torch_form)
 
 
+def batch_norms(size: str, device: torch.device) -> Iterator[Subject]:
+    """BatchNorm in training with the activation behind it, there and back, at two sizes of the skip net."""
+    for pixels in (6, 7) if size == "toy" else (32, 256):
+        x, dy = torch.randn(2, 1, 3 if size == "toy" else 128, pixels, pixels, device=device).unbind()
+        parts = [x.requires_grad_(), *torch.rand(2, x.shape[1], device=device).add(0.5).unbind()]
+        running = torch.rand(2, x.shape[1], device=device).unbind()
+
+        def ours(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] = running) -> Tensor:
+            return batch_norm_activate(x, *running, weight, bias, 0.1, 1e-5, 0.2)
+
+        def plain(x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] = running) -> Tensor:
+            normal = torch.nn.functional.batch_norm(x, *running, weight, bias, True, 0.1, 1e-5)
+            return torch.nn.functional.leaky_relu(normal, 0.2)
+
+        def both_ways(form: Callable[..., Tensor], parts: list[Tensor] = parts, dy: Tensor = dy) -> tuple[Tensor, ...]:
+            y = form(*parts)
+            return y.detach(), *torch.autograd.grad(y, parts[0], dy)
+
+        for mine, theirs in zip(both_ways(ours), both_ways(plain), strict=True):
+            check(mine, theirs)
+        keys = {"op": "batch_norm_activate", "pixels": pixels, "bytes": 5 * x.nbytes}
+        for name, form in {"lipfast": ours, "torch": plain}.items():
+            yield Subject({**keys, "implementation": name}, functools.partial(both_ways, form))
+
+
 def pruning_rounds(size: str, device: torch.device) -> Iterator[Subject]:
     """Select, prune, rewind and pack over all tensors of the skip net, as in round 5 of a search."""
     shapes = [(5, 3, 3, 3), (7, 5, 1, 1)] if size == "toy" else select.skip_net_shapes()
@@ -296,9 +322,9 @@ def pruning_rounds(size: str, device: torch.device) -> Iterator[Subject]:
 
 
 def training_steps(size: str, pixels: int, precision: str, device: torch.device) -> Iterator[Subject]:
-    """One step of the skip net with random masks: packed on the rule's kernels, and dense in torch."""
+    """One step of the skip net, dense and with random masks, and masked in torch."""
     kinds: list[tuple[str, Callable[..., Trainer], float]] = [
-        *(("lipfast", OperatorTrainer, density) for density in DENSITIES),
+        *(("lipfast", OperatorTrainer, density) for density in (1.0, *DENSITIES)),
         ("torch", TorchTrainer, 0.1),
     ]
     if device.type == "cuda":
@@ -306,7 +332,8 @@ def training_steps(size: str, pixels: int, precision: str, device: torch.device)
     for name, make, density in kinds:
         torch.manual_seed(0)
         module = priors.build("skip", TOY_NETWORK if size == "toy" else {}, 0).to(device)
-        masks = {n: torch.rand(p.shape, device=device) < density for n, p in module.named_parameters() if p.dim() == 4}
+        weights = {} if density == 1 else {n: p for n, p in module.named_parameters() if p.dim() == 4}
+        masks = {name: torch.rand(weight.shape, device=device) < density for name, weight in weights.items()}
         trainer = make(module, masks, lr=0.01)
         z = torch.rand(priors.as_prior(module).input_shape(pixels, pixels), device=device)
 
@@ -323,7 +350,7 @@ def groups(size: str, device: torch.device) -> Iterator[tuple[str, Iterator[Subj
     yield "ceiling", ceilings(device)
     for layer in SIZES[size]:
         yield "conv", convolutions(layer, device)
-    for flat in (optimiser_steps, mask_applications, normalisations, pruning_rounds):
+    for flat in (optimiser_steps, mask_applications, normalisations, batch_norms, pruning_rounds):
         yield "flat", flat(size, device)
     for pixels in STEP_PIXELS[size]:
         for precision in ("ieee", "tf32"):

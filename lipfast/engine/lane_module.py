@@ -246,6 +246,7 @@ class Compiled:
             for item in lowered.items
         ]
         self._leaf_numbers = self._leaves_read()
+        self._counters = _by_amount(lowered.recording.counted)
 
     def run(self, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Any:
         """The module's result for these inputs and these parameters and buffers."""
@@ -259,8 +260,8 @@ class Compiled:
             else:
                 item.run(known, tensors)
         with torch.no_grad():
-            for name, amount in self._recording.counted:
-                tensors[name].add_(amount)
+            for amount, names in self._counters.items():  # on a GPU each call is a launch
+                torch._foreach_add_([tensors[name] for name in names], amount)
         return pytree.tree_map(
             lambda leaf: known[leaf.number] if isinstance(leaf, Ref) else leaf, self._recording.result
         )
@@ -274,6 +275,14 @@ class Compiled:
     def _dense(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         scatter = self._packed and name in self._masks
         return _scatter(tensors[name], self._masks[name]) if scatter else tensors[name]
+
+
+def _by_amount(counted: Sequence[tuple[str, int]]) -> dict[int, list[str]]:
+    """What to add -> the counters it is added to, each of them once."""
+    totals: dict[str, int] = {}
+    for name, amount in counted:
+        totals[name] = totals.get(name, 0) + amount
+    return {total: [name for name in totals if totals[name] == total] for total in set(totals.values())}
 
 
 def _run_call(call: Call, known: dict[int, Any], device: torch.device) -> None:

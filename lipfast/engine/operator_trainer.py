@@ -5,8 +5,9 @@ Adam is one kernel and its input one gradient. Forward and backward pass are cap
 eager, as callers may change it, and so does Adam, whose step count is a number.
 """
 
-from collections.abc import Callable, Mapping
-from typing import cast
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,14 @@ from lipfast.engine.capture import Recording, record
 from lipfast.engine.graph_trainer import Capture, GraphTrainer, capture_as_graphs
 from lipfast.engine.lane_module import Compiled
 from lipfast.engine.lane_trainer import LaneTrainer, Moments
-from lipfast.engine.operators import lower_to_operators
+from lipfast.engine.operators import PrunedConv, dense_name, lower_to_operators
 from lipfast.engine.runtime import pack, unpack
 from lipfast.engine.trainer import TorchTrainer, is_on_gpu
 from lipfast.errors import InputError
 
 # Floats that a parameter begins at a multiple of: 16 bytes, for 128-bit loads.
 ALIGNMENT = 4
+SPARSE = {"sparse"}
 
 
 class OperatorTrainer(LaneTrainer):
@@ -143,19 +145,106 @@ class _FlatNetwork(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
+        lowered = lower_to_operators(recording, masks, device)
+        convolutions = [item for item in lowered.items if isinstance(item, PrunedConv)]
+        self._layout = _Layout(parameters, masks, convolutions, device)
+        self.values = nn.Parameter(torch.zeros(self._layout.size, device=device))
+        self._network_buffers = dict(buffers)
+        self._compiled = Compiled(lowered, masks, exact=False, device=device)
+
+    def forward(self, z: Tensor) -> Tensor:
+        pieces = _Pieces.apply(self.values, self._layout)  # type: ignore[no-untyped-call]
+        named = dict(zip(self._layout.names, pieces, strict=True))
+        return cast(Tensor, self._compiled.run([z], {**named, **self._network_buffers}))
+
+    def pieces(self, vector: Tensor) -> dict[str, Tensor]:
+        """Parameter name -> its part of a vector like ``values``, a view: packed if pruned, else of its own shape."""
+        return self._layout.pieces(vector)
+
+
+class _Layout:
+    """Where parameters lie in their vector, and where pruned weights lie in one vector of dense weights.
+
+    Attributes:
+        size: of the vector of parameters.
+        names: of the pieces that `_Pieces` makes: all parameters, then the dense weights.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        convolutions: Sequence[PrunedConv],
+        device: torch.device,
+    ) -> None:
+        self._device = device
+        self._patterns = {conv.name: conv.pattern for conv in convolutions}
         self._shapes = {name: (int(masks[name].sum()),) if name in masks else p.shape for name, p in parameters.items()}
         counts = [torch.Size(shape).numel() for shape in self._shapes.values()]
         self._sizes = [part for count in counts for part in (count, -count % ALIGNMENT)]
         self._sizes[-1] += -sum(self._sizes) % 16  # lets Triton load the whole vector in 128-bit pieces
-        self.values = nn.Parameter(torch.zeros(sum(self._sizes), device=device))
-        self._network_buffers = dict(buffers)
-        self._compiled = Compiled(lower_to_operators(recording, masks, device), masks, exact=False, device=device)
-
-    def forward(self, z: Tensor) -> Tensor:
-        tensors = {**self.pieces(self.values), **self._network_buffers}
-        return cast(Tensor, self._compiled.run([z], tensors))
+        self.size = sum(self._sizes)
+        starts = itertools.accumulate(self._sizes[::2], lambda at, size: at + size + -size % ALIGNMENT, initial=0)
+        self._starts = dict(zip(self._shapes, starts, strict=False))
+        self._dense = list(
+            dict.fromkeys(c.name for c in convolutions if set(c.kernels(c.precision).values()) != SPARSE)
+        )
+        self._places: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        self.names = [*self._shapes, *(dense_name(name) for name in self._dense)]
 
     def pieces(self, vector: Tensor) -> dict[str, Tensor]:
-        """Parameter name -> its part of a vector like ``values``, a view: packed if pruned, else of its own shape."""
+        """Parameter name -> its part of the vector, a view of its shape."""
         parts = torch.split(vector, self._sizes)[::2]
         return {name: part.view(shape) for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)}
+
+    def dense(self, vector: Tensor) -> list[Tensor]:
+        """The weights that dense kernels read, unpacked: three launches for all of them."""
+        if not self._dense:
+            return []
+        packed, unpacked = self._kept(self._dense)
+        shapes = [self._patterns[name].shape for name in self._dense]
+        whole = vector.new_zeros(sum(shape.numel() for shape in shapes)).index_copy_(0, unpacked, vector[packed])
+        parts = torch.split(whole, [shape.numel() for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def gradient(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """The vector's gradient from those of the pieces: a few launches for all of them."""
+        flat = torch.zeros(self.size, device=self._device)
+        pieces = list(self.pieces(flat).values())
+        given = [(piece, g) for piece, g in zip(pieces, gradients, strict=False) if g is not None]
+        if given:
+            torch._foreach_copy_([piece for piece, _ in given], [g for _, g in given])
+        dense = [(name, g) for name, g in zip(self._dense, gradients[len(pieces) :], strict=True) if g is not None]
+        if dense:
+            packed, unpacked = self._kept([name for name, _ in dense])
+            flat.index_copy_(0, packed, torch.cat([g.reshape(-1) for _, g in dense])[unpacked])
+        return flat
+
+    def _kept(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Where the kept weights of ``names`` lie in the vector, and in these weights laid end to end."""
+        key = tuple(names)
+        if key not in self._places:
+            patterns = [self._patterns[name] for name in names]
+            begins = itertools.accumulate((pattern.shape.numel() for pattern in patterns), initial=0)
+            places = [
+                torch.arange(self._starts[name], self._starts[name] + len(pattern.positions), device=self._device)
+                for name, pattern in zip(names, patterns, strict=True)
+            ]
+            unpacked = [pattern.positions + begin for pattern, begin in zip(patterns, begins, strict=False)]
+            self._places[key] = torch.cat(places), torch.cat(unpacked)
+        return self._places[key]
+
+
+class _Pieces(torch.autograd.Function):
+    """A vector of parameters -> its pieces and dense weights. Backward, autograd would join hundreds of pieces."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, layout: _Layout) -> tuple[Tensor, ...]:
+        ctx.layout = layout
+        ctx.set_materialize_grads(False)
+        return (*layout.pieces(vector).values(), *layout.dense(vector))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:
+        return ctx.layout.gradient(gradients), None

@@ -1,7 +1,8 @@
-"""Networks operator by operator, as a GPU runs them: torch's calls as recorded, pruned convolutions by our kernels.
+"""Networks operator by operator, as a GPU runs them: torch's calls as recorded, but for what our kernels do better.
 
-A recording becomes a list of calls in which each convolution with a pruned weight is a `PrunedConv`. Nothing here asks
-for a GPU: the same calls run on CPU tensors, which is how they are tested without one.
+A recording becomes a list of calls in which each convolution with a pruned weight is a `PrunedConv` and, where the
+device has a kernel for it, each BatchNorm with its activation a `Normalisation`. Nothing here asks for a GPU: the same
+calls run on CPU tensors, which is how they are tested without one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,15 @@ from torch.utils import _pytree as pytree
 
 from lipfast.engine.capture import Call, Recording, Ref
 from lipfast.engine.lower import Lowered
-from lipfast.ops import pruned_conv
+from lipfast.errors import BackendError
+from lipfast.ops import _dispatch, pruned_conv
+from lipfast.ops.batch_norm import batch_norm_activate
+from lipfast.ops.masked import normalise_activate
 from lipfast.ops.pruned_conv import Pattern, PrunedForm
 
 _CONVOLUTIONS = (torch.conv2d, F.conv2d)
 _PADS = (F.pad, torch._C._nn.pad)
+_SLOPES = {F.leaky_relu: None, F.relu: 0.0, torch.relu: 0.0}  # of the negative side; None: as called
 _MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 
@@ -29,7 +34,7 @@ def lower_to_operators(
     *,
     precision: str | None = None,
 ) -> Lowered:
-    """The recording with its pruned convolutions, and the padding before them, replaced.
+    """The recording with its pruned convolutions, the padding before them, and its normalisations replaced.
 
     Args:
         recording: its pruned weights are leaves, given packed when it runs.
@@ -41,9 +46,17 @@ def lower_to_operators(
     patterns: dict[str, Pattern] = {}
     readers = _readers(recording)
     makers = {call.result.number: call for call in recording.calls if isinstance(call.result, Ref)}
+    activations = {call.refs()[0].number: call for call in recording.calls if call.function in _SLOPES}
     items: list[Any] = []
     fused: set[int] = set()
     for call in recording.calls:
+        if call.function is F.batch_norm:
+            activation = activations.get(call.result.number) if readers.get(call.result.number) == 1 else None
+            normalisation = _normalisation(call, activation, device)
+            if normalisation is not None and activation is not None:
+                fused.add(id(activation))
+            items.append(normalisation or call)
+            continue
         name = _pruned_weight(call, recording, masks)
         form = _form(call) if name is not None else None
         if name is None or form is None:
@@ -63,6 +76,7 @@ class PrunedConv:
     """A recorded convolution with a pruned weight.
 
     Attributes:
+        name: of its weight.
         inputs: the tensors it reads beside its weight.
         form, pattern: see `lipfast.ops.pruned_conv`.
     """
@@ -77,8 +91,8 @@ class PrunedConv:
         device: torch.device,
         precision: str | None,
     ) -> None:
-        self.form, self.pattern = form, pattern
-        self._source, self._name, self._result = source, name, call.result
+        self.name, self.form, self.pattern = name, form, pattern
+        self._source, self._result = source, call.result
         arguments = _arguments(*call.args, **call.kwargs)
         self._bias: Ref | None = arguments["bias"]
         self.inputs = [source] if self._bias is None else [source, self._bias]
@@ -86,12 +100,17 @@ class PrunedConv:
         self._chosen: dict[str, dict[str, str]] = {}
 
     def run(self, known: dict[int, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Compute the result into ``known``; ``tensors`` holds the weight's kept values."""
-        x, values = known[self._source.number], tensors[self._name]
+        """Compute the result into ``known``; ``tensors`` holds the weight's kept values.
+
+        Where it holds the dense weight as well, under `dense_name`, that is not made again.
+        """
+        x, values = known[self._source.number], tensors[self.name]
         bias = None if self._bias is None else known[self._bias.number]
         if x.dtype == values.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
-            kernels, precision = self.kernels(self.precision), self.precision
-            y = pruned_conv.pruned_conv2d(x, values, bias, self.pattern, self.form, kernels, precision=precision)
+            kernels, dense = self.kernels(self.precision), tensors.get(dense_name(self.name))
+            y = pruned_conv.pruned_conv2d(
+                x, values, bias, self.pattern, self.form, kernels, precision=self.precision, dense=dense
+            )
         else:  # torch's rules for types hold
             y = pruned_conv.dense_pruned_conv2d(x, values, bias, self.pattern, self.form)
         known[self._result.number] = y
@@ -108,6 +127,78 @@ class PrunedConv:
                 self.pattern, self.form, torch.Size(self._result.shape), device=self._device, precision=precision
             )
         return self._chosen[precision]
+
+
+def dense_name(weight: str) -> str:
+    """Where `PrunedConv.run` looks for the dense form of a weight beside its kept values."""
+    return f"{weight} (dense)"
+
+
+class Normalisation:
+    """A recorded BatchNorm and the activation behind it, in one kernel each way.
+
+    Attributes:
+        inputs: the tensors it reads.
+    """
+
+    def __init__(self, call: Call, activation: Call | None) -> None:
+        self._calls = [call] if activation is None else [call, activation]
+        self._slope = 1.0 if activation is None else _slope(activation)
+        self._arguments = _norm_arguments(*call.args, **call.kwargs)
+        self._result: Ref = self._calls[-1].result
+        self.inputs = call.refs()
+
+    def run(self, known: dict[int, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Compute the result into ``known``."""
+        given = {name: known[v.number] if isinstance(v, Ref) else v for name, v in self._arguments.items()}
+        x, mean, variance, weight, bias, training, momentum, eps = given.values()
+        if x.dtype != torch.float32 or not x.is_contiguous() or torch.is_autocast_enabled(x.device.type):
+            y = F.leaky_relu(F.batch_norm(x, mean, variance, weight, bias, training, momentum, eps), self._slope)
+        elif training:
+            y = batch_norm_activate(x, mean, variance, weight, bias, momentum, eps, self._slope)
+        else:
+            y = normalise_activate(x, mean, variance, weight, bias, eps, self._slope)
+        known[self._result.number] = y
+
+
+def _normalisation(call: Call, activation: Call | None, device: torch.device) -> Normalisation | None:
+    """What runs a BatchNorm of maps, with the one reader of its result; None leaves both to torch."""
+    a = _norm_arguments(*call.args, **call.kwargs)
+    pairs = [a["running_mean"], a["running_var"]], [a["weight"], a["bias"]]
+    given = [all(isinstance(part, Ref) for part in pair) for pair in pairs]
+    whole = all(given) or (
+        a["training"] and all(g or pair == [None, None] for g, pair in zip(given, pairs, strict=True))
+    )
+    if not whole or not isinstance(a["input"], Ref) or len(a["input"].shape) != 4 or a["momentum"] is None:
+        return None
+    try:
+        backend, _ = _dispatch.pick("batch_norm_activate", device)
+    except BackendError:  # LIPFAST_BACKEND names one without it
+        return None
+    return None if backend == "reference" else Normalisation(call, activation)
+
+
+def _norm_arguments(
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+) -> dict[str, Any]:
+    """``F.batch_norm``'s arguments by name, however they were given."""
+    return locals()
+
+
+def _slope(activation: Call) -> float:
+    fixed = _SLOPES[activation.function]
+    return _leaky_arguments(*activation.args, **activation.kwargs) if fixed is None else fixed
+
+
+def _leaky_arguments(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> float:
+    return negative_slope
 
 
 def _arguments(

@@ -58,8 +58,8 @@ def make_trainer(network: nn.Module, masks: Mapping[str, Tensor] | None, *, lr: 
         network: any module; it is set to training mode.
         masks: parameter name -> bool tensor of its shape, False where the weight is dead; a missing name is not pruned.
         lr: Adam's learning rate.
-        engine: "torch" for torch's dense kernels, "auto" for the best available: lanes on a CPU; on a GPU CUDA graphs,
-            and for a pruned network the kernels that docs/gpu.md's rule names; torch for a network with hooks.
+        engine: "torch" for torch's dense kernels, "auto" for the best available: lanes on a CPU; on a GPU CUDA graphs
+            of our kernels and of torch's (docs/gpu.md); torch for a network with hooks.
 
     Raises:
         ConfigError: unknown engine or a learning rate that is not above 0.
@@ -68,14 +68,12 @@ def make_trainer(network: nn.Module, masks: Mapping[str, Tensor] | None, *, lr: 
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}")
     if engine == "auto":
-        from lipfast.engine.graph_trainer import GraphTrainer  # here: they import this module
-        from lipfast.engine.lane_trainer import LaneTrainer
+        from lipfast.engine.lane_trainer import LaneTrainer  # here: they import this module
         from lipfast.engine.operator_trainer import OperatorTrainer
         from lipfast.engine.runtime import hooked_module
 
         if hooked_module(network) is None:
-            on_gpu = OperatorTrainer if masks else GraphTrainer
-            return (on_gpu if is_on_gpu(network) else LaneTrainer)(network, masks, lr=lr)
+            return (OperatorTrainer if is_on_gpu(network) else LaneTrainer)(network, masks, lr=lr)
     return TorchTrainer(network, masks, lr=lr)
 
 

@@ -1,12 +1,12 @@
 """A convolution with a pruned weight whose directions run in different kernels, as timings on a GPU advise."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lipfast.ops import _dispatch, _gpu_rule, masked, reference, sparse_conv
+from lipfast.ops import _dispatch, _gpu_rule, _padding, masked, reference, sparse_conv
 from lipfast.ops.sparse_conv import SparseWeight
 
 
@@ -73,6 +73,7 @@ def pruned_conv2d(
     kernels: dict[str, str],
     *,
     precision: str = "ieee",
+    dense: Tensor | None = None,
 ) -> Tensor:
     """Convolve with the kept ``values`` of a weight; gradients for them, ``x`` and ``bias``.
 
@@ -82,11 +83,14 @@ def pruned_conv2d(
         form: stride, padding and so on.
         kernels: what runs each direction, as `choose_kernels` gives it.
         precision: of factors in dense arithmetic: "ieee", "tf32" or "bf16"; sparse kernels always multiply in fp32.
+        dense: the same weight unpacked, where the caller has it. It then takes the gradient of a dense kernel, whole;
+            ``values`` take that of a sparse one.
 
     Returns:
         ``(batch, outputs, rows, columns)``. Double backward is refused by torch.
     """
-    y: Tensor = _PrunedConv.apply(x, values, bias, pattern, form, kernels, precision)  # type: ignore[no-untyped-call]
+    settings = (pattern, form, kernels, precision)
+    y: Tensor = _PrunedConv.apply(x, values, bias, dense, *settings)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -103,20 +107,25 @@ class _PrunedConv(torch.autograd.Function):
         x: Tensor,
         values: Tensor,
         bias: Tensor | None,
+        dense: Tensor | None,
         pattern: Pattern,
         form: PrunedForm,
         kernels: dict[str, str],
         precision: str,
     ) -> Tensor:
-        ctx.save_for_backward(x, values)
-        ctx.layer = (pattern, form, kernels, precision)
+        ctx.given_dense, ctx.input_size, ctx.settings = dense is not None, x.shape, (pattern, kernels, precision)
+        weight = SparseWeight(values, pattern.positions, pattern.shape)
+        if dense is None:  # of no use to sparse kernels
+            dense = values if set(kernels.values()) == {"sparse"} else weight.to_dense()
+        ctx.form, ctx.form_of_x = form, form
+        if _pads_once(form, kernels):
+            x, form = _padding.pad(x, form.padding, form.padding_mode), replace(form, padding=(0, 0))
+            ctx.form_of_x = form
+        ctx.save_for_backward(x, values, dense)
+        settings = (form.stride, form.padding, form.padding_mode)
         if kernels["forward"] == "sparse":
-            weight = SparseWeight(values, pattern.positions, pattern.shape)
-            settings = (form.stride, form.padding, form.padding_mode)
             return sparse_conv.sparse_conv2d(x, weight, bias, *settings)
-        dense = _dense(values, pattern)
         if kernels["forward"] == "masked":
-            settings = (form.stride, form.padding, form.padding_mode)
             y = masked.masked_conv2d(x, dense, pattern.words, *settings, precision=precision)
             return y if bias is None else y.add_(bias.view(1, -1, 1, 1))
         with reference.convolving_in(precision, x.device):
@@ -125,20 +134,28 @@ class _PrunedConv(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (x, values), (pattern, form, *rest) = ctx.saved_tensors, ctx.layer
-        needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
-        dx = _input_gradient(dy, values, x.shape, pattern, form, *rest) if needs_x else None
-        dvalues = _weight_gradient(x, dy, pattern, form, *rest) if needs_values else None
+        (x, values, dense), (pattern, kernels, _) = ctx.saved_tensors, ctx.settings
+        needs_x, needs_values, needs_bias, needs_dense = ctx.needs_input_grad[:4]
+        dx = _input_gradient(dy, values, dense, ctx.input_size, ctx.form, *ctx.settings) if needs_x else None
+        dweight = _weight_gradient(x, dy, ctx.form_of_x, *ctx.settings) if needs_values or needs_dense else None
+        dvalues = ddense = None
+        if dweight is None or kernels["weight_gradient"] == "sparse":
+            dvalues = dweight
+        elif ctx.given_dense:
+            ddense = dweight
+        else:
+            dvalues = dweight.reshape(-1)[pattern.positions]
         dbias = dy.sum((0, 2, 3)) if needs_bias else None
-        return dx, dvalues, dbias, None, None, None, None
+        return dx, dvalues, dbias, ddense, None, None, None, None
 
 
 def _input_gradient(
     dy: Tensor,
     values: Tensor,
+    dense: Tensor,
     input_size: torch.Size,
-    pattern: Pattern,
     form: PrunedForm,
+    pattern: Pattern,
     kernels: dict[str, str],
     precision: str,
 ) -> Tensor:
@@ -148,28 +165,25 @@ def _input_gradient(
         dx: Tensor = run(dy, values.contiguous(), pattern.positions, pattern.shape, input_size, *settings)
         return dx
     with reference.convolving_in(precision, dy.device):
-        return reference.dense_input_gradient(dy, _dense(values, pattern), input_size, *_settings(form))
+        return reference.dense_input_gradient(dy, dense, input_size, *_settings(form))
 
 
 def _weight_gradient(
-    x: Tensor,
-    dy: Tensor,
-    pattern: Pattern,
-    form: PrunedForm,
-    kernels: dict[str, str],
-    precision: str,
+    x: Tensor, dy: Tensor, form: PrunedForm, pattern: Pattern, kernels: dict[str, str], precision: str
 ) -> Tensor:
+    """Of the kept values by a sparse kernel, else of the dense weight."""
     if kernels["weight_gradient"] == "sparse":
         _, run = _dispatch.pick("sparse_conv2d_weight_gradient", x.device)
         gradient: Tensor = run(x, dy, pattern.positions, pattern.shape, form.stride, form.padding, form.padding_mode)
         return gradient
     with reference.convolving_in(precision, x.device):
-        dense = reference.dense_weight_gradient(x, dy, pattern.shape, *_settings(form))
-    return dense.reshape(-1)[pattern.positions]
+        return reference.dense_weight_gradient(x, dy, pattern.shape, *_settings(form))
 
 
-def _dense(values: Tensor, pattern: Pattern) -> Tensor:
-    return SparseWeight(values.detach(), pattern.positions, pattern.shape).to_dense()
+def _pads_once(form: PrunedForm, kernels: dict[str, str]) -> bool:
+    """Whether forward and weight gradient share a padded copy of the map: dense kernels pad with zeros alone."""
+    dense = (kernels["forward"], kernels["weight_gradient"]) == ("dense", "dense")
+    return dense and form.padding_mode != "zeros" and form.padding != (0, 0)
 
 
 def _settings(form: PrunedForm) -> tuple[tuple[int, int], tuple[int, int], str, int, int]:

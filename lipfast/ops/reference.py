@@ -320,3 +320,39 @@ def normalise_activate_backward(
     wide, g, scale = x.to(scale.dtype), dy.to(scale.dtype), scale.view(per_channel)
     g = torch.where(wide * scale + shift.view(per_channel) > 0, g, g * slope)
     return (g * scale).to(x.dtype), g.sum((0, 2, 3)), (g * (wide - mean.view(per_channel))).sum((0, 2, 3))
+
+
+def batch_norm_activate(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_variance: Tensor | None,
+    momentum: float,
+    eps: float,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LeakyReLU of slope ``slope`` (1: none) of BatchNorm in training, which moves the running statistics.
+
+    Returns:
+        The result; mean and ``1 / sqrt(variance + eps)`` of each channel.
+    """
+    mean = x.mean((0, 2, 3))
+    variance = x.var((0, 2, 3), correction=0)
+    inverse = torch.rsqrt(variance + eps)
+    normal = torch.nn.functional.batch_norm(x, running_mean, running_variance, weight, bias, True, momentum, eps)
+    return torch.nn.functional.leaky_relu(normal, slope), mean, inverse
+
+
+def batch_norm_activate_backward(
+    x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse: Tensor, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``batch_norm_activate`` for ``x``, ``weight`` and ``bias``."""
+    mean, inverse = (vector.view(1, -1, 1, 1) for vector in (mean, inverse))
+    normal = (x - mean) * inverse
+    scale = 1.0 if weight is None else weight.view(1, -1, 1, 1)
+    scaled = normal * scale + (0.0 if bias is None else bias.view(1, -1, 1, 1))
+    g = torch.where(scaled > 0, dy, dy * slope)
+    dbias, dweight = g.sum((0, 2, 3)), (g * normal).sum((0, 2, 3))
+    dot = (dbias.view(1, -1, 1, 1) + normal * dweight.view(1, -1, 1, 1)) * (x.shape[1] / x.numel())
+    return inverse * scale * (g - dot), dweight, dbias

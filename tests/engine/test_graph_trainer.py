@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lipfast.engine import graph_trainer, operator_trainer, trainer
+from lipfast.engine import operator_trainer, trainer
 from lipfast.engine.graph_trainer import GraphTrainer
 from lipfast.engine.trainer import TorchTrainer, make_trainer
 
@@ -73,15 +73,14 @@ def test_the_callers_module_keeps_its_own_forward():
     assert trained.network()(torch.rand(1, 2, 8, 8)).shape == (1, 1, 8, 8)
 
 
-def test_auto_takes_graphs_for_a_network_on_a_gpu(monkeypatch):
+def test_auto_takes_operators_for_a_network_on_a_gpu(monkeypatch):
     class OnGpu(nn.Linear):
         def parameters(self, recurse=True):
             return iter([SimpleNamespace(is_cuda=True)])
 
-    monkeypatch.setattr(graph_trainer, "GraphTrainer", lambda network, masks, *, lr: ("graphs", lr))
-    assert make_trainer(OnGpu(1, 1), None, lr=0.5, engine="auto") == ("graphs", 0.5)
     monkeypatch.setattr(operator_trainer, "OperatorTrainer", lambda network, masks, *, lr: ("operators", masks))
-    assert make_trainer(OnGpu(1, 1), {"weight": "a mask"}, lr=0.5, engine="auto") == ("operators", {"weight": "a mask"})
+    for masks in (None, {"weight": "a mask"}):
+        assert make_trainer(OnGpu(1, 1), masks, lr=0.5, engine="auto") == ("operators", masks)
     hooked = OnGpu(1, 1)
     hooked.register_forward_hook(lambda *_: None)
     monkeypatch.setattr(trainer, "TorchTrainer", lambda network, masks, *, lr: "torch")

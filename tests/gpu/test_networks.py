@@ -111,6 +111,43 @@ def test_a_trainer_takes_torchs_steps(forced):
     )
 
 
+@pytest.mark.parametrize("weight_gradient", ["dense", "sparse"])
+def test_a_trainer_learns_every_kind_of_parameter(weight_gradient, monkeypatch):
+    """Pruned convolutions by kernels of both kinds, a pruned layer that is none, norms of every make, sizes that need
+    alignment: all lie in one vector. A bias before a norm would learn rounding errors, so there is none."""
+    kernels = {"forward": "dense", "input_gradient": "dense", "weight_gradient": weight_gradient}
+    monkeypatch.setattr(_gpu_rule, "choose", lambda layer, **where: kernels)
+    network = nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect", bias=False),
+        nn.BatchNorm2d(5, affine=False),
+        nn.ReLU(),
+        nn.Conv2d(5, 7, 1, bias=False),
+        nn.BatchNorm2d(7, track_running_stats=False),
+        nn.Conv2d(7, 3, 3, stride=2, bias=False),
+        nn.BatchNorm2d(3, momentum=0.3),
+        nn.LeakyReLU(0.1, inplace=True),
+        nn.Conv2d(3, 3, 1),
+        nn.Flatten(),
+        nn.Linear(3 * 3 * 2, 4),
+    ).to(DEVICE)
+    masks = {n: torch.rand(p.shape, device=DEVICE) < 0.6 for n, p in network.named_parameters() if p.dim() > 1}
+    ours = OperatorTrainer(copy.deepcopy(network), masks, lr=0.01)
+    plain = TorchTrainer(network, masks, lr=0.01)
+    z = torch.rand(2, 3, 8, 6, device=DEVICE)
+    for _ in range(3):
+        (loss, _), (want, _) = ours.step(z, loss_of), plain.step(z, loss_of)
+        torch.testing.assert_close(loss, want, rtol=1e-3, atol=1e-6)
+    got, wanted = ours.snapshot(), plain.snapshot()
+    assert got.keys() == wanted.keys()
+    for name, mask in masks.items():
+        assert not got[name][~mask].any()
+    counters = [name for name in wanted if "num_batches" in name]
+    statistics = [name for name in wanted if "running" in name]
+    assert len(counters) == len(statistics) / 2 == 2
+    for name in (*counters, *statistics, *(f"adam.exp_avg_sq.{name}" for name in masks)):
+        torch.testing.assert_close(got[name], wanted[name].to(got[name].device), rtol=2e-2, atol=1e-6, msg=name)
+
+
 def test_by_its_rule_a_gpu_keeps_small_dense_layers_dense(calls):
     network, _ = pruned_network()
     x = torch.randn(1, 3, 12, 10, device=DEVICE)

@@ -163,6 +163,43 @@ def test_normalise_activate_backward(size, dtype):
         close(mine, theirs, terms=terms)
 
 
+# Whole channels of odd and full blocks, several items, planes beyond a block, and one that is beyond a whole plane.
+NORM_SIZES = [(1, 3, 5, 7), (1, 2, 32, 32), (3, 2, 5, 4), (2, 1, 64, 65), (1, 1, 130, 128)]
+
+
+@pytest.mark.parametrize("size", NORM_SIZES)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("slope", [0.2, 1.0])
+def test_batch_norm_activate(size, affine, slope):
+    x = torch.randn(size) * 3 + 5
+    weight, bias = torch.randn(2, size[1]).unbind() if affine else (None, None)
+    before = torch.rand(2, size[1])
+    layer = (weight, bias, *before.clone().unbind(), 0.3, 1e-3, slope)
+    want = reference.batch_norm_activate(x.double(), *(v.double() if isinstance(v, torch.Tensor) else v for v in layer))
+    moved = [v.double() for v in before]
+    torch.nn.functional.batch_norm(x.double(), *moved, None, None, True, 0.3, 1e-3)
+    running = [place(vector.clone()) for vector in before]
+    given = [None if v is None else place(v) for v in (weight, bias)]
+    got = run(ops.batch_norm_activate, place(x), *given, *running, 0.3, 1e-3, slope)
+    for mine, theirs in zip((*got, *running), (*want, *moved), strict=True):
+        close(mine, theirs.float(), terms=32)  # sums of blocks in trees; values of up to 20 lose as many bits
+
+    dy = torch.randn(size)
+    want = reference.batch_norm_activate_backward(
+        x.double(), dy.double(), *(None if v is None else v.double() for v in (weight, bias)), *want[1:], slope
+    )
+    got = run(ops.batch_norm_activate_backward, place(x), place(dy), *given, *(place(v.cpu()) for v in got[1:]), slope)
+    for mine, theirs, terms in zip(got, want, (32, x[:, 0].numel() ** 0.5, x[:, 0].numel() ** 0.5), strict=True):
+        close(mine, theirs.float(), terms=32 + int(terms))
+
+
+def test_batch_norm_without_running_statistics_keeps_none():
+    x = torch.randn(1, 2, 4, 4)
+    got, mean, _ = run(ops.batch_norm_activate, place(x), None, None, None, None, 0.1, 1e-5, 1.0)
+    close(got, torch.nn.functional.batch_norm(x, None, None, training=True), terms=16)
+    close(mean, x.mean((0, 2, 3)), terms=16)
+
+
 @pytest.mark.parametrize("mode", ["reflect", "circular"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(

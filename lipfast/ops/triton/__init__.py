@@ -11,7 +11,12 @@ from lipfast.ops.triton.masked_conv import (
     masked_conv2d_weight_gradient,
     pack_channel_masks,
 )
-from lipfast.ops.triton.norm import normalise_activate, normalise_activate_backward
+from lipfast.ops.triton.norm import (
+    batch_norm_activate,
+    batch_norm_activate_backward,
+    normalise_activate,
+    normalise_activate_backward,
+)
 from lipfast.ops.triton.rewind import begin_pruning, gather_kept, rewind_pack, scatter_kept
 from lipfast.ops.triton.select import prune_smallest
 from lipfast.ops.triton.sparse_conv import (
@@ -24,6 +29,8 @@ from lipfast.ops.triton.step import adam_step, sgd_step
 __all__ = [
     "adam_step",
     "apply_mask",
+    "batch_norm_activate",
+    "batch_norm_activate_backward",
     "begin_pruning",
     "fold_padding",
     "gather_kept",

@@ -35,6 +35,8 @@ CONFIGS: dict[str, Config] = {
     "fold": _config(BLOCK=512),
     "normalise": _config(BLOCK=1024),
     "normalise_backward": _config(BLOCK=1024),
+    "batch_norm": _config(warps=8, BLOCK=4096),
+    "batch_norm_whole": _config(warps=16, BLOCK=1 << 14),  # smaller channels take smaller blocks
     "sparse_forward": _config(BLOCK=512),
     "sparse_input_gradient": _config(BLOCK=512),
     "sparse_weight_gradient": _config(BLOCK=1024),

@@ -36,7 +36,19 @@ F32, F16, BF16, I32, I64, U8 = "*fp32", "*fp16", "*bf16", "*i32", "*i64", "*u8"
 # name -> (setting, kernel, argument types in order, constants beside the setting's). Integer arguments named in
 # MULTIPLES_OF_16 are promised to be multiples of 16, as Triton itself finds out at run time.
 MULTIPLES_OF_16 = {"n", "kept", "plane"}
-FLOATS = {"step_size", "root_scale", "beta1", "beta2", "eps", "weight_decay", "lr", "momentum", "dampening", "slope"}
+FLOATS = {
+    "step_size",
+    "root_scale",
+    "beta1",
+    "beta2",
+    "eps",
+    "weight_decay",
+    "lr",
+    "momentum",
+    "dampening",
+    "slope",
+    "unbiased",
+}
 KERNELS = {
     "adam": ("adam", step.adam_kernel, [F32, F32, F32, F32, I32], {"MASKED": True}),
     "adam bf16": ("adam", step.adam_kernel, [BF16, BF16, F32, F32, I32], {"MASKED": True}),
@@ -60,6 +72,27 @@ KERNELS = {
     "normalise": ("normalise", norm.normalise_kernel, [F32] * 6, {}),
     "normalise bf16": ("normalise", norm.normalise_kernel, [BF16, F32, F32, F32, F32, BF16], {}),
     "normalise_backward": ("normalise_backward", norm.normalise_backward_kernel, 8 * [F32], {}),
+    "statistics": ("batch_norm", norm.statistics_kernel, 3 * [F32], {}),
+    "batch_norm": ("batch_norm", norm.batch_norm_kernel, 10 * [F32], {"AFFINE": True, "RUNNING": True, "PARTS": 16}),
+    "batch_norm whole": (
+        "batch_norm_whole",
+        norm.batch_norm_kernel,
+        10 * [F32],
+        {"AFFINE": True, "RUNNING": True, "PARTS": 1},
+    ),
+    "batch_norm_sums": ("batch_norm", norm.batch_norm_sums_kernel, 8 * [F32], {"AFFINE": True}),
+    "batch_norm_backward": (
+        "batch_norm",
+        norm.batch_norm_backward_kernel,
+        11 * [F32],
+        {"AFFINE": True, "PARTS": 16},
+    ),
+    "batch_norm_backward whole": (
+        "batch_norm_whole",
+        norm.batch_norm_backward_kernel,
+        11 * [F32],
+        {"AFFINE": True, "PARTS": 1},
+    ),
     "sparse_forward": (
         "sparse_forward",
         sparse_conv.sparse_forward_kernel,
