@@ -320,3 +320,18 @@ def normalise_activate_backward(
     wide, g, scale = x.to(scale.dtype), dy.to(scale.dtype), scale.view(per_channel)
     g = torch.where(wide * scale + shift.view(per_channel) > 0, g, g * slope)
     return (g * scale).to(x.dtype), g.sum((0, 2, 3)), (g * (wide - mean.view(per_channel))).sum((0, 2, 3))
+
+
+def upsample_bilinear(x: Tensor, size: Sequence[int], align_corners: bool, scales: Sequence[float] | None) -> Tensor:
+    """See ``lipfast.ops.upsample_bilinear``; what ``interpolate`` calls, which takes either a size or scales."""
+    y: Tensor = torch.ops.aten.upsample_bilinear2d(x, size, align_corners, *(scales or (None, None)))
+    return y
+
+
+def upsample_bilinear_backward(
+    dy: Tensor, size: Sequence[int], align_corners: bool, scales: Sequence[float] | None
+) -> Tensor:
+    """Gradient of ``upsample_bilinear`` for a map of ``size`` (rows, columns)."""
+    sizes = (dy.shape[2:], (*dy.shape[:2], *size))
+    dx: Tensor = torch.ops.aten.upsample_bilinear2d_backward(dy, *sizes, align_corners, *(scales or (None, None)))
+    return dx
