@@ -208,9 +208,10 @@ def test_bilinear_enlargement_and_its_gradient(shape, size, scales, align_corner
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize(("before", "after"), [(1, 16), (2, 3), (3, 23), (7, 21), (20, 53), (150, 307)])
-def test_a_bilinear_gradient_reaches_every_reader(before, after, align_corners):
+@pytest.mark.parametrize(("before", "after"), [(1, 16), (2, 3), (3, 24), (7, 21), (20, 53), (150, 307)])
+def test_a_bilinear_gradient_reaches_every_reader(before, after, align_corners, monkeypatch):
     """The weights of an output pixel add up to 1: a reader that is left out is missing from the sum."""
+    monkeypatch.delattr(reference, "upsample_bilinear_backward")  # up to 8 times, torch is not asked
     for size, dy in (((before, 1), torch.ones(1, 1, after, 1)), ((1, before), torch.ones(1, 1, 1, after))):
         got = run(ops.upsample_bilinear_backward, place(dy), size, align_corners, None)
         assert float(got.double().sum()) == pytest.approx(after, rel=4 * 2**-23)

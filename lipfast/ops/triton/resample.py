@@ -14,7 +14,7 @@ from lipfast.ops import reference
 from lipfast.ops.triton.configs import CONFIGS
 
 SLACK = tl.constexpr(2**-20)  # of an axis: more than float32 rounds a position on it by
-MOST_READERS = 16  # of an input position along an axis, i.e. enlargement by 8: all of them are one thread's work
+MOST_READERS = 24  # of an input position along an axis, all one thread's work: enough for 8 times any size
 
 
 @triton.jit
