@@ -294,15 +294,41 @@ def batch_norms(size: str, device: torch.device) -> Iterator[Subject]:
             normal = torch.nn.functional.batch_norm(x, *running, weight, bias, True, 0.1, 1e-5)
             return torch.nn.functional.leaky_relu(normal, 0.2)
 
-        def both_ways(form: Callable[..., Tensor], parts: list[Tensor] = parts, dy: Tensor = dy) -> tuple[Tensor, ...]:
-            y = form(*parts)
-            return y.detach(), *torch.autograd.grad(y, parts[0], dy)
-
-        for mine, theirs in zip(both_ways(ours), both_ways(plain), strict=True):
-            check(mine, theirs)
         keys = {"op": "batch_norm_activate", "pixels": pixels, "bytes": 5 * x.nbytes}
-        for name, form in {"lipfast": ours, "torch": plain}.items():
-            yield Subject({**keys, "implementation": name}, functools.partial(both_ways, form))
+        yield from there_and_back(keys, ours, plain, parts, dy)
+
+
+def enlargements(size: str, device: torch.device) -> Iterator[Subject]:
+    """Bilinear upsampling by 2, there and back, at two sizes of the skip net."""
+    for pixels in (3, 4) if size == "toy" else (16, 128):
+        x = torch.randn(1, 3 if size == "toy" else 128, pixels, pixels, device=device, requires_grad=True)
+        dy = torch.randn(*x.shape[:2], 2 * pixels, 2 * pixels, device=device)
+
+        def ours(x: Tensor, size: torch.Size = dy.shape[2:]) -> Tensor:
+            return ops.upsample_bilinear(x, size, scales=(2.0, 2.0))
+
+        plain = functools.partial(torch.nn.functional.interpolate, scale_factor=2.0, mode="bilinear")
+        keys = {"op": "upsample_bilinear", "pixels": 2 * pixels, "bytes": 2 * (x.nbytes + dy.nbytes)}
+        yield from there_and_back(keys, ours, plain, [x], dy)
+
+
+def there_and_back(
+    keys: dict[str, object],
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    parts: list[Tensor],
+    dy: Tensor,
+) -> Iterator[Subject]:
+    """Forward and backward pass of both forms of a function of ``parts``, of which the first wants a gradient."""
+
+    def both_ways(form: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        y = form(*parts)
+        return y.detach(), *torch.autograd.grad(y, parts[0], dy)
+
+    for mine, theirs in zip(both_ways(ours), both_ways(plain), strict=True):
+        check(mine, theirs)
+    for name, form in {"lipfast": ours, "torch": plain}.items():
+        yield Subject({**keys, "implementation": name}, functools.partial(both_ways, form))
 
 
 def pruning_rounds(size: str, device: torch.device) -> Iterator[Subject]:
@@ -350,7 +376,7 @@ def groups(size: str, device: torch.device) -> Iterator[tuple[str, Iterator[Subj
     yield "ceiling", ceilings(device)
     for layer in SIZES[size]:
         yield "conv", convolutions(layer, device)
-    for flat in (optimiser_steps, mask_applications, normalisations, batch_norms, pruning_rounds):
+    for flat in (optimiser_steps, mask_applications, normalisations, batch_norms, enlargements, pruning_rounds):
         yield "flat", flat(size, device)
     for pixels in STEP_PIXELS[size]:
         for precision in ("ieee", "tf32"):

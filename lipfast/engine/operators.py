@@ -1,8 +1,8 @@
 """Networks operator by operator, as a GPU runs them: torch's calls as recorded, but for what our kernels do better.
 
 A recording becomes a list of calls in which each convolution with a pruned weight is a `PrunedConv` and, where the
-device has a kernel for it, each BatchNorm with its activation a `Normalisation`. Nothing here asks for a GPU: the same
-calls run on CPU tensors, which is how they are tested without one.
+device has kernels for them, each BatchNorm with its activation a `Normalisation` and each bilinear enlargement an
+`Enlargement`. Nothing here asks for a GPU: the same calls run on CPU tensors, which is how they are tested without one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +20,7 @@ from lipfast.ops import _dispatch, pruned_conv
 from lipfast.ops.batch_norm import batch_norm_activate
 from lipfast.ops.masked import normalise_activate
 from lipfast.ops.pruned_conv import Pattern, PrunedForm
+from lipfast.ops.upsample import upsample_bilinear
 
 _CONVOLUTIONS = (torch.conv2d, F.conv2d)
 _PADS = (F.pad, torch._C._nn.pad)
@@ -56,6 +57,9 @@ def lower_to_operators(
             if normalisation is not None and activation is not None:
                 fused.add(id(activation))
             items.append(normalisation or call)
+            continue
+        if call.function is F.interpolate:
+            items.append(_enlargement(call, device) or call)
             continue
         name = _pruned_weight(call, recording, masks)
         form = _form(call) if name is not None else None
@@ -171,11 +175,14 @@ def _normalisation(call: Call, activation: Call | None, device: torch.device) ->
     )
     if not whole or not isinstance(a["input"], Ref) or len(a["input"].shape) != 4 or a["momentum"] is None:
         return None
+    return Normalisation(call, activation) if _has_kernel("batch_norm_activate", device) else None
+
+
+def _has_kernel(op: str, device: torch.device) -> bool:
     try:
-        backend, _ = _dispatch.pick("batch_norm_activate", device)
+        return _dispatch.pick(op, device)[0] != "reference"
     except BackendError:  # LIPFAST_BACKEND names one without it
-        return None
-    return None if backend == "reference" else Normalisation(call, activation)
+        return False
 
 
 def _norm_arguments(
@@ -190,6 +197,49 @@ def _norm_arguments(
 ) -> dict[str, Any]:
     """``F.batch_norm``'s arguments by name, however they were given."""
     return locals()
+
+
+class Enlargement:
+    """A recorded bilinear upsampling.
+
+    Attributes:
+        inputs: the map it reads.
+    """
+
+    def __init__(self, call: Call, align_corners: bool, scales: list[float] | None) -> None:
+        self.inputs = call.refs()
+        self._result: Ref = call.result
+        self._align_corners, self._scales = align_corners, scales
+
+    def run(self, known: dict[int, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Compute the result into ``known``."""
+        x, size = known[self.inputs[0].number], self._result.shape[2:]
+        known[self._result.number] = upsample_bilinear(x, size, align_corners=self._align_corners, scales=self._scales)
+
+
+def _enlargement(call: Call, device: torch.device) -> Enlargement | None:
+    """What runs an upsampling; None leaves it to torch."""
+    source, scales, mode, align_corners = _interpolate_arguments(*call.args, **call.kwargs)
+    larger = [after >= before for before, after in zip(source.shape[2:], call.result.shape[2:], strict=True)]
+    if mode != "bilinear" or not all(larger) or not _has_kernel("upsample_bilinear", device):
+        return None
+    return Enlargement(call, bool(align_corners), scales)
+
+
+def _interpolate_arguments(
+    input: Any,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> tuple[Ref, list[float] | None, str, bool | None]:
+    """``F.interpolate``'s map, scales (of rows, columns) where they place pixels, mode, and whether corners align."""
+    if scale_factor is not None and not isinstance(scale_factor, (tuple, list)):
+        scale_factor = (scale_factor,) * 2
+    placing = scale_factor is not None and not recompute_scale_factor
+    return input, list(scale_factor) if placing else None, "antialiased" if antialias else mode, align_corners
 
 
 def _slope(activation: Call) -> float:

@@ -10,6 +10,7 @@ from lipfast.ops.rewind import Rewound, prune_rewind_pack
 from lipfast.ops.select import prune_smallest
 from lipfast.ops.sparse_conv import SparseWeight, sparse_conv2d
 from lipfast.ops.step import adam_step, sgd_step
+from lipfast.ops.upsample import upsample_bilinear
 
 __all__ = [
     "ConvForm",
@@ -28,6 +29,7 @@ __all__ = [
     "scatter_kept",
     "sgd_step",
     "sparse_conv2d",
+    "upsample_bilinear",
 ]
 
 # The first square root that torch takes on several threads at once comes out with half its digits on some of them in

@@ -356,3 +356,18 @@ def batch_norm_activate_backward(
     dbias, dweight = g.sum((0, 2, 3)), (g * normal).sum((0, 2, 3))
     dot = (dbias.view(1, -1, 1, 1) + normal * dweight.view(1, -1, 1, 1)) * (x.shape[1] / x.numel())
     return inverse * scale * (g - dot), dweight, dbias
+
+
+def upsample_bilinear(x: Tensor, size: Sequence[int], align_corners: bool, scales: Sequence[float] | None) -> Tensor:
+    """See ``lipfast.ops.upsample_bilinear``; what ``interpolate`` calls, which takes either a size or scales."""
+    y: Tensor = torch.ops.aten.upsample_bilinear2d(x, size, align_corners, *(scales or (None, None)))
+    return y
+
+
+def upsample_bilinear_backward(
+    dy: Tensor, size: Sequence[int], align_corners: bool, scales: Sequence[float] | None
+) -> Tensor:
+    """Gradient of ``upsample_bilinear`` for a map of ``size`` (rows, columns)."""
+    sizes = (dy.shape[2:], (*dy.shape[:2], *size))
+    dx: Tensor = torch.ops.aten.upsample_bilinear2d_backward(dy, *sizes, align_corners, *(scales or (None, None)))
+    return dx

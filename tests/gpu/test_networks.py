@@ -92,6 +92,37 @@ def test_an_accelerated_module_computes_and_learns_what_torch_does(forced, calls
         assert sum(count for name, count in calls.items() if "conv2d" in name) >= 5
 
 
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_norms_and_enlargements_run_in_our_kernels(align_corners, calls):
+    """In both modes, whatever is pruned: with torch's activations, statistics, sizes and scales."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Upsample(scale_factor=(1.5, 2), mode="bilinear", align_corners=align_corners),
+        nn.BatchNorm2d(4, momentum=0.3),
+        nn.Upsample(size=(17, 20), mode="bilinear", align_corners=align_corners),
+        nn.Upsample(size=(9, 10), mode="bilinear"),  # shrinks: torch's
+        nn.BatchNorm2d(4, affine=False),
+    ).to(DEVICE)
+    fast = lipfast.accelerate(network)
+    for training in (True, False):
+        x = torch.randn(2, 3, 7, 6, device=DEVICE, requires_grad=True)
+        network.train(training)
+        fast.train(training)
+        want, got = network(x), fast(x)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        gradients = [
+            torch.autograd.grad(loss_of(y), (x, *net.parameters())) for y, net in ((got, fast), (want, network))
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+    for (name, mine), theirs in zip(fast.named_buffers(), network.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=name)
+    assert calls["batch_norm_activate"] == calls["batch_norm_activate_backward"] == 3
+    assert calls["upsample_bilinear"] == calls["upsample_bilinear_backward"] == 4
+    assert calls["normalise_activate"] == 2  # the one without weights is torch's
+
+
 def test_a_trainer_takes_torchs_steps(forced):
     network, masks = pruned_network()
     ours = OperatorTrainer(copy.deepcopy(network), masks, lr=0.01)
@@ -126,26 +157,28 @@ def test_a_trainer_learns_every_kind_of_parameter(weight_gradient, monkeypatch):
         nn.Conv2d(7, 3, 3, stride=2, bias=False),
         nn.BatchNorm2d(3, momentum=0.3),
         nn.LeakyReLU(0.1, inplace=True),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
         nn.Conv2d(3, 3, 1),
         nn.Flatten(),
-        nn.Linear(3 * 3 * 2, 4),
+        nn.Linear(3 * 6 * 4, 4),
     ).to(DEVICE)
     masks = {n: torch.rand(p.shape, device=DEVICE) < 0.6 for n, p in network.named_parameters() if p.dim() > 1}
     ours = OperatorTrainer(copy.deepcopy(network), masks, lr=0.01)
     plain = TorchTrainer(network, masks, lr=0.01)
     z = torch.rand(2, 3, 8, 6, device=DEVICE)
-    for _ in range(3):
+    for step in range(3):
         (loss, _), (want, _) = ours.step(z, loss_of), plain.step(z, loss_of)
         torch.testing.assert_close(loss, want, rtol=1e-3, atol=1e-6)
-    got, wanted = ours.snapshot(), plain.snapshot()
+        if step == 0:  # later ones differ where a gradient is 0 but for rounding, which Adam makes a whole step of
+            got, wanted = ours.snapshot(), plain.snapshot()
     assert got.keys() == wanted.keys()
     for name, mask in masks.items():
         assert not got[name][~mask].any()
-    counters = [name for name in wanted if "num_batches" in name]
-    statistics = [name for name in wanted if "running" in name]
-    assert len(counters) == len(statistics) / 2 == 2
-    for name in (*counters, *statistics, *(f"adam.exp_avg_sq.{name}" for name in masks)):
-        torch.testing.assert_close(got[name], wanted[name].to(got[name].device), rtol=2e-2, atol=1e-6, msg=name)
+    statistics = [name for name in wanted if "running" in name or "num_batches" in name]
+    assert len(statistics) == 2 * 3
+    for name in (*statistics, *(f"adam.exp_avg.{name}" for name, _ in network.named_parameters())):
+        theirs = wanted[name].to(got[name].device)
+        torch.testing.assert_close(got[name], theirs, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_by_its_rule_a_gpu_keeps_small_dense_layers_dense(calls):

@@ -216,6 +216,57 @@ def test_padding_is_folded_back(size, padding, mode, dtype):
     close(run(ops.fold_padding, place(gradient), torch.Size(size), padding, mode), want.to(dtype), terms=9)
 
 
+ENLARGEMENTS = [  # input, size, scales
+    ((1, 1, 1, 1), (2, 2), None),
+    ((2, 3, 3, 5), (6, 10), (2.0, 2.0)),
+    ((1, 5, 5, 7), (11, 13), None),
+    ((1, 3, 5, 7), (8, 11), (1.7, 1.6)),  # sizes rounded down
+    ((1, 1, 4, 9), (12, 9), (3.0, 1.05)),  # positions on pixels, and an axis that stays
+    ((1, 1, 3, 1), (24, 8), None),
+    ((1, 2, 15, 17), (30, 34), None),
+]
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "size", "scales"),
+    [(torch.float32, *form) for form in ENLARGEMENTS] + [(dtype, *ENLARGEMENTS[1]) for dtype in FLOATS[1:]],
+)
+def test_bilinear_enlargement_and_its_gradient(dtype, shape, size, scales, align_corners):
+    form = (align_corners, scales)
+    x, dy = torch.randn(shape).to(dtype), torch.randn(*shape[:2], *size).to(dtype)
+    side = max(shape[2:])  # positions round to float32: each of two weights is off by up to half a side of epsilons
+    want = reference.upsample_bilinear(x.double(), size, *form)
+    close(run(ops.upsample_bilinear, place(x), size, *form), want.to(dtype), terms=4 + 2 * side)
+    readers = -(-dy[0, 0].numel() // x[0, 0].numel())
+    want = reference.upsample_bilinear_backward(dy.double(), shape[2:], *form)
+    got = run(ops.upsample_bilinear_backward, place(dy), shape[2:], *form)
+    close(got, want.to(dtype), terms=4 + 2 * side * readers)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(1, 16), (2, 3), (3, 24), (7, 21), (20, 53), (150, 307)])
+def test_a_bilinear_gradient_reaches_every_reader(before, after, align_corners, monkeypatch):
+    """The weights of an output pixel add up to 1: a reader that is left out is missing from the sum."""
+    monkeypatch.delattr(reference, "upsample_bilinear_backward")  # up to 8 times, torch is not asked
+    for size, dy in (((before, 1), torch.ones(1, 1, after, 1)), ((1, before), torch.ones(1, 1, 1, after))):
+        got = run(ops.upsample_bilinear_backward, place(dy), size, align_corners, None)
+        assert float(got.double().sum()) == pytest.approx(after, rel=4 * 2**-23)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float64, (9, 9)), (torch.float32, (3, 9)), (torch.float32, (99, 99))]
+)
+def test_what_bilinear_kernels_leave_to_torch(dtype, size):
+    x, dy = torch.randn(2, 3, 5, 5, dtype=dtype), torch.randn(2, 3, *size, dtype=dtype)
+    form, tolerance = (False, None), {"rtol": 0, "atol": 1e-4 if dtype == torch.float32 else 1e-12}
+    want = reference.upsample_bilinear(x, size, *form)
+    torch.testing.assert_close(ops.upsample_bilinear(x.to(DEVICE), size, *form).cpu(), want, **tolerance)
+    want = reference.upsample_bilinear_backward(dy, (5, 5), *form)
+    got = ops.upsample_bilinear_backward(dy.to(DEVICE), (5, 5), *form)
+    torch.testing.assert_close(got.cpu(), want, **tolerance)
+
+
 LAYERS = [  # input, weight, stride, padding, mode
     ((2, 3, 9, 8), (4, 3, 3, 3), (1, 1), (1, 1), "reflect"),
     ((1, 3, 9, 8), (4, 3, 3, 2), (2, 1), (1, 0), "zeros"),

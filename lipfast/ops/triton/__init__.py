@@ -17,6 +17,7 @@ from lipfast.ops.triton.norm import (
     normalise_activate,
     normalise_activate_backward,
 )
+from lipfast.ops.triton.resample import upsample_bilinear, upsample_bilinear_backward
 from lipfast.ops.triton.rewind import begin_pruning, gather_kept, rewind_pack, scatter_kept
 from lipfast.ops.triton.select import prune_smallest
 from lipfast.ops.triton.sparse_conv import (
@@ -48,4 +49,6 @@ __all__ = [
     "sparse_conv2d_forward",
     "sparse_conv2d_input_gradient",
     "sparse_conv2d_weight_gradient",
+    "upsample_bilinear",
+    "upsample_bilinear_backward",
 ]

@@ -26,6 +26,9 @@ CONFIGS: dict[str, Config] = {
     "sgd": _config(WORDS=32),
     "apply_mask": _config(WORDS=64),
     "pack_mask": _config(WORDS=64),
+    # Planes share positions and weights; of one alone, a pixel takes over twice the instructions.
+    "bilinear": _config(PLANES=4, BLOCK=128),
+    "bilinear_backward": _config(PLANES=4, BLOCK=128),
     "histogram": _config(BLOCK=1024),
     "choose": _config(BINS=256, BLOCKS=64),
     "count": _config(BLOCK=1024),

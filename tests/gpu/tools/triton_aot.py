@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lipfast.ops.masked import PRECISIONS
-from lipfast.ops.triton import fold, mask, masked_conv, norm, rewind, select, sparse_conv, step
+from lipfast.ops.triton import fold, mask, masked_conv, norm, resample, rewind, select, sparse_conv, step
 from lipfast.ops.triton.configs import CONFIGS
 
 TARGETS = {
@@ -36,19 +36,8 @@ F32, F16, BF16, I32, I64, U8 = "*fp32", "*fp16", "*bf16", "*i32", "*i64", "*u8"
 # name -> (setting, kernel, argument types in order, constants beside the setting's). Integer arguments named in
 # MULTIPLES_OF_16 are promised to be multiples of 16, as Triton itself finds out at run time.
 MULTIPLES_OF_16 = {"n", "kept", "plane"}
-FLOATS = {
-    "step_size",
-    "root_scale",
-    "beta1",
-    "beta2",
-    "eps",
-    "weight_decay",
-    "lr",
-    "momentum",
-    "dampening",
-    "slope",
-    "unbiased",
-}
+FLOATS = {"step_size", "root_scale", "beta1", "beta2", "eps", "weight_decay", "lr", "momentum", "dampening", "slope"}
+FLOATS |= {"unbiased", "row_ratio", "column_ratio", "row_inverse", "column_inverse", "shift"}
 KERNELS = {
     "adam": ("adam", step.adam_kernel, [F32, F32, F32, F32, I32], {"MASKED": True}),
     "adam bf16": ("adam", step.adam_kernel, [BF16, BF16, F32, F32, I32], {"MASKED": True}),
@@ -62,6 +51,13 @@ KERNELS = {
     "apply_mask": ("apply_mask", mask.apply_mask_kernel, [F32, I32, F32], {}),
     "apply_mask fp16": ("apply_mask", mask.apply_mask_kernel, [F16, I32, F16], {}),
     "pack_mask": ("pack_mask", mask.pack_mask_kernel, [U8, I32], {}),
+    "bilinear": ("bilinear", resample.bilinear_kernel, [F32, F32], {}),
+    "bilinear_backward": (  # of doubled maps
+        "bilinear_backward",
+        resample.bilinear_backward_kernel,
+        [F32, F32],
+        {"ROWS": 4, "COLUMNS": 4},
+    ),
     "histogram": ("histogram", select.histogram_kernel, [F32, U8, I32, I32], {"SHIFT": 8, "BINS": select.BINS}),
     "choose": ("choose", select.choose_kernel, [I32, I32], {"SHIFT": 8}),
     "count": ("count", select.count_kernel, [F32, U8, I32, I32], {}),
