@@ -1,8 +1,7 @@
 """Training steps in the lane layout: packed weights, one call into C++ forward and one backward, packed Adam."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -13,7 +12,15 @@ from lipfast.engine.capture import Recording, Ref, record
 from lipfast.engine.lower import Segment, lower
 from lipfast.engine.plan import Options
 from lipfast.engine.runtime import Running, pack, unpack, weights_of
-from lipfast.engine.trainer import FIRST_MOMENT, SECOND_MOMENT, STEP_COUNT, TorchTrainer, check_masks, check_snapshot
+from lipfast.engine.trainer import (
+    FIRST_MOMENT,
+    SECOND_MOMENT,
+    STEP_COUNT,
+    TorchTrainer,
+    check_masks,
+    check_snapshot,
+    on_one_torch_thread,
+)
 from lipfast.errors import ConfigError, InputError
 
 # Parameter name -> Adam's first and second moment, in the parameter's shape.
@@ -192,7 +199,7 @@ class _Fitted:
     def step(self, z: Tensor, loss: Callable[[Tensor], Tensor], count: int, lr: float) -> tuple[Tensor, Tensor]:
         """Forward, loss, backward, Adam number ``count``."""
         threads = torch.get_num_threads()
-        with _torch_on_one_thread(threads):
+        with on_one_torch_thread():
             (output,) = self.running.forward([z], threads)
             value = loss(output.requires_grad_())
             (gradient,) = torch.autograd.grad(value, output)
@@ -263,13 +270,3 @@ def _whole_network(recording: Recording, parameters: Mapping[str, Tensor]) -> Se
     if len(set(names)) != len(names) or set(names) != set(parameters):
         raise InputError("a parameter is shared, unused or computed")
     return segment
-
-
-@contextmanager
-def _torch_on_one_thread(threads: int) -> Iterator[None]:
-    """torch's threads would spin against the engine's between two small operations of a loss."""
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -4,7 +4,8 @@
 form; :func:`make_trainer` chooses.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol, cast
 
 import torch
@@ -80,6 +81,18 @@ def make_trainer(network: nn.Module, masks: Mapping[str, Tensor] | None, *, lr: 
 def is_on_gpu(network: nn.Module) -> bool:
     """Whether any of its parameters is."""
     return any(parameter.is_cuda for parameter in network.parameters())
+
+
+@contextmanager
+def on_one_torch_thread() -> Iterator[None]:
+    """For small operations between the engine's passes: torch's other threads would spin for milliseconds after each,
+    on the cores that the engine's threads are about to use."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def fastest_format(network: nn.Module) -> torch.memory_format:

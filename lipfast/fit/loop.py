@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from lipfast import images, tasks
 from lipfast.config import derive_seed
-from lipfast.engine.trainer import FIRST_MOMENT, SECOND_MOMENT, STEP_COUNT, Trainer, make_trainer
+from lipfast.engine.trainer import (
+    FIRST_MOMENT,
+    SECOND_MOMENT,
+    STEP_COUNT,
+    Trainer,
+    make_trainer,
+    on_one_torch_thread,
+)
 from lipfast.errors import ConfigError, FitError, InputError
 from lipfast.fit.state import FitState, grouped
 from lipfast.fit.stopping import MovingVariance, StopRule, WindowedVariance
@@ -186,8 +193,8 @@ class _Run:
         _, channels, rows, columns = as_prior(network).input_shape(*self.shape[-2:])
         batch = self.shape[0] if len(self.shape) == 4 else 1
         z_generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "fit/z"))
-        self.z = torch.rand(batch, channels, rows, columns, generator=z_generator) * INPUT_SCALE
-        self.noise = torch.Generator().manual_seed(derive_seed(self.config.seed, "fit/noise"))
+        self.z = (torch.rand(batch, channels, rows, columns, generator=z_generator) * INPUT_SCALE).to(self.device)
+        self.noise = torch.Generator(self.device).manual_seed(derive_seed(self.config.seed, "fit/noise"))
         self.identity = {
             **_settings(self.config),
             "engine": engine,
@@ -217,18 +224,23 @@ class _Run:
 
     def advance(self) -> None:
         """One step."""
-        self.backtracking.before(self.step)
-        noise = torch.randn(self.z.shape, generator=self.noise)
-        z = (self.z + self.config.input_noise * noise).to(self.device)
+        with on_one_torch_thread():
+            self.backtracking.before(self.step)
+            noise = torch.randn(self.z.shape, generator=self.noise, device=self.device)
+            z = self.z + self.config.input_noise * noise
         loss, output = self.trainer.step(z, lambda output: self.task.loss(self._shaped(output), self.observed))
-        value = float(loss)
+        with on_one_torch_thread():
+            self._judge(float(loss), self._shaped(output))
+
+    def _judge(self, loss: float, output: Tensor) -> None:
+        """Note what a step gave."""
         self.step += 1
-        if not math.isfinite(value):
-            raise FitError(f"fit: the loss became {value} at step {self.step}; lower lr ({self.config.lr})")
-        self.losses.append(value)
-        collapsed = self.backtracking.after(value)
+        if not math.isfinite(loss):
+            raise FitError(f"fit: the loss became {loss} at step {self.step}; lower lr ({self.config.lr})")
+        self.losses.append(loss)
+        collapsed = self.backtracking.after(loss)
         if not (collapsed and self.reported is not None):
-            self._take(self._shaped(output))
+            self._take(output)
         elif self.psnrs:
             self.psnrs.append(self.psnrs[-1])  # the collapsed output is nobody's
         self._keep_if_asked()
@@ -292,7 +304,7 @@ class _Run:
         try:
             self._check_identity(state.scalars["identity"])
             self.trainer.restore(state.group("trainer"))
-            self.noise.set_state(state.tensors["noise"].cpu())
+            self._resume_noise(state.tensors["noise"].cpu())
             self.losses = state.tensors["losses"].tolist()
             self.psnrs = state.tensors["psnrs"].tolist()
             self.reported = state.tensors["reported"].clone().to(self.device)
@@ -304,6 +316,14 @@ class _Run:
             self.step = state.step
         except KeyError as missing:
             raise InputError(f"fit: the state has no entry {missing}; it is damaged: start the fit anew") from None
+
+    def _resume_noise(self, state: Tensor) -> None:
+        try:
+            self.noise.set_state(state)
+        except RuntimeError as reason:  # each kind of device has a generator of its own
+            raise InputError(
+                f"fit: the state's noise cannot go on on {self.device} ({reason}); resume on the device it began on"
+            ) from reason
 
     def _take(self, output: Tensor) -> None:
         """Average the output, judge the average, show the raw output to the stop rule."""

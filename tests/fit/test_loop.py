@@ -320,6 +320,37 @@ def test_a_damaged_state_is_refused(tmp_path):
         run(iterations=2, state=state)
 
 
+def test_the_noise_of_another_kind_of_device_is_refused():
+    state = run(iterations=2).state
+    state.tensors["noise"] = torch.zeros(16, dtype=torch.uint8)  # as a GPU's generator has it
+    with pytest.raises(InputError, match="resume on the device it began on"):
+        run(iterations=2, state=state)
+
+
+def test_steps_have_torchs_threads_and_what_is_between_them_has_one(monkeypatch):
+    seen = []  # (what, threads), in order
+    make, score = loop.make_trainer, tasks.score
+
+    def making(*args, **kwargs):
+        trainer = make(*args, **kwargs)
+        step = trainer.step
+        trainer.step = lambda *given: (seen.append(("step", torch.get_num_threads())), step(*given))[1]
+        return trainer
+
+    monkeypatch.setattr(loop, "make_trainer", making)
+    monkeypatch.setattr(
+        tasks, "score", lambda *given: (seen.append(("score", torch.get_num_threads())), score(*given))[1]
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        run(iterations=2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen[:4] == [("step", 3), ("score", 1)] * 2
+
+
 # --- keeping weights ----------------------------------------------------------------------------------------------
 
 
