@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lipfast.engine.capture import Call, Recording, Ref, record
 from lipfast.engine.lower import Lowered, Segment, lower
-from lipfast.engine.operators import lower_to_operators
+from lipfast.engine.operators import dense_name, lower_to_operators
 from lipfast.engine.plan import Options, Weight
 from lipfast.engine.runtime import Arrays, Running, hooked_module, pack, weights_of
 from lipfast.errors import InputError
@@ -249,7 +249,10 @@ class Compiled:
         self._counters = _by_amount(lowered.recording.counted)
 
     def run(self, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Any:
-        """The module's result for these inputs and these parameters and buffers."""
+        """The module's result for these inputs and these parameters and buffers.
+
+        ``tensors`` may hold pruned leaves dense as well, under `lipfast.engine.operators.dense_name`.
+        """
         known: dict[int, Any] = dict(self._recording.constants)
         known.update({ref.number: tensor for ref, tensor in zip(self._recording.inputs, inputs, strict=True)})
         for number in self._leaf_numbers:
@@ -273,8 +276,10 @@ class Compiled:
         return [number for number in self._recording.leaves if number in read]
 
     def _dense(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        scatter = self._packed and name in self._masks
-        return _scatter(tensors[name], self._masks[name]) if scatter else tensors[name]
+        if not self._packed or name not in self._masks:
+            return tensors[name]
+        dense = tensors.get(dense_name(name))
+        return _scatter(tensors[name], self._masks[name]) if dense is None else dense
 
 
 def _by_amount(counted: Sequence[tuple[str, int]]) -> dict[int, list[str]]:

@@ -21,10 +21,10 @@ from lipfast.engine.operators import PrunedConv, dense_name, lower_to_operators
 from lipfast.engine.runtime import pack, unpack
 from lipfast.engine.trainer import TorchTrainer, is_on_gpu
 from lipfast.errors import InputError
+from lipfast.ops.pruned_conv import Pattern
 
 # Floats that a parameter begins at a multiple of: 16 bytes, for 128-bit loads.
 ALIGNMENT = 4
-SPARSE = {"sparse"}
 
 
 class OperatorTrainer(LaneTrainer):
@@ -178,7 +178,8 @@ class _Layout:
         device: torch.device,
     ) -> None:
         self._device = device
-        self._patterns = {conv.name: conv.pattern for conv in convolutions}
+        patterns = {conv.name: conv.pattern for conv in convolutions}
+        self._patterns = {name: patterns.get(name) or Pattern.of(mask, device) for name, mask in masks.items()}
         self._shapes = {name: (int(masks[name].sum()),) if name in masks else p.shape for name, p in parameters.items()}
         counts = [torch.Size(shape).numel() for shape in self._shapes.values()]
         self._sizes = [part for count in counts for part in (count, -count % ALIGNMENT)]
@@ -186,9 +187,8 @@ class _Layout:
         self.size = sum(self._sizes)
         starts = itertools.accumulate(self._sizes[::2], lambda at, size: at + size + -size % ALIGNMENT, initial=0)
         self._starts = dict(zip(self._shapes, starts, strict=False))
-        self._dense = list(
-            dict.fromkeys(c.name for c in convolutions if set(c.kernels(c.precision).values()) != SPARSE)
-        )
+        sparse = {conv.name for conv in convolutions if set(conv.kernels(conv.precision).values()) == {"sparse"}}
+        self._dense = [name for name in masks if name not in sparse]
         self._places: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
         self.names = [*self._shapes, *(dense_name(name) for name in self._dense)]
 
@@ -198,7 +198,7 @@ class _Layout:
         return {name: part.view(shape) for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)}
 
     def dense(self, vector: Tensor) -> list[Tensor]:
-        """The weights that dense kernels read, unpacked: three launches for all of them."""
+        """The weights that others than sparse kernels read, unpacked: three launches for all of them."""
         if not self._dense:
             return []
         packed, unpacked = self._kept(self._dense)
@@ -217,7 +217,8 @@ class _Layout:
         dense = [(name, g) for name, g in zip(self._dense, gradients[len(pieces) :], strict=True) if g is not None]
         if dense:
             packed, unpacked = self._kept([name for name, _ in dense])
-            flat.index_copy_(0, packed, torch.cat([g.reshape(-1) for _, g in dense])[unpacked])
+            kept = torch.cat([g.reshape(-1) for _, g in dense])[unpacked]
+            flat.index_copy_(0, packed, flat[packed] + kept)  # a shared weight may have got gradients of both kinds
         return flat
 
     def _kept(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:

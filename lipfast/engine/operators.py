@@ -134,7 +134,7 @@ class PrunedConv:
 
 
 def dense_name(weight: str) -> str:
-    """Where `PrunedConv.run` looks for the dense form of a weight beside its kept values."""
+    """Where calls look for the dense form of a weight beside its kept values."""
     return f"{weight} (dense)"
 
 

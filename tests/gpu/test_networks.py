@@ -181,6 +181,23 @@ def test_a_trainer_learns_every_kind_of_parameter(weight_gradient, monkeypatch):
         torch.testing.assert_close(got[name], theirs, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_a_shared_weight_learns_from_kernels_of_both_kinds(monkeypatch):
+    def choose(layer, **where):
+        gradient = "dense" if layer.output_size[2] > 4 else "sparse"
+        return {"forward": "dense", "input_gradient": "dense", "weight_gradient": gradient}
+
+    monkeypatch.setattr(_gpu_rule, "choose", choose)
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    network = nn.Sequential(conv, nn.Tanh(), nn.AvgPool2d(2), conv).to(DEVICE)
+    masks = {"0.weight": torch.rand(3, 3, 3, 3, device=DEVICE) < 0.5}
+    ours, plain = (make(copy.deepcopy(network), masks, lr=0.01) for make in (OperatorTrainer, TorchTrainer))
+    z = torch.rand(1, 3, 8, 8, device=DEVICE)
+    for trainer in (ours, plain):
+        trainer.step(z, loss_of)
+    got, want = (trainer.snapshot()["adam.exp_avg.0.weight"] for trainer in (ours, plain))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-7)
+
+
 def test_by_its_rule_a_gpu_keeps_small_dense_layers_dense(calls):
     network, _ = pruned_network()
     x = torch.randn(1, 3, 12, 10, device=DEVICE)
