@@ -44,36 +44,64 @@ def lower_to_operators(
         precision: what factors of pruned convolutions may be rounded to: "ieee", "tf32" or "bf16"; None is "tf32" where
             ``torch.backends.cudnn.allow_tf32`` lets torch's own convolutions do so, else "ieee".
     """
-    patterns: dict[str, Pattern] = {}
-    readers = _readers(recording)
-    makers = {call.result.number: call for call in recording.calls if isinstance(call.result, Ref)}
-    activations = {call.refs()[0].number: call for call in recording.calls if call.function in _SLOPES}
-    items: list[Any] = []
-    fused: set[int] = set()
-    for call in recording.calls:
+    lowering = _Lowering(recording, masks, device, precision)
+    items = [lowering.item(call) for call in recording.calls]
+    return Lowered(recording, [item for item in items if id(item) not in lowering.taken_in], [])
+
+
+class _Lowering:
+    """Turns calls into what runs them, in order.
+
+    Attributes:
+        taken_in: ids of the calls that run as a part of another.
+    """
+
+    def __init__(
+        self, recording: Recording, masks: Mapping[str, Tensor], device: torch.device, precision: str | None
+    ) -> None:
+        self.taken_in: set[int] = set()
+        self._recording, self._masks, self._device, self._precision = recording, masks, device, precision
+        self._readers = _readers(recording)
+        self._makers = {call.result.number: call for call in recording.calls if isinstance(call.result, Ref)}
+        self._activations = {call.refs()[0].number: call for call in recording.calls if call.function in _SLOPES}
+        self._patterns: dict[str, Pattern] = {}
+        self._convolutions: dict[int, PrunedConv] = {}  # by the tensor that they make
+
+    def item(self, call: Call) -> Any:
+        """The call itself where torch does it best."""
+        if call.function in _CONVOLUTIONS:
+            return self._convolution(call) or call
         if call.function is F.batch_norm:
-            activation = activations.get(call.result.number) if readers.get(call.result.number) == 1 else None
-            normalisation = _normalisation(call, activation, device)
-            if normalisation is not None and activation is not None:
-                fused.add(id(activation))
-            items.append(normalisation or call)
-            continue
+            return self._normalisation(call) or call
         if call.function is F.interpolate:
-            items.append(_enlargement(call, device) or call)
-            continue
-        name = _pruned_weight(call, recording, masks)
-        form = _form(call) if name is not None else None
+            return _enlargement(call, self._device) or call
+        return call
+
+    def _convolution(self, call: Call) -> "PrunedConv | None":
+        name, form = _pruned_weight(call, self._recording, self._masks), _form(call)
         if name is None or form is None:
-            items.append(call)
-            continue
-        source, form, pad = _with_padding(call, form, makers)
+            return None
+        source, form, pad = _with_padding(call, form, self._makers)
         if pad is not None:
-            readers[pad.result.number] -= 1
-            fused |= {id(pad)} if readers[pad.result.number] == 0 else set()
-        if name not in patterns:
-            patterns[name] = Pattern.of(masks[name], device)
-        items.append(PrunedConv(call, source, name, form, patterns[name], device, precision))
-    return Lowered(recording, [item for item in items if id(item) not in fused], [])
+            self._readers[pad.result.number] -= 1
+            self.taken_in |= {id(pad)} if self._readers[pad.result.number] == 0 else set()
+        if name not in self._patterns:
+            self._patterns[name] = Pattern.of(self._masks[name], self._device)
+        conv = PrunedConv(call, source, name, form, self._patterns[name], self._device, self._precision)
+        self._convolutions[conv.result.number] = conv
+        return conv
+
+    def _normalisation(self, call: Call) -> "Normalisation | None":
+        arguments = _norm_arguments(*call.args, **call.kwargs)
+        source = arguments["input"].number
+        if arguments["training"] and source in self._convolutions and self._readers[source] == 1:
+            self._convolutions[source].bias_cancels = True
+        if not _can_normalise(arguments, self._device):
+            return None
+        activation = self._activations.get(call.result.number) if self._readers.get(call.result.number) == 1 else None
+        if activation is not None:
+            self.taken_in.add(id(activation))
+        return Normalisation(call, activation)
 
 
 class PrunedConv:
@@ -82,7 +110,8 @@ class PrunedConv:
     Attributes:
         name: of its weight.
         inputs: the tensors it reads beside its weight.
-        form, pattern: see `lipfast.ops.pruned_conv`.
+        result: the tensor it makes.
+        form, pattern, bias_cancels: see `lipfast.ops.pruned_conv`.
     """
 
     def __init__(
@@ -96,7 +125,9 @@ class PrunedConv:
         precision: str | None,
     ) -> None:
         self.name, self.form, self.pattern = name, form, pattern
-        self._source, self._result = source, call.result
+        self.result: Ref = call.result
+        self.bias_cancels = False
+        self._source = source
         arguments = _arguments(*call.args, **call.kwargs)
         self._bias: Ref | None = arguments["bias"]
         self.inputs = [source] if self._bias is None else [source, self._bias]
@@ -111,13 +142,20 @@ class PrunedConv:
         x, values = known[self._source.number], tensors[self.name]
         bias = None if self._bias is None else known[self._bias.number]
         if x.dtype == values.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
-            kernels, dense = self.kernels(self.precision), tensors.get(dense_name(self.name))
             y = pruned_conv.pruned_conv2d(
-                x, values, bias, self.pattern, self.form, kernels, precision=self.precision, dense=dense
+                x,
+                values,
+                bias,
+                self.pattern,
+                self.form,
+                self.kernels(self.precision),
+                precision=self.precision,
+                dense=tensors.get(dense_name(self.name)),
+                bias_cancels=self.bias_cancels,
             )
         else:  # torch's rules for types hold
             y = pruned_conv.dense_pruned_conv2d(x, values, bias, self.pattern, self.form)
-        known[self._result.number] = y
+        known[self.result.number] = y
 
     @property
     def precision(self) -> str:
@@ -128,7 +166,7 @@ class PrunedConv:
         """What runs each direction; see `lipfast.ops.pruned_conv.choose_kernels`."""
         if precision not in self._chosen:
             self._chosen[precision] = pruned_conv.choose_kernels(
-                self.pattern, self.form, torch.Size(self._result.shape), device=self._device, precision=precision
+                self.pattern, self.form, torch.Size(self.result.shape), device=self._device, precision=precision
             )
         return self._chosen[precision]
 
@@ -165,17 +203,14 @@ class Normalisation:
         known[self._result.number] = y
 
 
-def _normalisation(call: Call, activation: Call | None, device: torch.device) -> Normalisation | None:
-    """What runs a BatchNorm of maps, with the one reader of its result; None leaves both to torch."""
-    a = _norm_arguments(*call.args, **call.kwargs)
+def _can_normalise(arguments: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether a kernel does a BatchNorm of maps."""
+    a = arguments
     pairs = [a["running_mean"], a["running_var"]], [a["weight"], a["bias"]]
     given = [all(isinstance(part, Ref) for part in pair) for pair in pairs]
-    whole = all(given) or (
-        a["training"] and all(g or pair == [None, None] for g, pair in zip(given, pairs, strict=True))
-    )
-    if not whole or not isinstance(a["input"], Ref) or len(a["input"].shape) != 4 or a["momentum"] is None:
-        return None
-    return Normalisation(call, activation) if _has_kernel("batch_norm_activate", device) else None
+    whole = all(g or (a["training"] and pair == [None, None]) for g, pair in zip(given, pairs, strict=True))
+    maps = isinstance(a["input"], Ref) and len(a["input"].shape) == 4 and a["momentum"] is not None
+    return whole and maps and _has_kernel("batch_norm_activate", device)
 
 
 def _has_kernel(op: str, device: torch.device) -> bool:

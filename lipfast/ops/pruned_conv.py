@@ -74,6 +74,7 @@ def pruned_conv2d(
     *,
     precision: str = "ieee",
     dense: Tensor | None = None,
+    bias_cancels: bool = False,
 ) -> Tensor:
     """Convolve with the kept ``values`` of a weight; gradients for them, ``x`` and ``bias``.
 
@@ -85,11 +86,13 @@ def pruned_conv2d(
         precision: of factors in dense arithmetic: "ieee", "tf32" or "bf16"; sparse kernels always multiply in fp32.
         dense: the same weight unpacked, where the caller has it. It then takes the gradient of a dense kernel, whole;
             ``values`` take that of a sparse one.
+        bias_cancels: what reads the result subtracts each channel's mean, so that the gradient of ``bias`` is exactly 0
+            and is not summed up.
 
     Returns:
         ``(batch, outputs, rows, columns)``. Double backward is refused by torch.
     """
-    settings = (pattern, form, kernels, precision)
+    settings = (pattern, form, kernels, precision, bias_cancels)
     y: Tensor = _PrunedConv.apply(x, values, bias, dense, *settings)  # type: ignore[no-untyped-call]
     return y
 
@@ -112,8 +115,10 @@ class _PrunedConv(torch.autograd.Function):
         form: PrunedForm,
         kernels: dict[str, str],
         precision: str,
+        bias_cancels: bool,
     ) -> Tensor:
         ctx.given_dense, ctx.input_size, ctx.settings = dense is not None, x.shape, (pattern, kernels, precision)
+        ctx.bias_cancels = bias_cancels
         weight = SparseWeight(values, pattern.positions, pattern.shape)
         if dense is None:  # of no use to sparse kernels
             dense = values if set(kernels.values()) == {"sparse"} else weight.to_dense()
@@ -145,8 +150,10 @@ class _PrunedConv(torch.autograd.Function):
             ddense = dweight
         else:
             dvalues = dweight.reshape(-1)[pattern.positions]
-        dbias = dy.sum((0, 2, 3)) if needs_bias else None
-        return dx, dvalues, dbias, ddense, None, None, None, None
+        dbias = None
+        if needs_bias:
+            dbias = dy.new_zeros(dy.shape[1]) if ctx.bias_cancels else dy.sum((0, 2, 3))
+        return dx, dvalues, dbias, ddense, None, None, None, None, None
 
 
 def _input_gradient(

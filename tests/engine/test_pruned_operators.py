@@ -91,6 +91,27 @@ def test_every_pruned_convolution_is_ours(kernels):
     assert len(found) == len(masks) - 1  # padding="same" stays torch's
 
 
+def test_a_bias_has_no_gradient_where_a_norm_alone_reads_the_result(kernels):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.normed, self.plain, self.both = (nn.Conv2d(2, 2, 1) for _ in range(3))
+            self.norm = nn.BatchNorm2d(2)
+
+        def forward(self, x):
+            y = self.both(x)
+            return self.norm(self.normed(x)) * self.plain(x) + self.norm(y) * y
+
+    torch.manual_seed(0)
+    fast = lipfast.accelerate(
+        Net(), {f"{name}.weight": torch.rand(2, 2, 1, 1) < 0.9 for name in ("normed", "plain", "both")}
+    )
+    for training, cancelling in ((True, {"normed.weight"}), (False, set())):
+        fast.train(training)
+        plan = plan_of(fast, torch.rand(2, 2, 3, 3))
+        assert {item.name for item in plan if item.bias_cancels} == cancelling
+
+
 def test_other_types_and_autocast_follow_torchs_rules(kernels):
     module, _ = pruned(Mixed())
     fast = lipfast.accelerate(module.eval())

@@ -63,6 +63,41 @@ def test_gradients_are_the_derivatives():
     assert torch.autograd.gradcheck(lambda *given: pruned_conv2d(*given, pattern, form, kernels), parts)
 
 
+@pytest.mark.parametrize("kernels", ALL, ids=lambda kernels: " ".join(kernels.values()))
+def test_a_dense_weight_that_is_given_takes_the_gradient_of_dense_kernels(kernels):
+    parts, pattern, mask = draw((1, 2, 7, 6), (3, 2, 3, 3))
+    form = PrunedForm(padding=(1, 1), padding_mode="reflect")
+    dense = torch.zeros(3, 2, 3, 3, dtype=torch.float64).masked_scatter(mask, parts[1].detach()).requires_grad_()
+    want, got = (
+        pruned_conv2d(*parts, pattern, form, kernels),
+        pruned_conv2d(*parts, pattern, form, kernels, dense=dense),
+    )
+    torch.testing.assert_close(got, want)
+    dy = torch.randn_like(want)
+    wanted = torch.autograd.grad(want, parts, dy)
+    dx, values, bias, whole = torch.autograd.grad(got, (*parts, dense), dy, allow_unused=True)
+    assert (values is None, whole is None) == (
+        (False, True) if kernels["weight_gradient"] == "sparse" else (True, False)
+    )
+    torch.testing.assert_close((dx, whole[mask] if values is None else values, bias), wanted)
+
+
+def test_a_bias_that_cancels_has_no_gradient():
+    parts, pattern, _ = draw((2, 2, 5, 4), (3, 2, 3, 3))
+    form, kernels = PrunedForm(), dict.fromkeys(DIRECTIONS, "dense")
+
+    def gradients(**given):
+        y = torch.nn.functional.batch_norm(
+            pruned_conv2d(*parts, pattern, form, kernels, **given), None, None, training=True
+        )
+        return torch.autograd.grad((y * torch.arange(y.numel()).view(y.shape)).sum(), parts)
+
+    (*others, bias), (*plain, summed) = gradients(bias_cancels=True), gradients()
+    assert float(summed.abs().max()) < 1e-10 < float(plain[1].abs().max())
+    assert not bias.any()
+    torch.testing.assert_close(others, plain)
+
+
 def test_groups_and_dilation_run_densely():
     mask = torch.rand(4, 2, 3, 3) < 0.01
     form = PrunedForm(dilation=2, groups=2)
