@@ -20,8 +20,9 @@ Capture = Callable[[nn.Module, tuple[Tensor, ...]], nn.Module]
 def capture_as_graphs(module: nn.Module, arguments: tuple[Tensor, ...]) -> nn.Module:
     """The module's forward and backward pass as CUDA graphs."""
     with warnings.catch_warnings():
-        # make_graphed_callables warms up on a stream of its own, of which torch warns once.
-        warnings.filterwarnings("ignore", message=".*AccumulateGrad")
+        # make_graphed_callables warms up on a stream of its own, of which torch warns once, and the first operation of
+        # autograd's thread may be a matrix product, of which it warns, too.
+        warnings.filterwarnings("ignore", message=".*(AccumulateGrad|no current CUDA context)")
         return cast(nn.Module, torch.cuda.make_graphed_callables(module, arguments))
 
 

@@ -33,13 +33,25 @@ STREAM_BYTES = {
     "normalise": 8,
     "normalise bf16": 4,
     "normalise_backward": 12,
+    "statistics": 4,
+    "batch_norm": 8,
+    "batch_norm whole": 8,
+    "batch_norm_sums": 8,
+    "batch_norm_backward": 12,
+    "batch_norm_backward whole": 12,
 }
-STREAM_ELEMENTS = {  # of a program
-    "adam": 1024,
-    "sgd": 1024,
-    "apply_mask": 2048,
-    "normalise": 1024,
-    "normalise_backward": 1024,
+STREAM_PROGRAMS = {  # elements, warps
+    "adam": (1024, 4),
+    "sgd": (1024, 4),
+    "apply_mask": (2048, 4),
+    "normalise": (1024, 4),
+    "normalise_backward": (1024, 4),
+    "statistics": (4096, 8),
+    "batch_norm": (4096, 8),
+    "batch_norm whole": (16384, 16),
+    "batch_norm_sums": (4096, 8),
+    "batch_norm_backward": (4096, 8),
+    "batch_norm_backward whole": (16384, 16),
 }
 
 
@@ -79,10 +91,10 @@ def stream_margin(row: dict[str, Any]) -> float:
     """Memory time of a streaming kernel over its issue time: above 1, memory is the bound."""
     machine = MACHINES[row["target"]]
     name = row["kernel"]
-    elements = STREAM_ELEMENTS[name.split()[0]]
+    elements, warps = STREAM_PROGRAMS[name if name in STREAM_PROGRAMS else name.split()[0]]
     bytes_a_clock = machine.gigabytes_per_second / machine.multiprocessors / machine.gigahertz
     memory = elements * STREAM_BYTES[name] / bytes_a_clock
-    return float(memory / (row["instructions"] * 4 / machine.schedulers))  # four warps a program
+    return float(memory / (row["instructions"] * warps / machine.schedulers))
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -178,13 +190,17 @@ def flat_table() -> str:
         if row["kind"] == "flat":
             kept = percent(row["density"]) if "density" in row else ""
             speed = f"{row['bytes'] / row['microseconds']['median'] / 1e3:.0f} GB/s" if "bytes" in row else ""
-            rows.append([row["op"], kept, row["implementation"], f"{row['microseconds']['median']:.1f} us", speed])
-    return table(["operation", "kept", "implementation", "time", "bytes a second"], rows)
+            side = f"{row['pixels']} px" if "pixels" in row else ""
+            rows.append(
+                [row["op"], side, kept, row["implementation"], f"{row['microseconds']['median']:.1f} us", speed]
+            )
+    return table(["operation", "map", "kept", "implementation", "time", "bytes a second"], rows)
 
 
 def step_table() -> str:
     head = ["px", "precision", "torch's switch for equal bits", "torch eager", "torch, CUDA graphs"]
-    head += [f"lipfast, {percent(density)} kept" for density in (0.4, *DENSITIES)]
+    densities = (1.0, 0.4, *DENSITIES)
+    head += [f"lipfast, {percent(density)} kept" for density in densities]
     found: dict[tuple[Any, ...], dict[Any, float]] = {}
     for row in results():
         if row["kind"] == "step":
@@ -197,11 +213,11 @@ def step_table() -> str:
             "on" if deterministic else "off",
             *(
                 f"{times[name]:.2f} ms"
-                for name in (("torch", 0.1), ("torch graphs", 0.1), *(("lipfast", d) for d in (0.4, *DENSITIES)))
+                for name in (("torch", 0.1), ("torch graphs", 0.1), *(("lipfast", d) for d in densities))
             ),
         ]
         for (pixels, precision, deterministic), times in sorted(found.items())
-        if len(times) == 7
+        if len(times) == 2 + len(densities)
     ]
     return table(head, rows)
 
