@@ -6,6 +6,7 @@ without data, and says so.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -141,7 +142,8 @@ class _Recorder(TorchFunctionMode):
         noted = pytree.tree_map(self.known, (args, kwargs))
         args, kwargs = pytree.tree_map(_on_meta, (args, kwargs))
         versions = {id(leaf): leaf._version for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        result = _normalised(*args, **kwargs) if func is F.batch_norm else func(*args, **kwargs)
+        result = _stand_in(func, args, kwargs)
+        result = func(*args, **kwargs) if result is None else result
         written = [t for t in self._alive if id(t) in versions and t._version != versions[id(t)]]
         results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         if func is Tensor.add_ and self._is_counter(noted[0]):
@@ -183,6 +185,19 @@ class _Recorder(TorchFunctionMode):
         return ref
 
 
+def _stand_in(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The result of a function of stand-ins, where shapes alone plainly tell it; None to ask the function.
+
+    torch runs many of them through Python, which takes milliseconds a call and, for the first, seconds of imports; a
+    network has dozens.
+    """
+    rule = _RULES.get(func)
+    try:
+        return None if rule is None else rule(*args, **kwargs)
+    except (TypeError, ValueError, IndexError):  # torch says what is wrong
+        return None
+
+
 def _normalised(
     input: Tensor,
     running_mean: Tensor | None,
@@ -192,14 +207,100 @@ def _normalised(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor:
-    """F.batch_norm of stand-ins. torch's own takes 5 ms of Python, and a network has dozens."""
+) -> Tensor | None:
     given = [value for value in (running_mean, running_var, weight, bias) if value is not None]
     sound = input.is_floating_point() and input.dim() > 1 and all(value.shape == input.shape[1:2] for value in given)
     known = running_mean is not None and running_var is not None
-    if sound and (input.numel() > input.shape[1] if training else known):
-        return torch.empty_like(input)
-    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)  # says what is wrong
+    enough = input.numel() > input.shape[1] if training else known
+    return input.new_empty(input.shape) if sound and enough else None
+
+
+def _activated(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor | None:
+    return input.new_empty(input.shape) if input.is_floating_point() and not inplace else None
+
+
+def _rectified(input: Tensor, inplace: bool = False) -> Tensor | None:
+    return _activated(input, inplace=inplace)
+
+
+def _convolved(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    if isinstance(padding, str) or not input.dim() == weight.dim() == 4 or min(input.shape) < 1:
+        return None
+    out, per_group, *kernel = weight.shape
+    axes = zip(input.shape[2:], kernel, *(_pair(v) for v in (stride, padding, dilation)), strict=True)
+    size = [(side + 2 * pad - spread * (taps - 1) - 1) // step + 1 for side, taps, step, pad, spread in axes]
+    whole = input.shape[1] == per_group * groups and out % groups == 0 and min(size) > 0
+    alike = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None} == {input.dtype}
+    fits = bias is None or bias.shape == (out,)
+    return input.new_empty(len(input), out, *size) if whole and alike and fits and input.is_floating_point() else None
+
+
+def _resized(
+    input: Tensor,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,  # like the one before, changes what pixels are, not how many there are
+) -> Tensor | None:
+    plain = (mode, align_corners) == ("nearest", None) or mode == "bilinear"
+    if not plain or input.dim() != 4 or not input.is_floating_point() or (size is None) == (scale_factor is None):
+        return None
+    if size is None:
+        size = [
+            math.floor(float(side) * scale) for side, scale in zip(input.shape[2:], _pair(scale_factor), strict=True)
+        ]
+    sizes = [int(side) for side in _pair(size)]
+    return input.new_empty(*input.shape[:2], *sizes) if min(*sizes, *input.shape) > 0 else None
+
+
+def _padded(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor | None:
+    if input.dim() != 4 or len(pad) != 4 or min(pad) < 0:
+        return None
+    widest = {"constant": math.inf, "replicate": math.inf, "reflect": -1, "circular": 0}.get(mode, -math.inf)
+    rows, columns = input.shape[2:]
+    if max(pad[:2]) > columns + widest or max(pad[2:]) > rows + widest or min(input.shape) < 1:
+        return None
+    return input.new_empty(*input.shape[:2], rows + pad[2] + pad[3], columns + pad[0] + pad[1])
+
+
+def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    first = tensors[0]
+    shapes = [list(tensor.shape) for tensor in tensors]
+    total = sum(shape.pop(dim) for shape in shapes)
+    if any(shape != shapes[0] for shape in shapes) or any(t.dtype != first.dtype for t in tensors) or first.dim() < 2:
+        return None
+    size = list(first.shape)
+    size[dim] = total
+    return first.new_empty(size)
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    down, across = value if isinstance(value, (tuple, list)) else (value, value)
+    return down, across
+
+
+_RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    F.batch_norm: _normalised,
+    F.leaky_relu: _activated,
+    F.relu: _rectified,
+    F.silu: _rectified,
+    torch.conv2d: _convolved,
+    F.interpolate: _resized,
+    F.pad: _padded,
+    torch.cat: _joined,
+    torch.sigmoid: _rectified,
+    torch.tanh: _rectified,
+}
 
 
 def _on_meta(value: Any) -> Any:
