@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <tuple>
 
 #include "cpu/pool.h"
 
@@ -33,26 +34,37 @@ int64_t OutSide(int64_t side, int64_t pad, int64_t kernel, const ConvShape& shap
   return FloorDiv(side + 2 * pad - shape.dilation * (kernel - 1) - 1, shape.stride) + 1;
 }
 
-std::vector<std::vector<Tap>> GradientTaps(const ConvShape& shape, int64_t kept,
-                                           const std::function<Weight(int64_t)>& weight_at, int64_t phase_row,
-                                           int64_t phase_col) {
+std::vector<Reading> GradientReadings(const ConvShape& shape, int64_t phase_row, int64_t phase_col) {
   const int64_t s = shape.stride;
-  std::vector<std::vector<Tap>> taps(shape.in_channels);
-  for (int64_t i = 0; i < kept; ++i) {
-    const Weight w = weight_at(i);
-    const int64_t row = phase_row + shape.pad_h - w.row * shape.dilation;
-    const int64_t col = phase_col + shape.pad_w - w.col * shape.dilation;
+  std::vector<Reading> readings;
+  for (int64_t place = shape.kernel_h * shape.kernel_w - 1; place >= 0; --place) {
+    const int64_t row = phase_row + shape.pad_h - place / shape.kernel_w * shape.dilation;
+    const int64_t col = phase_col + shape.pad_w - place % shape.kernel_w * shape.dilation;
     if (row % s != 0 || col % s != 0) continue;
-    taps[w.in].push_back(
-        {{w.out, static_cast<int16_t>(row / s), static_cast<int16_t>(col / s)}, static_cast<int32_t>(i)});
+    readings.push_back({static_cast<int32_t>(place), static_cast<int16_t>(row / s), static_cast<int16_t>(col / s)});
   }
-  return taps;
+  return readings;
 }
 
-void SortBySource(std::vector<std::vector<Tap>>* taps) {
-  for (auto& row : *taps) {
-    std::sort(row.begin(), row.end(), [](const Tap& a, const Tap& b) { return a.source < b.source; });
+std::vector<std::vector<Tap>> GradientTaps(const ConvShape& shape, const std::vector<Weight>& weights,
+                                           const std::vector<Reading>& readings) {
+  const int64_t places = shape.kernel_h * shape.kernel_w;
+  std::vector<std::vector<Tap>> taps(shape.in_channels);
+  const size_t expected = weights.size() * readings.size() / (places * shape.in_channels);
+  for (auto& row : taps) row.reserve(expected + expected / 8);
+  std::vector<int32_t> packed(places, -1);  // of one filter
+  for (size_t i = 0, end; i < weights.size(); i = end) {
+    const auto [out, in, first] = weights[i];
+    for (end = i; end < weights.size() && weights[end].out == out && weights[end].in == in; ++end) {
+      packed[weights[end].place] = static_cast<int32_t>(end);
+    }
+    for (const Reading& reading : readings) {
+      const int32_t index = packed[reading.place];
+      if (index >= 0) taps[in].push_back({{out, reading.row, reading.col}, index});
+    }
+    std::fill(packed.begin() + first, packed.end(), -1);
   }
+  return taps;
 }
 
 // One phase of the stride in one rectangle. Positions count pixels of dx that are the stride apart,
@@ -85,28 +97,22 @@ class Border::Strip {
 
   bool empty() const { return pass_.empty() || pass_.taps() == 0; }
 
-  void SetTaps(int64_t kept, const std::function<Weight(int64_t)>& weight_at, bool dense) {
+  void SetTaps(const std::vector<Weight>& weights, bool dense) {
     if (pass_.empty()) return;
-    const int64_t out_across = (turned_ ? out_cols_ : out_rows_).size;
-    auto taps = GradientTaps(shape_, kept, weight_at, phase_row_, phase_col_);
-    for (auto& row : taps) {
-      for (Tap& tap : row) {
-        if (turned_) std::swap(tap.source.row, tap.source.col);
-      }
-      const auto reads_zeros = [&](const Tap& tap) {
-        return across_ + pass_.rows + tap.source.row <= 0 || across_ + tap.source.row >= out_across;
-      };
-      row.erase(std::remove_if(row.begin(), row.end(), reads_zeros), row.end());
-      for (const Tap& tap : row) {
-        low_row_ = std::min<int64_t>(low_row_, tap.source.row);
-        high_row_ = std::max<int64_t>(high_row_, tap.source.row);
-        low_col_ = std::min<int64_t>(low_col_, tap.source.col);
-        high_col_ = std::max<int64_t>(high_col_, tap.source.col);
-      }
+    std::vector<Reading> readings;
+    for (Reading reading : GradientReadings(shape_, phase_row_, phase_col_)) {
+      if (turned_) std::swap(reading.row, reading.col);
+      if (ReadsZeros(reading)) continue;
+      readings.push_back(reading);
+      low_row_ = std::min<int64_t>(low_row_, reading.row);
+      high_row_ = std::max<int64_t>(high_row_, reading.row);
+      low_col_ = std::min<int64_t>(low_col_, reading.col);
+      high_col_ = std::max<int64_t>(high_col_, reading.col);
     }
-    SortBySource(&taps);
+    std::sort(readings.begin(), readings.end(),
+              [](const Reading& a, const Reading& b) { return std::tie(a.row, a.col) < std::tie(b.row, b.col); });
     pass_.dense = dense;
-    pass_.SetTaps(std::move(taps));
+    pass_.SetTaps(GradientTaps(shape_, weights, readings));
   }
 
   int64_t ScratchFloats(int64_t batch) const {
@@ -143,6 +149,12 @@ class Border::Strip {
   struct Offsets {
     std::vector<int32_t> gather, scatter;
   };
+
+  // Whether no position's source lies in the gradient.
+  bool ReadsZeros(const Reading& reading) const {
+    const int64_t out_across = (turned_ ? out_cols_ : out_rows_).size;
+    return across_ + pass_.rows + reading.row <= 0 || across_ + reading.row >= out_across;
+  }
 
   int64_t InRows() const { return pass_.rows + high_row_ - low_row_; }
   int64_t InCols() const { return pass_.cols + high_col_ - low_col_; }
@@ -222,8 +234,7 @@ class Border::Strip {
   mutable std::map<std::pair<int64_t, int64_t>, std::shared_ptr<const Offsets>> offsets_;
 };
 
-Border::Border(const ConvShape& shape, const ConvGeometry& geometry, int64_t kept,
-               const std::function<Weight(int64_t)>& weight_at, bool dense)
+Border::Border(const ConvShape& shape, const ConvGeometry& geometry, const std::vector<Weight>& weights, bool dense)
     : batch_(geometry.batch) {
   if (shape.padding == Padding::kZero) return;
   const int64_t h = geometry.height, w = geometry.width, pad_h = shape.pad_h, pad_w = shape.pad_w;
@@ -235,7 +246,7 @@ Border::Border(const ConvShape& shape, const ConvGeometry& geometry, int64_t kep
     for (int64_t phase = 0; phase < shape.stride * shape.stride; ++phase) {
       auto strip =
           std::make_unique<Strip>(shape, geometry, rectangle, turned, phase / shape.stride, phase % shape.stride);
-      strip->SetTaps(kept, weight_at, dense);
+      strip->SetTaps(weights, dense);
       if (!strip->empty()) strips_.push_back(std::move(strip));
     }
   }

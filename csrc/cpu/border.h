@@ -14,7 +14,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <vector>
 
@@ -24,27 +23,33 @@
 
 namespace lipfast {
 
-// Where a packed weight stands in the layer; channels of the whole layer, groups unfolded.
+// Where a packed weight stands in the layer; channels of the whole layer, groups unfolded. They come
+// by output channel, input channel and place.
 struct Weight {
   int32_t out, in;
-  int32_t row, col;
+  int32_t place;  // kernel row * kernel columns + kernel column
+};
+
+// Where a place of the kernel reads, in pixels from a position.
+struct Reading {
+  int32_t place;
+  int16_t row, col;
 };
 
 // Pixels of one side of the output.
 int64_t OutSide(int64_t side, int64_t pad, int64_t kernel, const ConvShape& shape);
 
-// The taps of an input gradient at pixels stride * i + phase, for each input channel: rows and
-// columns of dy relative to i, in no order.
-std::vector<std::vector<Tap>> GradientTaps(const ConvShape& shape, int64_t kept,
-                                           const std::function<Weight(int64_t)>& weight_at, int64_t phase_row,
-                                           int64_t phase_col);
-void SortBySource(std::vector<std::vector<Tap>>* taps);
+// What an input gradient at pixels stride * i + phase reads of dy relative to i, ascending by row and column.
+std::vector<Reading> GradientReadings(const ConvShape& shape, int64_t phase_row, int64_t phase_col);
+
+// The taps of each input channel, in the order of `readings`.
+std::vector<std::vector<Tap>> GradientTaps(const ConvShape& shape, const std::vector<Weight>& weights,
+                                           const std::vector<Reading>& readings);
 
 class Border {
  public:
   // Nothing to do where padding is zeros or there is none. dense: which of the direct kernels.
-  Border(const ConvShape& shape, const ConvGeometry& geometry, int64_t kept,
-         const std::function<Weight(int64_t)>& weight_at, bool dense);
+  Border(const ConvShape& shape, const ConvGeometry& geometry, const std::vector<Weight>& weights, bool dense);
   ~Border();
 
   int64_t scratch_floats() const;  // 64-byte aligned

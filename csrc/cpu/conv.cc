@@ -39,7 +39,6 @@ struct Conv::Impl {
   int64_t DenseWeightFloats() const { return shape.out_channels * shape.in_channels * 9; }
   bool dense() const { return kept == DenseWeightFloats(); }
   int32_t FlatIndex(int64_t packed) const { return weights.empty() ? static_cast<int32_t>(packed) : weights[packed]; }
-  Weight WeightAt(int64_t packed) const;
   void Scatter(const float* values, float* dense, int threads) const;
   int64_t TransformedFloats() const {
     return RoundUp(WinogradWeightFloats(shape.out_channels, shape.in_channels, tile));
@@ -52,11 +51,12 @@ struct Conv::Impl {
                           int threads) const;
   LaneMap Sketch(bool input) const;
   void CheckSizes();
-  void ListWeights(const uint8_t* mask);
+  std::vector<Weight> ListWeights(const uint8_t* mask);
   // `taps`: false where Winograd runs, which needs none.
-  void BuildForward(Pass* pass, bool taps, bool dense);
-  void BuildInputGradient(bool dense_border);
-  void AddGradientPass(int64_t phase_row, int64_t phase_col);  // one phase of the stride
+  void BuildForward(Pass* pass, const std::vector<Weight>& placed, bool taps, bool dense) const;
+  void BuildInputGradient(const std::vector<Weight>& placed, bool dense_border);
+  // One phase of the stride.
+  void AddGradientPass(const std::vector<Weight>& placed, int64_t phase_row, int64_t phase_col);
   int64_t ScratchFloats(int threads) const;
 };
 
@@ -80,42 +80,45 @@ void Conv::Impl::CheckSizes() {
   }
 }
 
-void Conv::Impl::ListWeights(const uint8_t* mask) {
-  const int64_t count = shape.out_channels * (shape.in_channels / shape.groups) * shape.kernel_h * shape.kernel_w;
+std::vector<Weight> Conv::Impl::ListWeights(const uint8_t* mask) {
+  const int64_t group_in = shape.in_channels / shape.groups, group_out = shape.out_channels / shape.groups;
+  const int64_t places = shape.kernel_h * shape.kernel_w, count = shape.out_channels * group_in * places;
   kept = mask ? std::count_if(mask, mask + count, [](uint8_t alive) { return alive != 0; }) : count;
-  if (kept == count) return;
-  weights.reserve(kept);
-  for (int64_t flat = 0; flat < count; ++flat) {
-    if (mask[flat]) weights.push_back(static_cast<int32_t>(flat));
+  std::vector<Weight> placed;
+  placed.reserve(kept);
+  if (kept < count) weights.reserve(kept);
+  for (int64_t filter = 0; filter < shape.out_channels * group_in; ++filter) {
+    const int64_t out = filter / group_in, in = out / group_out * group_in + filter % group_in;
+    for (int64_t place = 0; place < places; ++place) {
+      if (mask && !mask[filter * places + place]) continue;
+      placed.push_back({static_cast<int32_t>(out), static_cast<int32_t>(in), static_cast<int32_t>(place)});
+      if (kept < count) weights.push_back(static_cast<int32_t>(filter * places + place));
+    }
   }
+  return placed;
 }
 
-Weight Conv::Impl::WeightAt(int64_t packed) const {
-  const int32_t flat = FlatIndex(packed);
-  const int32_t group_in = static_cast<int32_t>(shape.in_channels / shape.groups);
-  const int32_t group_out = static_cast<int32_t>(shape.out_channels / shape.groups);
-  const int32_t kernel_w = static_cast<int32_t>(shape.kernel_w), kernel_h = static_cast<int32_t>(shape.kernel_h);
-  const int32_t in = flat / (kernel_w * kernel_h) % group_in, out = flat / (kernel_w * kernel_h) / group_in;
-  return {out, out / group_out * group_in + in, flat / kernel_w % kernel_h, flat % kernel_w};
-}
-
-void Conv::Impl::BuildForward(Pass* pass, bool needs_taps, bool dense) {
+void Conv::Impl::BuildForward(Pass* pass, const std::vector<Weight>& placed, bool needs_taps, bool dense) const {
   pass->rows = geometry.out_block_h;
   pass->cols = geometry.out_block_w;
   pass->in_step = shape.stride;
   pass->dense = dense;
   if (!needs_taps) return;
+  std::vector<Reading> readings;  // of each place
+  for (int64_t place = 0; place < shape.kernel_h * shape.kernel_w; ++place) {
+    readings.push_back({static_cast<int32_t>(place),
+                        static_cast<int16_t>(place / shape.kernel_w * shape.dilation - shape.pad_h),
+                        static_cast<int16_t>(place % shape.kernel_w * shape.dilation - shape.pad_w)});
+  }
   std::vector<std::vector<Tap>> taps(shape.out_channels);
-  for (int64_t i = 0; i < kept; ++i) {
-    const Weight w = WeightAt(i);
-    taps[w.out].push_back({{w.in, static_cast<int16_t>(w.row * shape.dilation - shape.pad_h),
-                            static_cast<int16_t>(w.col * shape.dilation - shape.pad_w)},
-                           static_cast<int32_t>(i)});
+  for (size_t i = 0; i < placed.size(); ++i) {
+    const auto [out, in, place] = placed[i];
+    taps[out].push_back({{in, readings[place].row, readings[place].col}, static_cast<int32_t>(i)});
   }
   pass->SetTaps(std::move(taps));
 }
 
-void Conv::Impl::AddGradientPass(int64_t phase_row, int64_t phase_col) {
+void Conv::Impl::AddGradientPass(const std::vector<Weight>& placed, int64_t phase_row, int64_t phase_col) {
   auto pass = std::make_unique<Pass>();
   pass->rows = geometry.out_block_h;
   pass->cols = geometry.out_block_w;
@@ -123,18 +126,16 @@ void Conv::Impl::AddGradientPass(int64_t phase_row, int64_t phase_col) {
   pass->out_col = phase_col;
   pass->out_step = shape.stride;
   pass->dense = input_gradient == ConvKernel::kDense;
-  auto taps = GradientTaps(shape, kept, [this](int64_t i) { return WeightAt(i); }, phase_row, phase_col);
-  SortBySource(&taps);
-  pass->SetTaps(std::move(taps));
+  pass->SetTaps(GradientTaps(shape, placed, GradientReadings(shape, phase_row, phase_col)));
   gradient_passes.push_back(std::move(pass));
 }
 
-void Conv::Impl::BuildInputGradient(bool dense_border) {
+void Conv::Impl::BuildInputGradient(const std::vector<Weight>& placed, bool dense_border) {
   const int64_t s = shape.stride;
   for (int64_t phase = 0; phase < s * s && input_gradient != ConvKernel::kWinograd; ++phase) {
-    AddGradientPass(phase / s, phase % s);
+    AddGradientPass(placed, phase / s, phase % s);
   }
-  border = std::make_unique<Border>(shape, geometry, kept, [this](int64_t i) { return WeightAt(i); }, dense_border);
+  border = std::make_unique<Border>(shape, geometry, placed, dense_border);
   const int64_t reach = shape.dilation * (std::max(shape.kernel_h, shape.kernel_w) - 1);
   const int64_t before = CeilDiv(reach - std::min(shape.pad_h, shape.pad_w), s);
   const int64_t after = CeilDiv(std::max(shape.pad_h, shape.pad_w), s);
@@ -213,7 +214,7 @@ Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* 
   m.shape = shape;
   m.geometry = geometry;
   m.CheckSizes();
-  m.ListWeights(mask);
+  const std::vector<Weight> placed = m.ListWeights(mask);
   const auto choose = [&](ConvDirection direction, bool direct) {
     return ChooseKernel(asked, shape, geometry, m.kept, direction, direct);
   };
@@ -221,14 +222,14 @@ Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* 
   m.input_gradient = choose(ConvDirection::kInputGradient, exact);
   m.weight_gradient = choose(ConvDirection::kWeightGradient, exact);
   m.tile = WinogradTile(geometry.out_block_h, geometry.out_block_w, shape.stride);
-  m.BuildForward(&m.forward_pass, m.forward != ConvKernel::kWinograd, m.forward == ConvKernel::kDense);
+  m.BuildForward(&m.forward_pass, placed, m.forward != ConvKernel::kWinograd, m.forward == ConvKernel::kDense);
   m.weight_pass.two_rows = kTwoRowsOfGradient;
   // Two sparse passes differ only where tiles may have one row or two.
   const bool alike = m.forward == ConvKernel::kDense || Kernels<TapKernels>().tile_rows == 1;
   m.shares_taps = m.forward == m.weight_gradient && m.forward != ConvKernel::kWinograd && alike;
   const bool dense = m.weight_gradient == ConvKernel::kDense;
-  m.BuildForward(&m.weight_pass, m.weight_gradient != ConvKernel::kWinograd && !m.shares_taps, dense);
-  m.BuildInputGradient(choose(ConvDirection::kInputGradient, true) == ConvKernel::kDense);
+  m.BuildForward(&m.weight_pass, placed, m.weight_gradient != ConvKernel::kWinograd && !m.shares_taps, dense);
+  m.BuildInputGradient(placed, choose(ConvDirection::kInputGradient, true) == ConvKernel::kDense);
 }
 
 Conv::~Conv() = default;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -77,6 +78,10 @@ class Pass {
     if (dense) {
       SetDense(taps);
     } else {
+      size_t count = 0;
+      for (const auto& row : taps) count += row.size();
+      sources_.reserve(count);
+      index_.reserve(count);
       for (const auto& row : taps) {
         for (const Tap& tap : row) {
           sources_.push_back(tap.source);
@@ -123,18 +128,22 @@ class Pass {
   }
 
  private:
+  // The sources of all outputs together: mostly those of the first.
   void SetDense(const std::vector<std::vector<Tap>>& taps) {
-    for (const auto& row : taps) {
-      for (const Tap& tap : row) sources_.push_back(tap.source);
+    std::vector<Source> row, both;
+    for (const auto& output : taps) {
+      row.clear();
+      for (const Tap& tap : output) row.push_back(tap.source);
+      if (std::includes(sources_.begin(), sources_.end(), row.begin(), row.end())) continue;
+      both.clear();
+      std::set_union(sources_.begin(), sources_.end(), row.begin(), row.end(), std::back_inserter(both));
+      sources_.swap(both);
     }
-    std::sort(sources_.begin(), sources_.end());
-    sources_.erase(std::unique(sources_.begin(), sources_.end(),
-                               [](const Source& a, const Source& b) { return !(a < b) && !(b < a); }),
-                   sources_.end());
     index_.assign(outputs_ * sources_.size(), -1);
     for (int64_t o = 0; o < outputs_; ++o) {
+      size_t at = 0;
       for (const Tap& tap : taps[o]) {
-        const auto at = std::lower_bound(sources_.begin(), sources_.end(), tap.source) - sources_.begin();
+        while (sources_[at] < tap.source) ++at;
         index_[o * sources_.size() + at] = tap.index;
       }
     }
