@@ -1,0 +1,109 @@
+"""Recording: what shapes the rules of `capture` give, when they leave it to torch, and what that saves."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lipfast.engine import capture
+
+X = torch.randn(2, 4, 7, 5)
+ROW = torch.randn(4)
+W = torch.randn(6, 4, 3, 2)
+KNOWN = {
+    "norm": (F.batch_norm, (X, ROW, ROW.abs()), {"training": True}),
+    "norm, evaluation, affine": (F.batch_norm, (X, ROW, ROW.abs(), ROW, ROW, False, 0.1, 1e-3), {}),
+    "leaky relu": (F.leaky_relu, (X, 0.3), {}),
+    "relu": (F.relu, (X,), {"inplace": False}),
+    "silu": (F.silu, (X.double(),), {}),
+    "sigmoid": (torch.sigmoid, (X,), {}),
+    "tanh": (torch.tanh, (X[0],), {}),
+    "conv": (torch.conv2d, (X, W, torch.randn(6)), {"padding": 1}),
+    "conv, uneven": (torch.conv2d, (X, W, None, (2, 1), (1, 2), (1, 2)), {}),
+    "conv, groups": (torch.conv2d, (X, torch.randn(6, 2, 3, 3), None, 2, 0, 1, 2), {}),
+    "resize by scale": (F.interpolate, (X,), {"scale_factor": 1.7, "mode": "bilinear", "align_corners": True}),
+    "resize by scales": (F.interpolate, (X, None, (2, 0.5)), {"recompute_scale_factor": True}),
+    "resize to size": (F.interpolate, (X, (9, 3)), {"mode": "bilinear"}),
+    "pad": (F.pad, (X, (1, 2, 0, 3)), {}),
+    "pad, mirrored": (F.pad, (X, (4, 3, 6, 0), "reflect"), {}),
+    "pad, around": (F.pad, (X, (5, 0, 7, 7)), {"mode": "circular"}),
+    "cat": (torch.cat, ([X, X[:, :3], X],), {"dim": 1}),
+    "cat, from behind": (torch.cat, ((X, X[..., :2]), -1), {}),
+}
+REFUSED = {
+    "conv of other channels": (torch.conv2d, (X, W[:, :3]), {}),
+    "conv of other groups": (torch.conv2d, (X, torch.randn(5, 2, 3, 3), None, 1, 0, 1, 2), {}),
+    "conv of a smaller map": (torch.conv2d, (X, torch.randn(6, 4, 9, 1)), {}),
+    "conv of another type": (torch.conv2d, (X, W.double()), {}),
+    "bias of another length": (torch.conv2d, (X, W, ROW), {}),
+    "norm of other channels": (F.batch_norm, (X, ROW[:3], ROW[:3]), {}),
+    "norm of one value": (F.batch_norm, (X[:1, :, :1, :1], None, None), {"training": True}),
+    "size and scale": (F.interpolate, (X, (3, 3), 2.0), {}),
+    "no size": (F.interpolate, (X,), {}),
+    "a size of nothing": (F.interpolate, (X,), {"scale_factor": 0.1}),
+    "mirrored too far": (F.pad, (X, (5, 0, 0, 0), "reflect"), {}),
+    "around too far": (F.pad, (X, (0, 0, 8, 0), "circular"), {}),
+    "no such mode": (F.pad, (X, (1, 1, 1, 1), "mirror"), {}),
+    "cat of other rows": (torch.cat, ([X, X[:, :, :3]], 1), {}),
+    "cat of nothing": (torch.cat, ([],), {}),
+    "no such argument": (F.relu, (X,), {"slope": 1}),
+}
+
+
+def on_meta(value):
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_meta(part) for part in value)
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_rules_know_what_torch_returns(name):
+    function, args, kwargs = KNOWN[name]
+    want = function(*args, **kwargs)
+    got = capture._stand_in(function, on_meta(args), kwargs)
+    assert got is not None
+    assert (got.shape, got.dtype, got.device.type) == (want.shape, want.dtype, "meta")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_torch_refuses_is_left_to_torch(name):
+    function, args, kwargs = REFUSED[name]
+    assert capture._stand_in(function, on_meta(args), kwargs) is None
+    with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
+        function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        (F.relu, (X,), {"inplace": True}),  # the very tensor comes back
+        (F.interpolate, (X,), {"size": (3, 3), "mode": "bicubic"}),
+        (torch.conv2d, (X, W), {"padding": "same"}),
+        (F.pad, (X, (-1, 1, 0, 0)), {}),
+        (torch.relu, (X.int(),), {}),
+    ],
+)
+def test_what_no_rule_is_sure_of_is_left_to_torch(call):
+    function, args, kwargs = call
+    assert capture._stand_in(function, on_meta(args), kwargs) is None
+
+
+def test_recording_the_papers_network_imports_nothing_more():
+    """torch's own shapes of these functions import sympy and more on first use: two seconds of every process."""
+    program = """
+import sys, torch
+from lipfast import priors
+from lipfast.engine.capture import record
+
+network = priors.build("skip", {}, 0)
+leaves = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+before = set(sys.modules)
+record(lambda leaves, x: torch.func.functional_call(network, leaves, (x,)), [torch.rand(1, 32, 64, 64)], leaves)
+assert "sympy" not in before, "torch imports it by itself now: this test tells nothing"
+print(len(set(sys.modules) - before))
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 10
