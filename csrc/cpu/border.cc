@@ -10,7 +10,7 @@
 namespace lipfast {
 namespace {
 
-constexpr int64_t kChannelsPerTask = 16;
+constexpr int64_t kPlanesPerTask = 16;
 
 // Pixels of the padded input that a strip covers: rows [top, bottom), columns [left, right).
 struct Rectangle {
@@ -67,6 +67,20 @@ std::vector<std::vector<Tap>> GradientTaps(const ConvShape& shape, const std::ve
   return taps;
 }
 
+namespace {
+
+float* Plane(const LaneMap& map, int64_t plane) { return map.At(plane / map.channels, plane % map.channels); }
+
+// body(first, last) for ranges of planes, of all channels of all items.
+template <class Body>
+void ForPlanes(const LaneMap& map, int threads, const Body& body) {
+  const int64_t planes = map.batch * map.channels;
+  ParallelFor(threads, CeilDiv(planes, kPlanesPerTask),
+              [&](int64_t task) { body(task * kPlanesPerTask, std::min((task + 1) * kPlanesPerTask, planes)); });
+}
+
+}  // namespace
+
 // One phase of the stride in one rectangle. Positions count pixels of dx that are the stride apart,
 // and pixels of dy one apart; "across" runs over the few of them, "along" over the many.
 class Border::Strip {
@@ -103,11 +117,15 @@ class Border::Strip {
     for (Reading reading : GradientReadings(shape_, phase_row_, phase_col_)) {
       if (turned_) std::swap(reading.row, reading.col);
       if (ReadsZeros(reading)) continue;
-      readings.push_back(reading);
+      if (readings.empty()) {
+        low_row_ = high_row_ = reading.row;
+        low_col_ = high_col_ = reading.col;
+      }
       low_row_ = std::min<int64_t>(low_row_, reading.row);
       high_row_ = std::max<int64_t>(high_row_, reading.row);
       low_col_ = std::min<int64_t>(low_col_, reading.col);
       high_col_ = std::max<int64_t>(high_col_, reading.col);
+      readings.push_back(reading);
     }
     std::sort(readings.begin(), readings.end(),
               [](const Reading& a, const Reading& b) { return std::tie(a.row, a.col) < std::tie(b.row, b.col); });
@@ -119,29 +137,36 @@ class Border::Strip {
     return PackedAligned() + batch * (shape_.out_channels * InFloats() + shape_.in_channels * OutFloats());
   }
 
-  void AddTo(const float* values, const LaneMap& dy, const LaneMap& dx, float* scratch, int threads) const {
+  // The strip's gradients, into `scratch`.
+  void Compute(const float* values, const LaneMap& dy, const LaneMap& dx, float* scratch, int threads) const {
     const LaneMap in = Map(scratch + PackedAligned(), dy, InRows(), InCols(), -low_row_ * InCols() - low_col_);
-    const LaneMap out =
-        Map(scratch + PackedAligned() + dy.batch * dy.channels * InFloats(), dx, pass_.rows, pass_.cols, 0);
     const auto offsets = OffsetsFor(dy.row_stride, dx.row_stride);
-    ForChannels(dy, threads, [&](int64_t n, int64_t c) {
-      const float* from = dy.At(n, c);
-      float* to = in.At(n, c, low_row_, low_col_);
-      for (size_t i = 0; i < offsets->gather.size(); ++i) {
-        const int32_t at = offsets->gather[i];
-        to[i] = at < 0 ? 0.0f : from[at];
+    ForPlanes(dy, threads, [&](int64_t first, int64_t last) {
+      for (int64_t plane = first; plane < last; ++plane) {
+        const float* from = Plane(dy, plane);
+        float* to = Plane(in, plane) + (low_row_ * InCols() + low_col_) * kVector;
+        for (size_t i = 0; i < offsets->gather.size(); ++i) {
+          const int32_t at = offsets->gather[i];
+          to[i] = at < 0 ? 0.0f : from[at];
+        }
       }
     });
     Pack(pass_, values, nullptr, in, scratch, threads);
-    Accumulate(pass_, scratch, nullptr, in, out, {}, threads);
-    ForChannels(dx, threads, [&](int64_t n, int64_t c) {
-      const float* from = out.At(n, c);
-      float* to = dx.At(n, c);
+    Accumulate(pass_, scratch, nullptr, in, Result(dx, scratch), {}, threads);
+  }
+
+  // Adds what Compute left in `scratch` to planes [first, last) of dx.
+  void AddTo(const LaneMap& dy, const LaneMap& dx, float* scratch, int64_t first, int64_t last) const {
+    const auto offsets = OffsetsFor(dy.row_stride, dx.row_stride);
+    const LaneMap result = Result(dx, scratch);
+    for (int64_t plane = first; plane < last; ++plane) {
+      const float* from = Plane(result, plane);
+      float* to = Plane(dx, plane);
       for (size_t i = 0; i < offsets->scatter.size(); ++i) {
         const int32_t at = offsets->scatter[i];
         if (at >= 0) to[at] += from[i];
       }
-    });
+    }
   }
 
  private:
@@ -174,15 +199,8 @@ class Border::Strip {
     return map;
   }
 
-  template <class Body>
-  static void ForChannels(const LaneMap& map, int threads, const Body& body) {
-    const int64_t planes = map.batch * map.channels;
-    ParallelFor(threads, CeilDiv(planes, kChannelsPerTask), [&](int64_t task) {
-      const int64_t last = std::min((task + 1) * kChannelsPerTask, planes);
-      for (int64_t plane = task * kChannelsPerTask; plane < last; ++plane) {
-        body(plane / map.channels, plane % map.channels);
-      }
-    });
+  LaneMap Result(const LaneMap& dx, float* scratch) const {
+    return Map(scratch + PackedAligned() + dx.batch * shape_.out_channels * InFloats(), dx, pass_.rows, pass_.cols, 0);
   }
 
   std::shared_ptr<const Offsets> OffsetsFor(int64_t dy_row_stride, int64_t dx_row_stride) const {
@@ -255,13 +273,28 @@ Border::Border(const ConvShape& shape, const ConvGeometry& geometry, const std::
 Border::~Border() = default;
 
 int64_t Border::scratch_floats() const {
-  int64_t most = 0;
-  for (const auto& strip : strips_) most = std::max(most, strip->ScratchFloats(batch_));
-  return most;
+  int64_t floats = 0;
+  for (const auto& strip : strips_) floats += strip->ScratchFloats(batch_);
+  return floats;
 }
 
+// A strip is small, and calls of the pool cost as much: few threads take a strip each.
 void Border::AddTo(const float* values, const LaneMap& dy, const LaneMap& dx, float* scratch, int threads) const {
-  for (const auto& strip : strips_) strip->AddTo(values, dy, dx, scratch, threads);
+  std::vector<float*> parts;
+  for (const auto& strip : strips_) {
+    parts.push_back(scratch);
+    scratch += strip->ScratchFloats(batch_);
+  }
+  const int64_t count = static_cast<int64_t>(strips_.size());
+  if (threads <= count) {
+    ParallelFor(threads, count, [&](int64_t i) { strips_[i]->Compute(values, dy, dx, parts[i], 1); });
+  } else {
+    for (int64_t i = 0; i < count; ++i) strips_[i]->Compute(values, dy, dx, parts[i], threads);
+  }
+  if (count == 0) return;
+  ForPlanes(dx, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = 0; i < count; ++i) strips_[i]->AddTo(dy, dx, parts[i], first, last);
+  });
 }
 
 }  // namespace lipfast

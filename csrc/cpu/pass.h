@@ -100,7 +100,9 @@ class Pass {
 
   // Packed value of the i-th tap or, where dense, of tap i % taps() of output i / taps(); -1 is zero.
   int32_t Index(int64_t i) const { return in_order_ ? static_cast<int32_t>(i) : index_[i]; }
-  bool in_order() const { return in_order_; }  // the packed values are those of the taps, output by output
+  const int32_t* indices() const { return index_.data(); }  // unless in order
+  bool complete() const { return complete_; }               // no index is -1
+  bool in_order() const { return in_order_; }               // the packed values are those of the taps, output by output
   int64_t outputs() const { return outputs_; }
   int64_t taps() const { return static_cast<int64_t>(sources_.size()); }
   bool empty() const { return rows <= 0 || cols <= 0; }
@@ -140,7 +142,9 @@ class Pass {
       sources_.swap(both);
     }
     index_.assign(outputs_ * sources_.size(), -1);
+    complete_ = true;
     for (int64_t o = 0; o < outputs_; ++o) {
+      complete_ = complete_ && taps[o].size() == sources_.size();
       size_t at = 0;
       for (const Tap& tap : taps[o]) {
         while (sources_[at] < tap.source) ++at;
@@ -264,6 +268,7 @@ class Pass {
   int64_t outputs_ = 0;
   std::vector<Source> sources_;
   std::vector<int32_t> index_, ends_;  // packed value of each tap, or of each (output, tap) where dense
+  bool complete_ = false;              // dense: every output has every tap
   bool in_order_ = false;              // index_ is empty and would count from 0
   mutable std::mutex mutex_;
   mutable std::map<std::pair<int64_t, int64_t>, std::shared_ptr<const BoundTaps>> bound_;
@@ -283,6 +288,13 @@ void PackDenseBy(const Pass& pass, const float* values, const float* scale, floa
       const float* rows = values + first * taps;
       for (int64_t t = 0; t < taps; ++t) {
         for (int64_t k = 0; k < kGroup; ++k) to[t * kGroup + k] = rows[k * taps + t] * factors[k];
+      }
+      return;
+    }
+    if (pass.complete() && first + kGroup <= outputs) {
+      const int32_t* rows = pass.indices() + first * taps;
+      for (int64_t t = 0; t < taps; ++t) {
+        for (int64_t k = 0; k < kGroup; ++k) to[t * kGroup + k] = values[rows[k * taps + t]] * factors[k];
       }
       return;
     }
