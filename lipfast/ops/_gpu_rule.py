@@ -1,4 +1,4 @@
-"""Which kernel a GPU runs for each direction of a pruned convolution: the one that was faster on an H100.
+"""Which kernel a GPU runs for each direction of a pruned convolution: the one that was faster on an H200.
 
 ``gpu_rule.json`` holds the densities below which the sparse kernels were faster than dense ones of the same precision,
 for the layers of the skip net; ``benchmarks/fit_gpu_rule.py`` writes it from the rows of ``make bench-gpu``. A layer

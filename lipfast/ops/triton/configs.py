@@ -1,6 +1,6 @@
 """Launch settings of every Triton kernel, checked in: nothing is tuned at run time, so equal inputs give equal bits.
 
-Chosen from compiled code (registers, access width); what they reach on an H100 is in docs/gpu.md.
+Chosen from compiled code (registers, access width); what they reach on an H200 is in docs/gpu.md.
 ``tests/gpu/test_triton_compiled.py`` compiles each of them for every target.
 """
 
