@@ -2,8 +2,8 @@
 
 A step of the paper's network is several hundred small kernels; launched one by one from Python, the launches themselves
 can outlast the work at small sizes. A graph launches each pass at once. The loss stays eager (it is a handful of
-kernels, and callers may change it from step to step), as do the masks and the fused Adam. `OperatorTrainer` captures its
-networks with the same function, and hands those that it cannot record to `GraphTrainer`.
+kernels, and callers may change it from step to step), as do the masks and the fused Adam. `OperatorTrainer` captures
+its networks with the same function, and hands those that it cannot record to `GraphTrainer`.
 """
 
 import warnings
