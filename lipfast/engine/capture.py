@@ -235,7 +235,7 @@ def _convolved(
     if isinstance(padding, str) or not input.dim() == weight.dim() == 4 or min(input.shape) < 1:
         return None
     out, per_group, *kernel = weight.shape
-    axes = zip(input.shape[2:], kernel, *(_pair(v) for v in (stride, padding, dilation)), strict=True)
+    axes = zip(input.shape[2:], kernel, *(pair(v) for v in (stride, padding, dilation)), strict=True)
     size = [(side + 2 * pad - spread * (taps - 1) - 1) // step + 1 for side, taps, step, pad, spread in axes]
     whole = input.shape[1] == per_group * groups and out % groups == 0 and min(size) > 0
     alike = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None} == {input.dtype}
@@ -255,11 +255,12 @@ def _resized(
     plain = (mode, align_corners) == ("nearest", None) or mode == "bilinear"
     if not plain or input.dim() != 4 or not input.is_floating_point() or (size is None) == (scale_factor is None):
         return None
+    given = size if scale_factor is None else scale_factor
+    if isinstance(given, (tuple, list)) and len(given) != 2:  # here torch takes no sequence of one
+        return None
     if size is None:
-        size = [
-            math.floor(float(side) * scale) for side, scale in zip(input.shape[2:], _pair(scale_factor), strict=True)
-        ]
-    sizes = [int(side) for side in _pair(size)]
+        size = [math.floor(float(side) * scale) for side, scale in zip(input.shape[2:], pair(given), strict=True)]
+    sizes = [int(side) for side in pair(size)]
     return input.new_empty(*input.shape[:2], *sizes) if min(*sizes, *input.shape) > 0 else None
 
 
@@ -284,8 +285,10 @@ def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     return first.new_empty(size)
 
 
-def _pair(value: Any) -> tuple[Any, Any]:
-    down, across = value if isinstance(value, (tuple, list)) else (value, value)
+def pair(value: Any) -> tuple[Any, Any]:
+    """What torch makes of a number for both axes, alone or in a sequence, or of one for each."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    down, across = values * 2 if len(values) == 1 else values
     return down, across
 
 

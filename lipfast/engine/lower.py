@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lipfast.engine.capture import Call, Recording, Ref
+from lipfast.engine.capture import Call, Recording, Ref, pair
 from lipfast.engine.graph import Graph, Node, Taps
 from lipfast.engine.patterns import gather_patterns, pixel_norm
 
@@ -197,14 +197,6 @@ def _flattened(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1] * shape[2] * shape[3]
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    if len(value) == 1:
-        return value[0], value[0]
-    return value[0], value[1]
-
-
 def _conv2d(
     b: _Builder,
     input: Any,
@@ -217,14 +209,14 @@ def _conv2d(
 ) -> int:
     n, _, height, width = b.shape(input)
     out_channels, _, kernel_h, kernel_w = weight.shape
-    stride_h, stride_w = _pair(stride)
-    dilation_h, dilation_w = _pair(dilation)
+    stride_h, stride_w = pair(stride)
+    dilation_h, dilation_w = pair(dilation)
     reach = dilation_h * (kernel_h - 1), dilation_w * (kernel_w - 1)
     if padding == "same":
         if reach[0] % 2 or reach[1] % 2:
             raise Unsupported("padding='same' with an even kernel")
         padding = reach[0] // 2, reach[1] // 2
-    pad = (0, 0) if padding == "valid" else _pair(padding)
+    pad = (0, 0) if padding == "valid" else pair(padding)
     if stride_h != stride_w or dilation_h != dilation_w:
         raise Unsupported("stride or dilation differs between rows and columns")
     if stride_h > 2 or max(kernel_h, kernel_w) > _LARGEST_KERNEL:
@@ -293,7 +285,7 @@ def _cat(b: _Builder, tensors: Any, dim: int = 0) -> int:
 
 def _pool(b: _Builder, input: Any, kernel: Any, stride: Any, padding: Any, maximum: bool) -> int:
     n, c, height, width = b.shape(input)
-    sides, steps, pads = _pair(kernel), _pair(kernel if stride is None or stride == [] else stride), _pair(padding)
+    sides, steps, pads = pair(kernel), pair(kernel if stride is None or stride == [] else stride), pair(padding)
     if sides[0] != sides[1] or steps[0] != steps[1] or pads[0] != pads[1]:
         raise Unsupported("a window that is not square")
     side, step, pad = sides[0], steps[0], pads[0]
@@ -311,7 +303,7 @@ def _avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> int:
-    if ceil_mode or divisor_override is not None or (_pair(padding) != (0, 0) and not count_include_pad):
+    if ceil_mode or divisor_override is not None or (pair(padding) != (0, 0) and not count_include_pad):
         raise Unsupported("ceil_mode, divisor_override or count_include_pad=False")
     return _pool(b, input, kernel_size, stride, padding, False)
 
@@ -326,13 +318,13 @@ def _max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> int:
-    if ceil_mode or return_indices or _pair(dilation) != (1, 1):
+    if ceil_mode or return_indices or pair(dilation) != (1, 1):
         raise Unsupported("ceil_mode, return_indices or dilation")
     return _pool(b, input, kernel_size, stride, padding, True)
 
 
 def _adaptive_avg_pool2d(b: _Builder, input: Any, output_size: Any) -> int:
-    if _pair(output_size) != (1, 1):
+    if pair(output_size) != (1, 1):
         raise Unsupported(f"adaptive pooling to {output_size}")
     return _mean(b, input, (2, 3), True)
 
@@ -388,11 +380,11 @@ def _interpolate(
         raise Unsupported(f"mode {mode}, antialias {antialias}")
     factors: tuple[float | None, float | None] = (None, None)
     if size is not None:
-        out = _pair(size)
+        out = pair(size)
     else:
-        pair = (scale_factor, scale_factor) if isinstance(scale_factor, (int, float)) else tuple(scale_factor)
-        out = int(sides[0] * pair[0]), int(sides[1] * pair[1])
-        factors = (None, None) if recompute_scale_factor else (float(pair[0]), float(pair[1]))
+        down, across = pair(scale_factor)
+        out = int(sides[0] * down), int(sides[1] * across)
+        factors = (None, None) if recompute_scale_factor else (float(down), float(across))
     shape = (n, c, *out)
     doubles = out == (2 * sides[0], 2 * sides[1]) and factors in ((None, None), (2.0, 2.0))
     if doubles and not align_corners:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lipfast.engine.capture import Call, Recording, Ref
+from lipfast.engine.capture import Call, Recording, Ref, pair
 from lipfast.engine.lower import Lowered
 from lipfast.errors import BackendError
 from lipfast.ops import _dispatch, pruned_conv
@@ -184,10 +184,9 @@ class Normalisation:
     """
 
     def __init__(self, call: Call, activation: Call | None) -> None:
-        self._calls = [call] if activation is None else [call, activation]
         self._slope = 1.0 if activation is None else _slope(activation)
         self._arguments = _norm_arguments(*call.args, **call.kwargs)
-        self._result: Ref = self._calls[-1].result
+        self._result: Ref = (activation or call).result
         self.inputs = call.refs()
 
     def run(self, known: dict[int, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -207,8 +206,8 @@ def _can_normalise(arguments: Mapping[str, Any], device: torch.device) -> bool:
     """Whether a kernel does a BatchNorm of maps."""
     a = arguments
     pairs = [a["running_mean"], a["running_var"]], [a["weight"], a["bias"]]
-    given = [all(isinstance(part, Ref) for part in pair) for pair in pairs]
-    whole = all(g or (a["training"] and pair == [None, None]) for g, pair in zip(given, pairs, strict=True))
+    given = [all(isinstance(part, Ref) for part in both) for both in pairs]
+    whole = all(g or (a["training"] and both == [None, None]) for g, both in zip(given, pairs, strict=True))
     maps = isinstance(a["input"], Ref) and len(a["input"].shape) == 4 and a["momentum"] is not None
     return whole and maps and _has_kernel("batch_norm_activate", device)
 
@@ -271,10 +270,8 @@ def _interpolate_arguments(
     antialias: bool = False,
 ) -> tuple[Ref, list[float] | None, str, bool | None]:
     """``F.interpolate``'s map, scales (of rows, columns) where they place pixels, mode, and whether corners align."""
-    if scale_factor is not None and not isinstance(scale_factor, (tuple, list)):
-        scale_factor = (scale_factor,) * 2
     placing = scale_factor is not None and not recompute_scale_factor
-    return input, list(scale_factor) if placing else None, "antialiased" if antialias else mode, align_corners
+    return input, list(pair(scale_factor)) if placing else None, "antialiased" if antialias else mode, align_corners
 
 
 def _slope(activation: Call) -> float:
@@ -322,8 +319,8 @@ def _form(call: Call) -> PrunedForm | None:
     a = _arguments(*call.args, **call.kwargs)
     if isinstance(a["padding"], str) and a["padding"] != "valid":
         return None
-    stride, dilation = _pair(a["stride"]), _pair(a["dilation"])
-    padding = (0, 0) if a["padding"] == "valid" else _pair(a["padding"])
+    stride, dilation = pair(a["stride"]), pair(a["dilation"])
+    padding = (0, 0) if a["padding"] == "valid" else pair(a["padding"])
     if dilation[0] != dilation[1] or not isinstance(a["input"], Ref) or len(a["input"].shape) != 4:
         return None
     return PrunedForm(stride, padding, "zeros", dilation[0], a["groups"])
@@ -348,8 +345,3 @@ def _pad_arguments(
     input: Any, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> tuple[Sequence[int], str, float | None]:
     return pad, mode, value
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    return (pair[0], pair[-1])
