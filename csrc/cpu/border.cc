@@ -280,6 +280,7 @@ int64_t Border::scratch_floats() const {
 
 // A strip is small, and calls of the pool cost as much: few threads take a strip each.
 void Border::AddTo(const float* values, const LaneMap& dy, const LaneMap& dx, float* scratch, int threads) const {
+  if (strips_.empty()) return;
   std::vector<float*> parts;
   for (const auto& strip : strips_) {
     parts.push_back(scratch);
@@ -291,7 +292,6 @@ void Border::AddTo(const float* values, const LaneMap& dy, const LaneMap& dx, fl
   } else {
     for (int64_t i = 0; i < count; ++i) strips_[i]->Compute(values, dy, dx, parts[i], threads);
   }
-  if (count == 0) return;
   ForPlanes(dx, threads, [&](int64_t first, int64_t last) {
     for (int64_t i = 0; i < count; ++i) strips_[i]->AddTo(dy, dx, parts[i], first, last);
   });

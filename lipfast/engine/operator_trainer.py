@@ -185,8 +185,8 @@ class _Layout:
         self._sizes = [part for count in counts for part in (count, -count % ALIGNMENT)]
         self._sizes[-1] += -sum(self._sizes) % 16  # lets Triton load the whole vector in 128-bit pieces
         self.size = sum(self._sizes)
-        starts = itertools.accumulate(self._sizes[::2], lambda at, size: at + size + -size % ALIGNMENT, initial=0)
-        self._starts = dict(zip(self._shapes, starts, strict=False))
+        starts = list(itertools.accumulate(self._sizes[:-1], initial=0))[::2]
+        self._starts = dict(zip(self._shapes, starts, strict=True))
         sparse = {conv.name for conv in convolutions if set(conv.kernels(conv.precision).values()) == {"sparse"}}
         self._dense = [name for name in masks if name not in sparse]
         self._places: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}

@@ -108,13 +108,19 @@ def _moments(value, inside, count):
 
 
 @triton.jit
-def _joined(means, squares, plane, n_channels, n_parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Mean and variance of this program's channel from those of its parts, in a fixed order."""
+def _parts_of_channel(n_channels, n_parts, PARTS: tl.constexpr):
+    """The parts of this program's channel: which block of a plane each is, its place, and which there are."""
     blocks = tl.num_programs(0)
     part = tl.arange(0, PARTS)
-    there = part < n_parts
-    place = (part // blocks * n_channels + tl.program_id(1) % n_channels) * blocks + part % blocks
-    count = tl.where(there, tl.minimum(plane - part % blocks * BLOCK, BLOCK), 0).to(tl.float32)
+    block = part % blocks
+    return block, (part // blocks * n_channels + tl.program_id(1) % n_channels) * blocks + block, part < n_parts
+
+
+@triton.jit
+def _joined(means, squares, plane, n_channels, n_parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Mean and variance of this program's channel from those of its parts, in a fixed order."""
+    block, place, there = _parts_of_channel(n_channels, n_parts, PARTS)
+    count = tl.where(there, tl.minimum(plane - block * BLOCK, BLOCK), 0).to(tl.float32)
     total = tl.sum(count, axis=0)
     part_mean = tl.load(means + place, mask=there, other=0.0)
     mean = tl.sum(part_mean * count, axis=0) / total
@@ -218,11 +224,9 @@ def batch_norm_backward_kernel(
         sum_g = tl.sum(g, axis=0)
         sum_product = tl.sum(g * normal, axis=0)
     else:
-        blocks = tl.num_programs(0)
-        part = tl.arange(0, PARTS)
-        at = (part // blocks * n_channels + channel) * blocks + part % blocks
-        sum_g = tl.sum(tl.load(sums + at, mask=part < n_parts, other=0.0), axis=0)
-        sum_product = tl.sum(tl.load(products + at, mask=part < n_parts, other=0.0), axis=0)
+        _, at, there = _parts_of_channel(n_channels, n_parts, PARTS)
+        sum_g = tl.sum(tl.load(sums + at, mask=there, other=0.0), axis=0)
+        sum_product = tl.sum(tl.load(products + at, mask=there, other=0.0), axis=0)
     gradient = scale * (g - (sum_g + normal * sum_product) / total)
     tl.store(dx + place, gradient.to(dx.dtype.element_ty), mask=inside)
     if (tl.program_id(0) == 0) & (tl.program_id(1) < n_channels):
