@@ -4,7 +4,6 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,6 @@ def cases(size: Size) -> list[Case]:
     doors: dict[str, Door] = {
         "accelerate": accelerate,
         "torch.compile": _compile,
-        "torch.compile, changes by versions": functools.partial(_compile, options={"changes": "versions"}),
     }
     return [
         Case(
@@ -52,9 +50,9 @@ def cases(size: Size) -> list[Case]:
     ]
 
 
-def _compile(model: nn.Module, options: dict[str, Any] | None = None) -> Callable[[Tensor], Tensor]:
+def _compile(model: nn.Module) -> Callable[[Tensor], Tensor]:
     # By function, so that the benchmark runs from a source tree, where there are no entry points.
-    compiled: Callable[[Tensor], Tensor] = torch.compile(model, backend=dynamo.lipfast, options=options)
+    compiled: Callable[[Tensor], Tensor] = torch.compile(model, backend=dynamo.lipfast)
     return compiled
 
 

@@ -7,8 +7,8 @@ arguments: which weights are pruned is read off the graph or off the numbers.
   ``torch.nn.utils.prune`` do; a zero without a mask may be trained away from zero and counts as a weight.
 - In inference every zero counts as pruned.
 
-Each call takes a fingerprint of the numbers that this rests on, and packs or plans anew when it differs. With
-``options={"changes": "versions"}`` it looks at torch's version counters instead of reading every weight.
+Each call asks whether the numbers that this rests on were written (``engine/watch.py``), and packs or plans anew
+where they changed.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ import torch
 import torch.fx
 from torch import Tensor
 
-import lipfast._C as _C
 from lipfast.engine.capture import Call, Recording, Ref, record
 from lipfast.engine.lane_module import FEWEST_ZEROS, PLANS_KEPT, Compiled, runs_in_lanes
 from lipfast.engine.lower import Lowered, Segment, lower
+from lipfast.engine.watch import Watch
 from lipfast.errors import ConfigError, InputError
 
 _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-_CHANGES = ("contents", "versions")
+_CHANGES = ("writes", "contents")
 
 
 def lipfast(
@@ -40,9 +40,9 @@ def lipfast(
     Args:
         module: the graph.
         example_inputs: not used; shapes are taken from each call.
-        options: ``{"changes": "contents"}`` (the default) reads all watched weights in each call, so that no change is
-            missed; ``{"changes": "versions"}`` compares their addresses and version counters, which takes no time and
-            sees optimisers, ``load_state_dict`` and writing in place, but not writing through ``.data``.
+        options: ``{"changes": "writes"}`` (the default) lets torch say whether a watched weight was written, which
+            takes no time and sees every way through torch and numpy; ``{"changes": "contents"}`` reads them in each
+            call and sees raw pointers, too, that were handed out before.
 
     Raises:
         ConfigError: an unknown option or value.
@@ -52,7 +52,7 @@ def lipfast(
         raise ConfigError(f"torch.compile: lipfast has no option {min(unknown)!r}; it has 'changes'")
     if chosen["changes"] not in _CHANGES:
         raise ConfigError(f"torch.compile: option 'changes' is {chosen['changes']!r}; use one of {', '.join(_CHANGES)}")
-    return _CompiledGraph(module, by_version=chosen["changes"] == "versions")
+    return _CompiledGraph(module, reads=chosen["changes"] == "contents")
 
 
 @dataclasses.dataclass
@@ -63,8 +63,8 @@ class _Variant:
         masks: leaf name -> which of its weights live.
         sources: leaf name -> the leaf that holds its mask in the graph; absent where zeros were counted.
         training: gradients are wanted, so weights are packed by a differentiable step in each call.
-        by_version: changes are told by version counters.
-        mark: fingerprint of what the masks (and, in inference, the packed weights) were made from.
+        reads: all watched numbers in each call, instead of asking torch for writes.
+        watch: over what the masks (and, in inference, the packed weights) were made from.
         packed: the packed weights, in inference.
     """
 
@@ -72,18 +72,13 @@ class _Variant:
     masks: dict[str, Tensor]
     sources: dict[str, str]
     training: bool
-    by_version: bool = False
-    mark: Any = None
+    reads: bool
+    watch: Watch = dataclasses.field(init=False)
     packed: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
-    def fingerprint(self, tensors: Mapping[str, Tensor]) -> Any:
-        """Of the tensors that must not change unnoticed. Writing through ``.data`` leaves no trace but the numbers."""
-        watched = [tensors[source] for source in self.sources.values()]
-        watched += [] if self.training else [tensors[name] for name in self.masks]
-        if self.by_version and not any(tensor.is_inference() for tensor in watched):  # those count no writes
-            return tuple((tensor.data_ptr(), tensor._version) for tensor in watched)
-        arrays = [tensor.detach().reshape(-1).view(torch.uint8).numpy() for tensor in watched]
-        return _C.fingerprint(arrays, torch.get_num_threads())
+    def unchanged(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether everything the variant was made from still holds."""
+        return self.watch.unchanged(self._watched(tensors))
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether no weight lives that the masks call dead."""
@@ -96,14 +91,18 @@ class _Variant:
 
     def settle(self, tensors: Mapping[str, Tensor]) -> None:
         """Remember what the variant was made from."""
-        self.mark = self.fingerprint(tensors)
+        self.watch = Watch(self._watched(tensors), reads=self.reads)
         if not self.training:
             self.packed = {name: tensors[name].detach()[mask] for name, mask in self.masks.items()}
 
+    def _watched(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        sources = list(self.sources.values())
+        return [tensors[name] for name in (sources if self.training else [*sources, *self.masks])]
+
 
 class _CompiledGraph:
-    def __init__(self, module: torch.fx.GraphModule, *, by_version: bool) -> None:
-        self._module, self._by_version = module, by_version
+    def __init__(self, module: torch.fx.GraphModule, *, reads: bool) -> None:
+        self._module, self._reads = module, reads
         self._variants: dict[Any, _Variant | None] = {}
         self._warned: set[str] = set()
 
@@ -113,7 +112,7 @@ class _CompiledGraph:
         shapes = tuple((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in args)
         key = (training, shapes)
         variant = self._variants.get(key)
-        changed = variant is not None and variant.fingerprint(tensors) != variant.mark
+        changed = variant is not None and not variant.unchanged(tensors)
         if variant is not None and changed and variant.fits(tensors):
             variant.settle(tensors)  # the weights moved, the masks did not
         elif changed or key not in self._variants:
@@ -143,7 +142,7 @@ class _CompiledGraph:
         for refused in lowered.refused:
             self._say(f"{refused}; it runs in torch, and maps are converted to torch's layout and back around it")
         compiled = Compiled(lowered, masks, exact=False, packed=not training)
-        variant = _Variant(compiled, masks, sources, training, self._by_version)
+        variant = _Variant(compiled, masks, sources, training, self._reads)
         variant.settle(tensors)
         return variant
 

@@ -1,0 +1,94 @@
+"""Tell whether tensors still hold the numbers that were read from them, without reading them before every call.
+
+torch clones a storage lazily: original and clone share memory until one of them is written, and whoever writes is
+moved to memory of its own first, whichever way the write comes (in place, an alias, ``.data``, an optimiser). So long
+as a clone is kept, a tensor at its address holds its numbers.
+
+Sources: ``aten::_lazy_clone`` and c10/core/impl/COW.h in PyTorch.
+"""
+
+import ctypes
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import lipfast._C as _C
+
+_cloning = threading.Lock()  # torch does not lock a storage while it makes it shareable
+
+
+class Watch:
+    """Knows whether tensors hold what they held when it was made.
+
+    A fingerprint of their bytes decides. Once it has found them unchanged, lazy clones are kept, and the next answers
+    cost microseconds, until something writes. Memory that can be written past torch is read every time: shared,
+    mapped, a numpy array's own, or handed to numpy by ``Tensor.numpy()``. Pointers from ``data_ptr()`` or DLPack that
+    are older than the clones and written through later are not noticed, unless ``reads`` is set.
+
+    Args:
+        tensors: on the CPU, any layout.
+        reads: read all of them every time.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], *, reads: bool = False) -> None:
+        self._mark = _mark(tensors)
+        self._clones: list[Tensor] = []
+        self._may_clone = not reads
+        self._settled = False  # found unchanged; numbers that change all the time are not worth cloning
+
+    @property
+    def reads(self) -> bool:
+        """Whether the next answer reads all numbers."""
+        return not self._clones
+
+    def unchanged(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these, in the order given at first, hold the same numbers in the same layout."""
+        clones = self._clones
+        if clones and all(_place(tensor) == _place(clone) for tensor, clone in zip(tensors, clones, strict=True)):
+            return True
+        clones = self._clone(tensors)  # before they are read, so that no write falls in between
+        self._settled = _mark(tensors) == self._mark
+        self._clones = clones if self._settled else []
+        return self._settled
+
+    def _clone(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        if not (self._settled and self._may_clone):
+            return []
+        self._may_clone = False  # asked twice: what torch took for a write left the numbers alone, and may be a pointer
+        return _lazy_clones(tensors)
+
+
+def _mark(tensors: Sequence[Tensor]) -> tuple[object, ...]:
+    dense = [t.detach() if _without_gaps(t) else t.detach().contiguous() for t in tensors]
+    arrays = [_bytes(tensor) for tensor in dense]
+    return (*(t.stride() for t in tensors), _C.fingerprint(arrays, torch.get_num_threads()))
+
+
+def _without_gaps(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """The tensor's memory, which it must outlive; ``Tensor.numpy()`` would count as a write."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * tensor.nbytes).from_address(_place(tensor)[0]))
+
+
+def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Address and strides; ``Tensor.data_ptr()`` would count as a write."""
+    storage = torch._C._data_address(tensor)  # type: ignore[attr-defined]
+    return storage + tensor.storage_offset() * tensor.element_size(), tensor.stride()
+
+
+def _lazy_clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """None at all where one of them cannot be cloned lazily."""
+    if not all(tensor.untyped_storage().resizable() for tensor in tensors):  # numpy has seen it, and may write
+        return []
+    try:
+        with _cloning:
+            return [tensor.detach()._lazy_clone() for tensor in tensors]
+    except RuntimeError:  # not torch's own memory
+        return []
