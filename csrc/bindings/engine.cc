@@ -123,19 +123,20 @@ class CheckedProgram {
     program_.Reblock(AsSection(where), from, to);
   }
 
-  void ConvForward(int conv, int64_t values, int64_t bias, int x, int y) {
+  void ConvForward(int conv, int64_t values, int64_t bias, int x, int y, bool fill, int mode, int64_t pad) {
     CheckConvReads(conv, values, bias, x, y);
-    program_.ConvForward(conv, values, bias, x, y);
+    program_.ConvForward(conv, values, bias, x, y, AsHalo(fill, mode, pad, y));
   }
 
   void ConvFinish(int conv, int64_t values, int64_t bias, int x, int residual, int y, float epsilon,
-                  const std::vector<int64_t>& offsets, int act, float slope) {
+                  const std::vector<int64_t>& offsets, int act, float slope, bool fill, int mode, int64_t pad) {
     CheckConvReads(conv, values, bias, x, y);
     if (residual >= 0) CheckPair(residual, y);
     const ActivationSpec spec = AsActivation(act, slope);
     Check(spec.kind == Activation::kNone || spec.kind == Activation::kRelu || spec.kind == Activation::kLeaky,
           "conv: this activation cannot follow in the same step");
-    program_.ConvFinish(conv, values, bias, x, residual, y, epsilon, AsFinishOffsets(offsets, y), spec);
+    program_.ConvFinish(conv, values, bias, x, residual, y, epsilon, AsFinishOffsets(offsets, y), spec,
+                        AsHalo(fill, mode, pad, y));
   }
 
   void ConvInputGradient(int conv, int64_t values, int dy, int dx) {
@@ -156,7 +157,7 @@ class CheckedProgram {
     const NormOffsets at = AsOffsets(offsets, spec.channels);
     Check(training || at.running_mean >= 0, "norm: evaluation needs running statistics");
     Check(!training || Map(x).batch * Map(x).height * Map(x).width > 1, "norm: one value has no variance");
-    const HaloSpec halo = {fill, fill ? AsPadding(mode, pad, Map(y)) : Padding::kZero, pad};
+    const HaloSpec halo = AsHalo(fill, mode, pad, y);
     if (recover) {
       CheckUndoable(spec);
       Check(Map(x).data == Map(y).data, "norm: what does not lie where its input was cannot stand for it");
@@ -179,7 +180,7 @@ class CheckedProgram {
     CheckPair(x, y);
     if (residual >= 0) CheckPair(residual, y);
     const NormOffsets at = AsFinishOffsets(offsets, y);
-    const HaloSpec halo = {fill, fill ? AsPadding(mode, pad, Map(y)) : Padding::kZero, pad};
+    const HaloSpec halo = AsHalo(fill, mode, pad, y);
     program_.Finish(x, residual, y, epsilon, at, AsActivation(act, slope), halo);
   }
 
@@ -233,11 +234,12 @@ class CheckedProgram {
     program_.ResampleBackward(dy, dx, rows, columns);
   }
 
-  void Pool(int x, int y, int64_t kernel, int64_t stride, int64_t pad, bool maximum) {
+  void Pool(int x, int y, int64_t kernel, int64_t stride, int64_t pad, bool maximum, bool fill, int mode,
+            int64_t halo_pad) {
     const PoolSpec spec = AsPool(x, y, kernel, stride, pad, maximum);
     const int64_t behind = kernel - stride - pad;
     Check(Map(x).halo >= (pad > behind ? pad : behind), "pool: the input's halo is smaller than the window's reach");
-    program_.Pool(x, y, spec);
+    program_.Pool(x, y, spec, AsHalo(fill, mode, halo_pad, y));
   }
 
   void PoolBackward(int x, int dy, int dx, int64_t kernel, int64_t stride, int64_t pad, bool maximum) {
@@ -375,6 +377,10 @@ class CheckedProgram {
     Check(Map(x).halo >= Reach(conv), "conv: the input's halo is smaller than the padding");
   }
 
+  HaloSpec AsHalo(bool fill, int mode, int64_t pad, int map) const {
+    return {fill, fill ? AsPadding(mode, pad, Map(map)) : Padding::kZero, pad};
+  }
+
   NormSpec AsNorm(int x, float epsilon, float momentum, int act, float slope) const {
     return {Map(x).channels, epsilon, momentum, AsActivation(act, slope), {nullptr, nullptr}};
   }
@@ -494,9 +500,10 @@ void BindEngine(py::module_& m) {
       .def("fill_halo", &P::FillHalo, py::arg("section"), py::arg("map"), py::arg("mode"), py::arg("pad"))
       .def("reblock", &P::Reblock, py::arg("section"), py::arg("source"), py::arg("to"))
       .def("conv_forward", &P::ConvForward, py::arg("conv"), py::arg("values"), py::arg("bias"), py::arg("x"),
-           py::arg("y"))
+           py::arg("y"), py::arg("fill"), py::arg("mode"), py::arg("pad"))
       .def("conv_finish", &P::ConvFinish, py::arg("conv"), py::arg("values"), py::arg("bias"), py::arg("x"),
-           py::arg("residual"), py::arg("y"), py::arg("epsilon"), py::arg("offsets"), py::arg("act"), py::arg("slope"))
+           py::arg("residual"), py::arg("y"), py::arg("epsilon"), py::arg("offsets"), py::arg("act"), py::arg("slope"),
+           py::arg("fill"), py::arg("mode"), py::arg("pad"))
       .def("conv_input_gradient", &P::ConvInputGradient, py::arg("conv"), py::arg("values"), py::arg("dy"),
            py::arg("dx"))
       .def("conv_weight_gradient", &P::ConvWeightGradient, py::arg("conv"), py::arg("values"), py::arg("bias"),
@@ -523,7 +530,7 @@ void BindEngine(py::module_& m) {
       .def("resample", &P::Resample, py::arg("x"), py::arg("y"), py::arg("rows"), py::arg("columns"))
       .def("resample_backward", &P::ResampleBackward, py::arg("dy"), py::arg("dx"), py::arg("rows"), py::arg("columns"))
       .def("pool", &P::Pool, py::arg("x"), py::arg("y"), py::arg("kernel"), py::arg("stride"), py::arg("pad"),
-           py::arg("maximum"))
+           py::arg("maximum"), py::arg("fill"), py::arg("mode"), py::arg("halo_pad"))
       .def("pool_backward", &P::PoolBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("kernel"),
            py::arg("stride"), py::arg("pad"), py::arg("maximum"))
       .def("mean", &P::Mean, py::arg("x"), py::arg("y"))

@@ -258,11 +258,15 @@ void Conv::Prepare(const float* values, const LaneMap& x, float* prepared, float
 
 void Conv::ForwardPrepared(const float* prepared, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch,
                            int threads, const ConvEnd& end) const {
+  // The halo is written along with the pixels where that can be done.
+  ConvEnd stored = end;
+  stored.halo.fill = end.halo.fill && end.halo.padding == Padding::kZero && std::min(y.block_h, y.block_w) >= y.halo;
   if (impl_->forward == ConvKernel::kWinograd) {
-    impl_->Winograd().forward(x, prepared, bias, y, end, impl_->tile, scratch, threads);
+    impl_->Winograd().forward(x, prepared, bias, y, stored, impl_->tile, scratch, threads);
   } else {
-    Accumulate(impl_->forward_pass, prepared, bias, x, y, end, threads);
+    Accumulate(impl_->forward_pass, prepared, bias, x, y, stored, threads);
   }
+  if (end.halo.fill && !stored.halo.fill) Kernels<LaneKernels>().fill_halo(y, end.halo.padding, end.halo.pad, threads);
 }
 
 void Conv::Forward(const float* values, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch,

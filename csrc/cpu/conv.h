@@ -50,7 +50,7 @@ class Conv {
   const char* weight_gradient_kernel() const;
 
   // y = act(scale * conv(x) + bias + residual), see ConvEnd. The halo of x reaches >= pad (dilation * (kernel - 1) / 2
-  // for a "same" layer) and is filled. bias may be null. Only pixels of y are written.
+  // for a "same" layer) and is filled. bias may be null. Of y, pixels are written, and its halo where `end` says so.
   void Forward(const float* values, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch, int threads,
                const ConvEnd& end = {}) const;
 

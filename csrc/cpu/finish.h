@@ -1,7 +1,7 @@
 // What inference does behind a convolution: BatchNorm with running statistics, a
-// residual sum, an activation, and the halo of what is written. All but the halo a
-// convolution can do as it stores (ConvEnd); FinishKernels do all of it in one pass over
-// the result.
+// residual sum, an activation, and the halo of what is written. A convolution can do all
+// of it as it stores (ConvEnd), but for some activations; FinishKernels do it in one pass
+// over the result.
 #pragma once
 
 #include <cmath>
@@ -39,6 +39,7 @@ struct ConvEnd {
   ActivationSpec act = {};            // kNone, kRelu or kLeaky
   const float* scale = nullptr;       // [out_channels]; null: 1
   const LaneMap* residual = nullptr;  // of the sizes and blocks of y, elsewhere in memory; null: none
+  HaloSpec halo = {};                 // of y
 };
 
 struct FinishKernels {

@@ -173,5 +173,66 @@ class HaloFiller {
   int64_t block_h_, block_w_, reach_, row_stride_;
 };
 
+// Zero padding written along with the pixels, while they are in the cache. Outside the
+// picture all is zero, so a vector of the halo is one vector of pixels whose lanes move
+// to the neighbouring block. Blocks are as large as the halo at least.
+class ZeroHalo {
+ public:
+  // halo 0: nothing is written.
+  ZeroHalo(int64_t block_h, int64_t block_w, int64_t height, int64_t width, int64_t halo)
+      : block_h_(block_h), block_w_(block_w), height_(height), width_(width), halo_(halo) {}
+
+  // Pixels [row, row + rows) x [col, col + cols) of some planes were written; `plane` is
+  // pixel (0, 0) of the first. Their copies go to the halo, dead ones of them become zero.
+  void Follow(float* plane, int64_t plane_stride, int64_t planes, int64_t row_stride, int64_t row, int64_t col,
+              int64_t rows, int64_t cols) const {
+    if (halo_ == 0) return;
+    std::vector<Move> moves;
+    for (int64_t r = row; r < row + rows; ++r) {
+      for (int64_t c = col; c < col + cols; ++c) AddMoves(r, c, row_stride, &moves);
+    }
+    for (int64_t i = 0; i < planes && !moves.empty(); ++i, plane += plane_stride) {
+      for (const Move& m : moves) Store(plane + m.to, LoadLive(plane + m.from, m.live));
+    }
+  }
+
+ private:
+  // Lanes move by as many floats as a load is shifted.
+  struct Move {
+    int64_t from, to;
+    int32_t live[kLanes];  // -1, or 0 where zero comes out
+  };
+
+  // The copies of vector (r, c), the last of which may be itself without its dead lanes.
+  void AddMoves(int64_t r, int64_t c, int64_t row_stride, std::vector<Move>* moves) const {
+    constexpr int kSteps[] = {-1, 1, 0};
+    for (int down : kSteps) {
+      if (!Reaches(r, block_h_, down)) continue;
+      for (int right : kSteps) {
+        if (!Reaches(c, block_w_, right)) continue;
+        Move m = {r * row_stride + c * kLanes + down * kGrid + right,
+                  (r + down * block_h_) * row_stride + (c + right * block_w_) * kLanes,
+                  {}};
+        int live = 0;
+        for (int l = 0; l < kLanes; ++l) {
+          const int y = l / kGrid + down, x = l % kGrid + right;  // the block whose pixel comes here
+          const bool inside =
+              y >= 0 && y < kGrid && x >= 0 && x < kGrid && y * block_h_ + r < height_ && x * block_w_ + c < width_;
+          m.live[l] = inside ? -1 : 0;
+          live += inside;
+        }
+        if (down != 0 || right != 0 || live < kLanes) moves->push_back(m);
+      }
+    }
+  }
+
+  // Whether a pixel `step` blocks on is in the halo, or the pixel itself.
+  bool Reaches(int64_t at, int64_t block, int step) const {
+    return step == 0 || (step < 0 ? at >= block - halo_ : at < halo_);
+  }
+
+  int64_t block_h_, block_w_, height_, width_, halo_;
+};
+
 }  // namespace LIPFAST_NS
 }  // namespace lipfast

@@ -349,7 +349,7 @@ inline void Pack(const Pass& pass, const float* values, const float* scale, cons
   }
 }
 
-// out = end(pass over in, bias); the scale is in the packed weights already.
+// out = end(pass over in, bias); the scale is in the packed weights already. Of halos only zero padding is filled.
 inline void Accumulate(const Pass& pass, const float* packed, const float* bias, const LaneMap& in, const LaneMap& out,
                        const ConvEnd& end, int threads) {
   const std::vector<Region> regions = pass.Regions(in, out, end.residual);
@@ -357,10 +357,11 @@ inline void Accumulate(const Pass& pass, const float* packed, const float* bias,
   const auto taps = pass.Bind(in);
   const TapKernels& kernels = Kernels<TapKernels>();
   const int64_t count = static_cast<int64_t>(regions.size());
+  const TapEnd stored = {end.act, end.halo.fill ? out.halo : 0, out.height, out.width};
   if (pass.dense) {
-    kernels.dense_accumulate(regions.data(), count, taps->dense, packed, bias, end.act, threads);
+    kernels.dense_accumulate(regions.data(), count, taps->dense, packed, bias, stored, threads);
   } else {
-    kernels.sparse_accumulate(regions.data(), count, taps->sparse, packed, bias, end.act, threads);
+    kernels.sparse_accumulate(regions.data(), count, taps->sparse, packed, bias, stored, threads);
   }
 }
 

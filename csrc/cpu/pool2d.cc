@@ -1,5 +1,6 @@
 #include "cpu/pool2d.h"
 
+#include "cpu/halo.h"
 #include "cpu/pool.h"
 #include "cpu/vec.h"
 
@@ -48,7 +49,8 @@ MaximaFunction FastMaxima(const PoolSpec& spec) {
   return nullptr;
 }
 
-void Forward(const LaneMap& x, const LaneMap& y, const PoolSpec& spec, int threads) {
+void Forward(const LaneMap& x, const LaneMap& y, const PoolSpec& spec, HaloSpec halo, int threads) {
+  const HaloFiller filler(y, halo.padding, halo.pad);
   const MaximaFunction fast = FastMaxima(spec);
   const V share = Set(1.0f / static_cast<float>(spec.kernel * spec.kernel));
   ParallelFor(threads, y.batch * y.channels, [&](int64_t i) {
@@ -70,6 +72,7 @@ void Forward(const LaneMap& x, const LaneMap& y, const PoolSpec& spec, int threa
         Store(y.At(n, c, row, col), spec.maximum ? result : Mul(result, share));
       }
     }
+    if (halo.fill) filler.Fill(y.At(n, c));
   });
 }
 

@@ -19,7 +19,7 @@ struct PoolKernels {
   // The halo of x reaches pad pixels before and kernel - stride - pad pixels behind a
   // block. It is filled: with zeros for averages; for maxima with kReplicate, which
   // adds only pixels that the window holds anyway (pad <= kernel / 2).
-  void (*forward)(const LaneMap& x, const LaneMap& y, const PoolSpec& spec, int threads);
+  void (*forward)(const LaneMap& x, const LaneMap& y, const PoolSpec& spec, HaloSpec halo, int threads);
   // The gradient is added to dx. Ties of a maximum go to the first pixel, as in torch.
   void (*backward)(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const PoolSpec& spec, int threads);
   // y (n, c, 1, 1) = the mean over all pixels of x; y's other lanes become 0.

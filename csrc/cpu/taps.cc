@@ -1,6 +1,7 @@
 #include "cpu/taps.h"
 
 #include "cpu/activation.h"
+#include "cpu/halo.h"
 #include "cpu/pool.h"
 #include "cpu/vec.h"
 
@@ -367,17 +368,24 @@ SparseTask TaskAt(const Region* regions, const TapList& taps, int64_t i, int64_t
   return task;
 }
 
+ZeroHalo HaloOf(const Region& g, const TapEnd& end) { return {g.rows, g.cols, end.height, end.width, end.halo}; }
+
 void SparseAccumulate(const Region* regions, int64_t count, const TapList& taps, const float* values, const float* bias,
-                      ActivationSpec end, int threads) {
+                      const TapEnd& end, int threads) {
   const int64_t tiles = TileCount(regions, count, taps.tile_rows);
   if (tiles == 0) return;
   const int64_t parts = OutputParts(tiles, taps.outputs);
+  const ZeroHalo halo = HaloOf(*regions, end);
   ParallelFor(threads, tiles * parts, [&](int64_t chunk) {
     SparseTask task = TaskAt(regions, taps, chunk / parts, tiles, chunk % parts, parts);
     task.values = values;
     task.bias = bias;
-    task.end = end;
-    ForTile<Accumulate>(task.tile, *task.region)(task);
+    task.end = end.act;
+    const Region& g = *task.region;
+    const Tile& tile = task.tile;
+    ForTile<Accumulate>(tile, g)(task);
+    halo.Follow(g.out + task.first * g.out_channel, g.out_channel, task.last - task.first, g.out_row, tile.row,
+                tile.col, tile.rows, tile.cols);
   });
 }
 
@@ -550,16 +558,17 @@ const Region* RegionOfRow(const Region* regions, int64_t* row) {
 }
 
 void DenseAccumulate(const Region* regions, int64_t count, const DenseTaps& taps, const float* weights,
-                     const float* bias, ActivationSpec end, int threads) {
+                     const float* bias, const TapEnd& end, int threads) {
   const int64_t rows = RowCount(regions, count), groups = Parts(taps.outputs, kGroup);
   if (rows == 0) return;
   const int64_t parts = Least(Parts(kEnoughChunks, rows), groups);
+  const ZeroHalo halo = HaloOf(*regions, end);
   ParallelFor(threads, rows * parts, [&](int64_t chunk) {
     DenseTask task = {nullptr,
                       &taps,
                       weights,
                       bias,
-                      end,
+                      end.act,
                       chunk / parts,
                       0,
                       groups * (chunk % parts) / parts,
@@ -570,6 +579,9 @@ void DenseAccumulate(const Region* regions, int64_t count, const DenseTaps& taps
       task.col = task.region->cols * i / across;
       ForColumns(task.region->cols * (i + 1) / across - task.col, *task.region)(task);
     }
+    const Region& g = *task.region;
+    const int64_t first = task.first * kGroup, last = Least(task.last * kGroup, taps.outputs);
+    halo.Follow(g.out + first * g.out_channel, g.out_channel, last - first, g.out_row, task.row, 0, 1, g.cols);
   });
 }
 

@@ -55,12 +55,18 @@ struct DenseTaps {
 // Floats that one chunk of sparse_dot or dense_dot sums up: a gradient of each weight, and a vector of each output.
 inline int64_t DotFloats(int64_t weights, int64_t outputs) { return (weights + 15) / 16 * 16 + 16 * outputs; }
 
+// What follows the sums. With a halo, regions are the blocks of a map of height x width
+// pixels, and zero padding is written around them, see ZeroHalo.
+struct TapEnd {
+  ActivationSpec act = {};  // kNone, kRelu or kLeaky
+  int64_t halo = 0, height = 0, width = 0;
+};
+
 struct TapKernels {
-  // out = end(bias + taps + residual) (bias null: zero); `end` is kNone, kRelu or kLeaky. Regions
-  // are disjoint in their outputs.
+  // out = end(bias + taps + residual) (bias null: zero). Regions are disjoint in their outputs.
   // `values` in the list's order; one float beyond the last is read and not used.
   void (*sparse_accumulate)(const Region* regions, int64_t count, const TapList& taps, const float* values,
-                            const float* bias, ActivationSpec end, int threads);
+                            const float* bias, const TapEnd& end, int threads);
   // d_values[order[t]] = sum over all regions' positions; d_bias[o] the sum of out[o] alone (null:
   // not wanted). `partial`, 64-byte aligned, holds sparse_dot_chunks(...) * DotFloats(...) floats.
   void (*sparse_dot)(const Region* regions, int64_t count, const TapList& taps, float* partial, float* d_values,
@@ -68,7 +74,7 @@ struct TapKernels {
   int64_t (*sparse_dot_chunks)(const Region* regions, int64_t count, const TapList& taps);
   // The same for dense taps; weights are [ceil(outputs / dense_group)][taps][dense_group].
   void (*dense_accumulate)(const Region* regions, int64_t count, const DenseTaps& taps, const float* weights,
-                           const float* bias, ActivationSpec end, int threads);
+                           const float* bias, const TapEnd& end, int threads);
   // The gradients [outputs][taps] end up first in `partial`, which holds
   // dense_dot_chunks(...) * DotFloats(outputs * taps, outputs) floats.
   void (*dense_dot)(const Region* regions, int64_t count, const DenseTaps& taps, float* partial, float* d_bias,

@@ -241,6 +241,20 @@ static inline void StorePart(float* p, V x, int n) {
 #endif
 }
 
+// The floats at p where live is -1, zeros where it is 0; reads no others.
+static inline V LoadLive(const float* p, const int32_t (&live)[kLanes]) {
+#if LIPFAST_TARGET == 2
+  return _mm512_maskz_loadu_ps(_mm512_movepi32_mask(_mm512_loadu_si512(live)), p);
+#elif LIPFAST_TARGET == 1
+  const __m256i* halves = reinterpret_cast<const __m256i*>(live);
+  return {_mm256_maskload_ps(p, _mm256_loadu_si256(halves)), _mm256_maskload_ps(p + 8, _mm256_loadu_si256(halves + 1))};
+#else
+  V out;
+  for (int i = 0; i < kLanes; ++i) out.v[i] = live[i] ? p[i] : 0.0f;
+  return out;
+#endif
+}
+
 static inline void Prefetch(const float* p) { __builtin_prefetch(p, 0, 3); }
 // To the second cache level only.
 static inline void PrefetchFar(const float* p) { __builtin_prefetch(p, 0, 2); }

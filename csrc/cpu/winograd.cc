@@ -1,6 +1,7 @@
 #include "cpu/winograd.h"
 
 #include "cpu/activation.h"
+#include "cpu/halo.h"
 #include "cpu/pool.h"
 #include "cpu/transpose.h"
 #include "cpu/vec.h"
@@ -192,7 +193,13 @@ class Forward {
 
  public:
   Forward(const LaneMap& x, const LaneMap& y, const ConvEnd& end, int threads)
-      : x_(x), y_(y), small_(Form::kOutStep == 1 ? y : x), grid_(small_, kTile), end_(end), threads_(threads) {
+      : x_(x),
+        y_(y),
+        small_(Form::kOutStep == 1 ? y : x),
+        grid_(small_, kTile),
+        end_(end),
+        halo_(y.block_h, y.block_w, y.height, y.width, end.halo.fill ? y.halo : 0),
+        threads_(threads) {
     // Few tiles: threads share the transformed input and divide the output channels.
     shared_ = grid_.count < 2 * threads * Form::kTiles;
     tiles_ = shared_ ? Form::kFewTiles : Form::kTiles;
@@ -306,6 +313,10 @@ class Forward {
       const V scale = Set(end_.scale ? end_.scale[first + c] : 1.0f), offset = Set(bias ? bias[first + c] : 0.0f);
       for (int64_t t = 0; t < tiles; ++t) StoreTile(m, c, t, scale, offset, at[t], first + c);
     }
+    for (int64_t t = 0; t < tiles; ++t) {
+      halo_.Follow(y_.At(at[t].image, first), y_.channel_stride, count, y_.row_stride, at[t].row, at[t].col,
+                   at[t].live_rows, at[t].live_cols);
+    }
   }
 
   void StoreTile(const float* m, int64_t c, int64_t t, V scale, V offset, const TilePosition& at,
@@ -329,6 +340,7 @@ class Forward {
   LaneMap x_, y_, small_;  // small_: the one of them that is cut into tiles
   TileGrid grid_;
   ConvEnd end_;
+  ZeroHalo halo_;  // of convolutions forward, whose tiles are the output's
   int threads_;
   int64_t tiles_, blocks_;  // tiles handled together, and how many times
   int64_t v_start_[kFrequencies + 1], m_start_[kFrequencies + 1];

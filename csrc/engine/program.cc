@@ -11,7 +11,6 @@
 
 #include "cpu/isa.h"
 #include "cpu/pool.h"
-#include "engine/fingerprint.h"
 
 namespace lipfast {
 namespace {
@@ -53,13 +52,6 @@ int64_t Program::bytes() const {
 }
 
 void Program::Load(const std::vector<Source>& sources, int threads) {
-  if (keeps_weights_) {
-    std::vector<Bytes> parts;
-    for (const Source& s : sources) parts.push_back({reinterpret_cast<const uint8_t*>(s.from), s.count * kFloatBytes});
-    const uint64_t mark = Fingerprint(parts, threads);
-    if (loads_ > 0 && mark == mark_) return;
-    mark_ = mark;
-  }
   ++loads_;
   constexpr int64_t kPiece = 1 << 15;  // floats
   std::vector<Source> pieces;
@@ -178,23 +170,23 @@ void Program::RunConv(int conv, const float* values, const float* bias, const La
   entry.conv->ForwardPrepared(prepared, bias, x, y, context.scratch, context.threads, end);
 }
 
-void Program::ConvForward(int conv, int64_t values, int64_t bias, int x, int y) {
+void Program::ConvForward(int conv, int64_t values, int64_t bias, int x, int y, const HaloSpec& halo) {
   const float* weight = this->values() + values;
   const float* shift = bias < 0 ? nullptr : this->values() + bias;
   Add(Section::kForward, ConvLabel("conv", convs_[conv].shape, maps_[y]),
-      [this, conv, weight, shift, in = maps_[x], out = maps_[y]](const RunContext& context) {
-        RunConv(conv, weight, shift, in, out, {}, context);
+      [this, conv, weight, shift, halo, in = maps_[x], out = maps_[y]](const RunContext& context) {
+        RunConv(conv, weight, shift, in, out, {{}, nullptr, nullptr, halo}, context);
       });
 }
 
 void Program::ConvFinish(int conv, int64_t values, int64_t bias, int x, int residual, int y, float epsilon,
-                         const NormOffsets& offsets, ActivationSpec act) {
+                         const NormOffsets& offsets, ActivationSpec act, const HaloSpec& halo) {
   const float* weight = this->values() + values;
   const float* shift = bias < 0 ? nullptr : this->values() + bias;
   const int64_t channels = convs_[conv].shape.out_channels;
   // Scale and bias of each run: BatchNorm's numbers may change between two.
   Add(Section::kForward, ConvLabel("conv", convs_[conv].shape, maps_[y]),
-      [this, conv, weight, shift, act, channels, norm = NumbersOf(offsets, epsilon), in = maps_[x],
+      [this, conv, weight, shift, act, halo, channels, norm = NumbersOf(offsets, epsilon), in = maps_[x],
        add = residual < 0 ? LaneMap{} : maps_[residual], out = maps_[y], scale = std::vector<float>(channels),
        full = std::vector<float>(channels)](const RunContext& context) mutable {
         for (int64_t c = 0; c < channels; ++c) {
@@ -202,7 +194,7 @@ void Program::ConvFinish(int conv, int64_t values, int64_t bias, int x, int resi
           scale[c] = affine.scale;
           full[c] = (shift ? shift[c] * affine.scale : 0.0f) + affine.shift;
         }
-        const ConvEnd end = {act, norm.mean ? scale.data() : nullptr, add.data ? &add : nullptr};
+        const ConvEnd end = {act, norm.mean ? scale.data() : nullptr, add.data ? &add : nullptr, halo};
         RunConv(conv, weight, full.data(), in, out, end, context);
       });
 }
@@ -368,10 +360,10 @@ void Program::ResampleBackward(int dy, int dx, const AxisTable& rows, const Axis
       });
 }
 
-void Program::Pool(int x, int y, const PoolSpec& spec) {
+void Program::Pool(int x, int y, const PoolSpec& spec, const HaloSpec& halo) {
   Add(Section::kForward, "pool " + SizeLabel(maps_[x]),
-      [spec, in = maps_[x], out = maps_[y]](const RunContext& context) {
-        Kernels<PoolKernels>().forward(in, out, spec, context.threads);
+      [spec, halo, in = maps_[x], out = maps_[y]](const RunContext& context) {
+        Kernels<PoolKernels>().forward(in, out, spec, halo, context.threads);
       });
 }
 

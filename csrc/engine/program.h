@@ -76,7 +76,7 @@ class Program {
   int64_t bytes() const;
 
   // Copies numbers to where the program keeps them; `to` is in values() or statistics(). A program that keeps
-  // its weights first looks whether they are the same as last time.
+  // its weights prepares them for its kernels once after each load.
   struct Source {
     const float* from;
     float* to;
@@ -103,10 +103,10 @@ class Program {
   void Clear(Section where, int map);
   void FillHalo(Section where, int map, Padding mode, int64_t pad);
   void Reblock(Section where, int from, int to);
-  void ConvForward(int conv, int64_t values, int64_t bias, int x, int y);
+  void ConvForward(int conv, int64_t values, int64_t bias, int x, int y, const HaloSpec& halo);
   // Without gradients: ConvForward and Finish as one, for activations that Conv can do; y lies apart from the residual.
   void ConvFinish(int conv, int64_t values, int64_t bias, int x, int residual, int y, float epsilon,
-                  const NormOffsets& offsets, ActivationSpec act);
+                  const NormOffsets& offsets, ActivationSpec act, const HaloSpec& halo);
   void ConvInputGradient(int conv, int64_t values, int dy, int dx);
   void ConvWeightGradient(int conv, int64_t values, int64_t bias, int x, int dy);
   // `recover`: y lies where x does, and the backward pass reads it there.
@@ -126,7 +126,7 @@ class Program {
   void Upsample2Backward(bool bilinear, int dy, int dx, bool accumulate);
   void Resample(int x, int y, const AxisTable& rows, const AxisTable& columns);
   void ResampleBackward(int dy, int dx, const AxisTable& rows, const AxisTable& columns);
-  void Pool(int x, int y, const PoolSpec& spec);
+  void Pool(int x, int y, const PoolSpec& spec, const HaloSpec& halo);
   void Mean(int x, int y);
   void MeanBackward(int dy, int dx);
   void PoolBackward(int x, int dy, int dx, const PoolSpec& spec);
@@ -186,7 +186,6 @@ class Program {
   int scratch_threads_ = 0;
   bool keeps_weights_;
   int64_t loads_ = 0;  // that changed a weight
-  uint64_t mark_ = 0;  // fingerprint of the last
   bool profile_ = false;
 };
 

@@ -18,6 +18,7 @@ from lipfast.engine.lower import Lowered, Segment, lower
 from lipfast.engine.operators import dense_name, lower_to_operators
 from lipfast.engine.plan import Options, Weight
 from lipfast.engine.runtime import Arrays, Running, hooked_module, pack, weights_of
+from lipfast.engine.watch import Watch
 from lipfast.errors import InputError
 from lipfast.ops.masked import PRECISIONS
 
@@ -319,6 +320,9 @@ class SegmentRunner:
     ) -> None:
         self._segment, self._leaves, self._masks, self._exact = segment, recording.leaves, masks, exact
         self._kept = {} if packed else {name: mask.reshape(-1).nonzero().squeeze(1) for name, mask in masks.items()}
+        self._statistics = [recording.leaves[ref.number] for pair in segment.statistics for ref in pair]
+        norms = [node for node in segment.graph.nodes if node.kind == "norm"]
+        self._changed_statistics = {n.running for n in norms if n.training and n.running is not None}
         self._arrays = Arrays()
         self._free: dict[_Use, list[Running]] = {}
         self._lock = threading.Lock()
@@ -338,9 +342,13 @@ class SegmentRunner:
         """The outputs, by a program without a backward pass: its maps share memory."""
         use = _Use((False,) * len(inputs), (False,) * len(weights))
         lease = self.lease(use)
-        self.load(lease.running, weights, tensors)
-        outputs = lease.running.forward(inputs, torch.get_num_threads())
-        self.save_statistics(lease.running, tensors)
+        running = lease.running
+        numbers = [*weights, *(tensors[name] for name in self._statistics)]
+        if self._changed_statistics or running.loaded is None or not running.loaded.unchanged(numbers):
+            running.loaded = Watch(numbers)  # before they are read, so that no write falls in between
+            self.load(running, weights, tensors)
+        outputs = running.forward(inputs, torch.get_num_threads())
+        self.save_statistics(running, tensors)
         return outputs
 
     def _weight(self, ref: Ref, known: Mapping[int, Any], tensors: Mapping[str, Tensor]) -> Tensor:
@@ -376,14 +384,12 @@ class SegmentRunner:
     def load(self, running: Running, weights: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Copy weights and running statistics in."""
         arrays = [self._arrays.of(place, weight) for place, weight in enumerate(weights)]
-        statistics = [self._leaves[ref.number] for pair in self._segment.statistics for ref in pair]
-        arrays += [self._arrays.of(name, tensors[name]) for name in statistics]
+        arrays += [self._arrays.of(name, tensors[name]) for name in self._statistics]
         running.load(arrays, torch.get_num_threads())
 
     def save_statistics(self, running: Running, tensors: Mapping[str, Tensor]) -> None:
         """Copy running statistics out, where the segment changes them."""
-        changed = {node.running for node in self._segment.graph.nodes if node.kind == "norm" and node.training}
-        for number in changed - {None}:
+        for number in self._changed_statistics:
             for view, ref in zip(running.statistics[number], self._segment.statistics[number], strict=True):
                 tensors[self._leaves[ref.number]].copy_(view)
 

@@ -144,21 +144,6 @@ def _own(shape: Shape, block: Block) -> Slot:
     return Slot(Storage(shape, block), 0, shape[1])
 
 
-def _halo_of(node: Node, shapes: dict[int, Any], weights: Sequence[Weight]) -> Halo | None:
-    """What a node wants around its input."""
-    if node.kind == "conv":
-        kernel = weights[node.weight].shape[2:]
-        behind = max(node.dilation * (k - 1) - p - (node.stride - 1) for k, p in zip(kernel, node.pad, strict=True))
-        reach = max(*node.pad, behind)
-        return Halo(node.padding_mode, max(node.pad), reach) if reach > 0 else None
-    if node.kind == "upsample2" and node.bilinear:
-        return Halo("replicate", 1, 1)
-    if node.kind == "pool":
-        reach = max(node.pad, node.kernel - node.stride - node.pad)
-        return Halo("replicate" if node.maximum else "zeros", node.pad, reach) if reach > 0 else None
-    return None
-
-
 class _Planner:
     def __init__(self, graph: Graph, weights: Sequence[Weight], statistics: Sequence[int], options: Options) -> None:
         fuse(graph, options.backward)
@@ -256,6 +241,26 @@ class _Planner:
         for first, last in [key for key in states if key[0] < slot.last and slot.first < key[1]]:
             del states[first, last]
 
+    def halo_of(self, node: Node) -> Halo | None:
+        """What a node wants around its input."""
+        if node.kind == "conv":
+            kernel = self.weights[node.weight].shape[2:]
+            behind = max(node.dilation * (k - 1) - p - (node.stride - 1) for k, p in zip(kernel, node.pad, strict=True))
+            reach = max(*node.pad, behind)
+            return Halo(node.padding_mode, max(node.pad), reach) if reach > 0 else None
+        if node.kind == "upsample2" and node.bilinear:
+            return Halo("replicate", 1, 1)
+        if node.kind == "pool":
+            reach = max(node.pad, node.kernel - node.stride - node.pad)
+            zeros = not node.maximum or self._unmoved_by_zeros(node.inputs[0])
+            return Halo("zeros" if zeros else "replicate", node.pad, reach) if reach > 0 else None
+        return None
+
+    def _unmoved_by_zeros(self, value: int) -> bool:
+        """Whether zeros beside it change none of a value's maxima, nor take a share of their gradients."""
+        makers = [node for node in self.graph.nodes if node.output == value]
+        return not self.options.backward and any(node.attributes.get("act") == "relu" for node in makers)
+
     def need(self, section: int, slot: Slot, halo: Halo | None) -> None:
         """Fill the slot's halo unless it holds that already."""
         if halo is None:
@@ -299,7 +304,7 @@ class _Planner:
                 self._conv_finish(finished[position], node)
                 continue
             slot = self.home[node.inputs[0]]
-            self.need(_FORWARD, slot, _halo_of(node, self.graph.shapes, self.weights))
+            self.need(_FORWARD, slot, self.halo_of(node))
             getattr(self, f"_{node.kind}")(position, node, slot, self.home[node.output])
         for number, value in enumerate(self.graph.outputs):
             self.emit("to_plain", _FORWARD, self.home[value], len(self.graph.inputs) + number)
@@ -322,17 +327,19 @@ class _Planner:
         return -1 if weight is None else self.values[weight].start
 
     def _conv(self, position: int, node: Node, x: Slot, y: Slot) -> None:
-        self.emit("conv_forward", self.convs[position], self.offset(node.weight), self.offset(node.bias), x, y)
-        self.wrote(y)
+        halo = self._halo_written(node.output, y)
+        self.emit("conv_forward", self.convs[position], self.offset(node.weight), self.offset(node.bias), x, y, *halo)
+        self._wrote_with_halo(y, halo)
 
     def _conv_finish(self, conv_position: int, finish: Node) -> None:
         conv = self.graph.nodes[conv_position]
         x, y = self.home[conv.inputs[0]], self.home[finish.output]
-        self.need(_FORWARD, x, _halo_of(conv, self.graph.shapes, self.weights))
+        self.need(_FORWARD, x, self.halo_of(conv))
         weights = self.offset(conv.weight), self.offset(conv.bias)
         numbers = (finish.epsilon, self._finish_offsets(finish), ACTIVATIONS[finish.act], finish.slope)
-        self.emit("conv_finish", self.convs[conv_position], *weights, x, self._residual(finish), y, *numbers)
-        self.wrote(y)
+        halo = self._halo_written(finish.output, y)
+        self.emit("conv_finish", self.convs[conv_position], *weights, x, self._residual(finish), y, *numbers, *halo)
+        self._wrote_with_halo(y, halo)
 
     def _residual(self, finish: Node) -> Slot | int:
         return self.home[finish.inputs[1]] if len(finish.inputs) > 1 else -1
@@ -380,7 +387,7 @@ class _Planner:
 
     def _first_halo(self, value: int) -> Halo | None:
         for position in self.readers[value]:
-            if halo := _halo_of(self.graph.nodes[position], self.graph.shapes, self.weights):
+            if halo := self.halo_of(self.graph.nodes[position]):
                 return halo
         return None
 
@@ -424,8 +431,9 @@ class _Planner:
         self.wrote(y)
 
     def _pool(self, position: int, node: Node, x: Slot, y: Slot) -> None:
-        self.emit("pool", x, y, node.kernel, node.stride, node.pad, node.maximum)
-        self.wrote(y)
+        halo = self._halo_written(node.output, y)
+        self.emit("pool", x, y, node.kernel, node.stride, node.pad, node.maximum, *halo)
+        self._wrote_with_halo(y, halo)
 
     def _mean(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         self.emit("mean", x, y)
@@ -648,7 +656,7 @@ class _Backward:
         if reach > 0 or planner.has_dead_pixels(node.output):
             planner.need(_BACKWARD, dy, Halo("zeros", 0, reach))
         if self.weights[node.weight].trained or bias is not None:
-            planner.need(_BACKWARD, planner.home[x], _halo_of(node, self.graph.shapes, self.weights))
+            planner.need(_BACKWARD, planner.home[x], planner.halo_of(node))
             planner.emit("conv_weight_gradient", conv, values, planner.offset(bias), planner.home[x], dy)
         if propagates:
             self._into(x, lambda slot: planner.emit("conv_input_gradient", conv, values, dy, slot))

@@ -3,13 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lipfast import ops
 from lipfast.engine.lower import Segment
+from lipfast.engine.memory import address, memory
 from lipfast.engine.plan import Options, Plan, Weight, plan
+from lipfast.engine.watch import Watch
 
 
 class Running:
@@ -24,6 +27,7 @@ class Running:
         statistics = torch.from_numpy(self.program.statistics())
         self.statistics = [(statistics[mean], statistics[variance]) for mean, variance in self.plan.statistics]
         places = [*self.plan.values, *(part for pair in self.plan.statistics for part in pair)]
+        self.loaded: Watch | None = None  # over what was loaded, where it need not be loaded again
         self._starts, self._counts = [part.start for part in places], [part.stop - part.start for part in places]
         graph = segment.graph
         # A tensor may be a flattened map: of two dimensions here, of four in the program.
@@ -65,21 +69,22 @@ class Running:
 
 
 class Arrays:
-    """Tensors as flat arrays. One that lies where it lay in the last call keeps its array: making it takes a while."""
+    """Float32 tensors as flat arrays. One that lies where it lay in the last call keeps its array: making it takes a
+    while."""
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[tuple[int, int], NDArray[Any]]] = {}
 
     def of(self, place: Any, tensor: Tensor) -> NDArray[Any]:
-        """The array of the tensor that serves as ``place``; shares its memory where it is contiguous."""
-        where = tensor.data_ptr(), tensor.numel()
+        """The array of the tensor that serves as ``place``, for as long as it lives; a copy where it has gaps."""
+        if not tensor.is_contiguous():
+            copied: NDArray[Any] = tensor.detach().reshape(-1).numpy()
+            return copied
+        where = address(tensor), tensor.numel()
         known = self._known.get(place)
-        if known is not None and known[0] == where and tensor.is_contiguous():
-            return known[1]
-        array: NDArray[Any] = tensor.detach().reshape(-1).numpy()
-        if tensor.is_contiguous():
-            self._known[place] = where, array
-        return array
+        if known is None or known[0] != where:
+            known = self._known[place] = where, memory(tensor).view(np.float32)
+        return known[1]
 
 
 def pack(dense: Tensor, mask: Tensor | None) -> Tensor:

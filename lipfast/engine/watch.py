@@ -7,16 +7,14 @@ as a clone is kept, a tensor at its address holds its numbers.
 Sources: ``aten::_lazy_clone`` and c10/core/impl/COW.h in PyTorch.
 """
 
-import ctypes
 import threading
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 import lipfast._C as _C
+from lipfast.engine.memory import address, memory
 
 _cloning = threading.Lock()  # torch does not lock a storage while it makes it shareable
 
@@ -37,6 +35,7 @@ class Watch:
     def __init__(self, tensors: Sequence[Tensor], *, reads: bool = False) -> None:
         self._mark = _mark(tensors)
         self._clones: list[Tensor] = []
+        self._places: list[tuple[int, tuple[int, ...]]] = []  # of the clones
         self._may_clone = not reads
         self._settled = False  # found unchanged; numbers that change all the time are not worth cloning
 
@@ -47,11 +46,11 @@ class Watch:
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these, in the order given at first, hold the same numbers in the same layout."""
-        clones = self._clones
-        if clones and all(_place(tensor) == _place(clone) for tensor, clone in zip(tensors, clones, strict=True)):
+        if self._clones and [_place(tensor) for tensor in tensors] == self._places:
             return True
         clones = self._clone(tensors)  # before they are read, so that no write falls in between
         self._settled = _mark(tensors) == self._mark
+        self._places = [_place(clone) for clone in clones]
         self._clones = clones if self._settled else []
         return self._settled
 
@@ -64,23 +63,15 @@ class Watch:
 
 def _mark(tensors: Sequence[Tensor]) -> tuple[object, ...]:
     dense = [t.detach() if _without_gaps(t) else t.detach().contiguous() for t in tensors]
-    arrays = [_bytes(tensor) for tensor in dense]
-    return (*(t.stride() for t in tensors), _C.fingerprint(arrays, torch.get_num_threads()))
+    return (*(t.stride() for t in tensors), _C.fingerprint([memory(t) for t in dense], torch.get_num_threads()))
 
 
 def _without_gaps(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
-def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
-    """The tensor's memory, which it must outlive; ``Tensor.numpy()`` would count as a write."""
-    return np.ctypeslib.as_array((ctypes.c_uint8 * tensor.nbytes).from_address(_place(tensor)[0]))
-
-
 def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
-    """Address and strides; ``Tensor.data_ptr()`` would count as a write."""
-    storage = torch._C._data_address(tensor)  # type: ignore[attr-defined]
-    return storage + tensor.storage_offset() * tensor.element_size(), tensor.stride()
+    return address(tensor), tensor.stride()
 
 
 def _lazy_clones(tensors: Sequence[Tensor]) -> list[Tensor]:

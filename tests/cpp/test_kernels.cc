@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
@@ -120,6 +121,20 @@ void RunCase(const Case& c, ConvKernel kernel, int threads, const std::string& n
   conv.Forward(packed.data(), bias.data(), xs.lanes, ys.lanes, scratch.data, threads, whole);
   lanes.to_plain(ys.lanes, Plain(finished, c.batch, c.out, out_h, out_w), threads);
   Expect(Error(finished, finished_want) < 1e-5, name + " forward with scale, residual and activation");
+  // Halos of two widths, one of them wider than most blocks; to the last bit what a pass of its own fills in.
+  for (int64_t halo : {1, 3}) {
+    for (const HaloSpec& spec : {HaloSpec{true, Padding::kZero, 0}, {true, Padding::kReplicate, 1}}) {
+      Map along(c.batch, c.out, out_h, out_w, block_h, block_w, halo);
+      Map behind(c.batch, c.out, out_h, out_w, block_h, block_w, halo);
+      std::fill(along.floats.data, along.floats.data + along.floats.size, 7.0f);
+      conv.Forward(packed.data(), bias.data(), xs.lanes, along.lanes, scratch.data, threads,
+                   {{}, nullptr, nullptr, spec});
+      conv.Forward(packed.data(), bias.data(), xs.lanes, behind.lanes, scratch.data, threads);
+      lanes.fill_halo(behind.lanes, spec.padding, spec.pad, threads);
+      const size_t bytes = along.floats.size * sizeof(float);
+      Expect(std::memcmp(along.floats.data, behind.floats.data, bytes) == 0, name + " forward with its halo");
+    }
+  }
   conv.InputGradient(packed.data(), dys.lanes, dxs.lanes, scratch.data, threads);
   conv.WeightGradient(xs.lanes, dys.lanes, dvalues.data(), dbias.data(), scratch.data, threads);
   lanes.to_plain(dxs.lanes, Plain(dx, c.batch, c.in, c.height, c.width), threads);

@@ -163,7 +163,7 @@ void RunPool(int threads, const std::string& name) {
     const int64_t out_h = 5, out_w = 7;  // of 9 x 14 by windows of 3 every 2 pixels, padded by 1
     Picture x(kBatch, kChannels, kHeight, kWidth, 4, 4, 1, random),
         dx(kBatch, kChannels, kHeight, kWidth, 4, 4, 0, random);
-    Picture y(kBatch, kChannels, out_h, out_w, 2, 2, 0, random), dy(kBatch, kChannels, out_h, out_w, 2, 2, 0, random);
+    Picture y(kBatch, kChannels, out_h, out_w, 2, 2, 1, random), dy(kBatch, kChannels, out_h, out_w, 2, 2, 0, random);
     const PoolSpec spec = {3, 2, 1, maximum};
     std::vector<double> want(y.tensor.size()), dx_want(dx.tensor.begin(), dx.tensor.end());
     for (size_t i = 0; i < want.size(); ++i) {
@@ -180,10 +180,14 @@ void RunPool(int threads, const std::string& name) {
     }
     Kernels<LaneKernels>().fill_halo(x.map.lanes, maximum ? Padding::kReplicate : Padding::kZero, 1, threads);
     const PoolKernels& kernels = Kernels<PoolKernels>();
-    kernels.forward(x.map.lanes, y.map.lanes, spec, threads);
+    kernels.forward(x.map.lanes, y.map.lanes, spec, {true, Padding::kZero, 0}, threads);
     kernels.backward(x.map.lanes, dy.map.lanes, dx.map.lanes, spec, threads);
     const std::string what = name + (maximum ? " maximum" : " average");
     Expect(Error(y.Read(), want) < kTolerance, what);
+    const Floats& floats = y.map.floats;
+    const std::vector<float> with_halo(floats.data, floats.data + floats.size);
+    Kernels<LaneKernels>().fill_halo(y.map.lanes, Padding::kZero, 0, threads);
+    Expect(std::equal(with_halo.begin(), with_halo.end(), floats.data), what + " with its halo");
     Expect(Error(dx.Read(), dx_want) < kTolerance, what + " backward");
   }
 }
