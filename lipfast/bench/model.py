@@ -1,4 +1,4 @@
-"""Inference of whole pruned networks, by `accelerate` and by `torch.compile`, against dense torch."""
+"""Inference of whole pruned networks, by `accelerate` and by `torch.compile`, against dense torch and each other."""
 
 import copy
 import functools
@@ -33,10 +33,7 @@ def cases(size: Size) -> list[Case]:
             ("U-Net", lambda: UNet(4), (1, 3, 16, 24)),
             ("ResNet-18", lambda: ResNet18(4), (2, 3, 32, 32)),
         ]
-    doors: dict[str, Door] = {
-        "accelerate": accelerate,
-        "torch.compile": _compile,
-    }
+    doors: dict[str, Door] = {"accelerate": accelerate, "torch.compile": _compile}
     return [
         Case(
             op="inference",
@@ -81,4 +78,7 @@ def _setup(build: Build, shape: tuple[int, int, int, int], door: Door) -> Timed:
         assert float(error) < 1e-4, f"relative error {float(error)}"
 
     baselines: dict[str, Callable[[], object]] = {"channels_last": lambda: call(last, x_last)}
+    if door is not accelerate:
+        other = accelerate(model)
+        baselines["accelerate"] = lambda: call(other, x)
     return Timed(ours=lambda: call(fast, x), baselines=baselines, check=check, backend="cpu")
