@@ -19,14 +19,15 @@ CXX_FILES = $(shell find csrc tests \( -name '*.cc' -o -name '*.h' -o -name '*.c
 demo: $(VENV)/installed
 	$(BIN)/lipfast demo --out demo
 
+# A process for each core. Waiting threads of torch sleep, or they would take the cores from other processes.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --benchmark-disable
 
 # valgrind knows no AVX-512, so it runs the AVX2 kernels.
 sanitize: $(VENV)/installed
 	$(BIN)/python tests/cpp/build.py build/sanitize/kernels -fsanitize=address,undefined -fno-sanitize-recover=all
 	build/sanitize/kernels
-	$(BIN)/python tests/cpp/build.py build/valgrind/kernels
+	LIPFAST_ISA=avx2 $(BIN)/python tests/cpp/build.py build/valgrind/kernels
 	LIPFAST_ISA=avx2 valgrind -q --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite --show-leak-kinds=definite build/valgrind/kernels
 
 test-gpu-static: $(VENV)/installed

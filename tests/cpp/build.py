@@ -1,6 +1,11 @@
-"""Builds the C++ kernel tests: ``build.py OUTPUT [FLAG...]``. Sources and instruction sets are those of setup.py."""
+"""Builds the C++ kernel tests: ``build.py OUTPUT [FLAG...]``. Sources and instruction sets are those of setup.py.
+
+Kernels that will not run, because this CPU has not their instruction set or ``LIPFAST_ISA`` names another, are compiled
+fast and without the flags.
+"""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +22,14 @@ def load_setup():
     return module
 
 
+def will_run(namespace: str) -> bool:
+    only = os.environ.get("LIPFAST_ISA")
+    if only:
+        return namespace == only
+    needed = {"plain": None, "avx2": "avx2", "avx512": "avx512f"}[namespace]
+    return needed is None or needed in Path("/proc/cpuinfo").read_text().split()
+
+
 def compile_one(source: Path, output: Path, flags: list[str]) -> Path:
     subprocess.run([CXX, "-c", str(source), "-o", str(output), "-I", str(ROOT / "csrc"), *flags], check=True)
     return output
@@ -31,9 +44,11 @@ def main(output: Path, flags: list[str]) -> None:
     jobs = [(source, "test", common) for source in sorted(Path(__file__).parent.glob("*.cc"))]
     jobs += [(cpu / name, "once", common) for name in sorted(setup.ONCE)]
     for namespace, (number, isa) in setup.TARGETS.items():
+        options = common if will_run(namespace) else [*setup.COMMON_FLAGS, "-O0"]
         macros = [f"-DLIPFAST_TARGET={number}", f"-DLIPFAST_NS={namespace}"]
-        jobs += [(source, namespace, [*common, *isa, *macros]) for source in setup.kernel_sources()]
-    with ThreadPoolExecutor(2) as pool:
+        jobs += [(source, namespace, [*options, *isa, *macros]) for source in setup.kernel_sources()]
+    jobs.sort(key=lambda job: -job[0].stat().st_size)  # what takes longest must not start last
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = pool.map(lambda job: compile_one(job[0], folder / f"{job[0].stem}-{job[1]}.o", job[2]), jobs)
         subprocess.run([CXX, *map(str, objects), "-o", str(output), "-pthread", *flags], check=True)
 
