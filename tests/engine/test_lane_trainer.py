@@ -1,6 +1,8 @@
 """The lane engine's training steps against torch's."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -178,3 +180,18 @@ def test_a_foreign_snapshot_is_refused():
     snapshot.pop("output.bias")
     with pytest.raises(InputError, match=r"output\.bias"):
         trainer.restore(snapshot)
+
+
+def test_a_fit_does_not_wait_for_torchs_compiler():
+    """Three seconds of imports, for the first operator of ours that goes through torch's dispatcher."""
+    script = """
+import sys, torch
+from lipfast.engine.lane_trainer import LaneTrainer
+network = torch.nn.Conv2d(3, 3, 3, padding=1)
+mask = torch.arange(81).view(3, 3, 3, 3) % 2 == 0
+trainer = LaneTrainer(network, {"weight": mask}, lr=0.1)
+trainer.step(torch.randn(1, 3, 8, 8), lambda output: output.square().mean())
+trainer.snapshot()
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
