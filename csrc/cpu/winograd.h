@@ -56,8 +56,8 @@ struct WinogradKernels {
   void (*transform_weights)(const float* w, int64_t out, int64_t in, bool transposed, int tile, float* u, int threads);
 
   // y = act(scale * conv(x) + bias + residual), see ConvEnd; blocks of x are as many pixels as blocks of y times the
-  // stride, and its halo is >= 1 and filled. Writes pixels of y and, where the end says so, zero padding. u is from transform_weights for
-  // y.channels x x.channels; bias [y.channels] may be null.
+  // stride, and its halo is >= 1 and filled. Writes pixels of y and, where the end says so, zero
+  // padding. u is from transform_weights for y.channels x x.channels; bias [y.channels] may be null.
   void (*forward)(const LaneMap& x, const float* u, const float* bias, const LaneMap& y, const ConvEnd& end, int tile,
                   float* scratch, int threads);
   int64_t (*forward_scratch)(const LaneMap& x, const LaneMap& y, int tile, int threads);

@@ -185,7 +185,7 @@ class Program {
   int plain_count_[2] = {0, 0};
   int scratch_threads_ = 0;
   bool keeps_weights_;
-  int64_t loads_ = 0;  // that changed a weight
+  int64_t loads_ = 0;
   bool profile_ = false;
 };
 
