@@ -7,10 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lipfast import ops
 from lipfast.engine.capture import Recording, Ref, record
 from lipfast.engine.lower import Segment, lower
 from lipfast.engine.plan import Options
-from lipfast.engine.runtime import Running, kernel, pack, unpack, weights_of
+from lipfast.engine.runtime import Running, pack, unpack, weights_of
 from lipfast.engine.trainer import (
     FIRST_MOMENT,
     SECOND_MOMENT,
@@ -205,7 +206,8 @@ class _Fitted:
             self.running.backward([gradient], threads)
         running = self.running
         moments, settings = (self._first, self._second), (0.9, 0.999, 1e-8, 0.0)  # torch's defaults
-        kernel("adam_step", running.values.device)(running.values, running.gradients, *moments, count, lr, *settings)
+        adam_step = ops.kernel("adam_step", running.values.device)
+        adam_step(running.values, running.gradients, *moments, count, lr, *settings)
         self._uncounted += 1
         return value.detach(), output.detach()
 

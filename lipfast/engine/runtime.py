@@ -1,6 +1,6 @@
 """Programs with the tensors they work on: what trainers and modules share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lipfast import ops
 from lipfast.engine.lower import Segment
 from lipfast.engine.memory import address, memory
 from lipfast.engine.plan import Options, Plan, Weight, plan
 from lipfast.engine.watch import Watch
-from lipfast.ops import _dispatch
 
 
 class Running:
@@ -93,7 +93,7 @@ def pack(dense: Tensor, mask: Tensor | None) -> Tensor:
         return dense.detach().reshape(-1)
     if dense.dtype != torch.float32:
         return dense.detach()[mask]
-    packed: Tensor = kernel("gather_kept", dense.device)(dense.detach(), mask)
+    packed: Tensor = ops.kernel("gather_kept", dense.device)(dense.detach(), mask)
     return packed
 
 
@@ -101,14 +101,8 @@ def unpack(values: Tensor, shape: Sequence[int], mask: Tensor | None) -> Tensor:
     """The dense float32 tensor of packed values; dead entries are 0."""
     if mask is None:
         return values.reshape(tuple(shape)).clone()
-    dense: Tensor = kernel("scatter_kept", values.device)(values.detach(), mask)
+    dense: Tensor = ops.kernel("scatter_kept", values.device)(values.detach(), mask)
     return dense
-
-
-def kernel(name: str, device: torch.device) -> Callable[..., Any]:
-    """What runs behind an operator of `lipfast.ops`. For the first operator of Python's in a process, torch imports its
-    compiler, which takes seconds that no fit needs."""
-    return _dispatch.pick(name, device)[1]
 
 
 def weights_of(segment: Segment, leaves: Mapping[int, str], masks: Mapping[str, Tensor], trained: bool) -> list[Weight]:

@@ -2,6 +2,7 @@
 
 import torch
 
+from lipfast.ops._dispatch import kernel
 from lipfast.ops.lane_conv import ConvForm, LaneConv
 from lipfast.ops.lanes import LaneMap
 from lipfast.ops.masked import apply_mask, masked_conv2d, normalise_activate, pack_mask
@@ -21,6 +22,7 @@ __all__ = [
     "adam_step",
     "apply_mask",
     "gather_kept",
+    "kernel",
     "masked_conv2d",
     "normalise_activate",
     "pack_mask",

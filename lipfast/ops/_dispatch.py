@@ -57,6 +57,14 @@ def pick(op: str, device: torch.device, asked: str | None = None) -> tuple[str, 
     raise BackendError(f"{op} cannot run on {device}: {'; '.join(refused)}")
 
 
+def kernel(op: str, device: torch.device) -> Callable[..., Any]:
+    """What runs behind an op, for callers that want neither autograd nor ``torch.compile``: it takes the op's arguments
+    without ``backend``, all of them, and checks none. When a process first calls an operator defined in Python, torch
+    imports its compiler, which takes seconds.
+    """
+    return pick(op, device)[1]
+
+
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Makes a GPU the current one inside: Triton launches there, whatever GPU its tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -99,3 +99,15 @@ def test_reasons_are_given_for_every_backend():
         _dispatch.pick("no_such_op", torch.device("cpu"))
     with pytest.raises(BackendError, match="unknown backend 'tpu'; known: cuda, triton, cpu, reference"):
         _dispatch.pick("adam_step", torch.device("cpu"), "tpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_kernel_behind_an_op(backend, monkeypatch):
+    monkeypatch.setenv("LIPFAST_BACKEND", backend)
+    dense = torch.randn(5, 7)
+    mask = dense > 0
+    gather = ops.kernel("gather_kept", dense.device)
+    assert gather.__module__ == f"lipfast.ops.{backend}"
+    assert torch.equal(gather(dense, mask), ops.gather_kept(dense, mask))
+    with pytest.raises(BackendError, match="has no hammer"):
+        ops.kernel("hammer", dense.device)
