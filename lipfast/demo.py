@@ -17,7 +17,7 @@ from lipfast.fit import FitConfig, fit
 from lipfast.report import pictures
 
 # Chosen for a minute on two cores: ten fits, and as far as the pictures come in that time.
-ITERATIONS = 160  # of every fit
+ITERATIONS = 150  # of every fit
 NETWORK = {"down": [64] * 5}  # half the paper's width: three times as many steps in the same time
 SIZE = 96  # px
 SIGMA = 25.0  # grey levels of 255
