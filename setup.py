@@ -8,7 +8,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
@@ -48,9 +47,7 @@ ONCE = {
 
 
 def kernel_sources() -> list[Path]:
-    """The largest first: what takes longest must not start last."""
-    kernels = [path for path in (ROOT / "csrc/cpu").glob("*.cc") if path.name not in ONCE]
-    return sorted(kernels, key=lambda path: (-path.stat().st_size, path.name))
+    return sorted(path for path in (ROOT / "csrc/cpu").glob("*.cc") if path.name not in ONCE)
 
 
 def plain_sources() -> list[str]:
@@ -76,23 +73,17 @@ class BuildKernels(build_ext):
                 f"lipfast needs a C++17 compiler and found no {compiler!r}; install g++ or clang++ "
                 "(Debian: apt-get install g++) or name one in the environment variable CXX"
             )
-        with ThreadPoolExecutor() as pool:
-            for objects in pool.map(self.compile_kernels, TARGETS):
-                ext.extra_objects += objects
+        for name, (number, flags) in TARGETS.items():
+            ext.extra_objects += self.compiler.compile(
+                [str(path.relative_to(ROOT)) for path in kernel_sources()],
+                output_dir=str(Path(self.build_temp) / name),
+                macros=[("LIPFAST_TARGET", str(number)), ("LIPFAST_NS", name)],
+                include_dirs=["csrc"],
+                extra_postargs=[*COMMON_FLAGS, *flags, "-fPIC"],
+                depends=[str(path) for path in (ROOT / "csrc").rglob("*.h")],
+            )
         ext.depends += ext.extra_objects  # a changed kernel alone links again, too
         super().build_extension(ext)
-
-    def compile_kernels(self, target: str) -> list[str]:
-        number, flags = TARGETS[target]
-        objects: list[str] = self.compiler.compile(
-            [str(path.relative_to(ROOT)) for path in kernel_sources()],
-            output_dir=str(Path(self.build_temp) / target),
-            macros=[("LIPFAST_TARGET", str(number)), ("LIPFAST_NS", target)],
-            include_dirs=["csrc"],
-            extra_postargs=[*COMMON_FLAGS, *flags, "-fPIC"],
-            depends=[str(path) for path in (ROOT / "csrc").rglob("*.h")],
-        )
-        return objects
 
 
 if __name__ == "__main__":
