@@ -343,13 +343,19 @@ class SegmentRunner:
         use = _Use((False,) * len(inputs), (False,) * len(weights))
         lease = self.lease(use)
         running = lease.running
-        numbers = [*weights, *(tensors[name] for name in self._statistics)]
-        if self._changed_statistics or running.loaded is None or not running.loaded.unchanged(numbers):
-            running.loaded = Watch(numbers)  # before they are read, so that no write falls in between
+        if self._changed_statistics or self._must_load(running, weights, tensors):
             self.load(running, weights, tensors)
         outputs = running.forward(inputs, torch.get_num_threads())
         self.save_statistics(running, tensors)
         return outputs
+
+    def _must_load(self, running: Running, weights: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> bool:
+        """Whether numbers were written since they were loaded; from now on they are watched."""
+        numbers = [*weights, *(tensors[name] for name in self._statistics)]
+        if running.loaded is not None and running.loaded.unchanged(numbers):
+            return False
+        running.loaded = Watch(numbers)  # before they are loaded, so that no write falls in between
+        return True
 
     def _weight(self, ref: Ref, known: Mapping[int, Any], tensors: Mapping[str, Tensor]) -> Tensor:
         name = self._leaves.get(ref.number)
