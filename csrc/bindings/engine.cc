@@ -151,7 +151,7 @@ class CheckedProgram {
   }
 
   void NormForward(int x, int y, float epsilon, float momentum, int act, float slope,
-                   const std::vector<int64_t>& offsets, bool training, bool fill, int mode, int64_t pad, bool recover) {
+                   const std::vector<int64_t>& offsets, bool training, bool recover, bool fill, int mode, int64_t pad) {
     const NormSpec spec = AsNorm(x, epsilon, momentum, act, slope);
     CheckPair(x, y);
     const NormOffsets at = AsOffsets(offsets, spec.channels);
@@ -509,8 +509,8 @@ void BindEngine(py::module_& m) {
       .def("conv_weight_gradient", &P::ConvWeightGradient, py::arg("conv"), py::arg("values"), py::arg("bias"),
            py::arg("x"), py::arg("dy"))
       .def("norm_forward", &P::NormForward, py::arg("x"), py::arg("y"), py::arg("epsilon"), py::arg("momentum"),
-           py::arg("act"), py::arg("slope"), py::arg("offsets"), py::arg("training"), py::arg("fill"), py::arg("mode"),
-           py::arg("pad"), py::arg("recover"))
+           py::arg("act"), py::arg("slope"), py::arg("offsets"), py::arg("training"), py::arg("recover"),
+           py::arg("fill"), py::arg("mode"), py::arg("pad"))
       .def("norm_backward", &P::NormBackward, py::arg("x"), py::arg("dy"), py::arg("dy2"), py::arg("dx"),
            py::arg("epsilon"), py::arg("act"), py::arg("slope"), py::arg("offsets"), py::arg("training"),
            py::arg("zero_halo"), py::arg("recover"))

@@ -24,8 +24,8 @@ constexpr int64_t kVector = kGrid * kGrid;
 // whose operand is in the first cache level (docs/kernels.md, "Blocks").
 constexpr double kPartialSum = 3.0;  // a vector of sums that goes to memory and back
 constexpr double kFarOperand = 0.9;  // what an operand from the second level adds
-// Tiles of two rows save loads of weights but fill the first level sooner. They pay
-// from this many taps of an output, times the share of input that the row adds;
+// Tiles of two full rows save loads of weights but fill the first level sooner. They
+// pay from this many taps of an output, times the share of input that the row adds;
 // sooner in weight gradients, whose sums never go to memory.
 constexpr double kTwoRows = 300, kTwoRowsOfGradient = 50;
 
@@ -103,6 +103,8 @@ class Pass {
   const int32_t* indices() const { return index_.data(); }  // unless in order
   bool complete() const { return complete_; }               // no index is -1
   bool in_order() const { return in_order_; }               // the packed values are those of the taps, output by output
+  // Whether two rows of full width fit a tile, so that `two_rows` decides.
+  static bool FullRowsFit() { return Kernels<TapKernels>().tile_vectors >= 2 * Kernels<TapKernels>().tile_cols; }
   int64_t outputs() const { return outputs_; }
   int64_t taps() const { return static_cast<int64_t>(sources_.size()); }
   bool empty() const { return rows <= 0 || cols <= 0; }
@@ -168,20 +170,24 @@ class Pass {
     return w;
   }
 
+  // Columns of a sparse kernel's tile: rows are cut into equal parts.
+  int64_t TileCols() const {
+    const int64_t parts = CeilDiv(cols, Kernels<TapKernels>().tile_cols);
+    return CeilDiv(cols, std::max<int64_t>(1, parts));
+  }
+
   // Input vectors of one channel that an output tile reads.
   int64_t TileVectors(int64_t tile_rows) const {
     const Window w = Reach();
-    const int64_t tile_cols = std::min(cols, Kernels<TapKernels>().tile_cols);
-    tile_rows = std::min(rows, tile_rows);
-    return ((tile_rows - 1) * in_step + 1 + w.high - w.low) * ((tile_cols - 1) * in_step + 1 + w.right - w.left);
+    return ((tile_rows - 1) * in_step + 1 + w.high - w.low) * ((TileCols() - 1) * in_step + 1 + w.right - w.left);
   }
 
   // What a tile reads and its neighbours above and to the left do not: its lowest
   // rows and rightmost columns, of `channels` channels.
   std::vector<int32_t> Fresh(const LaneMap& in, int64_t channels, int64_t tile_rows) const {
     const Window w = Reach();
-    const int64_t down = in_step * std::min(rows, tile_rows);
-    const int64_t across = in_step * std::min(cols, Kernels<TapKernels>().tile_cols);
+    const int64_t down = in_step * tile_rows;
+    const int64_t across = in_step * TileCols();
     std::vector<int32_t> lines;
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t row = w.high - in_step + 1; row < w.high - in_step + 1 + down; ++row) {
@@ -211,9 +217,11 @@ class Pass {
     return best;
   }
 
-  bool TwoRows(double taps_per_output) const {
+  int64_t TileRows(double taps_per_output) const {
+    if (rows < 2 || 2 * TileCols() > Kernels<TapKernels>().tile_vectors) return 1;
+    if (!FullRowsFit()) return 2;  // one short row would leave half the registers empty
     const double more = static_cast<double>(TileVectors(2)) / static_cast<double>(TileVectors(1)) - 1;
-    return taps_per_output > two_rows * more;
+    return taps_per_output > two_rows * more ? 2 : 1;
   }
 
   std::shared_ptr<const BoundTaps> MakeBound(const LaneMap& in) const {
@@ -227,7 +235,7 @@ class Pass {
       return bound;
     }
     const double taps_per_output = static_cast<double>(taps()) / static_cast<double>(std::max<int64_t>(1, outputs_));
-    const int64_t tile_rows = TwoRows(taps_per_output) ? Kernels<TapKernels>().tile_rows : 1;
+    const int64_t tile_rows = TileRows(taps_per_output);
     const int64_t per_block = CeilDiv(in.channels, Blocks(in.channels, tile_rows, taps_per_output));
     const int64_t blocks = CeilDiv(in.channels, per_block);
     OrderByBlock(per_block, blocks, bound.get());

@@ -9,18 +9,28 @@ namespace lipfast {
 namespace LIPFAST_NS {
 namespace {
 
-constexpr int kTileRows = kRegisters >= 32 ? 2 : 1;
-constexpr int kTileCols = kRegisters >= 32 ? 8 : kRegisters >= 8 ? 6 : 4;
-constexpr int64_t kFirstLevel = (LIPFAST_TARGET == 2 ? 48 : 32) << 10;
-
-int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t Most(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t Parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+
+// A tile's sums fill the registers but for the weight of this tap and of the next.
+constexpr int kTileVectors = kRegisters >= 32 ? 16 : kRegisters >= 8 ? 7 : 4;
+// A tile of weight gradients leaves room for two chains of products.
+constexpr int kDotTileVectors = kParts == 2 ? 6 : kTileVectors;
+constexpr int kTileRows = 2, kTileCols = 8;  // at most, where they fit
+constexpr int64_t kFirstLevel = (LIPFAST_TARGET == 2 ? 48 : 32) << 10;
+
+struct TileSize {
+  int64_t rows, cols;
+};
+
+TileSize AccumulateSize(const TapList& taps) { return {taps.tile_rows, Least(kTileVectors, kTileCols)}; }
+TileSize DotSize(const TapList& taps) { return {taps.tile_rows, Least(kDotTileVectors, kTileCols)}; }
 
 // A region cut into tiles of nearly equal size.
 struct Tiling {
   int64_t down, across;
-  Tiling(const Region& g, int64_t rows) : down(Parts(g.rows, rows)), across(Parts(g.cols, kTileCols)) {}
+  Tiling(const Region& g, TileSize most) : down(Parts(g.rows, most.rows)), across(Parts(g.cols, most.cols)) {}
   int64_t count() const { return down * across; }
 };
 
@@ -290,24 +300,31 @@ using TileFunction = void (*)(const SparseTask&);
 
 template <int kRows, int kCols, int kIn, int kOut>
 struct Accumulate {
+  static constexpr bool kFits = kRows * kCols <= kTileVectors;
   static void Run(const SparseTask& task) { AccumulateTile<kRows, kCols, kIn, kOut>(task); }
 };
 template <int kRows, int kCols, int kIn, int kOut>
 struct Dot {
+  static constexpr bool kFits = kRows * kCols <= kDotTileVectors;
   static void Run(const SparseTask& task) { DotTile<kRows, kCols, kIn, kOut>(task); }
 };
 
+template <class Kernel>
+constexpr TileFunction IfItFits() {
+  if constexpr (Kernel::kFits) {
+    return Kernel::Run;
+  } else {
+    return nullptr;
+  }
+}
+
 template <template <int, int, int, int> class Kernel, int kRows, int kIn, int kOut>
 TileFunction WithCols(int64_t cols) {
-  static const TileFunction table[] = {
-      Kernel<kRows, 1, kIn, kOut>::Run, Kernel<kRows, 2, kIn, kOut>::Run,
-      Kernel<kRows, 3, kIn, kOut>::Run, Kernel<kRows, 4, kIn, kOut>::Run,
-#if LIPFAST_TARGET > 0
-      Kernel<kRows, 5, kIn, kOut>::Run, Kernel<kRows, 6, kIn, kOut>::Run,
-#endif
-#if LIPFAST_TARGET == 2
-      Kernel<kRows, 7, kIn, kOut>::Run, Kernel<kRows, 8, kIn, kOut>::Run,
-#endif
+  static constexpr TileFunction table[kTileCols] = {
+      IfItFits<Kernel<kRows, 1, kIn, kOut>>(), IfItFits<Kernel<kRows, 2, kIn, kOut>>(),
+      IfItFits<Kernel<kRows, 3, kIn, kOut>>(), IfItFits<Kernel<kRows, 4, kIn, kOut>>(),
+      IfItFits<Kernel<kRows, 5, kIn, kOut>>(), IfItFits<Kernel<kRows, 6, kIn, kOut>>(),
+      IfItFits<Kernel<kRows, 7, kIn, kOut>>(), IfItFits<Kernel<kRows, 8, kIn, kOut>>(),
   };
   return table[cols - 1];
 }
@@ -326,21 +343,21 @@ TileFunction ForTile(const Tile& tile, const Region& g) {
 }
 
 // Finds which region the i-th tile of all regions lies in.
-SparseTask TaskAt(const Region* regions, int64_t tile_rows, int64_t i) {
+SparseTask TaskAt(const Region* regions, TileSize most, int64_t i) {
   SparseTask task = {};
   task.region = regions;
-  Tiling tiling(*task.region, tile_rows);
+  Tiling tiling(*task.region, most);
   while (i >= tiling.count()) {
     i -= tiling.count();
-    tiling = Tiling(*++task.region, tile_rows);
+    tiling = Tiling(*++task.region, most);
   }
   task.tile = TileAt(*task.region, tiling, i);
   return task;
 }
 
-int64_t TileCount(const Region* regions, int64_t count, int64_t tile_rows) {
+int64_t TileCount(const Region* regions, int64_t count, TileSize most) {
   int64_t tiles = 0;
-  for (int64_t i = 0; i < count; ++i) tiles += Tiling(regions[i], tile_rows).count();
+  for (int64_t i = 0; i < count; ++i) tiles += Tiling(regions[i], most).count();
   return tiles;
 }
 
@@ -353,13 +370,14 @@ int64_t OutputParts(int64_t tiles, int64_t outputs) {
 }
 
 // The i-th of all tiles, with what follows it before tile `stop`, for one part of the outputs.
-SparseTask TaskAt(const Region* regions, const TapList& taps, int64_t i, int64_t stop, int64_t part, int64_t parts) {
-  SparseTask task = TaskAt(regions, taps.tile_rows, i);
+SparseTask TaskAt(const Region* regions, const TapList& taps, TileSize most, int64_t i, int64_t stop, int64_t part,
+                  int64_t parts) {
+  SparseTask task = TaskAt(regions, most, i);
   task.taps = &taps;
   task.first = taps.outputs * part / parts;
   task.last = taps.outputs * (part + 1) / parts;
   if (i + 1 < stop) {
-    const SparseTask next = TaskAt(regions, taps.tile_rows, i + 1);
+    const SparseTask next = TaskAt(regions, most, i + 1);
     const Region& g = *next.region;
     task.next_in = g.in + next.tile.row * g.in_row + next.tile.col * g.in_col;
     task.next_out = g.out + next.tile.row * g.out_row + next.tile.col * g.out_col;
@@ -372,12 +390,13 @@ ZeroHalo HaloOf(const Region& g, const TapEnd& end) { return {g.rows, g.cols, en
 
 void SparseAccumulate(const Region* regions, int64_t count, const TapList& taps, const float* values, const float* bias,
                       const TapEnd& end, int threads) {
-  const int64_t tiles = TileCount(regions, count, taps.tile_rows);
+  const TileSize most = AccumulateSize(taps);
+  const int64_t tiles = TileCount(regions, count, most);
   if (tiles == 0) return;
   const int64_t parts = OutputParts(tiles, taps.outputs);
   const ZeroHalo halo = HaloOf(*regions, end);
   ParallelFor(threads, tiles * parts, [&](int64_t chunk) {
-    SparseTask task = TaskAt(regions, taps, chunk / parts, tiles, chunk % parts, parts);
+    SparseTask task = TaskAt(regions, taps, most, chunk / parts, tiles, chunk % parts, parts);
     task.values = values;
     task.bias = bias;
     task.end = end.act;
@@ -407,12 +426,13 @@ void AddChunks(float* sums, int64_t chunks, int64_t size, int threads) {
 // Chunks of tiles with sums of their own: enough for many threads, few enough that
 // adding them up costs nothing.
 int64_t DotChunks(const Region* regions, int64_t count, const TapList& taps) {
-  return Most(1, Least(TileCount(regions, count, taps.tile_rows), kEnoughChunks));
+  return Most(1, Least(TileCount(regions, count, DotSize(taps)), kEnoughChunks));
 }
 
 void SparseDot(const Region* regions, int64_t count, const TapList& taps, float* partial, float* d_values,
                float* d_bias, int threads) {
-  const int64_t tiles = TileCount(regions, count, taps.tile_rows), chunks = DotChunks(regions, count, taps);
+  const TileSize most = DotSize(taps);
+  const int64_t tiles = TileCount(regions, count, most), chunks = DotChunks(regions, count, taps);
   const int64_t parts = OutputParts(chunks, taps.outputs), total = taps.starts[taps.outputs * taps.blocks];
   const int64_t size = DotFloats(total, taps.outputs), sums = size - kLanes * taps.outputs;
   std::memset(partial, 0, sizeof(float) * chunks * size);
@@ -420,7 +440,7 @@ void SparseDot(const Region* regions, int64_t count, const TapList& taps, float*
     const int64_t chunk = i / parts, part = i % parts;
     const int64_t stop = tiles * (chunk + 1) / chunks;
     for (int64_t tile = tiles * chunk / chunks; tile < stop; ++tile) {
-      SparseTask task = TaskAt(regions, taps, tile, stop, part, parts);
+      SparseTask task = TaskAt(regions, taps, most, tile, stop, part, parts);
       task.partial = partial + chunk * size;
       if (d_bias) task.sums = task.partial + sums;
       ForTile<Dot>(task.tile, *task.region)(task);
@@ -702,8 +722,10 @@ void ChannelSums(const Region* regions, int64_t count, int64_t channels, float* 
 }  // namespace
 
 extern const TapKernels tap_kernels;
-const TapKernels tap_kernels = {SparseAccumulate, SparseDot, DotChunks, DenseAccumulate, DenseDot, DenseDotChunks,
-                                ChannelSums,      kTileRows, kTileCols, kFirstLevel,     kGroup};
+const TapKernels tap_kernels = {SparseAccumulate, SparseDot,    DotChunks,
+                                DenseAccumulate,  DenseDot,     DenseDotChunks,
+                                ChannelSums,      kTileVectors, Least(kTileVectors, kTileCols),
+                                kFirstLevel,      kGroup};
 
 }  // namespace LIPFAST_NS
 }  // namespace lipfast

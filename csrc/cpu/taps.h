@@ -35,7 +35,7 @@ struct Region {
 // next start.
 struct TapList {
   int64_t outputs, blocks;
-  int64_t tile_rows;       // 1 or the kernels' largest
+  int64_t tile_rows;       // 1 or 2
   const int32_t* starts;   // [blocks * outputs + 1]
   const int32_t* offsets;  // [taps + 1], floats; the last is read ahead and not used
   const int32_t* order;    // [taps], place in the packed values
@@ -82,9 +82,10 @@ struct TapKernels {
   int64_t (*dense_dot_chunks)(const Region* regions, int64_t count);
   // Sum over a region's positions of each output channel.
   void (*channel_sums)(const Region* regions, int64_t count, int64_t channels, float* sums, int threads);
-  int64_t tile_rows, tile_cols;  // output vectors that the sparse kernels hold in registers, at most
-  int64_t first_level;           // bytes of the first cache level of the machines that run this target
-  int64_t dense_group;           // output channels that dense weights are interleaved by
+  int64_t tile_vectors;  // output vectors that the sparse kernels hold in registers, at most
+  int64_t tile_cols;     // and how many of them side by side
+  int64_t first_level;   // bytes of the first cache level of the machines that run this target
+  int64_t dense_group;   // output channels that dense weights are interleaved by
 };
 
 }  // namespace lipfast

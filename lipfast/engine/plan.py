@@ -113,6 +113,9 @@ class Slot:
         return Slot(self.storage, self.first + first, self.first + last)
 
 
+_ZERO = ("zeros", 0)  # a halo's padding mode and width
+
+
 @dataclasses.dataclass(frozen=True)
 class Halo:
     """What a step wants around a map: ``pad`` pixels of padding, and the blocks' seams ``reach`` pixels wide."""
@@ -121,8 +124,10 @@ class Halo:
     pad: int
     reach: int
 
-
-_ZERO = ("zeros", 0)
+    @property
+    def state(self) -> tuple[str, int]:
+        """What the halo holds then. Zeros are zeros however wide the padding."""
+        return (self.mode, self.pad) if self.mode != "zeros" else _ZERO
 
 
 def plan(graph: Graph, weights: Sequence[Weight], statistics: Sequence[int], options: Options) -> Plan:
@@ -266,10 +271,10 @@ class _Planner:
         if halo is None:
             return
         slot.storage.halo = max(slot.storage.halo, halo.reach)
-        state = (halo.mode, halo.pad) if halo.mode != "zeros" else _ZERO
-        if not self._holds(slot, state):
-            self.emit("fill_halo", section, slot, PADDING_MODES[halo.mode], state[1])
-            self.now_holds(slot, state)
+        if not self._holds(slot, halo.state):
+            mode, pad = halo.state
+            self.emit("fill_halo", section, slot, PADDING_MODES[mode], pad)
+            self.now_holds(slot, halo.state)
 
     def _holds(self, slot: Slot, state: tuple[str, int]) -> bool:
         states = self.filled.get(slot.storage, {})
@@ -327,9 +332,7 @@ class _Planner:
         return -1 if weight is None else self.values[weight].start
 
     def _conv(self, position: int, node: Node, x: Slot, y: Slot) -> None:
-        halo = self._halo_written(node.output, y)
-        self.emit("conv_forward", self.convs[position], self.offset(node.weight), self.offset(node.bias), x, y, *halo)
-        self._wrote_with_halo(y, halo)
+        self._make("conv_forward", node, self.convs[position], self.offset(node.weight), self.offset(node.bias), x, y)
 
     def _conv_finish(self, conv_position: int, finish: Node) -> None:
         conv = self.graph.nodes[conv_position]
@@ -337,9 +340,7 @@ class _Planner:
         self.need(_FORWARD, x, self.halo_of(conv))
         weights = self.offset(conv.weight), self.offset(conv.bias)
         numbers = (finish.epsilon, self._finish_offsets(finish), ACTIVATIONS[finish.act], finish.slope)
-        halo = self._halo_written(finish.output, y)
-        self.emit("conv_finish", self.convs[conv_position], *weights, x, self._residual(finish), y, *numbers, *halo)
-        self._wrote_with_halo(y, halo)
+        self._make("conv_finish", finish, self.convs[conv_position], *weights, x, self._residual(finish), y, *numbers)
 
     def _residual(self, finish: Node) -> Slot | int:
         return self.home[finish.inputs[1]] if len(finish.inputs) > 1 else -1
@@ -359,31 +360,23 @@ class _Planner:
         return [self.offset(node.gamma), self.offset(node.beta), *running, self.saved[position]]
 
     def _finish(self, position: int, node: Node, x: Slot, y: Slot) -> None:
-        halo = self._halo_written(node.output, y)
         numbers = (node.epsilon, self._finish_offsets(node), ACTIVATIONS[node.act], node.slope)
-        self.emit("finish", x, self._residual(node), y, *numbers, *halo)
-        self._wrote_with_halo(y, halo)
+        self._make("finish", node, x, self._residual(node), y, *numbers)
 
     def _norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         training = node.training or node.running is None
-        halo = self._halo_written(node.output, y)
         numbers = (node.epsilon, node.momentum, ACTIVATIONS[node.act], node.slope, self.norm_offsets(position, node))
-        self.emit("norm_forward", x, y, *numbers, training, *halo, self.options.backward and x == y)
-        self._wrote_with_halo(y, halo)
+        self._make("norm_forward", node, x, y, *numbers, training, self.options.backward and x == y)
 
-    def _halo_written(self, value: int, slot: Slot) -> tuple[bool, int, int]:
-        """The halo that the step writing a value fills for its first reader: whether, padding mode, width."""
-        halo = self._first_halo(value)
-        if halo is None:
-            return False, PADDING_MODES["zeros"], 0
-        slot.storage.halo = max(slot.storage.halo, halo.reach)
-        return True, PADDING_MODES[halo.mode], halo.pad if halo.mode != "zeros" else 0
-
-    def _wrote_with_halo(self, slot: Slot, halo: tuple[bool, int, int]) -> None:
-        self.wrote(slot)
-        if halo[0]:
-            modes = {number: name for name, number in PADDING_MODES.items()}
-            self.now_holds(slot, (modes[halo[1]], halo[2]))
+    def _make(self, name: str, node: Node, *args: Any) -> None:
+        """Note the step that writes a node's output, and around it the halo that the first reader wants."""
+        y, halo = self.home[node.output], self._first_halo(node.output)
+        mode, pad = halo.state if halo else _ZERO
+        self.emit(name, *args, halo is not None, PADDING_MODES[mode], pad)
+        self.wrote(y)
+        if halo:
+            y.storage.halo = max(y.storage.halo, halo.reach)
+            self.now_holds(y, halo.state)
 
     def _first_halo(self, value: int) -> Halo | None:
         for position in self.readers[value]:
@@ -431,9 +424,7 @@ class _Planner:
         self.wrote(y)
 
     def _pool(self, position: int, node: Node, x: Slot, y: Slot) -> None:
-        halo = self._halo_written(node.output, y)
-        self.emit("pool", x, y, node.kernel, node.stride, node.pad, node.maximum, *halo)
-        self._wrote_with_halo(y, halo)
+        self._make("pool", node, x, y, node.kernel, node.stride, node.pad, node.maximum)
 
     def _mean(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         self.emit("mean", x, y)

@@ -157,6 +157,17 @@ def test_many_channels_in_blocks(isa, out, density):
     assert all(close(a, b) for a, b in zip(got, want, strict=True))
 
 
+# Vectors of three rows: every width of a tile, of two rows where they fit the registers and one that is left over.
+@pytest.mark.parametrize("columns", range(1, 10))
+@pytest.mark.parametrize("stride", [1, 2])
+def test_tiles_of_every_shape(isa, stride, columns):
+    conv_form = form(9, 90, 3, stride=stride)
+    x, weight, mask, bias = draw(conv_form, (12 * stride, 4 * columns * stride), 2, 0.4)
+    want, dy = torch_gradients(x, weight, mask, bias, conv_form)
+    _, got = on_lanes(x, weight, mask, bias, conv_form, dy, "sparse")
+    assert all(close(a, b) for a, b in zip(got, want, strict=True))
+
+
 # Whole and cut tiles of both sizes, one block of tiles and many, more channels than are multiplied at once.
 @pytest.mark.parametrize("size", [(1, 1), (2, 9), (30, 31), (33, 130), (64, 64)])
 @pytest.mark.parametrize("channels", [(3, 2), (140, 170)])

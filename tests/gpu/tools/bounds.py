@@ -17,6 +17,8 @@ from typing import Any
 import tables
 from static_roofline import MACHINES
 
+from lipfast.ops.triton.configs import CONFIGS
+
 PAGE = Path(__file__).parents[3] / "docs/gpu.md"
 RESULTS = PAGE.parent / "results/gpu.jsonl"
 DIRECTIONS = ("forward", "input_gradient", "weight_gradient")
@@ -40,18 +42,13 @@ STREAM_BYTES = {
     "batch_norm_backward": 12,
     "batch_norm_backward whole": 12,
 }
-STREAM_PROGRAMS = {  # elements, warps
-    "adam": (1024, 4),
-    "sgd": (1024, 4),
-    "apply_mask": (2048, 4),
-    "normalise": (1024, 4),
-    "normalise_backward": (1024, 4),
-    "statistics": (4096, 8),
-    "batch_norm": (4096, 8),
-    "batch_norm whole": (16384, 16),
-    "batch_norm_sums": (4096, 8),
-    "batch_norm_backward": (4096, 8),
-    "batch_norm_backward whole": (16384, 16),
+# Streaming kernels that are launched as another one is.
+LAUNCHED_AS = {
+    "statistics": "batch_norm",
+    "batch_norm whole": "batch_norm_whole",
+    "batch_norm_sums": "batch_norm",
+    "batch_norm_backward": "batch_norm",
+    "batch_norm_backward whole": "batch_norm_whole",
 }
 
 
@@ -91,10 +88,11 @@ def stream_margin(row: dict[str, Any]) -> float:
     """Memory time of a streaming kernel over its issue time: above 1, memory is the bound."""
     machine = MACHINES[row["target"]]
     name = row["kernel"]
-    elements, warps = STREAM_PROGRAMS[name if name in STREAM_PROGRAMS else name.split()[0]]
+    config = CONFIGS[LAUNCHED_AS.get(name, name.split()[0])]
+    elements = config["meta"].get("BLOCK") or 32 * config["meta"]["WORDS"]  # of a program
     bytes_a_clock = machine.gigabytes_per_second / machine.multiprocessors / machine.gigahertz
     memory = elements * STREAM_BYTES[name] / bytes_a_clock
-    return float(memory / (row["instructions"] * warps / machine.schedulers))
+    return float(memory / (row["instructions"] * config["warps"] / machine.schedulers))
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
