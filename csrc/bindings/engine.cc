@@ -27,8 +27,9 @@ bool SameSize(const LaneMap& a, const LaneMap& b) {
 bool SameBlocks(const LaneMap& a, const LaneMap& b) { return a.block_h == b.block_h && a.block_w == b.block_w; }
 
 ActivationSpec AsActivation(int kind, float slope) {
-  Check(kind >= 0 && kind <= static_cast<int>(Activation::kSilu),
-        "activation " + std::to_string(kind) + " is not one of 0 .. 5");
+  constexpr int kLast = static_cast<int>(kLastActivation);
+  Check(kind >= 0 && kind <= kLast,
+        "activation " + std::to_string(kind) + " is not one of 0 .. " + std::to_string(kLast));
   return {static_cast<Activation>(kind), slope};
 }
 
@@ -133,8 +134,7 @@ class CheckedProgram {
     CheckConvReads(conv, values, bias, x, y);
     if (residual >= 0) CheckPair(residual, y);
     const ActivationSpec spec = AsActivation(act, slope);
-    Check(spec.kind == Activation::kNone || spec.kind == Activation::kRelu || spec.kind == Activation::kLeaky,
-          "conv: this activation cannot follow in the same step");
+    Check(IsSimple(spec.kind), "conv: this activation cannot follow in the same step");
     program_.ConvFinish(conv, values, bias, x, residual, y, epsilon, AsFinishOffsets(offsets, y), spec,
                         AsHalo(fill, mode, pad, y));
   }
@@ -201,6 +201,22 @@ class CheckedProgram {
     program_.Combine(AsSection(where), a, a_scale, b, b_scale, shift, y);
   }
 
+  void Multiply(int where, int a, int b, int y, bool accumulate) {
+    CheckPair(a, y);
+    if (SameSize(Map(a), Map(b))) {
+      CheckPair(a, b);
+    } else {
+      CheckOnePixel(a, b);
+    }
+    program_.Multiply(AsSection(where), a, b, y, accumulate);
+  }
+
+  void DotPlanes(int a, int b, int y, bool accumulate) {
+    CheckPair(a, b);
+    CheckOnePixel(a, y);
+    program_.DotPlanes(a, b, y, accumulate);
+  }
+
   void PixelNorm(int x, int y, float epsilon) {
     CheckPair(x, y);
     program_.PixelNorm(x, y, epsilon);
@@ -248,12 +264,12 @@ class CheckedProgram {
   }
 
   void Mean(int x, int y) {
-    CheckMean(x, y);
+    CheckOnePixel(x, y);
     program_.Mean(x, y);
   }
 
   void MeanBackward(int dy, int dx) {
-    CheckMean(dx, dy);
+    CheckOnePixel(dx, dy);
     program_.MeanBackward(dy, dx);
   }
 
@@ -331,9 +347,10 @@ class CheckedProgram {
           "maps differ: " + SizeOf(Map(a)) + " and " + SizeOf(Map(b)));
   }
 
-  void CheckMean(int x, int y) const {
+  // y holds one number for each plane of x.
+  void CheckOnePixel(int x, int y) const {
     Check(Map(x).batch == Map(y).batch && Map(x).channels == Map(y).channels && Map(y).height == 1 && Map(y).width == 1,
-          "mean: " + SizeOf(Map(y)) + " does not follow from " + SizeOf(Map(x)));
+          SizeOf(Map(y)) + " is not one pixel for each plane of " + SizeOf(Map(x)));
   }
 
   void CheckDouble(int x, int y) const {
@@ -521,6 +538,8 @@ void BindEngine(py::module_& m) {
            py::arg("slope"), py::arg("accumulate"))
       .def("combine", &P::Combine, py::arg("section"), py::arg("a"), py::arg("a_scale"), py::arg("b"),
            py::arg("b_scale"), py::arg("shift"), py::arg("y"))
+      .def("multiply", &P::Multiply, py::arg("where"), py::arg("a"), py::arg("b"), py::arg("y"), py::arg("accumulate"))
+      .def("dot_planes", &P::DotPlanes, py::arg("a"), py::arg("b"), py::arg("y"), py::arg("accumulate"))
       .def("pixel_norm", &P::PixelNorm, py::arg("x"), py::arg("y"), py::arg("epsilon"))
       .def("pixel_norm_backward", &P::PixelNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("epsilon"),
            py::arg("accumulate"))

@@ -38,6 +38,14 @@ static inline V Tanh(V x) {
   return IfPositive(Sub(x2, Set(0.01f)), full, series);
 }
 
+// Between 0 and 6; this order lets NaN through.
+static inline V UpTo6(V z) { return Max(Zero(), Min(Set(6.0f), z)); }
+
+// 1 strictly between two bounds, 0 elsewhere
+static inline V Between(V z, V low, V high) {
+  return IfPositive(Sub(z, low), IfPositive(Sub(high, z), Set(1.0f), Zero()), Zero());
+}
+
 template <Activation kAct>
 static inline V Act(V z, V slope) {
   switch (kAct) {
@@ -51,6 +59,12 @@ static inline V Act(V z, V slope) {
       return Tanh(z);
     case Activation::kSilu:
       return Mul(z, Sigmoid(z));
+    case Activation::kRelu6:
+      return UpTo6(z);
+    case Activation::kHardsigmoid:
+      return Mul(UpTo6(Add(z, Set(3.0f))), Set(1.0f / 6.0f));
+    case Activation::kHardswish:
+      return Mul(Mul(z, UpTo6(Add(z, Set(3.0f)))), Set(1.0f / 6.0f));
     default:
       return z;
   }
@@ -60,6 +74,7 @@ static inline V Act(V z, V slope) {
 static inline V SimpleAct(V z, const ActivationSpec& act) {
   if (act.kind == Activation::kRelu) return Act<Activation::kRelu>(z, Zero());
   if (act.kind == Activation::kLeaky) return Act<Activation::kLeaky>(z, Set(act.slope));
+  if (act.kind == Activation::kRelu6) return UpTo6(z);
   return z;
 }
 
@@ -84,6 +99,14 @@ static inline V ActSlope(V z, V slope) {
       const V s = Sigmoid(z);
       return Mul(s, Fma(z, Sub(one, s), one));
     }
+    case Activation::kRelu6:
+      return Between(z, Zero(), Set(6.0f));
+    case Activation::kHardsigmoid:
+      return Mul(Between(z, Set(-3.0f), Set(3.0f)), Set(1.0f / 6.0f));
+    case Activation::kHardswish: {
+      const V rising = Fma(z, Set(1.0f / 3.0f), Set(0.5f));
+      return IfPositive(Sub(z, Set(3.0f)), one, IfPositive(Add(z, Set(3.0f)), rising, Zero()));
+    }
     default:
       return one;
   }
@@ -103,6 +126,12 @@ static inline void WithActivation(Activation act, const Arguments&... arguments)
       return Body<Activation::kTanh>::Run(arguments...);
     case Activation::kSilu:
       return Body<Activation::kSilu>::Run(arguments...);
+    case Activation::kRelu6:
+      return Body<Activation::kRelu6>::Run(arguments...);
+    case Activation::kHardsigmoid:
+      return Body<Activation::kHardsigmoid>::Run(arguments...);
+    case Activation::kHardswish:
+      return Body<Activation::kHardswish>::Run(arguments...);
     case Activation::kNone:
       return Body<Activation::kNone>::Run(arguments...);
   }

@@ -36,7 +36,7 @@ static inline FinishAffine FinishAffineOf(const NormNumbers& norm, int64_t c) {
 
 // What follows the sum over taps in the forward pass: y = act(scale * sum + bias + residual).
 struct ConvEnd {
-  ActivationSpec act = {};            // kNone, kRelu or kLeaky
+  ActivationSpec act = {};            // a simple one
   const float* scale = nullptr;       // [out_channels]; null: 1
   const LaneMap* residual = nullptr;  // of the sizes and blocks of y, elsewhere in memory; null: none
   HaloSpec halo = {};                 // of y

@@ -48,6 +48,13 @@ struct LaneMap {
   }
 };
 
+// Which lanes of a row and of a column of vectors are pixels of the picture: 1 or 0
+// each. rows [block_h][16], columns [block_w][16]; both null where all are.
+struct LivePixelMask {
+  const float* rows;
+  const float* columns;
+};
+
 // An ordinary tensor (n, c, y, x) with strides in floats: NCHW or channels_last.
 struct PlainMap {
   float* data;

@@ -13,13 +13,6 @@
 
 namespace lipfast {
 
-// Which lanes of a row and of a column of vectors are pixels of the picture: 1 or 0
-// each. rows [block_h][16], columns [block_w][16]; both null where all are.
-struct LivePixelMask {
-  const float* rows;
-  const float* columns;
-};
-
 // The halo a kernel fills behind its own writes.
 struct HaloSpec {
   bool fill;

@@ -68,6 +68,42 @@ void Combine(const LaneMap& a, float a_scale, const LaneMap* b, float b_scale, f
   });
 }
 
+void Multiply(const LaneMap& a, const LaneMap& b, const LaneMap& y, bool accumulate, int threads) {
+  const bool factor = b.height == 1 && b.width == 1 && (a.height > 1 || a.width > 1);
+  ForEachRow(a, threads, [&](int64_t n, int64_t c, int64_t row) {
+    const float* first = a.At(n, c, row);
+    const float* second = b.At(n, c, factor ? 0 : row);
+    const V same = Set(*second);
+    float* out = y.At(n, c, row);
+    for (int64_t i = 0; i < a.block_w * kLanes; i += kLanes) {
+      const V product = Mul(Load(first + i), factor ? same : Load(second + i));
+      Store(out + i, accumulate ? Add(Load(out + i), product) : product);
+    }
+  });
+}
+
+void DotPlanes(const LaneMap& a, const LaneMap& b, const LaneMap& y, const LivePixelMask& live, bool accumulate,
+               int threads) {
+  ParallelFor(threads, a.batch * a.channels, [&](int64_t i) {
+    const int64_t n = i / a.channels, c = i % a.channels;
+    V total = Zero();
+    for (int64_t row = 0; row < a.block_h; ++row) {
+      const float* first = a.At(n, c, row);
+      const float* second = b.At(n, c, row);
+      V line = Zero();  // line by line, as ChannelSums in taps.cc
+      for (int64_t j = 0; j < a.block_w * kLanes; j += kLanes) {
+        const V product = Mul(Load(first + j), Load(second + j));
+        line = Add(line, live.rows ? Mul(product, LoadU(live.columns + j)) : product);
+      }
+      total = Add(total, live.rows ? Mul(line, LoadU(live.rows + row * kLanes)) : line);
+    }
+    float* out = y.At(n, c);
+    const float sum = Sum(total) + (accumulate ? *out : 0.0f);
+    Store(out, Zero());
+    *out = sum;
+  });
+}
+
 // body(n, row, col) for every pixel vector of every image; a row is one chunk.
 template <class Body>
 void ForEachPixel(const LaneMap& m, int threads, const Body& body) {
@@ -113,7 +149,8 @@ void PixelNormBackward(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, f
 }  // namespace
 
 extern const PointwiseKernels pointwise_kernels;
-const PointwiseKernels pointwise_kernels = {CallActivate, CallActivateBackward, Combine, PixelNorm, PixelNormBackward};
+const PointwiseKernels pointwise_kernels = {CallActivate, CallActivateBackward, Combine, Multiply, DotPlanes,
+                                            PixelNorm,    PixelNormBackward};
 
 }  // namespace LIPFAST_NS
 }  // namespace lipfast

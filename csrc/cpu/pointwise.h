@@ -1,4 +1,4 @@
-// What works pixel by pixel on lane maps: activations, sums, scaling, PixelNorm.
+// What works pixel by pixel on lane maps: activations, sums, products, scaling, PixelNorm.
 //
 // Maps of one call agree in batch, channels, sides and blocks; halos may differ and
 // are neither read nor written. Dead pixels get values as any other pixel does.
@@ -11,7 +11,23 @@
 
 namespace lipfast {
 
-enum class Activation { kNone = 0, kRelu = 1, kLeaky = 2, kSigmoid = 3, kTanh = 4, kSilu = 5 };
+enum class Activation {
+  kNone = 0,
+  kRelu = 1,
+  kLeaky = 2,
+  kSigmoid = 3,
+  kTanh = 4,
+  kSilu = 5,
+  kRelu6 = 6,
+  kHardsigmoid = 7,
+  kHardswish = 8
+};
+constexpr Activation kLastActivation = Activation::kHardswish;
+
+// Whether it costs next to nothing, so that a convolution does it as it stores.
+static inline bool IsSimple(Activation act) {
+  return act == Activation::kNone || act == Activation::kRelu || act == Activation::kLeaky || act == Activation::kRelu6;
+}
 
 struct ActivationSpec {
   Activation kind;
@@ -27,6 +43,11 @@ struct PointwiseKernels {
   // y = a_scale * a + b_scale * b + shift; b may be null.
   void (*combine)(const LaneMap& a, float a_scale, const LaneMap* b, float b_scale, float shift, const LaneMap& y,
                   int threads);
+  // y = a * b, added to what y holds where `accumulate`. b may be of one pixel: a factor of each plane.
+  void (*multiply)(const LaneMap& a, const LaneMap& b, const LaneMap& y, bool accumulate, int threads);
+  // y = sum over pixels of a * b, y being of one pixel; added to what it holds where `accumulate`.
+  void (*dot_planes)(const LaneMap& a, const LaneMap& b, const LaneMap& y, const LivePixelMask& live, bool accumulate,
+                     int threads);
   // y = x / sqrt(mean over channels of x^2 + epsilon)
   void (*pixel_norm)(const LaneMap& x, const LaneMap& y, float epsilon, int threads);
   void (*pixel_norm_backward)(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, float epsilon, bool accumulate,

@@ -58,7 +58,7 @@ inline int64_t DotFloats(int64_t weights, int64_t outputs) { return (weights + 1
 // What follows the sums. With a halo, regions are the blocks of a map of height x width
 // pixels, and zero padding is written around them, see ZeroHalo.
 struct TapEnd {
-  ActivationSpec act = {};  // kNone, kRelu or kLeaky
+  ActivationSpec act = {};  // a simple one
   int64_t halo = 0, height = 0, width = 0;
 };
 

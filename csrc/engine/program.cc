@@ -316,6 +316,21 @@ void Program::Combine(Section where, int a, float a_scale, int b, float b_scale,
       });
 }
 
+void Program::Multiply(Section where, int a, int b, int y, bool accumulate) {
+  Add(where, "multiply " + SizeLabel(maps_[y]),
+      [accumulate, first = maps_[a], second = maps_[b], out = maps_[y]](const RunContext& context) {
+        Kernels<PointwiseKernels>().multiply(first, second, out, accumulate, context.threads);
+      });
+}
+
+void Program::DotPlanes(int a, int b, int y, bool accumulate) {
+  Add(Section::kBackward, "dot " + SizeLabel(maps_[a]),
+      [accumulate, live = LiveMask(maps_[a]), first = maps_[a], second = maps_[b],
+       out = maps_[y]](const RunContext& context) {
+        Kernels<PointwiseKernels>().dot_planes(first, second, out, live, accumulate, context.threads);
+      });
+}
+
 void Program::PixelNorm(int x, int y, float epsilon) {
   Add(Section::kForward, "pixel norm " + SizeLabel(maps_[x]),
       [epsilon, in = maps_[x], out = maps_[y]](const RunContext& context) {

@@ -120,6 +120,8 @@ class Program {
   void Activate(int x, int y, ActivationSpec act);
   void ActivateBackward(int x, int dy, int dx, ActivationSpec act, bool accumulate);
   void Combine(Section where, int a, float a_scale, int b, float b_scale, float shift, int y);
+  void Multiply(Section where, int a, int b, int y, bool accumulate);
+  void DotPlanes(int a, int b, int y, bool accumulate);
   void PixelNorm(int x, int y, float epsilon);
   void PixelNormBackward(int x, int dy, int dx, float epsilon, bool accumulate);
   void Upsample2(bool bilinear, int x, int y);

@@ -1,5 +1,7 @@
 """Networks of the inference benchmark, as people write them."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -71,6 +73,90 @@ class _Residual(nn.Module):
         y = torch.relu(self.first_norm(self.first(x)))
         y = self.second_norm(self.second(y))
         return torch.relu(y + self.short(x))
+
+
+# Stages of inverted blocks: widening, channels, side of the window, blocks, stride of the first.
+_Stages = tuple[tuple[int, int, int, int, int], ...]
+_MOBILENET_V2: _Stages = (
+    (1, 16, 3, 1, 1),
+    (6, 24, 3, 2, 2),
+    (6, 32, 3, 3, 2),
+    (6, 64, 3, 4, 2),
+    (6, 96, 3, 3, 1),
+    (6, 160, 3, 3, 2),
+    (6, 320, 3, 1, 1),
+)
+_EFFICIENTNET_B0: _Stages = (
+    (1, 16, 3, 1, 1),
+    (6, 24, 3, 2, 2),
+    (6, 40, 5, 2, 2),
+    (6, 80, 3, 3, 2),
+    (6, 112, 5, 3, 1),
+    (6, 192, 5, 4, 2),
+    (6, 320, 3, 1, 1),
+)
+
+
+class MobileNetV2(nn.Sequential):
+    """Sandler's MobileNetV2 for 1000 classes; ``width`` scales all channels."""
+
+    def __init__(self, width: float = 1.0) -> None:
+        super().__init__(*_inverted_network(_MOBILENET_V2, width, nn.ReLU6, squeeze=False))
+
+
+class EfficientNetB0(nn.Sequential):
+    """Tan's EfficientNet-B0 for 1000 classes; ``width`` scales all channels."""
+
+    def __init__(self, width: float = 1.0) -> None:
+        super().__init__(*_inverted_network(_EFFICIENTNET_B0, width, nn.SiLU, squeeze=True))
+
+
+def _inverted_network(stages: _Stages, width: float, act: type[nn.Module], squeeze: bool) -> Iterator[nn.Module]:
+    channels, last = int(32 * width), int(1280 * width)
+    yield _layer(3, channels, 3, 2, 1, act)
+    for widen, c_out, kernel, count, stride in stages:
+        for index in range(count):
+            yield _Inverted(channels, int(width * c_out), widen, kernel, 1 if index else stride, act, squeeze)
+            channels = int(width * c_out)
+    yield _layer(channels, last, 1, 1, 1, act)
+    yield nn.AdaptiveAvgPool2d(1)
+    yield nn.Flatten()
+    yield nn.Linear(last, 1000)
+
+
+class _Inverted(nn.Module):
+    """Wider, a window for each channel, and back; with or without squeeze-and-excitation."""
+
+    def __init__(
+        self, c_in: int, c_out: int, widen: int, kernel: int, stride: int, act: type[nn.Module], squeeze: bool
+    ) -> None:
+        super().__init__()
+        inner = widen * c_in
+        layers: list[nn.Module] = [_layer(c_in, inner, 1, 1, 1, act)] if widen > 1 else []
+        layers.append(_layer(inner, inner, kernel, stride, inner, act))
+        if squeeze:
+            layers.append(_Squeeze(inner, max(1, c_in // 4)))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(inner, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
+        self.adds = stride == 1 and c_in == c_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return x + y if self.adds else y
+
+
+class _Squeeze(nn.Module):
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(channels, inner, 1), nn.Conv2d(inner, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        factors = self.down(nn.functional.adaptive_avg_pool2d(x, 1))
+        return x * torch.sigmoid(self.up(nn.functional.silu(factors)))
+
+
+def _layer(c_in: int, c_out: int, kernel: int, stride: int, groups: int, act: type[nn.Module]) -> nn.Sequential:
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), act())
 
 
 def _double(c_in: int, c_out: int) -> nn.Sequential:

@@ -11,7 +11,7 @@ Block = tuple[int, int]  # rows, columns of pixels
 # A block may grow to fit a neighbour's stride if the map's memory grows by at most this much; else it is re-cut.
 _MOST_WASTE = 1.3
 
-_SAME_BLOCKS = ("norm", "act", "finish", "combine", "cat", "channels", "pixel_norm")
+_SAME_BLOCKS = ("norm", "act", "finish", "combine", "multiply", "cat", "channels", "pixel_norm")
 
 
 def fuse(graph: Graph, backward: bool) -> None:
@@ -141,6 +141,8 @@ def _edges(graph: Graph, classes: "_Classes") -> list[_Edge]:
         if node.kind in _SAME_BLOCKS or (node.kind in ("conv", "pool") and node.stride == 1):
             for value in node.inputs:
                 classes.join(value, node.output)
+        elif node.kind == "scale":
+            classes.join(first, node.output)
         elif node.kind in ("conv", "pool"):
             edges.append(_Edge(node, first, node.output, node.stride))
         elif node.kind == "upsample2":

@@ -11,6 +11,7 @@ Shape = tuple[int, int, int, int]  # batch, channels, height, width
 
 # Numbers of csrc/cpu/pointwise.h's Activation.
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "sigmoid": 3, "tanh": 4, "silu": 5}
+ACTIVATIONS |= {"relu6": 6, "hardsigmoid": 7, "hardswish": 8}
 
 
 @dataclass
@@ -24,6 +25,8 @@ class Node:
     finish      act(norm(inputs[0]) + inputs[1]), in inference only: gamma, beta, running (None: no norm), epsilon, act,
                 slope; the second input is optional
     combine     a_scale, b_scale, shift: a_scale * inputs[0] + b_scale * inputs[1] + shift (second input optional)
+    multiply    inputs[0] * inputs[1]
+    scale       inputs[0] times inputs[1], which has one number for each plane: (n, c, 1, 1)
     cat         channels of all inputs one after the other
     channels    first, last: a range of the input's channels
     upsample2   bilinear (else nearest)

@@ -154,6 +154,10 @@ class _Builder:
         """The value of a map, flattened or not, for what works on each number alone."""
         return self.flat(tensor) if isinstance(tensor, Ref) and len(tensor.shape) == 2 else self.map(tensor)
 
+    def makes(self, tensor: Any) -> bool:
+        """Whether a tensor is computed inside this segment."""
+        return isinstance(tensor, Ref) and tensor.number in self._made
+
     def shape(self, tensor: Any) -> tuple[int, int, int, int]:
         """The sides of a map."""
         return self.graph.shapes[self.map(tensor)]
@@ -162,7 +166,7 @@ class _Builder:
         """The number of a tensor that is a weight of this segment: not computed inside it."""
         if tensor is None:
             return None
-        if not isinstance(tensor, Ref) or tensor.dtype != torch.float32 or tensor.number in self._made:
+        if not isinstance(tensor, Ref) or tensor.dtype != torch.float32 or self.makes(tensor):
             raise Unsupported("a weight that is not a float32 tensor from outside")
         if tensor not in self._weights:
             self._weights.append(tensor)
@@ -261,6 +265,16 @@ def _activation(act: str) -> Callable[..., int]:
     return handler
 
 
+def _hardtanh(b: _Builder, input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> int:
+    if (min_val, max_val) != (0, 6):
+        raise Unsupported(f"bounds {min_val} and {max_val}: only ReLU6's, 0 and 6")
+    return b.each("act", input, act="relu6", slope=0.0)
+
+
+def _clamp(b: _Builder, input: Any, min: Any = None, max: Any = None) -> int:
+    return _hardtanh(b, input, min, max)
+
+
 def _leaky_relu(b: _Builder, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> int:
     return b.each("act", input, act="leaky_relu", slope=float(negative_slope))
 
@@ -324,9 +338,16 @@ def _max_pool2d(
 
 
 def _adaptive_avg_pool2d(b: _Builder, input: Any, output_size: Any) -> int:
-    if pair(output_size) != (1, 1):
-        raise Unsupported(f"adaptive pooling to {output_size}")
-    return _mean(b, input, (2, 3), True)
+    height, width = b.shape(input)[2:]
+    down, across = pair(output_size)
+    rows, columns = height if down is None else down, width if across is None else across
+    if (rows, columns) == (height, width):
+        return b.map(input)
+    if (rows, columns) == (1, 1):
+        return _mean(b, input, (2, 3), True)
+    if height % rows or width % columns or height // rows != width // columns:
+        raise Unsupported(f"adaptive pooling of {height} x {width} to {rows} x {columns}")
+    return _pool(b, input, height // rows, None, 0, False)
 
 
 def _mean(b: _Builder, input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> int:
@@ -345,11 +366,20 @@ def _flatten(b: _Builder, input: Any, start_dim: int = 0, end_dim: int = -1) -> 
 
 def _reshape(b: _Builder, input: Any, *sizes: Any) -> int:
     wanted = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-    flattened = _flattened(b.shape(input))
-    fits = len(wanted) == 2 and all(size in (-1, side) for size, side in zip(wanted, flattened, strict=True))
-    if not fits:
+    value = b.any(input)
+    shape: tuple[int, ...] = b.graph.shapes[value]
+    result = shape if len(input.shape) == 2 else _flattened(shape)  # the other of the map and its flattened form
+    if len(wanted) != len(result) or any(size not in (-1, side) for size, side in zip(wanted, result, strict=True)):
         raise Unsupported(f"reshaping to {tuple(wanted)}")
-    return b.map(input)
+    return value
+
+
+def _expand_as(b: _Builder, input: Any, other: Any) -> int:
+    n, c, height, width = b.shape(other)
+    if b.shape(input) != (n, c, 1, 1):
+        raise Unsupported("expanding anything but one pixel")
+    rows, columns = Taps((0,) * height), Taps((0,) * width)
+    return b.node("resample", [b.map(input)], (n, c, height, width), rows=rows, columns=columns)
 
 
 def _linear_layer(b: _Builder, input: Any, weight: Any, bias: Any = None) -> int:
@@ -490,10 +520,19 @@ def _rsub(b: _Builder, input: Any, other: Any, *, alpha: float = 1) -> int:
 
 
 def _mul(b: _Builder, input: Any, other: Any) -> int:
-    tensor, number = (input, other) if isinstance(input, Ref) else (other, input)
-    if not isinstance(number, (int, float)):
-        raise Unsupported("the product of two tensors")
-    return b.same("combine", tensor, a_scale=float(number), b_scale=0.0, shift=0.0)
+    tensor, factor = (input, other) if isinstance(input, Ref) else (other, input)
+    if isinstance(factor, (int, float)):
+        return b.same("combine", tensor, a_scale=float(factor), b_scale=0.0, shift=0.0)
+    if not (b.makes(tensor) or b.makes(factor)):  # a weight and its mask are maps to look at
+        raise Unsupported("the product of two tensors that are not computed in lanes")
+    shapes = b.shape(tensor), b.shape(factor)
+    if shapes[0] == shapes[1]:
+        return b.node("multiply", [b.map(tensor), b.map(factor)], shapes[0])
+    if shapes[0] == (*shapes[1][:2], 1, 1):
+        tensor, factor, shapes = factor, tensor, shapes[::-1]
+    if shapes[1] != (*shapes[0][:2], 1, 1):
+        raise Unsupported(f"the product of shapes {shapes[0]} and {shapes[1]}")
+    return b.node("scale", [b.map(tensor), b.map(factor)], shapes[0])
 
 
 def _div(b: _Builder, input: Any, other: Any, *, rounding_mode: str | None = None) -> int:
@@ -522,6 +561,11 @@ _HANDLERS: dict[Any, Callable[..., int]] = {
     **_spellings(_activation("sigmoid"), F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.sigmoid_, Tensor.sigmoid_),
     **_spellings(_activation("tanh"), F.tanh, torch.tanh, Tensor.tanh, torch.tanh_, Tensor.tanh_),
     **_spellings(_activation("silu"), F.silu),
+    **_spellings(_activation("relu6"), F.relu6),
+    **_spellings(_activation("hardsigmoid"), F.hardsigmoid),
+    **_spellings(_activation("hardswish"), F.hardswish),
+    **_spellings(_hardtanh, F.hardtanh, F.hardtanh_),
+    **_spellings(_clamp, torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_),
     **_spellings(_dropout, F.dropout, F.dropout2d),
     **_spellings(_same_value, torch.clone, Tensor.clone, Tensor.contiguous),
     **_spellings(_cat, torch.cat, torch.concat, torch.concatenate),
@@ -531,6 +575,7 @@ _HANDLERS: dict[Any, Callable[..., int]] = {
     **_spellings(_mean, torch.mean, Tensor.mean),
     **_spellings(_flatten, torch.flatten, Tensor.flatten),
     **_spellings(_reshape, torch.reshape, Tensor.reshape, Tensor.view),
+    **_spellings(_expand_as, Tensor.expand_as),
     **_spellings(_linear_layer, F.linear, torch._C._nn.linear),
     **_spellings(_interpolate, F.interpolate, F.upsample),
     **_spellings(_pad, F.pad, torch._C._nn.pad),

@@ -25,8 +25,8 @@ _ALIGNMENT = 16  # floats: one vector
 _FORWARD, _BACKWARD = 0, 1
 _NEVER_FREED = 1 << 60
 # Activations whose slope can be told from their result, so that they may overwrite their input.
-_SLOPE_FROM_RESULT = ("relu", "leaky_relu")
-_DONE_BY_CONV = ("none", "relu", "leaky_relu")
+_SLOPE_FROM_RESULT = ("relu", "relu6", "leaky_relu")
+_DONE_BY_CONV = ("none", "relu", "relu6", "leaky_relu")
 _LEAST_SLOPE_UNDONE = 1e-3  # below it a LeakyReLU's result may underflow and no longer tell its input
 
 
@@ -214,12 +214,12 @@ class _Planner:
         if any(len(self.readers[value]) != 1 or value in self.graph.outputs for value in parts):
             return False
         if not self.options.backward:
-            return node.kind in ("act", "norm", "finish", "combine")
+            return node.kind in ("act", "norm", "finish", "combine", "multiply", "scale")
         if node.output in overwritten:
             return False  # the backward pass reads the result in the input's place
         if node.kind == "norm":
             return bool(node.act == "none" or (node.act == "leaky_relu" and node.slope >= _LEAST_SLOPE_UNDONE))
-        return node.kind == "act" and node.act in _SLOPE_FROM_RESULT and (node.act == "relu" or node.slope > 0)
+        return node.kind == "act" and node.act in _SLOPE_FROM_RESULT and (node.act != "leaky_relu" or node.slope > 0)
 
     def _parts(self, value: int) -> set[int]:
         """A value and, for a concatenation, all that may lie in its memory."""
@@ -264,7 +264,7 @@ class _Planner:
     def _unmoved_by_zeros(self, value: int) -> bool:
         """Whether zeros beside it change none of a value's maxima, nor take a share of their gradients."""
         makers = [node for node in self.graph.nodes if node.output == value]
-        return not self.options.backward and any(node.attributes.get("act") == "relu" for node in makers)
+        return not self.options.backward and any(node.attributes.get("act") in ("relu", "relu6") for node in makers)
 
     def need(self, section: int, slot: Slot, halo: Halo | None) -> None:
         """Fill the slot's halo unless it holds that already."""
@@ -392,6 +392,12 @@ class _Planner:
         second = self.home[node.inputs[1]] if len(node.inputs) > 1 else -1
         self.emit("combine", _FORWARD, x, node.a_scale, second, node.b_scale, node.shift, y)
         self.wrote(y)
+
+    def _multiply(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("multiply", _FORWARD, x, self.home[node.inputs[1]], y, False)
+        self.wrote(y)
+
+    _scale = _multiply
 
     def _cat(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         for value, slot in self.cat_slots(node):
@@ -693,6 +699,26 @@ class _Backward:
                 second = dx if accumulate else -1
                 self.planner.emit("combine", _BACKWARD, dy, scale, second, 1.0, 0.0, dx)
                 self._wrote(value)
+
+    def _multiply(self, position: int, node: Node) -> None:
+        for value, other in zip(node.inputs, node.inputs[::-1], strict=True):
+            if value in self.needed:
+                self._add_product(self._home(node.output), other, value)
+
+    def _scale(self, position: int, node: Node) -> None:
+        x, factor = node.inputs
+        dy = self._home(node.output)
+        if x in self.needed:
+            self._add_product(dy, factor, x)
+        if factor in self.needed:
+            to, accumulate = self._added(factor)
+            self.planner.emit("dot_planes", dy, self.planner.home[x], to, accumulate)
+            self._wrote(factor)
+
+    def _add_product(self, dy: Slot, other: int, value: int) -> None:
+        dx, accumulate = self._added(value)
+        self.planner.emit("multiply", _BACKWARD, dy, self.planner.home[other], dx, accumulate)
+        self._wrote(value)
 
     def _cat(self, position: int, node: Node) -> None:
         start = 0

@@ -34,6 +34,10 @@ struct Picture {
     Kernels<LaneKernels>().to_plain(map.lanes, plain(), 1);
     return tensor;
   }
+  void Scale(float factor) {
+    for (float& number : tensor) number *= factor;
+    Write();
+  }
   int64_t pixels() const { return map.lanes.height * map.lanes.width; }
   Map map;
   Tensor tensor;
@@ -47,19 +51,26 @@ Picture MakePicture(std::mt19937& random, int64_t halo) {
 
 int64_t ChannelOf(int64_t i) { return i / (kHeight * kWidth) % kChannels; }
 
+// One where a lane holds a pixel, for each row and column of a block.
+struct LiveLanes {
+  Floats rows{kBlockH * 16}, columns{kBlockW * 16};
+  LiveLanes() {
+    for (int64_t lane = 0; lane < 16; ++lane) {
+      for (int64_t r = 0; r < kBlockH; ++r) rows.data[r * 16 + lane] = lane / 4 * kBlockH + r < kHeight;
+      for (int64_t c = 0; c < kBlockW; ++c) columns.data[c * 16 + lane] = lane % 4 * kBlockW + c < kWidth;
+    }
+  }
+  LivePixelMask mask() const { return {rows.data, columns.data}; }
+};
+
 void RunNorm(int threads, const std::string& name) {
   std::mt19937 random(3);
   Picture x = MakePicture(random, 1), y = MakePicture(random, 1), dy = MakePicture(random, 1);
   Tensor gamma = Draw(kChannels, random), beta = Draw(kChannels, random);
   Tensor running_mean(kChannels), running_variance(kChannels, 1.0f), mean(kChannels), inverse(kChannels);
-  // One where the lane holds a pixel, for each row and column of a block.
-  Floats rows(kBlockH * 16), columns(kBlockW * 16);
-  for (int64_t lane = 0; lane < 16; ++lane) {
-    for (int64_t r = 0; r < kBlockH; ++r) rows.data[r * 16 + lane] = lane / 4 * kBlockH + r < kHeight;
-    for (int64_t c = 0; c < kBlockW; ++c) columns.data[c * 16 + lane] = lane % 4 * kBlockW + c < kWidth;
-  }
+  const LiveLanes live;
   const Tensor in = x.tensor, gradient = dy.tensor;
-  const NormSpec spec = {kChannels, 1e-5f, 0.1f, {Activation::kLeaky, 0.2f}, {rows.data, columns.data}};
+  const NormSpec spec = {kChannels, 1e-5f, 0.1f, {Activation::kLeaky, 0.2f}, live.mask()};
   const NormState state = {gamma.data(),   beta.data(), running_mean.data(), running_variance.data(), mean.data(),
                            inverse.data(), {}};
   const NormKernels& kernels = Kernels<NormKernels>();
@@ -96,23 +107,49 @@ void RunNorm(int threads, const std::string& name) {
   Expect(Error(dbeta, dbeta_want) < kTolerance, name + " norm beta gradient");
 }
 
+// A factor of each plane, and its gradient.
+void RunPlanes(const Picture& a, const Picture& b, Picture& y, std::mt19937& random, int threads,
+               const std::string& name) {
+  constexpr int64_t kPlane = kHeight * kWidth;
+  Picture factor(kBatch, kChannels, 1, 1, 1, 1, 1, random), dots(kBatch, kChannels, 1, 1, 1, 1, 0, random);
+  std::vector<double> want(a.tensor.size()), sums(kBatch * kChannels);
+  for (size_t i = 0; i < want.size(); ++i) {
+    want[i] = static_cast<double>(a.tensor[i]) * factor.tensor[i / kPlane];
+    sums[i / kPlane] += 2 * (a.tensor[i] + 3.0) * (b.tensor[i] + 3.0);
+  }
+  Kernels<PointwiseKernels>().multiply(a.map.lanes, factor.map.lanes, y.map.lanes, false, threads);
+  Expect(Error(y.Read(), want) < kTolerance, name + " multiply planes");
+  Picture first = MakePicture(random, 1), second = MakePicture(random, 0);  // dead pixels of theirs are not zero
+  Kernels<PointwiseKernels>().combine(a.map.lanes, 1.0f, nullptr, 0.0f, 3.0f, first.map.lanes, threads);
+  Kernels<PointwiseKernels>().combine(b.map.lanes, 1.0f, nullptr, 0.0f, 3.0f, second.map.lanes, threads);
+  const LiveLanes live;
+  for (bool accumulate : {false, true}) {
+    Kernels<PointwiseKernels>().dot_planes(first.map.lanes, second.map.lanes, dots.map.lanes, live.mask(), accumulate,
+                                           threads);
+  }
+  Expect(Error(dots.Read(), sums) < kTolerance, name + " dot planes");
+}
+
 void RunPointwise(int threads, const std::string& name) {
   std::mt19937 random(4);
-  const Activation all[] = {Activation::kNone,    Activation::kRelu, Activation::kLeaky,
-                            Activation::kSigmoid, Activation::kTanh, Activation::kSilu};
-  for (Activation kind : all) {
+  for (int number = 0; number <= static_cast<int>(kLastActivation); ++number) {
+    const Activation kind = static_cast<Activation>(number);
     Picture x = MakePicture(random, 0), y = MakePicture(random, 1), dy = MakePicture(random, 2);
     const ActivationSpec act = {kind, 0.3f};
     const auto value = [&](double z) {
-      const double sigmoid = 1 / (1 + std::exp(-z));
-      return kind == Activation::kRelu      ? std::max(z, 0.0)
-             : kind == Activation::kLeaky   ? (z > 0 ? z : 0.3 * z)
-             : kind == Activation::kSigmoid ? sigmoid
-             : kind == Activation::kTanh    ? std::tanh(z)
-             : kind == Activation::kSilu    ? z * sigmoid
-                                            : z;
+      const double sigmoid = 1 / (1 + std::exp(-z)), hard = std::clamp(z + 3, 0.0, 6.0) / 6;
+      return kind == Activation::kRelu          ? std::max(z, 0.0)
+             : kind == Activation::kLeaky       ? (z > 0 ? z : 0.3 * z)
+             : kind == Activation::kSigmoid     ? sigmoid
+             : kind == Activation::kTanh        ? std::tanh(z)
+             : kind == Activation::kSilu        ? z * sigmoid
+             : kind == Activation::kRelu6       ? std::clamp(z, 0.0, 6.0)
+             : kind == Activation::kHardsigmoid ? hard
+             : kind == Activation::kHardswish   ? z * hard
+                                                : z;
     };
-    const std::string what = name + " activation " + std::to_string(static_cast<int>(kind));
+    const std::string what = name + " activation " + std::to_string(number);
+    x.Scale(4);  // beyond the bounds of the bounded ones
     const Tensor in = x.tensor, gradient = dy.tensor;
     std::vector<double> want(in.size()), slope(in.size());
     for (size_t i = 0; i < in.size(); ++i) {
@@ -130,6 +167,11 @@ void RunPointwise(int threads, const std::string& name) {
   for (size_t i = 0; i < want.size(); ++i) want[i] = 2.0 * a.tensor[i] - 0.5 * b.tensor[i] + 3.0;
   Kernels<PointwiseKernels>().combine(a.map.lanes, 2.0f, &b.map.lanes, -0.5f, 3.0f, y.map.lanes, threads);
   Expect(Error(y.Read(), want) < kTolerance, name + " combine");
+  for (size_t i = 0; i < want.size(); ++i) want[i] = 2.0 * a.tensor[i] * b.tensor[i];
+  Kernels<PointwiseKernels>().multiply(a.map.lanes, b.map.lanes, y.map.lanes, false, threads);
+  Kernels<PointwiseKernels>().multiply(b.map.lanes, a.map.lanes, y.map.lanes, true, threads);
+  Expect(Error(y.Read(), want) < kTolerance, name + " multiply");
+  RunPlanes(a, b, y, random, threads, name);
   std::vector<double> squares(kBatch * kHeight * kWidth);
   const auto pixel = [&](size_t i) {
     return i / (kChannels * kHeight * kWidth) * kHeight * kWidth + i % (kHeight * kWidth);

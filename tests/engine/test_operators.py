@@ -32,6 +32,17 @@ class Apply(nn.Module):
         return self.function(self.conv(x))
 
 
+class Activation(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -43,6 +54,35 @@ def _seed():
 )
 def test_activations(compare, size, activation):
     compare(behind_conv(activation), torch.randn(2, 3, *size))
+
+
+# Scaled, so that values lie on all sides of the bounds.
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.relu6(9 * x),
+        lambda x: nn.ReLU6(inplace=True)(9 * x),
+        lambda x: torch.clamp(9 * x, 0, 6),
+        lambda x: (9 * x).clamp_(min=0, max=6),
+        lambda x: F.hardsigmoid(5 * x),
+        lambda x: F.hardswish(5 * x, inplace=True),
+    ],
+    ids=range(6),
+)
+def test_bounded_activations(compare, size, function):
+    compare(Apply(function), torch.randn(2, 3, *size))
+
+
+@pytest.mark.parametrize("act", [F.relu6, F.hardsigmoid, F.hardswish])
+def test_bounded_activations_let_nan_through_and_keep_their_bounds(act):
+    module = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.ones_(module.weight)
+    x = torch.tensor([torch.nan, -torch.inf, -3.0, 0.0, 3.0, 6.0, torch.inf]).view(1, 1, 1, -1)
+    with torch.no_grad():
+        got = lipfast.accelerate(nn.Sequential(module, Activation(act)).eval())(x)
+    assert torch.equal(got.isnan(), act(x).isnan())
+    assert torch.allclose(got, act(x), equal_nan=True)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -331,6 +371,45 @@ def test_residual_blocks(compare, join, training):
     compare(Blocks(join).train(training), torch.randn(2, 3, 9, 12))
 
 
+@pytest.mark.parametrize("size", [(12, 8), (3, 2), (None, 8), 4, 1])
+def test_adaptive_pooling_by_whole_windows(compare, size):
+    compare(Apply(lambda x: F.adaptive_avg_pool2d(x, size)), torch.randn(2, 3, 12, 8 if size != 4 else 12))
+
+
+def _factors(x: Tensor) -> Tensor:
+    return torch.sigmoid(F.adaptive_avg_pool2d(x, 1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda a, b, x: a * b,
+        lambda a, b, x: torch.sigmoid(a).mul(b) + a,
+        lambda a, b, x: a * a,
+        lambda a, b, x: x * a * x,
+        lambda a, b, x: a * _factors(b),
+        lambda a, b, x: _factors(a) * a + b,
+        lambda a, b, x: torch.relu(a) * x.mean((2, 3), keepdim=True),
+        lambda a, b, x: _factors(a) * _factors(b) * x,
+        lambda a, b, x: a * torch.flatten(_factors(b), 1).view(-1, 3, 1, 1),
+        lambda a, b, x: a * _factors(b).view(2, 3).reshape((2, 3, 1, 1)).expand_as(a),
+        lambda a, b, x: torch.cat([a * b, b * _factors(a)], dim=1)[:, 1:4],
+    ],
+    ids=range(11),
+)
+def test_products(compare, join, training):
+    compare(Blocks(join).train(training), torch.randn(2, 3, 9, 13))
+
+
+def test_other_products_stay_in_torch():
+    for join in (lambda a, b, x: a * b[:, :1], lambda a, b, x: a * b[:, :, :1], lambda a, b, x: a.clamp(-1, 1) * b):
+        module = Blocks(join).eval()
+        x = torch.randn(2, 3, 9, 12)
+        with torch.no_grad(), pytest.warns(UserWarning, match="the product of|bounds -1 and 1"):
+            assert torch.allclose(lipfast.accelerate(module)(x), module(x), rtol=1e-4, atol=1e-5)
+
+
 class Downsampling(nn.Module):
     """A block whose residual is made after the sum's other side, as ResNets do."""
 
@@ -350,7 +429,7 @@ class Downsampling(nn.Module):
         return self.activation(y + self.norms[2](self.shortcut(x)))
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.2), nn.SiLU(), nn.Identity()], ids=str)
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.2), nn.SiLU(), nn.Identity()], ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize(("size", "kernel", "stride"), [((33, 18), 3, 1), ((16, 9), 1, 1), ((12, 20), 3, 2)])
 def test_convolutions_that_finish_as_they_store(compare, size, kernel, stride, density, activation):

@@ -9,15 +9,17 @@ CHANNELS = st.integers(1, 7)
 
 
 class Both(nn.Module):
-    """Two branches of equal size, concatenated or added."""
+    """Two branches of equal size, concatenated, added or one of them the gate of the other."""
 
-    def __init__(self, first: nn.Module, second: nn.Module, add: bool) -> None:
+    def __init__(self, first: nn.Module, second: nn.Module, join: str) -> None:
         super().__init__()
-        self.first, self.second, self.add = first, second, add
+        self.first, self.second, self.join = first, second, join
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.first(x), self.second(x)
-        return a + b if self.add else torch.cat([a, x, b], dim=1)
+        if self.join == "gate":
+            return a * torch.sigmoid(b)
+        return a + b if self.join == "add" else torch.cat([a, x, b], dim=1)
 
 
 @st.composite
@@ -57,9 +59,9 @@ def networks(draw) -> nn.Module:
             layers.append(nn.AvgPool2d(2))
             level += 1
         elif kind == "branch":
-            add = draw(st.booleans())
-            layers.append(Both(draw(convs(channels, width)), draw(convs(channels, width)), add))
-            channels = width if add else 2 * width + channels
+            join = draw(st.sampled_from(["cat", "add", "gate"]))
+            layers.append(Both(draw(convs(channels, width)), draw(convs(channels, width)), join))
+            channels = 2 * width + channels if join == "cat" else width
         elif kind == "norm":
             layers.append(nn.BatchNorm2d(channels, affine=draw(st.booleans())))
         else:
