@@ -124,9 +124,9 @@ class CheckedProgram {
     program_.Reblock(AsSection(where), from, to);
   }
 
-  void ConvForward(int conv, int64_t values, int64_t bias, int x, int y, bool fill, int mode, int64_t pad) {
+  void ConvForward(int where, int conv, int64_t values, int64_t bias, int x, int y, bool fill, int mode, int64_t pad) {
     CheckConvReads(conv, values, bias, x, y);
-    program_.ConvForward(conv, values, bias, x, y, AsHalo(fill, mode, pad, y));
+    program_.ConvForward(AsSection(where), conv, values, bias, x, y, AsHalo(fill, mode, pad, y));
   }
 
   void ConvFinish(int conv, int64_t values, int64_t bias, int x, int residual, int y, float epsilon,
@@ -139,15 +139,20 @@ class CheckedProgram {
                         AsHalo(fill, mode, pad, y));
   }
 
-  void ConvInputGradient(int conv, int64_t values, int dy, int dx) {
+  void ConvInputGradient(int where, int conv, int64_t values, int dy, int dx) {
     CheckConv(conv, values, -1, dx, dy);
     Check(Map(dy).halo >= program_.conv(conv).gradient_halo(), "conv: a gradient's halo is too small");
-    program_.ConvInputGradient(conv, values, dy, dx);
+    program_.ConvInputGradient(AsSection(where), conv, values, dy, dx);
   }
 
   void ConvWeightGradient(int conv, int64_t values, int64_t bias, int x, int dy) {
     CheckConvReads(conv, values, bias, x, dy);
     program_.ConvWeightGradient(conv, values, bias, x, dy);
+  }
+
+  void ChannelSums(int64_t bias, int dy) {
+    CheckValues(bias, Map(dy).channels);
+    program_.ChannelSums(bias, dy);
   }
 
   void NormForward(int x, int y, float epsilon, float momentum, int act, float slope,
@@ -516,15 +521,16 @@ void BindEngine(py::module_& m) {
       .def("clear", &P::Clear, py::arg("section"), py::arg("map"))
       .def("fill_halo", &P::FillHalo, py::arg("section"), py::arg("map"), py::arg("mode"), py::arg("pad"))
       .def("reblock", &P::Reblock, py::arg("section"), py::arg("source"), py::arg("to"))
-      .def("conv_forward", &P::ConvForward, py::arg("conv"), py::arg("values"), py::arg("bias"), py::arg("x"),
-           py::arg("y"), py::arg("fill"), py::arg("mode"), py::arg("pad"))
+      .def("conv_forward", &P::ConvForward, py::arg("where"), py::arg("conv"), py::arg("values"), py::arg("bias"),
+           py::arg("x"), py::arg("y"), py::arg("fill"), py::arg("mode"), py::arg("pad"))
       .def("conv_finish", &P::ConvFinish, py::arg("conv"), py::arg("values"), py::arg("bias"), py::arg("x"),
            py::arg("residual"), py::arg("y"), py::arg("epsilon"), py::arg("offsets"), py::arg("act"), py::arg("slope"),
            py::arg("fill"), py::arg("mode"), py::arg("pad"))
-      .def("conv_input_gradient", &P::ConvInputGradient, py::arg("conv"), py::arg("values"), py::arg("dy"),
-           py::arg("dx"))
+      .def("conv_input_gradient", &P::ConvInputGradient, py::arg("where"), py::arg("conv"), py::arg("values"),
+           py::arg("dy"), py::arg("dx"))
       .def("conv_weight_gradient", &P::ConvWeightGradient, py::arg("conv"), py::arg("values"), py::arg("bias"),
            py::arg("x"), py::arg("dy"))
+      .def("channel_sums", &P::ChannelSums, py::arg("bias"), py::arg("dy"))
       .def("norm_forward", &P::NormForward, py::arg("x"), py::arg("y"), py::arg("epsilon"), py::arg("momentum"),
            py::arg("act"), py::arg("slope"), py::arg("offsets"), py::arg("training"), py::arg("recover"),
            py::arg("fill"), py::arg("mode"), py::arg("pad"))

@@ -13,7 +13,7 @@
 
 namespace lipfast {
 
-// A BatchNorm's numbers, all [channels]; mean null: no BatchNorm.
+// A BatchNorm's numbers, all [channels]; mean null: no BatchNorm, and beta alone is added.
 struct NormNumbers {
   const float* gamma;  // null: 1
   const float* beta;   // null: 0
@@ -28,7 +28,7 @@ struct FinishAffine {
 };
 
 static inline FinishAffine FinishAffineOf(const NormNumbers& norm, int64_t c) {
-  if (!norm.mean) return {1.0f, 0.0f};
+  if (!norm.mean) return {1.0f, norm.beta ? norm.beta[c] : 0.0f};
   const double deviation = std::sqrt(static_cast<double>(norm.variance[c]) + norm.epsilon);
   const float scale = static_cast<float>(1.0 / deviation) * (norm.gamma ? norm.gamma[c] : 1.0f);
   return {scale, (norm.beta ? norm.beta[c] : 0.0f) - norm.mean[c] * scale};

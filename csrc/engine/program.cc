@@ -11,6 +11,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/pool.h"
+#include "cpu/taps.h"
 
 namespace lipfast {
 namespace {
@@ -170,10 +171,10 @@ void Program::RunConv(int conv, const float* values, const float* bias, const La
   entry.conv->ForwardPrepared(prepared, bias, x, y, context.scratch, context.threads, end);
 }
 
-void Program::ConvForward(int conv, int64_t values, int64_t bias, int x, int y, const HaloSpec& halo) {
+void Program::ConvForward(Section where, int conv, int64_t values, int64_t bias, int x, int y, const HaloSpec& halo) {
   const float* weight = this->values() + values;
   const float* shift = bias < 0 ? nullptr : this->values() + bias;
-  Add(Section::kForward, ConvLabel("conv", convs_[conv].shape, maps_[y]),
+  Add(where, ConvLabel("conv", convs_[conv].shape, maps_[y]),
       [this, conv, weight, shift, halo, in = maps_[x], out = maps_[y]](const RunContext& context) {
         RunConv(conv, weight, shift, in, out, {{}, nullptr, nullptr, halo}, context);
       });
@@ -199,9 +200,9 @@ void Program::ConvFinish(int conv, int64_t values, int64_t bias, int x, int resi
       });
 }
 
-void Program::ConvInputGradient(int conv, int64_t values, int dy, int dx) {
+void Program::ConvInputGradient(Section where, int conv, int64_t values, int dy, int dx) {
   const float* weight = this->values() + values;
-  Add(Section::kBackward, ConvLabel("conv dx", convs_[conv].shape, maps_[dy]),
+  Add(where, ConvLabel("conv dx", convs_[conv].shape, maps_[dy]),
       [run = convs_[conv].conv.get(), weight, in = maps_[dy], out = maps_[dx]](const RunContext& context) {
         run->InputGradient(weight, in, out, context.scratch, context.threads);
       });
@@ -276,6 +277,20 @@ void Program::NormBackward(int x, int dy, int dy2, int dx, const NormSpec& spec,
         if (spare) state.spare = spare->View();
         Kernels<NormKernels>().backward(in, first, second.data ? &second : nullptr, out, full, state, training, dgamma,
                                         dbeta, zero_halo, context.threads);
+      });
+}
+
+void Program::ChannelSums(int64_t bias, int dy) {
+  Add(Section::kBackward, "bias " + SizeLabel(maps_[dy]),
+      [sums = gradients() + bias, m = maps_[dy]](const RunContext& context) {
+        std::vector<Region> pictures(m.batch);
+        for (int64_t n = 0; n < m.batch; ++n) {
+          Region& picture = pictures[n];
+          picture.rows = m.block_h, picture.cols = m.block_w;
+          picture.out = m.At(n, 0);
+          picture.out_channel = m.channel_stride, picture.out_row = m.row_stride, picture.out_col = kGrid * kGrid;
+        }
+        Kernels<TapKernels>().channel_sums(pictures.data(), m.batch, m.channels, sums, context.threads);
       });
 }
 

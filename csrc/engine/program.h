@@ -103,12 +103,15 @@ class Program {
   void Clear(Section where, int map);
   void FillHalo(Section where, int map, Padding mode, int64_t pad);
   void Reblock(Section where, int from, int to);
-  void ConvForward(int conv, int64_t values, int64_t bias, int x, int y, const HaloSpec& halo);
+  void ConvForward(Section where, int conv, int64_t values, int64_t bias, int x, int y, const HaloSpec& halo);
   // Without gradients: ConvForward and Finish as one, for activations that Conv can do; y lies apart from the residual.
   void ConvFinish(int conv, int64_t values, int64_t bias, int x, int residual, int y, float epsilon,
                   const NormOffsets& offsets, ActivationSpec act, const HaloSpec& halo);
-  void ConvInputGradient(int conv, int64_t values, int dy, int dx);
+  // In the forward section: a transposed convolution, whose own gradient is ConvForward.
+  void ConvInputGradient(Section where, int conv, int64_t values, int dy, int dx);
   void ConvWeightGradient(int conv, int64_t values, int64_t bias, int x, int dy);
+  // The gradient of a bias: the sum over the pixels of each channel; dead ones are zero.
+  void ChannelSums(int64_t bias, int dy);
   // `recover`: y lies where x does, and the backward pass reads it there.
   void NormForward(int x, int y, const NormSpec& spec, const NormOffsets& offsets, bool training, const HaloSpec& halo,
                    bool recover);

@@ -11,7 +11,9 @@ Block = tuple[int, int]  # rows, columns of pixels
 # A block may grow to fit a neighbour's stride if the map's memory grows by at most this much; else it is re-cut.
 _MOST_WASTE = 1.3
 
-_SAME_BLOCKS = ("norm", "act", "finish", "combine", "multiply", "cat", "channels", "pixel_norm")
+_SAME_BLOCKS = ("norm", "act", "finish", "shift", "combine", "multiply", "cat", "channels", "pixel_norm")
+_STEPS = ("conv", "conv_transpose", "pool")  # one side's blocks are `stride` times the other's
+_ENLARGES = ("conv_transpose", "upsample2")
 
 
 def fuse(graph: Graph, backward: bool) -> None:
@@ -85,6 +87,8 @@ def _as_finish(node: Node) -> dict[str, Any] | None:
     """The attributes of the ``finish`` that does the same; None if there is none."""
     if node.kind == "norm" and not node.training and node.running is not None:
         return {name: node.attributes[name] for name in _PLAIN}
+    if node.kind == "shift":
+        return {**_PLAIN, "beta": node.beta}
     if node.kind == "act":
         return {**_PLAIN, "act": node.act, "slope": node.slope}
     if node.kind == "combine" and len(node.inputs) == 2 and node.a_scale == node.b_scale == 1 and node.shift == 0:
@@ -94,7 +98,7 @@ def _as_finish(node: Node) -> dict[str, Any] | None:
 
 def _joins(source: Node, own: dict[str, Any], inputs: list[int]) -> bool:
     """Whether what ``source`` does may come before ``own``: norm, then sum, then act."""
-    return source.act == "none" and own["running"] is None and len(source.inputs) + len(inputs) <= 3
+    return source.act == "none" and own["running"] is own["beta"] is None and len(source.inputs) + len(inputs) <= 3
 
 
 def _drop_unread(graph: Graph) -> None:
@@ -138,15 +142,15 @@ def _edges(graph: Graph, classes: "_Classes") -> list[_Edge]:
     edges = []
     for node in graph.nodes:
         first = node.inputs[0]
-        if node.kind in _SAME_BLOCKS or (node.kind in ("conv", "pool") and node.stride == 1):
+        if node.kind in _SAME_BLOCKS or (node.kind in _STEPS and node.stride == 1):
             for value in node.inputs:
                 classes.join(value, node.output)
         elif node.kind == "scale":
             classes.join(first, node.output)
-        elif node.kind in ("conv", "pool"):
-            edges.append(_Edge(node, first, node.output, node.stride))
-        elif node.kind == "upsample2":
+        elif node.kind in _ENLARGES:
             edges.append(_Edge(node, node.output, first, 2))
+        elif node.kind in _STEPS:
+            edges.append(_Edge(node, first, node.output, node.stride))
     return edges
 
 
@@ -204,7 +208,7 @@ def _reblock(graph: Graph, edge: _Edge, blocks: dict[int, Block]) -> None:
     copy = graph.fresh(graph.shapes[edge.large])
     blocks[copy] = wanted
     at = next(i for i, node in enumerate(graph.nodes) if node is edge.node)
-    if edge.node.kind == "upsample2":  # the operator writes the copy, which is re-cut into what others expect
+    if edge.node.kind in _ENLARGES:  # the operator writes the copy, which is re-cut into what others expect
         edge.node.output = copy
         graph.nodes.insert(at + 1, Node("reblock", [copy], edge.large))
     else:

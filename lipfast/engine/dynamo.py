@@ -21,11 +21,13 @@ import torch.fx
 from torch import Tensor
 
 from lipfast.engine.capture import Call, Recording, Ref, record
+from lipfast.engine.graph import CONV_KINDS
 from lipfast.engine.lane_module import FEWEST_ZEROS, PLANS_KEPT, Compiled, runs_in_lanes
 from lipfast.engine.lower import Lowered, Segment, lower
 from lipfast.engine.watch import Watch
 from lipfast.errors import ConfigError, InputError
 
+_CONVOLUTIONS = (torch.conv2d, torch.conv_transpose2d)
 _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 _CHANGES = ("writes", "contents")
 
@@ -174,7 +176,7 @@ def _masks_in_graph(recording: Recording, tensors: Mapping[str, Tensor]) -> tupl
                 products[product.number] = Ref(count, product.shape, product.dtype)
                 recording.leaves[count] = weight
                 count += 1
-        elif call.function is torch.conv2d and len(call.args) > 1 and isinstance(call.args[1], Ref):
+        elif call.function in _CONVOLUTIONS and len(call.args) > 1 and isinstance(call.args[1], Ref):
             weight_ref = products.get(call.args[1].number, call.args[1])
             call.args = (call.args[0], weight_ref, *call.args[2:])
     return masks, sources
@@ -197,9 +199,8 @@ def _zeros(lowered: Lowered, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     for segment in lowered.items:
         if isinstance(segment, Segment):
             for node in segment.graph.nodes:
-                name = (
-                    lowered.recording.leaves.get(segment.weights[node.weight].number) if node.kind == "conv" else None
-                )
+                weight = segment.weights[node.weight] if node.kind in CONV_KINDS else None
+                name = None if weight is None else lowered.recording.leaves.get(weight.number)
                 alive = tensors[name] != 0 if name is not None else None
                 if alive is not None and bool(alive.any()) and float(alive.float().mean()) <= 1 - FEWEST_ZEROS:
                     found[str(name)] = alive

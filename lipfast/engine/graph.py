@@ -13,17 +13,21 @@ Shape = tuple[int, int, int, int]  # batch, channels, height, width
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "sigmoid": 3, "tanh": 4, "silu": 5}
 ACTIVATIONS |= {"relu6": 6, "hardsigmoid": 7, "hardswish": 8}
 
+CONV_KINDS = ("conv", "conv_transpose")
+
 
 @dataclass
 class Node:
     """One operator. ``kind`` and its attributes:
 
     conv        weight, bias (weight numbers; bias may be None), stride, pad (h, w), dilation, groups, padding_mode
+    conv_transpose  the input gradient of a conv: weight, stride, pad, dilation, groups, all of that conv
+    shift       beta (weight number): a number for each channel is added
     norm        gamma, beta (weight numbers or None), running (statistics number or None), training, momentum, epsilon,
                 act, slope
     act         act, slope
-    finish      act(norm(inputs[0]) + inputs[1]), in inference only: gamma, beta, running (None: no norm), epsilon, act,
-                slope; the second input is optional
+    finish      act(norm(inputs[0]) + inputs[1]), in inference only: gamma, beta, running (None: no norm, and beta alone
+                is added), epsilon, act, slope; the second input is optional
     combine     a_scale, b_scale, shift: a_scale * inputs[0] + b_scale * inputs[1] + shift (second input optional)
     multiply    inputs[0] * inputs[1]
     scale       inputs[0] times inputs[1], which has one number for each plane: (n, c, 1, 1)

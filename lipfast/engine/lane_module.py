@@ -39,9 +39,9 @@ def accelerate(
     """A copy of ``model`` that computes the same with sparse and fused kernels; ``model`` itself is not changed.
 
     What is pruned comes from ``masks``, from the hooks of ``torch.nn.utils.prune``, from parametrizations whose result
-    holds zeros, and from zeros in the weights of ``Conv2d`` (at least 5 %, not all). Pruned parameters hold only their
-    kept values, in row-major order, so optimisers and ``.grad`` see only those; ``state_dict`` and ``load_state_dict``
-    keep the dense names and shapes.
+    holds zeros, and from zeros in the weights of ``Conv2d`` and ``ConvTranspose2d`` (at least 5 %, not all). Pruned
+    parameters hold only their kept values, in row-major order, so optimisers and ``.grad`` see only those;
+    ``state_dict`` and ``load_state_dict`` keep the dense names and shapes.
 
     Args:
         model: any module in float32. On the CPU it runs in lanes; operators that the engine does not know run in torch,
@@ -521,7 +521,8 @@ def _join(prefix: str, name: str) -> str:
 def _zeroed_convs(model: nn.Module) -> Iterator[str]:
     """Conv weights that hold zeros without saying why. One that is all zeros is an initialisation, not a mask."""
     for prefix, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and isinstance(module._parameters.get("weight"), nn.Parameter):
+        is_conv = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
+        if is_conv and isinstance(module._parameters.get("weight"), nn.Parameter):
             alive = module.weight.detach() != 0
             if alive.dim() == 4 and _is_pruned(alive):
                 yield _join(prefix, "weight")

@@ -5,7 +5,7 @@ segments. Each handler below has the signature of the torch function it stands f
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lipfast.engine.capture import Call, Recording, Ref, pair
-from lipfast.engine.graph import Graph, Node, Taps
+from lipfast.engine.graph import CONV_KINDS, Graph, Node, Taps
 from lipfast.engine.patterns import gather_patterns, pixel_norm
 
 _LARGEST_KERNEL = 7
@@ -124,7 +124,7 @@ class _Builder:
 
     def finish(self, last_use: dict[int, int], position: int) -> "list[Segment | Call]":
         """The segment up to the call at ``position``; the plain calls when there is nothing worth a conversion."""
-        if not any(node.kind == "conv" for node in self.graph.nodes):
+        if not any(node.kind in CONV_KINDS for node in self.graph.nodes):
             return list(self._calls)
         outputs = [ref for number, ref in self._made.items() if last_use.get(number, -1) >= position]
         self.graph.outputs = [self._values[ref.number] for ref in outputs]
@@ -212,24 +212,53 @@ def _conv2d(
     groups: int = 1,
 ) -> int:
     n, _, height, width = b.shape(input)
-    out_channels, _, kernel_h, kernel_w = weight.shape
-    stride_h, stride_w = pair(stride)
-    dilation_h, dilation_w = pair(dilation)
-    reach = dilation_h * (kernel_h - 1), dilation_w * (kernel_w - 1)
+    out_channels, _, *kernel = weight.shape
+    window = _window(kernel, stride, dilation)
+    reach = [window["dilation"] * (k - 1) for k in kernel]
     if padding == "same":
         if reach[0] % 2 or reach[1] % 2:
             raise Unsupported("padding='same' with an even kernel")
         padding = reach[0] // 2, reach[1] // 2
     pad = (0, 0) if padding == "valid" else pair(padding)
+    out_h = (height + 2 * pad[0] - reach[0] - 1) // window["stride"] + 1
+    out_w = (width + 2 * pad[1] - reach[1] - 1) // window["stride"] + 1
+    attributes: dict[str, Any] = {"weight": b.weight(weight), "bias": b.weight(bias), "padding_mode": "zeros"}
+    attributes |= window | {"pad": pad, "groups": groups}
+    return b.node("conv", [b.map(input)], (n, out_channels, out_h, out_w), **attributes)
+
+
+def _conv_transpose2d(
+    b: _Builder,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> int:
+    n, _, *sides = b.shape(input)
+    _, per_group, *kernel = weight.shape
+    axes = zip(sides, kernel, pair(stride), pair(padding), pair(output_padding), pair(dilation), strict=True)
+    out = [(side - 1) * step - 2 * pad + spread * (k - 1) + more + 1 for side, k, step, pad, more, spread in axes]
+    attributes: dict[str, Any] = _window(kernel, stride, dilation) | {"pad": pair(padding), "groups": groups}
+    if max(pair(output_padding)) >= attributes["stride"]:
+        raise Unsupported("output_padding as large as the stride")
+    shape = (n, per_group * groups, out[0], out[1])
+    value = b.node("conv_transpose", [b.map(input)], shape, weight=b.weight(weight), **attributes)
+    return value if bias is None else b.node("shift", [value], shape, beta=b.weight(bias))
+
+
+def _window(kernel: Sequence[int], stride: Any, dilation: Any) -> dict[str, int]:
+    """Stride and dilation of a convolution that the kernels can do."""
+    stride_h, stride_w = pair(stride)
+    dilation_h, dilation_w = pair(dilation)
     if stride_h != stride_w or dilation_h != dilation_w:
         raise Unsupported("stride or dilation differs between rows and columns")
-    if stride_h > 2 or max(kernel_h, kernel_w) > _LARGEST_KERNEL:
-        raise Unsupported(f"kernel {kernel_h} x {kernel_w}, stride {stride_h}: the kernels go to 7 x 7 and stride 2")
-    out_h = (height + 2 * pad[0] - reach[0] - 1) // stride_h + 1
-    out_w = (width + 2 * pad[1] - reach[1] - 1) // stride_w + 1
-    attributes: dict[str, Any] = {"weight": b.weight(weight), "bias": b.weight(bias), "padding_mode": "zeros"}
-    attributes |= {"stride": stride_h, "pad": pad, "dilation": dilation_h, "groups": groups}
-    return b.node("conv", [b.map(input)], (n, out_channels, out_h, out_w), **attributes)
+    if stride_h > 2 or max(kernel) > _LARGEST_KERNEL:
+        raise Unsupported(f"kernel {kernel[0]} x {kernel[1]}, stride {stride_h}: the kernels go to 7 x 7 and stride 2")
+    return {"stride": stride_h, "dilation": dilation_h}
 
 
 def _batch_norm(
@@ -555,6 +584,7 @@ def _spellings(handler: Callable[..., int], *functions: Any) -> dict[Any, Callab
 
 _HANDLERS: dict[Any, Callable[..., int]] = {
     **_spellings(_conv2d, torch.conv2d, F.conv2d),
+    **_spellings(_conv_transpose2d, torch.conv_transpose2d, F.conv_transpose2d),
     **_spellings(_batch_norm, F.batch_norm),
     **_spellings(_activation("relu"), F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_),
     **_spellings(_leaky_relu, F.leaky_relu, F.leaky_relu_),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lipfast._C as _C
 from lipfast.engine.blocks import Block, choose_blocks, fuse
-from lipfast.engine.graph import ACTIVATIONS, Graph, Node, Shape, Taps
+from lipfast.engine.graph import ACTIVATIONS, CONV_KINDS, Graph, Node, Shape, Taps
 from lipfast.ops.lanes import LANES, PADDING_MODES, plane_vectors
 
 _ALIGNMENT = 16  # floats: one vector
@@ -166,7 +166,8 @@ class _Planner:
         self.statistic_count = starts[-1].stop if starts else 0
         self.saved: dict[int, int] = {}
         self.program = _C.Program(keeps_weights=not options.backward)
-        self.convs = {at: self._add_conv(node) for at, node in enumerate(graph.nodes) if node.kind == "conv"}
+        self.convs = {at: self._add_conv(node) for at, node in enumerate(graph.nodes) if node.kind in CONV_KINDS}
+        self.made_at = {node.output: at for at, node in enumerate(graph.nodes)}
         self.home = self._place()
 
     def build(self) -> Plan:
@@ -215,6 +216,8 @@ class _Planner:
             return False
         if not self.options.backward:
             return node.kind in ("act", "norm", "finish", "combine", "multiply", "scale")
+        if node.kind == "shift":
+            return True
         if node.output in overwritten:
             return False  # the backward pass reads the result in the input's place
         if node.kind == "norm":
@@ -249,10 +252,11 @@ class _Planner:
     def halo_of(self, node: Node) -> Halo | None:
         """What a node wants around its input."""
         if node.kind == "conv":
-            kernel = self.weights[node.weight].shape[2:]
-            behind = max(node.dilation * (k - 1) - p - (node.stride - 1) for k, p in zip(kernel, node.pad, strict=True))
-            reach = max(*node.pad, behind)
+            reach = self.reach(node)
             return Halo(node.padding_mode, max(node.pad), reach) if reach > 0 else None
+        if node.kind == "conv_transpose":
+            reach = int(self.program.gradient_halo(self.convs[self.made_at[node.output]]))
+            return Halo("zeros", 0, reach) if reach > 0 else None
         if node.kind == "upsample2" and node.bilinear:
             return Halo("replicate", 1, 1)
         if node.kind == "pool":
@@ -260,6 +264,12 @@ class _Planner:
             zeros = not node.maximum or self._unmoved_by_zeros(node.inputs[0])
             return Halo("zeros" if zeros else "replicate", node.pad, reach) if reach > 0 else None
         return None
+
+    def reach(self, conv: Node) -> int:
+        """How far beyond a block a convolution reads its input, or a transposed one its result's gradient."""
+        kernel = self.weights[conv.weight].shape[2:]
+        behind = max(conv.dilation * (k - 1) - p - (conv.stride - 1) for k, p in zip(kernel, conv.pad, strict=True))
+        return int(max(*conv.pad, behind))
 
     def _unmoved_by_zeros(self, value: int) -> bool:
         """Whether zeros beside it change none of a value's maxima, nor take a share of their gradients."""
@@ -316,7 +326,7 @@ class _Planner:
 
     def _finished_convs(self) -> dict[int, int]:
         """Position of a finish -> that of the conv which can do it as it stores its sums: nothing else reads them."""
-        makers = {self.graph.nodes[at].output: at for at in self.convs}
+        makers = {self.graph.nodes[at].output: at for at in self.convs if self.graph.nodes[at].kind == "conv"}
         return {
             position: makers[node.inputs[0]]
             for position, node in enumerate(self.graph.nodes)
@@ -332,7 +342,16 @@ class _Planner:
         return -1 if weight is None else self.values[weight].start
 
     def _conv(self, position: int, node: Node, x: Slot, y: Slot) -> None:
-        self._make("conv_forward", node, self.convs[position], self.offset(node.weight), self.offset(node.bias), x, y)
+        weights = self.offset(node.weight), self.offset(node.bias)
+        self._make("conv_forward", node, _FORWARD, self.convs[position], *weights, x, y)
+
+    def _conv_transpose(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("conv_input_gradient", _FORWARD, self.convs[position], self.offset(node.weight), x, y)
+        self.wrote(y)
+
+    def _shift(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        offsets = [-1, self.offset(node.beta), -1, -1]
+        self._make("finish", node, x, -1, y, 0.0, offsets, ACTIVATIONS["none"], 0.0)
 
     def _conv_finish(self, conv_position: int, finish: Node) -> None:
         conv = self.graph.nodes[conv_position]
@@ -482,11 +501,14 @@ class _Planner:
         weight = self.weights[node.weight]
         out_channels, in_channels, *kernel = weight.shape
         shape = [out_channels, in_channels * node.groups, node.groups, *kernel, node.stride, node.dilation, *node.pad]
-        n, _, height, width = self.graph.shapes[node.inputs[0]]
-        geometry = [n, height, width, *self.blocks[node.inputs[0]], *self.blocks[node.output]]
+        read, written = node.inputs[0], node.output
+        if node.kind == "conv_transpose":  # of which the convolution makes the input
+            read, written = written, read
+        n, _, height, width = self.graph.shapes[read]
+        geometry = [n, height, width, *self.blocks[read], *self.blocks[written]]
         mask = None if weight.mask is None else weight.mask.contiguous().view(torch.uint8).numpy()
         number = ("auto", "sparse", "winograd", "dense").index(self.options.kernel)
-        padding = PADDING_MODES[node.padding_mode]
+        padding = PADDING_MODES[node.attributes.get("padding_mode", "zeros")]
         conv: int = self.program.add_conv(shape, geometry, padding, mask, number, self.options.exact)
         return conv
 
@@ -656,7 +678,33 @@ class _Backward:
             planner.need(_BACKWARD, planner.home[x], planner.halo_of(node))
             planner.emit("conv_weight_gradient", conv, values, planner.offset(bias), planner.home[x], dy)
         if propagates:
-            self._into(x, lambda slot: planner.emit("conv_input_gradient", conv, values, dy, slot))
+            self._into(x, lambda slot: planner.emit("conv_input_gradient", _BACKWARD, conv, values, dy, slot))
+
+    def _conv_transpose(self, position: int, node: Node) -> None:
+        planner = self.planner
+        x, dy = node.inputs[0], self._home(node.output)
+        conv, values = planner.convs[position], planner.offset(node.weight)
+        reach = planner.reach(node)
+        if reach > 0 or planner.has_dead_pixels(node.output):  # where those are zero, dead pixels of x do not count
+            planner.need(_BACKWARD, dy, Halo("zeros", max(node.pad), reach))
+        if self.weights[node.weight].trained:
+            planner.emit("conv_weight_gradient", conv, values, -1, dy, planner.home[x])
+        if x in self.needed:
+            end = (False, PADDING_MODES["zeros"], 0)
+            self._into(x, lambda slot: planner.emit("conv_forward", _BACKWARD, conv, values, -1, dy, slot, *end))
+
+    def _shift(self, position: int, node: Node) -> None:
+        planner, x, dy = self.planner, node.inputs[0], self._home(node.output)
+        if self.weights[node.beta].trained:
+            if planner.has_dead_pixels(node.output):
+                planner.need(_BACKWARD, dy, Halo("zeros", 0, 0))
+            planner.emit("channel_sums", planner.offset(node.beta), dy)
+        if x in self.needed:
+            self._take_over(node.output, x)
+            dx, accumulate = self._added(x)
+            if dx != dy:
+                planner.emit("combine", _BACKWARD, dy, 1.0, dx if accumulate else -1, 1.0, 0.0, dx)
+            self._wrote(x)
 
     def _norm(self, position: int, node: Node) -> None:
         planner = self.planner
@@ -679,7 +727,7 @@ class _Backward:
         """How wide a zero halo the conv that made a value wants around its gradient."""
         for position, conv in self.planner.convs.items():
             node = self.graph.nodes[position]
-            if node.output == value and node.inputs[0] in self.needed:
+            if node.kind == "conv" and node.output == value and node.inputs[0] in self.needed:
                 return int(self.planner.program.gradient_halo(conv))
         return 0
 

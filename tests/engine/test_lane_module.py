@@ -66,9 +66,26 @@ class ResNet(nn.Module):
         return self.head(torch.flatten(F.adaptive_avg_pool2d(F.relu(y), 1), 1))
 
 
+class Decoder(nn.Module):
+    """Down by a stride, a squeeze-and-excitation, and up by transposed convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.norm = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8)
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.up, self.up_norm = nn.ConvTranspose2d(8, 6, 4, 2, 1, bias=False), nn.BatchNorm2d(6)
+        self.same = nn.ConvTranspose2d(9, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.hardswish(self.norm(self.down(x)))
+        factors = F.hardsigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))))
+        y = F.relu6(self.up_norm(self.up(y * factors)))
+        return self.same(torch.cat([y, x], dim=1))
+
+
 def prune_half(model: nn.Module) -> nn.Module:
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             prune.random_unstructured(module, "weight", 0.6)
     return model
 
@@ -94,7 +111,7 @@ def call(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
-@pytest.mark.parametrize("kind", [UNet, ResNet])
+@pytest.mark.parametrize("kind", [UNet, ResNet, Decoder])
 @pytest.mark.parametrize("training", [True, False])
 def test_whole_nets_forward_and_backward(kind, training):
     model = make(kind).train(training)

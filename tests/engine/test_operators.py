@@ -1,5 +1,6 @@
 """Every operator of the engine, behind a convolution, against torch in float64: outputs and all gradients."""
 
+import copy
 import warnings
 from collections.abc import Callable
 
@@ -369,6 +370,64 @@ class Blocks(nn.Module):
 )
 def test_residual_blocks(compare, join, training):
     compare(Blocks(join).train(training), torch.randn(2, 3, 9, 12))
+
+
+TRANSPOSED = {
+    "2x2 stride 2": nn.ConvTranspose2d(CHANNELS, 7, 2, stride=2),
+    "3x3 stride 2, as decoders have it": nn.ConvTranspose2d(CHANNELS, 6, 3, stride=2, padding=1, output_padding=1),
+    "4x4 stride 2, as generators have it": nn.ConvTranspose2d(CHANNELS, 6, 4, stride=2, padding=1, bias=False),
+    "3x3": nn.ConvTranspose2d(CHANNELS, 4, 3, padding=1),
+    "3x3 that grows": nn.ConvTranspose2d(CHANNELS, 4, 3),
+    "5x2 dilated": nn.ConvTranspose2d(CHANNELS, 4, (5, 2), padding=(1, 0), dilation=2),
+    "grouped": nn.ConvTranspose2d(CHANNELS, 2 * CHANNELS, 3, stride=2, groups=CHANNELS, output_padding=(1, 0)),
+    "wide padding": nn.ConvTranspose2d(CHANNELS, 3, 3, stride=2, padding=3),
+    "1x1": nn.ConvTranspose2d(CHANNELS, 3, 1),
+}
+
+
+class Enlarged(nn.Module):
+    """A transposed convolution whose result is read again, as a U-Net's is."""
+
+    def __init__(self, name: str, join: str) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, CHANNELS, 3, padding=1), nn.BatchNorm2d(CHANNELS)
+        self.up = copy.deepcopy(TRANSPOSED[name])
+        self.join, self.last = join, nn.LazyConv2d(2, 3, padding=1) if join else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up(F.leaky_relu(self.norm(self.conv(x)), 0.2))
+        if self.join == "relu":
+            return self.last(torch.relu(up))
+        if self.join == "cat":
+            return self.last(torch.cat([up, torch.sigmoid(up)], dim=1))
+        return self.last(up)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("join", ["", "relu", "cat"])
+@pytest.mark.parametrize("density", [0.3, 1.0])
+@pytest.mark.parametrize("name", list(TRANSPOSED))
+def test_transposed_convolutions(compare, name, density, join, size):
+    if name == "wide padding" and min(size) < 5:
+        size = (9, 6)
+    module = Enlarged(name, join)
+    for parameter in module.up.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 3, *size)
+    module(x)
+    masks = {"up.weight": torch.rand(module.up.weight.shape) < density} if density < 1 else {}
+    compare(module, x, masks)
+
+
+def test_other_transposed_convolutions_stay_in_torch():
+    for up in (
+        nn.ConvTranspose2d(CHANNELS, 3, 3, stride=3),
+        nn.ConvTranspose2d(CHANNELS, 3, 3, dilation=2, output_padding=1),
+    ):
+        module = behind_conv(up, nn.Conv2d(3, 2, 1)).eval()
+        x = torch.randn(2, 3, 9, 12)
+        with torch.no_grad(), pytest.warns(UserWarning, match="conv_transpose2d: (kernel|output_padding)"):
+            assert torch.allclose(lipfast.accelerate(module)(x), module(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(12, 8), (3, 2), (None, 8), 4, 1])

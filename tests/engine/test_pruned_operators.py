@@ -15,6 +15,7 @@ from lipfast.errors import InputError
 from lipfast.ops import _gpu_rule
 from lipfast.priors.skip import SkipNet
 
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 CHOICES = {
     "sparse": dict.fromkeys(_gpu_rule.DIRECTIONS, "sparse"),
     "dense": dict.fromkeys(_gpu_rule.DIRECTIONS, "dense"),
@@ -41,19 +42,20 @@ class Mixed(nn.Module):
         self.left, self.right = nn.Conv2d(6, 5, 3, bias=False), nn.Conv2d(6, 5, 3)
         self.spread = nn.Conv2d(5, 4, 3, padding="same", dilation=2)
         self.grouped = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(4, 4, 2, stride=2)  # pruned, and yet torch's
         self.dense = nn.Conv2d(4, 2, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu_(self.norm(self.first(x)))
         padded = nn.functional.pad(x, (1, 1, 1, 1), mode="circular")
         x = self.left(padded) + self.right(padded) + padded.mean() * torch.ones(1, device=x.device)
-        return self.dense(self.grouped(self.spread(x)))
+        return self.dense(self.up(self.grouped(self.spread(x))))
 
 
 def pruned(module: nn.Module, density: float = 0.4) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """The module with zeros, and where they are not; its ``dense`` layer stays."""
     torch.manual_seed(0)
-    convolutions = {n: m for n, m in module.named_modules() if isinstance(m, nn.Conv2d) and n != "dense"}
+    convolutions = {n: m for n, m in module.named_modules() if isinstance(m, CONVOLUTIONS) and n != "dense"}
     masks = {f"{name}.weight": torch.rand(m.weight.shape) < density for name, m in convolutions.items()}
     for name, mask in masks.items():
         module.get_parameter(name).data *= mask
@@ -88,7 +90,7 @@ def test_every_pruned_convolution_is_ours(kernels):
     found = plan_of(lipfast.accelerate(module), torch.randn(1, 3, 16, 18))
     assert [item.form.padding_mode for item in found] == ["reflect", "circular", "circular", "zeros"]
     assert [item.form.padding for item in found] == [(1, 1), (1, 1), (1, 1), (1, 1)]
-    assert len(found) == len(masks) - 1  # padding="same" stays torch's
+    assert len(found) == len(masks) - 2  # padding="same" and the transposed one stay torch's
 
 
 def test_a_bias_has_no_gradient_where_a_norm_alone_reads_the_result(kernels):
