@@ -247,6 +247,7 @@ class Compiled:
             for item in lowered.items
         ]
         self._leaf_numbers = self._leaves_read()
+        self._spent = self._read_last()
         self._counters = _by_amount(lowered.recording.counted)
 
     def run(self, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Any:
@@ -258,11 +259,13 @@ class Compiled:
         known.update({ref.number: tensor for ref, tensor in zip(self._recording.inputs, inputs, strict=True)})
         for number in self._leaf_numbers:
             known[number] = self._dense(self._recording.leaves[number], tensors)
-        for item in self._items:
+        for item, spent in zip(self._items, self._spent, strict=True):
             if isinstance(item, Call):
                 _run_call(item, known, self._device)
             else:
                 item.run(known, tensors)
+            for number in spent:
+                del known[number]
         with torch.no_grad():
             for amount, names in self._counters.items():  # on a GPU each call is a launch
                 torch._foreach_add_([tensors[name] for name in names], amount)
@@ -276,11 +279,31 @@ class Compiled:
         read |= {ref.number for ref in pytree.tree_leaves(self._recording.result) if isinstance(ref, Ref)}
         return [number for number in self._recording.leaves if number in read]
 
+    def _read_last(self) -> list[list[int]]:
+        """For each item the tensors that nothing reads after it: torch may use their memory again, while it is still in
+        the cache."""
+        last: dict[int, int] = {}
+        for position, item in enumerate(self._items):
+            last.update(dict.fromkeys((ref.number for ref in _tensors_of(item)), position))
+        results = {ref.number for ref in pytree.tree_leaves(self._recording.result) if isinstance(ref, Ref)}
+        spent: list[list[int]] = [[] for _ in self._items]
+        for number, position in last.items():
+            if number not in results:
+                spent[position].append(number)
+        return spent
+
     def _dense(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         if not self._packed or name not in self._masks:
             return tensors[name]
         dense = tensors.get(dense_name(name))
         return _scatter(tensors[name], self._masks[name]) if dense is None else dense
+
+
+def _tensors_of(item: Any) -> list[Ref]:
+    """What an item of a recording reads from the tensors known so far, and what a call adds to them."""
+    if not isinstance(item, Call):
+        return item.reads if isinstance(item, SegmentRunner) else item.inputs
+    return [*item.refs(), *(leaf for leaf in pytree.tree_leaves(item.result) if isinstance(leaf, Ref))]
 
 
 def _by_amount(counted: Sequence[tuple[str, int]]) -> dict[int, list[str]]:
@@ -297,8 +320,14 @@ def _run_call(call: Call, known: dict[int, Any], device: torch.device) -> None:
             return device
         return known[leaf.number] if isinstance(leaf, Ref) else leaf
 
-    args, kwargs = pytree.tree_map(fill, (call.args, call.kwargs))
-    result = call.function(*args, **kwargs)
+    def fill_all(value: Any) -> Any:  # walking a tree takes as long as a small operator does
+        return pytree.tree_map(fill, value) if isinstance(value, (tuple, list, dict)) else fill(value)
+
+    kwargs = {name: fill_all(value) for name, value in call.kwargs.items()}
+    result = call.function(*map(fill_all, call.args), **kwargs)
+    if isinstance(call.result, Ref):
+        known[call.result.number] = result
+        return
     for ref, tensor in zip(pytree.tree_leaves(call.result), pytree.tree_leaves(result), strict=True):
         if isinstance(ref, Ref):
             known[ref.number] = tensor
@@ -368,6 +397,11 @@ class SegmentRunner:
     def inputs(self) -> list[Ref]:
         """The tensors it reads beside its weights."""
         return self._segment.inputs
+
+    @property
+    def reads(self) -> list[Ref]:
+        """Its inputs, and weights that the recording computes."""
+        return [*self.inputs, *(ref for ref in self._segment.weights if ref.number not in self._leaves)]
 
     def lease(self, use: _Use) -> "_Lease":
         """A program that nobody else uses."""

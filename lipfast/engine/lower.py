@@ -124,11 +124,17 @@ class _Builder:
 
     def finish(self, last_use: dict[int, int], position: int) -> "list[Segment | Call]":
         """The segment up to the call at ``position``; the plain calls when there is nothing worth a conversion."""
-        if not any(node.kind in CONV_KINDS for node in self.graph.nodes):
+        if not any(self._repays(node) for node in self.graph.nodes):
             return list(self._calls)
         outputs = [ref for number, ref in self._made.items() if last_use.get(number, -1) >= position]
         self.graph.outputs = [self._values[ref.number] for ref in outputs]
         return [Segment(self.graph, self._inputs, outputs, self._weights, self._statistics, self._calls)]
+
+    def _repays(self, node: Node) -> bool:
+        """Whether an operator can save more than converting maps costs: a convolution that mixes channels."""
+        if node.kind not in CONV_KINDS:
+            return False
+        return bool(node.groups == 1 or self._weights[node.weight].shape[1] > 1)
 
     # What handlers use.
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import lipfast
+from lipfast.engine import lane_module
+from lipfast.engine.capture import Call
 from lipfast.engine.lane_module import PLANS_KEPT, LaneModule, SegmentRunner
 from lipfast.errors import InputError
 
@@ -494,3 +496,28 @@ def test_inference_mode(training):
         for tensor in (x, inside):
             assert close(fast(tensor), model(tensor))
     assert close(fast(x), model(x))
+
+
+def test_torch_calls_keep_no_tensor_that_nothing_reads_again(monkeypatch):
+    known, run = [], lane_module._run_call
+
+    def counted(call: Call, tensors: dict[int, Tensor], device: torch.device) -> None:
+        known.append(len(tensors))
+        run(call, tensors, device)
+
+    monkeypatch.setattr(lane_module, "_run_call", counted)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), *(nn.GELU() for _ in range(8))).eval()
+    with torch.no_grad():
+        call(lipfast.accelerate(model), torch.randn(1, 3, 8, 8))
+    assert known == [1] * 8
+
+
+def test_windows_for_each_channel_alone_stay_in_torch():
+    """They save less than converting their maps costs."""
+    depthwise = nn.Conv2d(6, 12, 3, padding=1, groups=6)
+    model = nn.Sequential(depthwise, nn.GELU(), nn.Conv2d(12, 4, 1, groups=2)).eval()
+    fast, x = lipfast.accelerate(model), torch.randn(1, 6, 8, 8)
+    with torch.no_grad():
+        assert close(call(fast, x), model(x))
+    (compiled,) = fast._compiled.values()
+    assert [isinstance(item, Call) for item in compiled._items] == [True, True, False]
