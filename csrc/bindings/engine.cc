@@ -245,6 +245,11 @@ class CheckedProgram {
     program_.Upsample2Backward(bilinear, dy, dx, accumulate);
   }
 
+  void Shuffle2(int where, int many, int large, bool to_large, bool accumulate) {
+    CheckDouble(many, large, 4);
+    program_.Shuffle2(AsSection(where), many, large, to_large, accumulate);
+  }
+
   void Resample(int x, int y, const AxisTable& rows, const AxisTable& columns) {
     CheckTaps(Map(x), Map(y), rows, columns);
     program_.Resample(x, y, rows, columns);
@@ -358,11 +363,12 @@ class CheckedProgram {
           SizeOf(Map(y)) + " is not one pixel for each plane of " + SizeOf(Map(x)));
   }
 
-  void CheckDouble(int x, int y) const {
+  // channels: of x, for each of y
+  void CheckDouble(int x, int y, int channels = 1) const {
     const LaneMap &small = Map(x), &large = Map(y);
-    Check(small.batch == large.batch && small.channels == large.channels && 2 * small.height == large.height &&
-              2 * small.width == large.width && 2 * small.block_h == large.block_h &&
-              2 * small.block_w == large.block_w,
+    Check(small.batch == large.batch && small.channels == channels * large.channels &&
+              2 * small.height == large.height && 2 * small.width == large.width &&
+              2 * small.block_h == large.block_h && 2 * small.block_w == large.block_w,
           "upsample: " + SizeOf(large) + " is not twice " + SizeOf(small));
   }
 
@@ -551,6 +557,8 @@ void BindEngine(py::module_& m) {
            py::arg("accumulate"))
       .def("upsample2", &P::Upsample2, py::arg("bilinear"), py::arg("x"), py::arg("y"))
       .def("upsample2_backward", &P::Upsample2Backward, py::arg("bilinear"), py::arg("dy"), py::arg("dx"),
+           py::arg("accumulate"))
+      .def("shuffle2", &P::Shuffle2, py::arg("where"), py::arg("many"), py::arg("large"), py::arg("to_large"),
            py::arg("accumulate"))
       .def("resample", &P::Resample, py::arg("x"), py::arg("y"), py::arg("rows"), py::arg("columns"))
       .def("resample_backward", &P::ResampleBackward, py::arg("dy"), py::arg("dx"), py::arg("rows"), py::arg("columns"))

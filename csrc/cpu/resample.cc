@@ -56,6 +56,21 @@ void Bilinear2(const LaneMap& x, const LaneMap& y, int threads) {
 
 void Put(float* at, V v, bool accumulate) { Store(at, accumulate ? Add(Load(at), v) : v); }
 
+void Shuffle2(const LaneMap& many, const LaneMap& large, bool to_large, bool accumulate, int threads) {
+  ForEachPlane(many, threads, [&](int64_t n, int64_t c) {
+    const int64_t down = c / 2 % 2, right = c % 2;
+    for (int64_t row = 0; row < many.block_h; ++row) {
+      float* small = many.At(n, c, row);
+      float* wide = large.At(n, c / 4, 2 * row + down, right);
+      for (int64_t col = 0; col < many.block_w; ++col) {
+        float* const from = to_large ? small + col * kLanes : wide + 2 * col * kLanes;
+        float* const to = to_large ? wide + 2 * col * kLanes : small + col * kLanes;
+        Put(to, Load(from), accumulate);
+      }
+    }
+  });
+}
+
 void Nearest2Backward(const LaneMap& dy, const LaneMap& dx, bool accumulate, int threads) {
   ForEachPlane(dx, threads, [&](int64_t n, int64_t c) {
     for (int64_t row = 0; row < dx.block_h; ++row) {
@@ -166,8 +181,8 @@ void GeneralBackward(const LaneMap& dy, const LaneMap& dx, const AxisTaps& rows,
 }  // namespace
 
 extern const ResampleKernels resample_kernels;
-const ResampleKernels resample_kernels = {Nearest2,          Bilinear2, Nearest2Backward,
-                                          Bilinear2Backward, General,   GeneralBackward};
+const ResampleKernels resample_kernels = {Nearest2, Bilinear2, Nearest2Backward, Bilinear2Backward,
+                                          Shuffle2, General,   GeneralBackward};
 
 }  // namespace LIPFAST_NS
 }  // namespace lipfast

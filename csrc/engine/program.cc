@@ -376,6 +376,13 @@ void Program::Upsample2Backward(bool bilinear, int dy, int dx, bool accumulate) 
       });
 }
 
+void Program::Shuffle2(Section where, int many, int large, bool to_large, bool accumulate) {
+  Add(where, "shuffle " + SizeLabel(maps_[large]),
+      [to_large, accumulate, four = maps_[many], one = maps_[large]](const RunContext& context) {
+        Kernels<ResampleKernels>().shuffle2(four, one, to_large, accumulate, context.threads);
+      });
+}
+
 void Program::Resample(int x, int y, const AxisTable& rows, const AxisTable& columns) {
   Add(Section::kForward, "resample " + SizeLabel(maps_[y]),
       [rows, columns, in = maps_[x], out = maps_[y]](const RunContext& context) {

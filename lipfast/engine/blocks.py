@@ -13,7 +13,7 @@ _MOST_WASTE = 1.3
 
 _SAME_BLOCKS = ("norm", "act", "finish", "shift", "combine", "multiply", "cat", "channels", "pixel_norm")
 _STEPS = ("conv", "conv_transpose", "pool")  # one side's blocks are `stride` times the other's
-_ENLARGES = ("conv_transpose", "upsample2")
+_ENLARGES = ("conv_transpose", "upsample2", "pixel_shuffle")
 
 
 def fuse(graph: Graph, backward: bool) -> None:
@@ -149,6 +149,8 @@ def _edges(graph: Graph, classes: "_Classes") -> list[_Edge]:
             classes.join(first, node.output)
         elif node.kind in _ENLARGES:
             edges.append(_Edge(node, node.output, first, 2))
+        elif node.kind == "pixel_unshuffle":
+            edges.append(_Edge(node, first, node.output, 2))
         elif node.kind in _STEPS:
             edges.append(_Edge(node, first, node.output, node.stride))
     return edges

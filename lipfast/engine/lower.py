@@ -459,6 +459,20 @@ def _interpolate(
     return b.node("resample", [b.map(input)], shape, rows=rows, columns=columns)
 
 
+def _pixel_shuffle(b: _Builder, input: Any, upscale_factor: int) -> int:
+    n, c, height, width = b.shape(input)
+    if upscale_factor != 2:
+        raise Unsupported(f"factor {upscale_factor}: only 2")
+    return b.node("pixel_shuffle", [b.map(input)], (n, c // 4, 2 * height, 2 * width))
+
+
+def _pixel_unshuffle(b: _Builder, input: Any, downscale_factor: int) -> int:
+    n, c, height, width = b.shape(input)
+    if downscale_factor != 2:
+        raise Unsupported(f"factor {downscale_factor}: only 2")
+    return b.node("pixel_unshuffle", [b.map(input)], (n, 4 * c, height // 2, width // 2))
+
+
 def _nearest_taps(side: int, wanted: int, factor: float | None) -> Taps:
     step = side / wanted if factor is None else 1.0 / factor
     return Taps(tuple(min(int(i * step), side - 1) for i in range(wanted)))
@@ -614,6 +628,8 @@ _HANDLERS: dict[Any, Callable[..., int]] = {
     **_spellings(_expand_as, Tensor.expand_as),
     **_spellings(_linear_layer, F.linear, torch._C._nn.linear),
     **_spellings(_interpolate, F.interpolate, F.upsample),
+    **_spellings(_pixel_shuffle, torch.pixel_shuffle, F.pixel_shuffle),
+    **_spellings(_pixel_unshuffle, torch.pixel_unshuffle, F.pixel_unshuffle),
     **_spellings(_pad, F.pad, torch._C._nn.pad),
     **_spellings(_getitem, Tensor.__getitem__),
     **_spellings(_add, torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__),

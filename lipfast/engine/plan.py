@@ -444,6 +444,14 @@ class _Planner:
         self.emit("upsample2", node.bilinear, x, y)
         self.wrote(y)
 
+    def _pixel_shuffle(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("shuffle2", _FORWARD, x, y, True, False)
+        self.wrote(y)
+
+    def _pixel_unshuffle(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("shuffle2", _FORWARD, y, x, False, False)
+        self.wrote(y)
+
     def _resample(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         self.emit("resample", x, y, node.rows, node.columns)
         self.wrote(y)
@@ -792,6 +800,16 @@ class _Backward:
             self.planner.need(_BACKWARD, dy, Halo("replicate", 1, 1))
         dx, accumulate = self._added(node.inputs[0])
         self.planner.emit("upsample2_backward", node.bilinear, dy, dx, accumulate)
+        self._wrote(node.inputs[0])
+
+    def _pixel_shuffle(self, position: int, node: Node) -> None:
+        dx, accumulate = self._added(node.inputs[0])
+        self.planner.emit("shuffle2", _BACKWARD, dx, self._home(node.output), False, accumulate)
+        self._wrote(node.inputs[0])
+
+    def _pixel_unshuffle(self, position: int, node: Node) -> None:
+        dx, accumulate = self._added(node.inputs[0])
+        self.planner.emit("shuffle2", _BACKWARD, self._home(node.output), dx, True, accumulate)
         self._wrote(node.inputs[0])
 
     def _resample(self, position: int, node: Node) -> None:

@@ -264,6 +264,17 @@ void RunResample(int threads, const std::string& name) {
     for (size_t i = 0; i < read.size(); ++i) backward += static_cast<double>(read[i]) * x.tensor[i];
     Expect(std::abs(forward - backward) < 1e-3, what + " backward");
   }
+  Picture many(1, 4, side, side, 2, 2, 1, random), large(1, 1, 2 * side, 2 * side, 4, 4, 0, random);
+  std::vector<double> shuffled(large.tensor.size()), twice(many.tensor.size());
+  for (size_t i = 0; i < shuffled.size(); ++i) {
+    const int64_t row = i / (2 * side), col = i % (2 * side), channel = row % 2 * 2 + col % 2;
+    shuffled[i] = many.tensor[(channel * side + row / 2) * side + col / 2];
+  }
+  for (size_t i = 0; i < twice.size(); ++i) twice[i] = 2 * many.tensor[i];
+  Kernels<ResampleKernels>().shuffle2(many.map.lanes, large.map.lanes, true, false, threads);
+  Expect(Error(large.Read(), shuffled) == 0, name + " shuffle");
+  Kernels<ResampleKernels>().shuffle2(many.map.lanes, large.map.lanes, false, true, threads);
+  Expect(Error(many.Read(), twice) == 0, name + " unshuffle");
   // Flipped columns, and rows of which one is nothing: any selection.
   Picture x = MakePicture(random, 0), y = MakePicture(random, 0), dx = MakePicture(random, 0);
   std::vector<int32_t> rows(kHeight), columns(kWidth);

@@ -372,6 +372,27 @@ def test_residual_blocks(compare, join, training):
     compare(Blocks(join).train(training), torch.randn(2, 3, 9, 12))
 
 
+def _twice(function, x: Tensor) -> Tensor:
+    """Two readers, whose gradients are added."""
+    return function(x, 2) * torch.sigmoid(function(x, 2))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.pixel_shuffle(torch.cat([x, x[:, :3]], dim=1), 2),
+        lambda x: torch.cat([F.pixel_shuffle(x[:, :4], 2), F.pixel_shuffle(torch.sigmoid(x[:, 1:]), 2)], dim=1),
+        lambda x: F.pixel_unshuffle(F.pixel_shuffle(x[:, :4], 2), 2) * x[:, 1:],
+        lambda x: _twice(F.pixel_shuffle, x[:, :4]),
+        lambda x: _twice(F.pixel_unshuffle, F.interpolate(x, scale_factor=2)),
+    ],
+    ids=range(5),
+)
+def test_pixel_shuffle(compare, size, function):
+    compare(Apply(function), torch.randn(2, 3, *size))
+
+
 TRANSPOSED = {
     "2x2 stride 2": nn.ConvTranspose2d(CHANNELS, 7, 2, stride=2),
     "3x3 stride 2, as decoders have it": nn.ConvTranspose2d(CHANNELS, 6, 3, stride=2, padding=1, output_padding=1),
