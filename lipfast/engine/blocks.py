@@ -98,7 +98,8 @@ def _as_finish(node: Node) -> dict[str, Any] | None:
 
 def _joins(source: Node, own: dict[str, Any], inputs: list[int]) -> bool:
     """Whether what ``source`` does may come before ``own``: norm, then sum, then act."""
-    return source.act == "none" and own["running"] is own["beta"] is None and len(source.inputs) + len(inputs) <= 3
+    plain = own["running"] is None and own["beta"] is None
+    return plain and source.act == "none" and len(source.inputs) + len(inputs) <= 3
 
 
 def _drop_unread(graph: Graph) -> None:
