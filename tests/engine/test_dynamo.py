@@ -13,6 +13,8 @@ from torch.nn.utils import prune
 
 import lipfast._C as _C
 from lipfast.engine import dynamo
+from lipfast.engine.lane_module import Compiled
+from lipfast.engine.lower import Lowered, Segment
 
 TOLERANCE = 2e-5
 
@@ -27,9 +29,15 @@ def small(activation: nn.Module | None = None) -> nn.Sequential:
     )
 
 
+def growing() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.Hardswish()
+    return nn.Sequential(*layers, nn.ConvTranspose2d(6, 16, 4, 2, 1), nn.ReLU6(), nn.PixelShuffle(2))
+
+
 def pruned(model: nn.Module) -> nn.Module:
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             prune.random_unstructured(module, "weight", 0.7)
     return model
 
@@ -49,9 +57,10 @@ def test_torch_finds_the_backend_by_its_entry_point():
     assert getattr(import_module(module), name) is dynamo.lipfast
 
 
+@pytest.mark.parametrize("build", [small, growing])
 @pytest.mark.parametrize("prepare", [lambda m: m, pruned], ids=["dense", "pruned"])
-def test_training(prepare):
-    model, twin = prepare(small()), prepare(small())
+def test_training(prepare, build):
+    model, twin = prepare(build()), prepare(build())
     with torch.no_grad():  # pruning drew other masks for the twin
         for buffer, other in zip(twin.buffers(), model.buffers(), strict=True):
             buffer.copy_(other)
@@ -69,6 +78,21 @@ def test_training(prepare):
         assert torch.allclose(parameter.grad, other.grad, rtol=1e-3, atol=1e-5), name
     for buffer, other in zip(model.buffers(), twin.buffers(), strict=True):
         assert torch.allclose(buffer.float(), other.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [small, growing])
+def test_kernels_read_the_masked_parameters_and_not_their_products(monkeypatch, build):
+    read: list[set[str | None]] = []
+
+    def spied(lowered: Lowered, masks: dict[str, Tensor], **options: bool) -> Compiled:
+        weights = [ref for item in lowered.items if isinstance(item, Segment) for ref in item.weights]
+        read.append(set(masks) - {lowered.recording.leaves.get(ref.number) for ref in weights})
+        assert len(masks) == 2
+        return Compiled(lowered, masks, **options)
+
+    monkeypatch.setattr(dynamo, "Compiled", spied)
+    compiled(pruned(build()))(torch.randn(1, 3, 16, 16))
+    assert read == [set()]
 
 
 def test_inference_uses_zeros_and_sees_them_go():
