@@ -527,12 +527,12 @@ void BindEngine(py::module_& m) {
       .def("clear", &P::Clear, py::arg("section"), py::arg("map"))
       .def("fill_halo", &P::FillHalo, py::arg("section"), py::arg("map"), py::arg("mode"), py::arg("pad"))
       .def("reblock", &P::Reblock, py::arg("section"), py::arg("source"), py::arg("to"))
-      .def("conv_forward", &P::ConvForward, py::arg("where"), py::arg("conv"), py::arg("values"), py::arg("bias"),
+      .def("conv_forward", &P::ConvForward, py::arg("section"), py::arg("conv"), py::arg("values"), py::arg("bias"),
            py::arg("x"), py::arg("y"), py::arg("fill"), py::arg("mode"), py::arg("pad"))
       .def("conv_finish", &P::ConvFinish, py::arg("conv"), py::arg("values"), py::arg("bias"), py::arg("x"),
            py::arg("residual"), py::arg("y"), py::arg("epsilon"), py::arg("offsets"), py::arg("act"), py::arg("slope"),
            py::arg("fill"), py::arg("mode"), py::arg("pad"))
-      .def("conv_input_gradient", &P::ConvInputGradient, py::arg("where"), py::arg("conv"), py::arg("values"),
+      .def("conv_input_gradient", &P::ConvInputGradient, py::arg("section"), py::arg("conv"), py::arg("values"),
            py::arg("dy"), py::arg("dx"))
       .def("conv_weight_gradient", &P::ConvWeightGradient, py::arg("conv"), py::arg("values"), py::arg("bias"),
            py::arg("x"), py::arg("dy"))
@@ -550,7 +550,8 @@ void BindEngine(py::module_& m) {
            py::arg("slope"), py::arg("accumulate"))
       .def("combine", &P::Combine, py::arg("section"), py::arg("a"), py::arg("a_scale"), py::arg("b"),
            py::arg("b_scale"), py::arg("shift"), py::arg("y"))
-      .def("multiply", &P::Multiply, py::arg("where"), py::arg("a"), py::arg("b"), py::arg("y"), py::arg("accumulate"))
+      .def("multiply", &P::Multiply, py::arg("section"), py::arg("a"), py::arg("b"), py::arg("y"),
+           py::arg("accumulate"))
       .def("dot_planes", &P::DotPlanes, py::arg("a"), py::arg("b"), py::arg("y"), py::arg("accumulate"))
       .def("pixel_norm", &P::PixelNorm, py::arg("x"), py::arg("y"), py::arg("epsilon"))
       .def("pixel_norm_backward", &P::PixelNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("epsilon"),
@@ -558,7 +559,7 @@ void BindEngine(py::module_& m) {
       .def("upsample2", &P::Upsample2, py::arg("bilinear"), py::arg("x"), py::arg("y"))
       .def("upsample2_backward", &P::Upsample2Backward, py::arg("bilinear"), py::arg("dy"), py::arg("dx"),
            py::arg("accumulate"))
-      .def("shuffle2", &P::Shuffle2, py::arg("where"), py::arg("many"), py::arg("large"), py::arg("to_large"),
+      .def("shuffle2", &P::Shuffle2, py::arg("section"), py::arg("many"), py::arg("large"), py::arg("to_large"),
            py::arg("accumulate"))
       .def("resample", &P::Resample, py::arg("x"), py::arg("y"), py::arg("rows"), py::arg("columns"))
       .def("resample_backward", &P::ResampleBackward, py::arg("dy"), py::arg("dx"), py::arg("rows"), py::arg("columns"))

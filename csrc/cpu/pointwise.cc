@@ -1,6 +1,7 @@
 #include "cpu/pointwise.h"
 
 #include "cpu/activation.h"
+#include "cpu/plane_sum.h"
 #include "cpu/pool.h"
 #include "cpu/vec.h"
 
@@ -38,7 +39,7 @@ struct ActivateBackward {
       float* out = dx.At(n, c, row);
       for (int64_t i = 0; i < x.block_w * kLanes; i += kLanes) {
         const V change = Mul(Load(gradient + i), ActSlope<kAct>(Load(in + i), low));
-        Store(out + i, accumulate ? Add(Load(out + i), change) : change);
+        Put(out + i, change, accumulate);
       }
     });
   }
@@ -77,7 +78,7 @@ void Multiply(const LaneMap& a, const LaneMap& b, const LaneMap& y, bool accumul
     float* out = y.At(n, c, row);
     for (int64_t i = 0; i < a.block_w * kLanes; i += kLanes) {
       const V product = Mul(Load(first + i), factor ? same : Load(second + i));
-      Store(out + i, accumulate ? Add(Load(out + i), product) : product);
+      Put(out + i, product, accumulate);
     }
   });
 }
@@ -86,19 +87,10 @@ void DotPlanes(const LaneMap& a, const LaneMap& b, const LaneMap& y, const LiveP
                int threads) {
   ParallelFor(threads, a.batch * a.channels, [&](int64_t i) {
     const int64_t n = i / a.channels, c = i % a.channels;
-    V total = Zero();
-    for (int64_t row = 0; row < a.block_h; ++row) {
-      const float* first = a.At(n, c, row);
-      const float* second = b.At(n, c, row);
-      V line = Zero();  // line by line, as ChannelSums in taps.cc
-      for (int64_t j = 0; j < a.block_w * kLanes; j += kLanes) {
-        const V product = Mul(Load(first + j), Load(second + j));
-        line = Add(line, live.rows ? Mul(product, LoadU(live.columns + j)) : product);
-      }
-      total = Add(total, live.rows ? Mul(line, LoadU(live.rows + row * kLanes)) : line);
-    }
+    const float dot = SumPlane(
+        a, live, [&](int64_t row, int64_t i) { return Mul(Load(a.At(n, c, row) + i), Load(b.At(n, c, row) + i)); });
     float* out = y.At(n, c);
-    const float sum = Sum(total) + (accumulate ? *out : 0.0f);
+    const float sum = dot + (accumulate ? *out : 0.0f);
     Store(out, Zero());
     *out = sum;
   });
@@ -141,7 +133,7 @@ void PixelNormBackward(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, f
     for (int64_t c = 0; c < x.channels; ++c) {
       float* out = dx.At(n, c, row, col);
       const V change = Fma(along, Load(x.At(n, c, row, col)), Mul(Load(dy.At(n, c, row, col)), scale));
-      Store(out, accumulate ? Add(Load(out), change) : change);
+      Put(out, change, accumulate);
     }
   });
 }

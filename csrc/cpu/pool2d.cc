@@ -1,6 +1,7 @@
 #include "cpu/pool2d.h"
 
 #include "cpu/halo.h"
+#include "cpu/plane_sum.h"
 #include "cpu/pool.h"
 #include "cpu/vec.h"
 
@@ -135,19 +136,10 @@ void Mean(const LaneMap& x, const LaneMap& y, const LivePixelMask& live, int thr
   const float share = 1.0f / static_cast<float>(x.height * x.width);
   ParallelFor(threads, x.batch * x.channels, [&](int64_t i) {
     const int64_t n = i / x.channels, c = i % x.channels;
-    V total = Zero();
-    for (int64_t row = 0; row < x.block_h; ++row) {
-      const float* in = x.At(n, c, row);
-      V line = Zero();  // line by line, as ChannelSums in taps.cc
-      for (int64_t col = 0; col < x.block_w; ++col) {
-        const V v = Load(in + col * kLanes);
-        line = Add(line, live.rows ? Mul(v, LoadU(live.columns + col * kLanes)) : v);
-      }
-      total = Add(total, live.rows ? Mul(line, LoadU(live.rows + row * kLanes)) : line);
-    }
+    const float sum = SumPlane(x, live, [&](int64_t row, int64_t i) { return Load(x.At(n, c, row) + i); });
     float* out = y.At(n, c);
     Store(out, Zero());
-    out[0] = Sum(total) * share;
+    *out = sum * share;
   });
 }
 

@@ -54,8 +54,6 @@ void Bilinear2(const LaneMap& x, const LaneMap& y, int threads) {
   });
 }
 
-void Put(float* at, V v, bool accumulate) { Store(at, accumulate ? Add(Load(at), v) : v); }
-
 void Shuffle2(const LaneMap& many, const LaneMap& large, bool to_large, bool accumulate, int threads) {
   ForEachPlane(many, threads, [&](int64_t n, int64_t c) {
     const int64_t down = c / 2 % 2, right = c % 2;

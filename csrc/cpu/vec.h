@@ -255,6 +255,9 @@ static inline V LoadLive(const float* p, const int32_t (&live)[kLanes]) {
 #endif
 }
 
+// Stores a vector, or adds it to what is there.
+static inline void Put(float* p, V x, bool accumulate) { Store(p, accumulate ? Add(Load(p), x) : x); }
+
 static inline void Prefetch(const float* p) { __builtin_prefetch(p, 0, 3); }
 // To the second cache level only.
 static inline void PrefetchFar(const float* p) { __builtin_prefetch(p, 0, 2); }

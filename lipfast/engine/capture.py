@@ -28,6 +28,11 @@ class Ref:
     dtype: torch.dtype
 
 
+def refs_in(tree: Any) -> list[Ref]:
+    """The tensors of the recording in any structure, in order."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Ref)]
+
+
 @dataclasses.dataclass
 class Call:
     """One torch function as it was called; tensors are replaced by `Ref`."""
@@ -44,7 +49,11 @@ class Call:
 
     def refs(self) -> list[Ref]:
         """The tensors it reads."""
-        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Ref)]
+        return refs_in((self.args, self.kwargs))
+
+    def results(self) -> list[Ref]:
+        """The tensors it makes."""
+        return refs_in(self.result)
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from lipfast.engine.capture import Call, Recording, Ref, record
+from lipfast.engine.capture import Recording, Ref, record
 from lipfast.engine.graph import CONV_KINDS
 from lipfast.engine.lane_module import FEWEST_ZEROS, PLANS_KEPT, Compiled, runs_in_lanes
 from lipfast.engine.lower import Lowered, Segment, lower
@@ -163,14 +163,14 @@ def _masks_in_graph(recording: Recording, tensors: Mapping[str, Tensor]) -> tupl
     sources: dict[str, str] = {}
     products: dict[int, Ref] = {}
     leaves = dict(recording.leaves)  # also the results of conversions that change nothing
-    count = 1 + max([*leaves, *(ref.number for call in recording.calls for ref in _results(call))], default=0)
+    count = 1 + max([*leaves, *(ref.number for call in recording.calls for ref in call.results())], default=0)
     for call in recording.calls:
-        if call.function is Tensor.to and call.refs()[0].number in leaves and _results(call)[0].dtype == torch.float32:
-            leaves[_results(call)[0].number] = leaves[call.refs()[0].number]
+        if call.function is Tensor.to and call.refs()[0].number in leaves and call.results()[0].dtype == torch.float32:
+            leaves[call.results()[0].number] = leaves[call.refs()[0].number]
         elif call.function in _PRODUCTS and len(call.refs()) == 2 and all(ref.number in leaves for ref in call.refs()):
             first, second = (leaves[ref.number] for ref in call.refs())
             weight, mask = (first, second) if _is_mask(tensors[second]) else (second, first)
-            product = _results(call)[0]
+            product = call.results()[0]
             if _is_mask(tensors[mask]) and tensors[mask].shape == tensors[weight].shape == product.shape:
                 masks[weight], sources[weight] = tensors[mask] != 0, mask
                 products[product.number] = Ref(count, product.shape, product.dtype)
@@ -180,10 +180,6 @@ def _masks_in_graph(recording: Recording, tensors: Mapping[str, Tensor]) -> tupl
             weight_ref = products.get(call.args[1].number, call.args[1])
             call.args = (call.args[0], weight_ref, *call.args[2:])
     return masks, sources
-
-
-def _results(call: Call) -> list[Ref]:
-    return [ref for ref in torch.utils._pytree.tree_leaves(call.result) if isinstance(ref, Ref)]
 
 
 def _is_mask(tensor: Tensor) -> bool:

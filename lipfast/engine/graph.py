@@ -10,8 +10,8 @@ from typing import Any
 Shape = tuple[int, int, int, int]  # batch, channels, height, width
 
 # Numbers of csrc/cpu/pointwise.h's Activation.
-ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "sigmoid": 3, "tanh": 4, "silu": 5}
-ACTIVATIONS |= {"relu6": 6, "hardsigmoid": 7, "hardswish": 8}
+_NUMBERED = ("none", "relu", "leaky_relu", "sigmoid", "tanh", "silu", "relu6", "hardsigmoid", "hardswish")
+ACTIVATIONS = {name: number for number, name in enumerate(_NUMBERED)}
 
 CONV_KINDS = ("conv", "conv_transpose")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
-from lipfast.engine.capture import Call, Recording, Ref, record
+from lipfast.engine.capture import Call, Recording, Ref, record, refs_in
 from lipfast.engine.lower import Lowered, Segment, lower
 from lipfast.engine.operators import dense_name, lower_to_operators
 from lipfast.engine.plan import Options, Weight
@@ -275,8 +275,8 @@ class Compiled:
 
     def _leaves_read(self) -> list[int]:
         """Leaves that torch calls read; segments take theirs packed."""
-        read = {ref.number for item in self._items for ref in (item.refs() if isinstance(item, Call) else item.inputs)}
-        read |= {ref.number for ref in pytree.tree_leaves(self._recording.result) if isinstance(ref, Ref)}
+        read = {ref.number for item in self._items for ref in _tensors_of(item)}
+        read |= {ref.number for ref in refs_in(self._recording.result)}
         return [number for number in self._recording.leaves if number in read]
 
     def _read_last(self) -> list[list[int]]:
@@ -285,7 +285,7 @@ class Compiled:
         last: dict[int, int] = {}
         for position, item in enumerate(self._items):
             last.update(dict.fromkeys((ref.number for ref in _tensors_of(item)), position))
-        results = {ref.number for ref in pytree.tree_leaves(self._recording.result) if isinstance(ref, Ref)}
+        results = {ref.number for ref in refs_in(self._recording.result)}
         spent: list[list[int]] = [[] for _ in self._items]
         for number, position in last.items():
             if number not in results:
@@ -301,9 +301,7 @@ class Compiled:
 
 def _tensors_of(item: Any) -> list[Ref]:
     """What an item of a recording reads from the tensors known so far, and what a call adds to them."""
-    if not isinstance(item, Call):
-        return item.reads if isinstance(item, SegmentRunner) else item.inputs
-    return [*item.refs(), *(leaf for leaf in pytree.tree_leaves(item.result) if isinstance(leaf, Ref))]
+    return [*item.refs(), *item.results()] if isinstance(item, Call) else item.inputs
 
 
 def _by_amount(counted: Sequence[tuple[str, int]]) -> dict[int, list[str]]:
@@ -395,13 +393,9 @@ class SegmentRunner:
 
     @property
     def inputs(self) -> list[Ref]:
-        """The tensors it reads beside its weights."""
-        return self._segment.inputs
-
-    @property
-    def reads(self) -> list[Ref]:
-        """Its inputs, and weights that the recording computes."""
-        return [*self.inputs, *(ref for ref in self._segment.weights if ref.number not in self._leaves)]
+        """The tensors it reads beside parameters: its maps, and weights that the recording computes."""
+        computed = [ref for ref in self._segment.weights if ref.number not in self._leaves]
+        return [*self._segment.inputs, *computed]
 
     def lease(self, use: _Use) -> "_Lease":
         """A program that nobody else uses."""

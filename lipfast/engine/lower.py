@@ -11,9 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from lipfast.engine.capture import Call, Recording, Ref, pair
+from lipfast.engine.capture import Call, Recording, Ref, pair, refs_in
 from lipfast.engine.graph import CONV_KINDS, Graph, Node, Taps
 from lipfast.engine.patterns import gather_patterns, pixel_norm
 
@@ -72,7 +71,7 @@ def lower(recording: Recording) -> Lowered:
 
 def _makes_a_weight(call: Call, recording: Recording, maps: set[int]) -> bool:
     """Whether a call only computes on parameters, so that leaving it to torch converts no map."""
-    made = {leaf.number for leaf in pytree.tree_leaves(call.result) if isinstance(leaf, Ref)}
+    made = {ref.number for ref in call.results()}
     return all(ref.number in recording.leaves for ref in call.refs()) and not made & maps
 
 
@@ -81,9 +80,7 @@ def _last_uses(recording: Recording) -> dict[int, int]:
     uses: dict[int, int] = {}
     for position, call in enumerate(recording.calls):
         uses.update({ref.number: position for ref in call.refs()})
-    for leaf in pytree.tree_leaves(recording.result):
-        if isinstance(leaf, Ref):
-            uses[leaf.number] = len(recording.calls)
+    uses.update((ref.number, len(recording.calls)) for ref in refs_in(recording.result))
     return uses
 
 

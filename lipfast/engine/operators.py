@@ -11,9 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from lipfast.engine.capture import Call, Recording, Ref, pair
+from lipfast.engine.capture import Call, Recording, Ref, pair, refs_in
 from lipfast.engine.lower import Lowered
 from lipfast.errors import BackendError
 from lipfast.ops import _dispatch, pruned_conv
@@ -299,8 +298,7 @@ def _arguments(
 def _readers(recording: Recording) -> dict[int, int]:
     """Tensor number -> how often it is read; the module's result counts."""
     found: dict[int, int] = {}
-    results = [leaf for leaf in pytree.tree_leaves(recording.result) if isinstance(leaf, Ref)]
-    for ref in [*results, *(ref for call in recording.calls for ref in call.refs())]:
+    for ref in [*refs_in(recording.result), *(ref for call in recording.calls for ref in call.refs())]:
         found[ref.number] = found.get(ref.number, 0) + 1
     return found
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from lipfast.engine.capture import Call, Recording, Ref
+from lipfast.engine.capture import Call, Recording, Ref, refs_in
 
 _MULTIPLY = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 _DIVIDE = (torch.div, Tensor.div, Tensor.__truediv__)
@@ -47,8 +46,7 @@ class _Finder:
     def __init__(self, recording: Recording) -> None:
         self._made = {call.result.number: call for call in recording.calls if isinstance(call.result, Ref)}
         self._uses: dict[int, int] = {}
-        leaves = [leaf for leaf in pytree.tree_leaves(recording.result) if isinstance(leaf, Ref)]
-        for ref in [*leaves, *(ref for call in recording.calls for ref in call.refs())]:
+        for ref in [*refs_in(recording.result), *(ref for call in recording.calls for ref in call.refs())]:
             self._uses[ref.number] = self._uses.get(ref.number, 0) + 1
 
     def pixel_norm(self, call: Call) -> tuple[Ref, float, list[Call]] | None:
