@@ -4,7 +4,7 @@
 #   make check    format, lint, types
 #   make test-gpu-static   what nvcc makes of the GPU kernels; needs nvcc, no GPU
 #   make test-gpu, bench-gpu   test and time them on a GPU; results in gpu-tests.xml, gpu-bench.jsonl
-#   make sanitize C++ kernel tests under AddressSanitizer and UBSan, then under valgrind
+#   make sanitize C++ kernel tests under AddressSanitizer and UBSan, then AVX-512 emulated under valgrind
 # Where pip's default index has no CPU wheel of torch, name one that has: make test PIP_FLAGS="--extra-index-url URL"
 
 PYTHON ?= python3
@@ -23,12 +23,12 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --benchmark-disable
 
-# valgrind knows no AVX-512, so it runs the AVX2 kernels.
+# valgrind knows no AVX-512; emulated, those kernels run on CPUs without it, too.
 sanitize: $(VENV)/installed
 	$(BIN)/python tests/cpp/build.py build/sanitize/kernels -fsanitize=address,undefined -fno-sanitize-recover=all
 	build/sanitize/kernels
-	LIPFAST_ISA=avx2 $(BIN)/python tests/cpp/build.py build/valgrind/kernels
-	LIPFAST_ISA=avx2 valgrind -q --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite --show-leak-kinds=definite build/valgrind/kernels
+	LIPFAST_ISA=avx512 $(BIN)/python tests/cpp/build.py build/valgrind/kernels --emulate-avx512
+	LIPFAST_ISA=avx512 valgrind -q --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite --show-leak-kinds=definite build/valgrind/kernels
 
 test-gpu-static: $(VENV)/installed
 	$(BIN)/python -m pytest tests/gpu -m nvcc

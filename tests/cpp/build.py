@@ -1,18 +1,20 @@
-"""Builds the C++ kernel tests: ``build.py OUTPUT [FLAG...]``. Sources and instruction sets are those of setup.py.
+"""Builds the C++ kernel tests: ``build.py OUTPUT [--emulate-avx512] [FLAG...]``. Sources and instruction sets are those
+of setup.py.
 
 Kernels that will not run, because this CPU has not their instruction set or ``LIPFAST_ISA`` names another, are compiled
-fast and without the flags.
+fast and without the flags. With ``--emulate-avx512`` the AVX-512 kernels need AVX2 only.
 """
 
+import argparse
 import importlib.util
 import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CXX = "g++"
+EMULATION = ["-include", str(Path(__file__).parent / "avx512_emulation.h"), "-Wno-psabi", "-Wno-ignored-attributes"]
 
 
 def load_setup():
@@ -35,8 +37,11 @@ def compile_one(source: Path, output: Path, flags: list[str]) -> Path:
     return output
 
 
-def main(output: Path, flags: list[str]) -> None:
+def main(output: Path, emulate_avx512: bool, flags: list[str]) -> None:
     setup = load_setup()
+    if emulate_avx512:
+        setup.TARGETS["avx512"] = (2, [*setup.TARGETS["avx2"][1], *EMULATION])
+        flags = [*flags, "-D__builtin_cpu_supports(isa)=1"]
     folder = output.parent
     folder.mkdir(parents=True, exist_ok=True)
     common = [*setup.COMMON_FLAGS, "-O1", "-g1", *flags]
@@ -54,4 +59,8 @@ def main(output: Path, flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), sys.argv[2:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--emulate-avx512", action="store_true")
+    known, other = parser.parse_known_args()
+    main(known.output.resolve(), known.emulate_avx512, other)
