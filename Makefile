@@ -63,13 +63,14 @@ format: $(VENV)/installed
 clean:
 	rm -rf $(VENV) build dist lipfast.egg-info demo
 
-# torch comes first and pinned, so that pip settles on its CPU wheel before it resolves the rest.
+# torch comes first and pinned, so that pip settles on its CPU wheel before it resolves the rest. Byte code is made of
+# what is imported, when it is: all of torch's would take as long as the download.
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(PIP_FLAGS) '$(TORCH)'
+	$(BIN)/pip install --quiet --no-compile $(PIP_FLAGS) '$(TORCH)'
 	touch $@
 
 # Editable: the extension is compiled in place. A changed source or build file installs again.
 $(VENV)/installed: $(VENV)/torch pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
-	$(BIN)/pip install --quiet $(PIP_FLAGS) --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile $(PIP_FLAGS) --editable '.[dev]'
 	touch $@

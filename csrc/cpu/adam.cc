@@ -12,9 +12,12 @@ constexpr int64_t kChunk = 8192;  // four arrays of it fit in L2 with room to sp
 // a * b + c rounded once on every target; vec.h's Fma rounds twice on the plain one.
 V Fused(V a, V b, V c) {
 #if LIPFAST_TARGET == 0
-  V out;
-  for (int i = 0; i < kLanes; ++i) out.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
-  return out;
+  alignas(64) float x[kLanes], y[kLanes], z[kLanes];
+  Store(x, a);
+  Store(y, b);
+  Store(z, c);
+  for (int i = 0; i < kLanes; ++i) z[i] = __builtin_fmaf(x[i], y[i], z[i]);
+  return Load(z);
 #else
   return Fma(a, b, c);
 #endif

@@ -78,7 +78,7 @@ Bits FromBytes(const uint8_t* bytes) {
 }
 Keys KeysOf(V score, Bits alive) {
   Keys keys;
-  std::memcpy(keys.v, score.v, sizeof(keys.v));
+  std::memcpy(keys.v, &score, sizeof(keys.v));
   for (int i = 0; i < kLanes; ++i) keys.v[i] = alive >> i & 1 ? keys.v[i] & 0x7fffffff : kDeadKey;
   return keys;
 }
@@ -88,8 +88,10 @@ Bits Less(Keys keys, int32_t bound) {
   return bits;
 }
 V Only(V x, Bits bits) {
-  for (int i = 0; i < kLanes; ++i) x.v[i] = bits >> i & 1 ? x.v[i] : 0.0f;
-  return x;
+  alignas(64) float lanes[kLanes];
+  Store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) lanes[i] = bits >> i & 1 ? lanes[i] : 0.0f;
+  return Load(lanes);
 }
 
 #endif  // LIPFAST_TARGET == 1

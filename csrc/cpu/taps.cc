@@ -14,7 +14,7 @@ int64_t Most(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t Parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 // A tile's sums fill the registers but for the weight of this tap and of the next.
-constexpr int kTileVectors = kRegisters >= 32 ? 16 : kRegisters >= 8 ? 7 : 4;
+constexpr int kTileVectors = kRegisters >= 32 ? 16 : kRegisters >= 8 ? 7 : 3;
 // A tile of weight gradients leaves room for two chains of products.
 constexpr int kDotTileVectors = kParts == 2 ? 6 : kTileVectors;
 constexpr int kTileRows = 2, kTileCols = 8;  // at most, where they fit
@@ -459,8 +459,8 @@ void SparseDot(const Region* regions, int64_t count, const TapList& taps, float*
 constexpr int kGroup = kParts == 2 ? 6 : 4;                   // output channels that share a load of the input
 constexpr int kDenseCols = kRegisters >= 32 ? 6 : 1;          // kGroup * kDenseCols sums in registers
 constexpr int64_t kDenseBlock = kRegisters >= 32 ? 72 : 144;  // taps between two visits of a sum to memory
-constexpr int kDotGroup = 4;  // output channels that share a load in the weight gradient
-constexpr int kDotTaps = kRegisters >= 32 ? 6 : kParts == 2 ? 3 : 1;  // kDotGroup * kDotTaps sums in registers
+constexpr int kDotGroup = 4;                        // output channels that share a load in the weight gradient
+constexpr int kDotTaps = kRegisters >= 32 ? 6 : 3;  // kDotGroup * kDotTaps sums in registers
 
 constexpr int64_t kDotVectors = 64;  // positions whose input, for some taps, stays in the first cache level
 

@@ -102,66 +102,87 @@ static inline R Fma(R a, R b, R c) { return _mm256_fmadd_ps(a, b, c); }
 
 constexpr int kRegisters = 4;
 constexpr int kParts = 4;
+// 128 bits, which most machines have; the compiler finds the instructions.
+typedef float R __attribute__((vector_size(16), may_alias));
+typedef float UnalignedR __attribute__((vector_size(16), may_alias, aligned(4)));
 struct V {
-  float v[kLanes];
+  R a, b, c, d;
 };
 
-// Loops over 16 floats: the compiler turns them into what the machine has.
-#define LIPFAST_EACH(expression)                            \
-  V out;                                                    \
-  for (int i = 0; i < kLanes; ++i) out.v[i] = (expression); \
-  return out;
-static inline V Load(const float* p) { LIPFAST_EACH(p[i]) }
-static inline V LoadU(const float* p) { LIPFAST_EACH(p[i]) }
-static inline void Store(float* p, V x) {
-  for (int i = 0; i < kLanes; ++i) p[i] = x.v[i];
-}
-static inline void StoreU(float* p, V x) { Store(p, x); }
-static inline V Set(float x) { LIPFAST_EACH(x) }
-static inline V Zero() { return Set(0.0f); }
-static inline V Add(V a, V b) { LIPFAST_EACH(a.v[i] + b.v[i]) }
-static inline V Sub(V a, V b) { LIPFAST_EACH(a.v[i] - b.v[i]) }
-static inline V Mul(V a, V b) { LIPFAST_EACH(a.v[i] * b.v[i]) }
-static inline V Div(V a, V b) { LIPFAST_EACH(a.v[i] / b.v[i]) }
-static inline V Max(V a, V b) { LIPFAST_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]) }
-static inline V Min(V a, V b) { LIPFAST_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]) }
-static inline V Sqrt(V a) { LIPFAST_EACH(std::sqrt(a.v[i])) }
+static inline R LoadR(const float* p) { return *reinterpret_cast<const R*>(p); }
+static inline R SetR(float x) { return R{x, x, x, x}; }
+static inline void Store(float* p, R v) { *reinterpret_cast<R*>(p) = v; }
+static inline R Add(R a, R b) { return a + b; }
+static inline R Sub(R a, R b) { return a - b; }
+static inline R Mul(R a, R b) { return a * b; }
+static inline R Div(R a, R b) { return a / b; }
+static inline R Max(R a, R b) { return a > b ? a : b; }
+static inline R Min(R a, R b) { return a < b ? a : b; }
 // Two roundings here: a machine without FMA would emulate the single one slowly.
-static inline V Fma(V a, V b, V c) { LIPFAST_EACH(a.v[i] * b.v[i] + c.v[i]) }
-static inline V IfPositive(V a, V b, V c) { LIPFAST_EACH(a.v[i] > 0.0f ? b.v[i] : c.v[i]) }
-using R = V;
-static inline R LoadR(const float* p) { return Load(p); }
-static inline R SetR(float x) { return Set(x); }
-#undef LIPFAST_EACH
+static inline R Fma(R a, R b, R c) { return a * b + c; }
+static inline R IfPositive(R a, R b, R c) { return a > 0.0f ? b : c; }
+static inline R Sqrt(R x) { return R{std::sqrt(x[0]), std::sqrt(x[1]), std::sqrt(x[2]), std::sqrt(x[3])}; }
+
+static inline V Load(const float* p) { return {LoadR(p), LoadR(p + 4), LoadR(p + 8), LoadR(p + 12)}; }
+static inline V LoadU(const float* p) {
+  const UnalignedR* parts = reinterpret_cast<const UnalignedR*>(p);
+  return {parts[0], parts[1], parts[2], parts[3]};
+}
+static inline void Store(float* p, V v) {
+  Store(p, v.a);
+  Store(p + 4, v.b);
+  Store(p + 8, v.c);
+  Store(p + 12, v.d);
+}
+static inline void StoreU(float* p, V v) {
+  UnalignedR* parts = reinterpret_cast<UnalignedR*>(p);
+  parts[0] = v.a;
+  parts[1] = v.b;
+  parts[2] = v.c;
+  parts[3] = v.d;
+}
+static inline V Set(float x) { return {SetR(x), SetR(x), SetR(x), SetR(x)}; }
+static inline V Zero() { return Set(0.0f); }
+static inline V Sqrt(V x) { return {Sqrt(x.a), Sqrt(x.b), Sqrt(x.c), Sqrt(x.d)}; }
+#define LIPFAST_BINARY(Name) \
+  static inline V Name(V x, V y) { return {Name(x.a, y.a), Name(x.b, y.b), Name(x.c, y.c), Name(x.d, y.d)}; }
+LIPFAST_BINARY(Add)
+LIPFAST_BINARY(Sub)
+LIPFAST_BINARY(Mul)
+LIPFAST_BINARY(Div)
+LIPFAST_BINARY(Max)
+LIPFAST_BINARY(Min)
+#undef LIPFAST_BINARY
+#define LIPFAST_TERNARY(Name)                                                                    \
+  static inline V Name(V x, V y, V z) {                                                          \
+    return {Name(x.a, y.a, z.a), Name(x.b, y.b, z.b), Name(x.c, y.c, z.c), Name(x.d, y.d, z.d)}; \
+  }
+LIPFAST_TERNARY(Fma)
+LIPFAST_TERNARY(IfPositive)
+#undef LIPFAST_TERNARY
 
 #endif
 
 constexpr int kRegisterLanes = sizeof(R) / sizeof(float);
 
 // Sum of the 16 lanes, always in the same order: halves are added to halves.
-static inline float Sum(V x) {
 #if LIPFAST_TARGET > 0
-#if LIPFAST_TARGET == 2
-  const __m256 upper = _mm512_extractf32x8_ps(x, 1);
-  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), upper);
-#else
-  const __m256 eight = _mm256_add_ps(x.a, x.b);
-#endif
+static inline float SumEight(__m256 eight) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-#else
-  alignas(64) float t[kLanes];
-  Store(t, x);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) t[i] += t[i + width];
-  }
-  return t[0];
-#endif
 }
-
-#if LIPFAST_TARGET == 1
-static inline float Sum(R x) { return Sum(V{x, _mm256_setzero_ps()}); }
+#endif
+#if LIPFAST_TARGET == 2
+static inline float Sum(V x) {
+  return SumEight(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)));
+}
+#elif LIPFAST_TARGET == 1
+static inline float Sum(V x) { return SumEight(_mm256_add_ps(x.a, x.b)); }
+static inline float Sum(R x) { return SumEight(x); }
+#else
+static inline float Sum(R x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+static inline float Sum(V x) { return Sum((x.a + x.c) + (x.b + x.d)); }
 #endif
 
 // Sums of many vectors are taken sixteen at a time: StoreFolded puts a vector down, added up as
@@ -249,9 +270,11 @@ static inline V LoadLive(const float* p, const int32_t (&live)[kLanes]) {
   const __m256i* halves = reinterpret_cast<const __m256i*>(live);
   return {_mm256_maskload_ps(p, _mm256_loadu_si256(halves)), _mm256_maskload_ps(p + 8, _mm256_loadu_si256(halves + 1))};
 #else
-  V out;
-  for (int i = 0; i < kLanes; ++i) out.v[i] = live[i] ? p[i] : 0.0f;
-  return out;
+  alignas(64) float t[kLanes] = {};
+  for (int i = 0; i < kLanes; ++i) {
+    if (live[i]) t[i] = p[i];
+  }
+  return Load(t);
 #endif
 }
 

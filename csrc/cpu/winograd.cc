@@ -15,7 +15,7 @@ namespace {
 
 // The register block of the matrix products: kRows scalars times kCols vectors.
 constexpr int kCols = kRegisters >= 32 ? 4 : 1;
-constexpr int kRows = kRegisters >= 8 ? 6 : 2;
+constexpr int kRows = kRegisters >= 8 ? 6 : 3;
 constexpr int64_t kDepth = 160;               // longest inner product at once: kDepth x kCols vectors stay in L1
 constexpr int64_t kOutChannels = 22 * kRows;  // output channels multiplied before their inverse transform
 constexpr int64_t kSkew = 5 * kLanes;         // floats between frequencies, so that they fall into different cache sets
