@@ -124,6 +124,13 @@ class CheckedProgram {
     program_.Reblock(AsSection(where), from, to);
   }
 
+  void Flatten(int where, int map, int rows, bool to_map) {
+    const LaneMap &m = Map(map), &r = Map(rows);
+    Check(r.batch == 1 && r.channels == m.channels * m.height * m.width && r.height * r.width == m.batch,
+          "flatten: the second map does not hold the first one's items as pixels");
+    program_.Flatten(AsSection(where), map, rows, to_map);
+  }
+
   void ConvForward(int where, int conv, int64_t values, int64_t bias, int x, int y, bool fill, int mode, int64_t pad) {
     CheckConvReads(conv, values, bias, x, y);
     program_.ConvForward(AsSection(where), conv, values, bias, x, y, AsHalo(fill, mode, pad, y));
@@ -527,6 +534,7 @@ void BindEngine(py::module_& m) {
       .def("clear", &P::Clear, py::arg("section"), py::arg("map"))
       .def("fill_halo", &P::FillHalo, py::arg("section"), py::arg("map"), py::arg("mode"), py::arg("pad"))
       .def("reblock", &P::Reblock, py::arg("section"), py::arg("source"), py::arg("to"))
+      .def("flatten", &P::Flatten, py::arg("section"), py::arg("map"), py::arg("rows"), py::arg("to_map"))
       .def("conv_forward", &P::ConvForward, py::arg("section"), py::arg("conv"), py::arg("values"), py::arg("bias"),
            py::arg("x"), py::arg("y"), py::arg("fill"), py::arg("mode"), py::arg("pad"))
       .def("conv_finish", &P::ConvFinish, py::arg("conv"), py::arg("values"), py::arg("bias"), py::arg("x"),

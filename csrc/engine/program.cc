@@ -94,7 +94,7 @@ float* Program::Scratch(int threads) {
 #if defined(__GLIBC__)
     malloc_trim(0);  // planning and loading free lists and copies of all weights; glibc would keep them resident
 #endif
-    int64_t floats = 0;
+    int64_t floats = flattened_;
     for (const ConvEntry& entry : convs_) floats = std::max(floats, entry.conv->scratch_floats(threads));
     scratch_.reset();
     scratch_ = std::make_unique<Arena>(floats * kFloatBytes);
@@ -147,6 +147,28 @@ void Program::FillHalo(Section where, int map, Padding mode, int64_t pad) {
 void Program::Reblock(Section where, int from, int to) {
   Add(where, "reblock " + SizeLabel(maps_[to]), [x = maps_[from], y = maps_[to]](const RunContext& context) {
     Kernels<LaneKernels>().reblock(x, y, context.threads);
+  });
+}
+
+void Program::Flatten(Section where, int map, int rows, bool to_map) {
+  const LaneMap& m = maps_[map];
+  const int64_t pixels = m.height * m.width, features = m.channels * pixels;
+  flattened_ = std::max(flattened_, m.batch * features);
+  Add(where, "flatten " + SizeLabel(m), [=, items = maps_[map], pixel_items = maps_[rows]](const RunContext& context) {
+    // One piece of memory, read in two ways.
+    const PlainMap by_item = {
+        context.scratch, items.batch, items.channels, items.height, items.width, features, pixels, items.width, 1};
+    const PlainMap by_feature = {context.scratch,   1, features, pixel_items.height,
+                                 pixel_items.width, 0, 1,        pixel_items.width * features,
+                                 features};
+    const LaneKernels& kernels = Kernels<LaneKernels>();
+    if (to_map) {
+      kernels.to_plain(pixel_items, by_feature, context.threads);
+      kernels.from_plain(by_item, items, context.threads);
+    } else {
+      kernels.to_plain(items, by_item, context.threads);
+      kernels.from_plain(by_feature, pixel_items, context.threads);
+    }
   });
 }
 

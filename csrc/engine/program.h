@@ -103,6 +103,8 @@ class Program {
   void Clear(Section where, int map);
   void FillHalo(Section where, int map, Padding mode, int64_t pad);
   void Reblock(Section where, int from, int to);
+  // Between a map and its items as rows of features: (1, features, height, width), a pixel for each item.
+  void Flatten(Section where, int map, int rows, bool to_map);
   void ConvForward(Section where, int conv, int64_t values, int64_t bias, int x, int y, const HaloSpec& halo);
   // Without gradients: ConvForward and Finish as one, for activations that Conv can do; y lies apart from the residual.
   void ConvFinish(int conv, int64_t values, int64_t bias, int x, int residual, int y, float epsilon,
@@ -190,6 +192,7 @@ class Program {
   std::vector<int> plain_maps_[2];
   int plain_count_[2] = {0, 0};
   int scratch_threads_ = 0;
+  int64_t flattened_ = 0;  // floats of the largest map that is flattened
   bool keeps_weights_;
   int64_t loads_ = 0;
   bool profile_ = false;

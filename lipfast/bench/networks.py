@@ -124,6 +124,14 @@ def _inverted_network(stages: _Stages, width: float, act: type[nn.Module], squee
     yield nn.Linear(last, 1000)
 
 
+class Classifier(nn.Sequential):
+    """What VGG-16 ends with: most of its weights."""
+
+    def __init__(self, channels: int = 512, width: int = 4096) -> None:
+        hidden = nn.Linear(49 * channels, width), nn.ReLU(), nn.Dropout(), nn.Linear(width, width), nn.ReLU()
+        super().__init__(nn.Flatten(), *hidden, nn.Dropout(), nn.Linear(width, 1000))
+
+
 class _Inverted(nn.Module):
     """Wider, a window for each channel, and back; with or without squeeze-and-excitation."""
 

@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor
 
-from lipfast.engine.capture import Recording, Ref, record
-from lipfast.engine.graph import CONV_KINDS
+from lipfast.engine.capture import Call, Recording, Ref, record
 from lipfast.engine.lane_module import FEWEST_ZEROS, PLANS_KEPT, Compiled, runs_in_lanes
 from lipfast.engine.lower import Lowered, Segment, lower
 from lipfast.engine.watch import Watch
 from lipfast.errors import ConfigError, InputError
 
-_CONVOLUTIONS = (torch.conv2d, torch.conv_transpose2d)
+_WEIGHTED = (torch.conv2d, torch.conv_transpose2d, F.linear, torch._C._nn.linear)
 _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 _CHANGES = ("writes", "contents")
 
@@ -138,9 +138,9 @@ class _CompiledGraph:
             self._say(f"a graph runs in torch: {reason}")
             return None
         masks, sources = _masks_in_graph(recording, tensors)
-        lowered = lower(recording)
-        if not training:
-            masks = {**_zeros(lowered, tensors), **masks}
+        zeros = {} if training else _zeros(recording, tensors)
+        lowered = lower(recording, {**zeros, **masks})
+        masks = {**_read_in_lanes(lowered, zeros), **masks}
         for refused in lowered.refused:
             self._say(f"{refused}; it runs in torch, and maps are converted to torch's layout and back around it")
         compiled = Compiled(lowered, masks, exact=False, packed=not training)
@@ -155,7 +155,7 @@ class _CompiledGraph:
 
 
 def _masks_in_graph(recording: Recording, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Find products of a parameter and a mask that serve as a conv's weight, and let the conv read the parameter.
+    """Find products of a parameter and a mask that serve as a layer's weight, and let the layer read the parameter.
 
     Changes the recording: each such weight becomes another reference to the parameter's leaf.
     """
@@ -176,7 +176,7 @@ def _masks_in_graph(recording: Recording, tensors: Mapping[str, Tensor]) -> tupl
                 products[product.number] = Ref(count, product.shape, product.dtype)
                 recording.leaves[count] = weight
                 count += 1
-        elif call.function in _CONVOLUTIONS and len(call.args) > 1 and isinstance(call.args[1], Ref):
+        elif _reads_weight(call):
             weight_ref = products.get(call.args[1].number, call.args[1])
             call.args = (call.args[0], weight_ref, *call.args[2:])
     return masks, sources
@@ -184,20 +184,28 @@ def _masks_in_graph(recording: Recording, tensors: Mapping[str, Tensor]) -> tupl
 
 def _is_mask(tensor: Tensor) -> bool:
     """All zeros and ones, some of them zeros; a parameter is none."""
-    if tensor.requires_grad or tensor.dim() != 4:
+    if tensor.requires_grad or tensor.dim() not in (2, 4):
         return False
     return bool(((tensor == 0) | (tensor == 1)).all()) and not bool((tensor == 1).all())
 
 
-def _zeros(lowered: Lowered, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _zeros(recording: Recording, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Masks of the weights that are zero often enough to matter."""
     found = {}
-    for segment in lowered.items:
-        if isinstance(segment, Segment):
-            for node in segment.graph.nodes:
-                weight = segment.weights[node.weight] if node.kind in CONV_KINDS else None
-                name = None if weight is None else lowered.recording.leaves.get(weight.number)
-                alive = tensors[name] != 0 if name is not None else None
-                if alive is not None and bool(alive.any()) and float(alive.float().mean()) <= 1 - FEWEST_ZEROS:
-                    found[str(name)] = alive
+    for call in recording.calls:
+        name = recording.leaves.get(call.args[1].number) if _reads_weight(call) else None
+        alive = tensors[name] != 0 if name is not None else None
+        if alive is not None and bool(alive.any()) and float(alive.float().mean()) <= 1 - FEWEST_ZEROS:
+            found[str(name)] = alive
     return found
+
+
+def _read_in_lanes(lowered: Lowered, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the masks whose weights a segment reads; torch's calls take theirs dense."""
+    segments = [item for item in lowered.items if isinstance(item, Segment)]
+    read = {lowered.recording.leaves.get(ref.number) for segment in segments for ref in segment.weights}
+    return {name: mask for name, mask in masks.items() if name in read}
+
+
+def _reads_weight(call: Call) -> bool:
+    return call.function in _WEIGHTED and len(call.args) > 1 and isinstance(call.args[1], Ref)

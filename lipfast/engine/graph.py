@@ -2,6 +2,9 @@
 
 A `Graph` is straight-line code over numbered values, each a ``(batch, channels, height, width)`` map. Weights are named
 by number, too: ``weights[k]`` says which tensor holds them.
+
+Rows of features, ``(batch, features)``, are maps of one item: ``(1, features, height, width)``, where each item of the
+batch is a pixel. So a linear layer is a 1x1 convolution whose lanes are items.
 """
 
 from dataclasses import dataclass, field
@@ -39,6 +42,7 @@ class Node:
     pool        kernel, stride, pad, maximum
     mean        over all pixels: (n, c, 1, 1)
     pixel_norm  epsilon
+    flatten     a map's items to rows of features
     reblock     nothing: only how the map is cut into blocks changes
     """
 
@@ -74,6 +78,7 @@ class Graph:
     outputs: list[int]
     nodes: list[Node]
     shapes: dict[int, Shape]
+    rows: set[int] = field(default_factory=set)  # values that are rows of features
 
     def consumers(self) -> dict[int, list[int]]:
         """For each value the positions in ``nodes`` that read it, in order."""
@@ -88,3 +93,15 @@ class Graph:
         value = max(self.shapes, default=-1) + 1
         self.shapes[value] = shape
         return value
+
+    def fresh_rows(self, batch: int, features: int) -> int:
+        """A new value for rows of features; the batch fills as many of the four rows of lanes as it divides into."""
+        height = next(side for side in (4, 2, 1) if batch % side == 0)
+        value = self.fresh((1, features, height, batch // height))
+        self.rows.add(value)
+        return value
+
+    def flat_shape(self, value: int) -> tuple[int, int]:
+        """(batch, features) of a value once it is flattened."""
+        n, c, height, width = self.shapes[value]
+        return (height * width, c) if value in self.rows else (n, c * height * width)

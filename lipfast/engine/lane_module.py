@@ -22,7 +22,7 @@ from lipfast.engine.watch import Watch
 from lipfast.errors import InputError
 from lipfast.ops.masked import PRECISIONS
 
-# A conv weight with fewer zeros than this, and no mask, is taken to be dense.
+# A weight with fewer zeros than this, and no mask, is taken to be dense.
 FEWEST_ZEROS = 0.05
 # Input sizes and modes whose programs are kept.
 PLANS_KEPT = 8
@@ -39,8 +39,8 @@ def accelerate(
     """A copy of ``model`` that computes the same with sparse and fused kernels; ``model`` itself is not changed.
 
     What is pruned comes from ``masks``, from the hooks of ``torch.nn.utils.prune``, from parametrizations whose result
-    holds zeros, and from zeros in the weights of ``Conv2d`` and ``ConvTranspose2d`` (at least 5 %, not all). Pruned
-    parameters hold only their kept values, in row-major order, so optimisers and ``.grad`` see only those;
+    holds zeros, and from zeros in the weights of ``Conv2d``, ``ConvTranspose2d`` and ``Linear`` (at least 5 %, not
+    all). Pruned parameters hold only their kept values, in row-major order, so optimisers and ``.grad`` see only those;
     ``state_dict`` and ``load_state_dict`` keep the dense names and shapes.
 
     Args:
@@ -75,7 +75,7 @@ class LaneModule(nn.Module):
         source = _copy(model)
         found = {**_strip_pruning(source), **_given(source, masks or {})}
         _refuse_hooks(source)
-        for name in _zeroed_convs(source):
+        for name in _zeroed(source):
             found.setdefault(name, source.get_parameter(name).detach() != 0)
         found = {name: mask.cpu() for name, mask in found.items()}  # wherever the module may be moved
         for name, mask in found.items():
@@ -190,7 +190,7 @@ class LaneModule(nn.Module):
         recording = record(call, [leaf for leaf in leaves if isinstance(leaf, Tensor)], dense)
         device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), CPU)
         if runs_in_lanes(device):
-            lowered = lower(recording)
+            lowered = lower(recording, self._masks)
         else:
             lowered = lower_to_operators(recording, self._masks, device, precision=self._precision)
         self._warn(lowered)
@@ -546,14 +546,13 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _zeroed_convs(model: nn.Module) -> Iterator[str]:
-    """Conv weights that hold zeros without saying why. One that is all zeros is an initialisation, not a mask."""
+def _zeroed(model: nn.Module) -> Iterator[str]:
+    """Weights that hold zeros without saying why. One that is all zeros is an initialisation, not a mask."""
     for prefix, module in model.named_modules():
-        is_conv = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
-        if is_conv and isinstance(module._parameters.get("weight"), nn.Parameter):
-            alive = module.weight.detach() != 0
-            if alive.dim() == 4 and _is_pruned(alive):
-                yield _join(prefix, "weight")
+        weighted = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
+        weight = module._parameters.get("weight") if weighted else None
+        if weight is not None and _is_pruned(weight.detach() != 0):
+            yield _join(prefix, "weight")
 
 
 def _given(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

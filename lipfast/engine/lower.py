@@ -5,7 +5,8 @@ segments. Each handler below has the signature of the torch function it stands f
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from lipfast.engine.graph import CONV_KINDS, Graph, Node, Taps
 from lipfast.engine.patterns import gather_patterns, pixel_norm
 
 _LARGEST_KERNEL = 7
-_LARGEST_LINEAR = 1 << 22  # weights; beyond, lists of them cost more memory than the kernels save time
+# Linear layers: torch's matrix product is faster where more is kept. Lists of more weights cost too much memory.
+_MOST_KEPT_OF_LINEAR = 0.3
+_LARGEST_LINEAR, _LARGEST_DENSE_LINEAR = 1 << 24, 1 << 22  # kept weights
 
 
 class Unsupported(Exception):
@@ -49,13 +52,23 @@ class Lowered:
     refused: list[str]
 
 
-def lower(recording: Recording) -> Lowered:
-    """Split a recording into lane segments and torch calls, in order. Patterns in the recording become one call."""
+def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None) -> Lowered:
+    """Split a recording into lane segments and torch calls, in order. Patterns in the recording become one call.
+
+    Args:
+        recording: what to split.
+        masks: leaf name -> which of its weights live. Linear layers run in lanes if they are pruned, or behind maps.
+    """
+
+    def kept(weight: Ref) -> int:
+        mask = (masks or {}).get(recording.leaves.get(weight.number, ""))
+        return math.prod(weight.shape) if mask is None else int(mask.sum())
+
     gather_patterns(recording)
     last_use = _last_uses(recording)
     items: list[Segment | Call] = []
     refused: list[tuple[Call, str]] = []
-    builder = _Builder()
+    builder = _Builder(kept)
     for position, call in enumerate(recording.calls):
         try:
             builder.add(call, position)
@@ -63,7 +76,7 @@ def lower(recording: Recording) -> Lowered:
             items += builder.finish(last_use, position)
             items.append(call)
             refused.append((call, f"{call.name}: {reason}"))
-            builder = _Builder()
+            builder = _Builder(kept)
     items += builder.finish(last_use, len(recording.calls))
     maps = {ref.number for item in items if isinstance(item, Segment) for ref in item.inputs}
     return Lowered(recording, items, [why for call, why in refused if not _makes_a_weight(call, recording, maps)])
@@ -87,8 +100,9 @@ def _last_uses(recording: Recording) -> dict[int, int]:
 class _Builder:
     """Collects calls into one graph."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Callable[[Ref], int]) -> None:
         self.graph = Graph([], [], [], {})
+        self.kept = kept
         self._values: dict[int, int] = {}  # tensor number -> value
         self._made: dict[int, Ref] = {}  # tensors that calls of this segment made
         self._inputs: list[Ref] = []
@@ -107,7 +121,7 @@ class _Builder:
         try:
             value = handler(self, *call.args, **call.kwargs)
             shape = self.graph.shapes[value]
-            if call.result.shape not in (shape, _flattened(shape)):
+            if call.result.shape not in (shape, self.graph.flat_shape(value)):
                 raise Unsupported(f"a result of shape {call.result.shape}")
         except (Unsupported, TypeError) as reason:
             nodes, self._values, inputs, weights, statistics = before
@@ -128,10 +142,14 @@ class _Builder:
         return [Segment(self.graph, self._inputs, outputs, self._weights, self._statistics, self._calls)]
 
     def _repays(self, node: Node) -> bool:
-        """Whether an operator can save more than converting maps costs: a convolution that mixes channels."""
+        """Whether an operator can save more than converting maps costs: a convolution that mixes channels, or a pruned
+        linear layer."""
         if node.kind not in CONV_KINDS:
             return False
-        return bool(node.groups == 1 or self._weights[node.weight].shape[1] > 1)
+        weight = self._weights[node.weight]
+        if node.output in self.graph.rows:
+            return self.mostly_pruned(weight)
+        return bool(node.groups == 1 or weight.shape[1] > 1)
 
     # What handlers use.
 
@@ -142,10 +160,44 @@ class _Builder:
         if 0 in tensor.shape:
             raise Unsupported("an operand is empty")
         if tensor.number not in self._values:
-            self._values[tensor.number] = self.graph.fresh(tensor.shape)
-            self._inputs.append(tensor)
-            self.graph.inputs.append(self._values[tensor.number])
+            self._values[tensor.number] = self._outside(tensor, self.graph.fresh(tensor.shape))
         return self._values[tensor.number]
+
+    def _outside(self, tensor: Ref, value: int) -> int:
+        """Note that a value is a tensor from outside this segment."""
+        self._inputs.append(tensor)
+        self.graph.inputs.append(value)
+        return value
+
+    def knows(self, tensor: Any) -> bool:
+        """Whether a tensor has a value in this segment."""
+        return isinstance(tensor, Ref) and tensor.number in self._values
+
+    def flattened(self, tensor: Any) -> int:
+        """The value of a 4-D float32 tensor whose items are flattened. One from outside comes in as rows of features,
+        which costs nothing."""
+        if self.knows(tensor) or not isinstance(tensor, Ref) or len(tensor.shape) != 4 or 0 in tensor.shape:
+            return self.map(tensor)
+        if tensor.dtype != torch.float32:
+            raise Unsupported("an operand is not float32")
+        return self._outside(tensor, self.graph.fresh_rows(tensor.shape[0], math.prod(tensor.shape[1:])))
+
+    def rows(self, tensor: Any) -> int:
+        """The value of a (batch, features) float32 tensor as rows of features."""
+        if not isinstance(tensor, Ref) or len(tensor.shape) != 2 or tensor.dtype != torch.float32:
+            raise Unsupported("an operand is not a 2-D float32 tensor")
+        if 0 in tensor.shape:
+            raise Unsupported("an operand is empty")
+        known = self._values.get(tensor.number)
+        if known is None:
+            self._values[tensor.number] = self._outside(tensor, self.graph.fresh_rows(*tensor.shape))
+        elif known not in self.graph.rows:
+            self._values[tensor.number] = self.node_of_rows("flatten", [known], self.graph.flat_shape(known))
+        return self._values[tensor.number]
+
+    def mostly_pruned(self, weight: Ref) -> bool:
+        """Whether a linear layer keeps few enough weights to be faster than torch's."""
+        return self.kept(weight) <= _MOST_KEPT_OF_LINEAR * math.prod(weight.shape)
 
     def flat(self, tensor: Any) -> int:
         """The value of a map that was flattened to (batch, channels * height * width)."""
@@ -190,18 +242,25 @@ class _Builder:
         self.graph.nodes.append(Node(kind, inputs, value, attributes))
         return value
 
+    def node_of_rows(self, kind: str, inputs: list[int], shape: tuple[int, int], **attributes: Any) -> int:
+        """Append an operator that makes rows of features."""
+        value = self.graph.fresh_rows(*shape)
+        self.graph.nodes.append(Node(kind, inputs, value, attributes))
+        return value
+
     def same(self, kind: str, tensor: Any, **attributes: Any) -> int:
         """An operator that keeps the shape."""
         return self.node(kind, [self.map(tensor)], self.shape(tensor), **attributes)
 
     def each(self, kind: str, tensor: Any, **attributes: Any) -> int:
         """An operator on each number alone."""
-        value = self.any(tensor)
-        return self.node(kind, [value], self.graph.shapes[value], **attributes)
+        return self.like(kind, self.any(tensor), **attributes)
 
-
-def _flattened(shape: tuple[int, ...]) -> tuple[int, int]:
-    return shape[0], shape[1] * shape[2] * shape[3]
+    def like(self, kind: str, value: int, *others: int, **attributes: Any) -> int:
+        """An operator whose result has the form of its first input."""
+        if value in self.graph.rows:
+            return self.node_of_rows(kind, [value, *others], self.graph.flat_shape(value), **attributes)
+        return self.node(kind, [value, *others], self.graph.shapes[value], **attributes)
 
 
 def _conv2d(
@@ -275,7 +334,8 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> int:
-    n, _, height, width = b.shape(input)
+    value = b.rows(input) if isinstance(input, Ref) and len(input.shape) == 2 else b.map(input)
+    n, _, height, width = b.graph.shapes[value]
     if training and n * height * width == 1:
         raise Unsupported("one value per channel has no variance")
     attributes: dict[str, Any] = {"gamma": b.weight(weight), "beta": b.weight(bias)}
@@ -287,7 +347,7 @@ def _batch_norm(
         "act": "none",
         "slope": 0.0,
     }
-    return b.same("norm", input, **attributes)
+    return b.like("norm", value, **attributes)
 
 
 def _activation(act: str) -> Callable[..., int]:
@@ -393,14 +453,15 @@ def _mean(b: _Builder, input: Any, dim: Any = None, keepdim: bool = False, *, dt
 def _flatten(b: _Builder, input: Any, start_dim: int = 0, end_dim: int = -1) -> int:
     if (start_dim, end_dim % 4) != (1, 3):
         raise Unsupported("flattening anything but channels, height and width")
-    return b.map(input)
+    return b.flattened(input)
 
 
 def _reshape(b: _Builder, input: Any, *sizes: Any) -> int:
     wanted = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-    value = b.any(input)
-    shape: tuple[int, ...] = b.graph.shapes[value]
-    result = shape if len(input.shape) == 2 else _flattened(shape)  # the other of the map and its flattened form
+    flat = isinstance(input, Ref) and len(input.shape) == 2
+    value = b.flat(input) if flat else b.flattened(input)
+    to_map = flat and value not in b.graph.rows and len(wanted) == 4
+    result: tuple[int, ...] = b.graph.shapes[value] if to_map else b.graph.flat_shape(value)
     if len(wanted) != len(result) or any(size not in (-1, side) for size, side in zip(wanted, result, strict=True)):
         raise Unsupported(f"reshaping to {tuple(wanted)}")
     return value
@@ -415,16 +476,17 @@ def _expand_as(b: _Builder, input: Any, other: Any) -> int:
 
 
 def _linear_layer(b: _Builder, input: Any, weight: Any, bias: Any = None) -> int:
-    value = b.flat(input)
-    n, channels, height, width = b.graph.shapes[value]
+    pruned, kept = b.mostly_pruned(weight), b.kept(weight)
+    if not (pruned or b.knows(input)):
+        raise Unsupported(f"a linear layer with {kept} of {math.prod(weight.shape)} weights: torch is as fast")
+    if kept > (_LARGEST_LINEAR if pruned else _LARGEST_DENSE_LINEAR):
+        raise Unsupported(f"a linear layer with {kept} weights: too large")
+    value = b.rows(input)
     outputs, inputs = weight.shape
-    if max(height, width) > _LARGEST_KERNEL or outputs * inputs > _LARGEST_LINEAR:
-        raise Unsupported(f"a linear layer from {channels} x {height} x {width} to {outputs}: too large")
-    # The same numbers in the same order: a convolution whose kernel is as large as the map.
-    kernel = dataclasses.replace(weight, shape=(outputs, channels, height, width))
+    kernel = dataclasses.replace(weight, shape=(outputs, inputs, 1, 1))
     attributes: dict[str, Any] = {"weight": b.weight(kernel), "bias": b.weight(bias), "padding_mode": "zeros"}
     attributes |= {"stride": 1, "pad": (0, 0), "dilation": 1, "groups": 1}
-    return b.node("conv", [value], (n, outputs, 1, 1), **attributes)
+    return b.node_of_rows("conv", [value], (b.graph.flat_shape(value)[0], outputs), **attributes)
 
 
 def _interpolate(
@@ -546,11 +608,12 @@ def _linear(b: _Builder, first: Any, second: Any, first_scale: float, second_sca
     if not isinstance(first, Ref):
         first, second, first_scale, second_scale = second, first, second_scale, first_scale
     if isinstance(second, (int, float)):
-        return b.same("combine", first, a_scale=first_scale, b_scale=0.0, shift=second_scale * second)
-    if b.shape(first) != b.shape(second):
-        raise Unsupported(f"shapes {first.shape} and {getattr(second, 'shape', second)} (broadcasting)")
-    values = [b.map(first), b.map(second)]
-    return b.node("combine", values, b.shape(first), a_scale=first_scale, b_scale=second_scale, shift=0.0)
+        return b.each("combine", first, a_scale=first_scale, b_scale=0.0, shift=second_scale * second)
+    take = b.rows if len(first.shape) == 2 else b.map
+    values = take(first), take(second)
+    if first.shape != second.shape:
+        raise Unsupported(f"shapes {first.shape} and {second.shape} (broadcasting)")
+    return b.like("combine", *values, a_scale=first_scale, b_scale=second_scale, shift=0.0)
 
 
 def _add(b: _Builder, input: Any, other: Any, *, alpha: float = 1) -> int:
@@ -568,7 +631,7 @@ def _rsub(b: _Builder, input: Any, other: Any, *, alpha: float = 1) -> int:
 def _mul(b: _Builder, input: Any, other: Any) -> int:
     tensor, factor = (input, other) if isinstance(input, Ref) else (other, input)
     if isinstance(factor, (int, float)):
-        return b.same("combine", tensor, a_scale=float(factor), b_scale=0.0, shift=0.0)
+        return b.each("combine", tensor, a_scale=float(factor), b_scale=0.0, shift=0.0)
     if not (b.makes(tensor) or b.makes(factor)):  # a weight and its mask are maps to look at
         raise Unsupported("the product of two tensors that are not computed in lanes")
     shapes = b.shape(tensor), b.shape(factor)
@@ -584,11 +647,11 @@ def _mul(b: _Builder, input: Any, other: Any) -> int:
 def _div(b: _Builder, input: Any, other: Any, *, rounding_mode: str | None = None) -> int:
     if not isinstance(input, Ref) or not isinstance(other, (int, float)) or rounding_mode or other == 0:
         raise Unsupported("division by a tensor")
-    return b.same("combine", input, a_scale=1.0 / other, b_scale=0.0, shift=0.0)
+    return b.each("combine", input, a_scale=1.0 / other, b_scale=0.0, shift=0.0)
 
 
 def _neg(b: _Builder, input: Any) -> int:
-    return b.same("combine", input, a_scale=-1.0, b_scale=0.0, shift=0.0)
+    return b.each("combine", input, a_scale=-1.0, b_scale=0.0, shift=0.0)
 
 
 def _pixel_norm(b: _Builder, x: Any, epsilon: float) -> int:

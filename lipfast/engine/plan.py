@@ -467,6 +467,10 @@ class _Planner:
         self.emit("pixel_norm", x, y, node.epsilon)
         self.wrote(y)
 
+    def _flatten(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("flatten", _FORWARD, x, y, False)
+        self.wrote(y)
+
     def _reblock(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         self.emit("reblock", _FORWARD, x, y)
         self.wrote(y)
@@ -835,6 +839,10 @@ class _Backward:
         dy = self._home(node.output)
         self.planner.emit("pixel_norm_backward", self.planner.home[x], dy, dx, node.epsilon, accumulate)
         self._wrote(x)
+
+    def _flatten(self, position: int, node: Node) -> None:
+        dy = self._home(node.output)
+        self._into(node.inputs[0], lambda slot: self.planner.emit("flatten", _BACKWARD, slot, dy, True))
 
     def _reblock(self, position: int, node: Node) -> None:
         dy = self._home(node.output)

@@ -1,5 +1,6 @@
 """Programs with the tensors they work on: what trainers and modules share."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lipfast import ops
+from lipfast.engine.capture import Ref
+from lipfast.engine.graph import Graph, Shape
 from lipfast.engine.lower import Segment
 from lipfast.engine.memory import address, memory
 from lipfast.engine.plan import Options, Plan, Weight, plan
@@ -29,12 +32,8 @@ class Running:
         places = [*self.plan.values, *(part for pair in self.plan.statistics for part in pair)]
         self.loaded: Watch | None = None  # over what was loaded, where it need not be loaded again
         self._starts, self._counts = [part.start for part in places], [part.stop - part.start for part in places]
-        graph = segment.graph
-        # A tensor may be a flattened map: of two dimensions here, of four in the program.
-        self._outputs = [
-            (ref.shape, graph.shapes[value]) for ref, value in zip(segment.outputs, graph.outputs, strict=True)
-        ]
-        self._input_shapes = [graph.shapes[graph.inputs[n]] for n in self.plan.input_gradients]
+        self._inputs = _forms(segment.graph, segment.graph.inputs, segment.inputs)
+        self._outputs = _forms(segment.graph, segment.graph.outputs, segment.outputs)
 
     def value(self, weight: int) -> Tensor:
         """The packed values of a weight, a view."""
@@ -50,22 +49,47 @@ class Running:
 
     def forward(self, inputs: Sequence[Tensor], threads: int) -> list[Tensor]:
         """Outputs for float32 inputs of the planned shapes, in fresh tensors."""
-        outputs = [torch.empty(shape) for shape, _ in self._outputs]
-        maps = [output.view(shape) for output, (_, shape) in zip(outputs, self._outputs, strict=True)]
-        self.program.run(0, [tensor.detach().numpy() for tensor in [*inputs, *maps]], threads)
+        outputs = [torch.empty(form.shape) for form in self._outputs]
+        maps = [*_as_maps(inputs, self._inputs), *_as_maps(outputs, self._outputs)]
+        self.program.run(0, [tensor.detach().numpy() for tensor in maps], threads)
         return outputs
 
     def backward(self, output_gradients: Sequence[Tensor], threads: int) -> list[Tensor]:
         """Gradients of the inputs that were asked for; those of the weights are in ``gradients`` afterwards."""
-        inputs = [torch.empty(shape) for shape in self._input_shapes]
-        given = [g.reshape(shape) for g, (_, shape) in zip(output_gradients, self._outputs, strict=True)]
-        self.program.run(1, [tensor.detach().numpy() for tensor in [*given, *inputs]], threads)
+        forms = [self._inputs[number] for number in self.plan.input_gradients]
+        inputs = [torch.empty(form.shape) for form in forms]
+        maps = [*_as_maps(output_gradients, self._outputs), *_as_maps(inputs, forms)]
+        self.program.run(1, [tensor.detach().numpy() for tensor in maps], threads)
         return inputs
 
     def profile(self) -> list[tuple[str, str, float]]:
         """(section, step, seconds) since ``program.set_profile(True)``."""
         rows: list[tuple[str, str, float]] = self.program.profile()
         return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """A tensor outside a program and the map that it is inside: itself, flattened, or as rows of features."""
+
+    shape: Sequence[int]
+    map: Shape
+    rows: bool
+
+    def as_map(self, tensor: Tensor) -> Tensor:
+        """A view in the map's shape, or where none can be a copy."""
+        if not self.rows:
+            return tensor.reshape(self.map)
+        _, features, height, width = self.map
+        return tensor.reshape(height, width, features).permute(2, 0, 1).unsqueeze(0)
+
+
+def _forms(graph: Graph, values: Sequence[int], tensors: Sequence[Ref]) -> list[_Form]:
+    return [_Form(t.shape, graph.shapes[v], v in graph.rows) for v, t in zip(values, tensors, strict=True)]
+
+
+def _as_maps(tensors: Sequence[Tensor], forms: Sequence[_Form]) -> list[Tensor]:
+    return [form.as_map(tensor) for tensor, form in zip(tensors, forms, strict=True)]
 
 
 class Arrays:

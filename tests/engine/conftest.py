@@ -29,10 +29,10 @@ def leaves_of(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def segment_of(module: nn.Module, x: Tensor) -> tuple[Segment, dict[int, str]]:
+def segment_of(module: nn.Module, x: Tensor, masks: dict[str, Tensor] | None = None) -> tuple[Segment, dict[int, str]]:
     """The module as one lane segment; fails if any of it is left to torch."""
     recording = record(lambda leaves, x: torch.func.functional_call(module, leaves, (x,)), [x], leaves_of(module))
-    lowered = lower(recording)
+    lowered = lower(recording, masks)
     assert lowered.refused == []
     (segment,) = lowered.items
     assert isinstance(segment, Segment)
@@ -54,7 +54,7 @@ def compare() -> Callable[..., None]:
         dy = torch.randn(expected.shape)
         expected.backward(dy.double())
 
-        segment, names = segment_of(module, x)
+        segment, names = segment_of(module, x, masks)
         leaves = leaves_of(module)
         weights = weights_of(segment, names, masks, trained=True)
         running = Running(segment, weights, Options(backward=True, input_gradients=[True]))

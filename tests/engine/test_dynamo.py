@@ -35,9 +35,17 @@ def growing() -> nn.Sequential:
     return nn.Sequential(*layers, nn.ConvTranspose2d(6, 16, 4, 2, 1), nn.ReLU6(), nn.PixelShuffle(2))
 
 
+def features() -> nn.Sequential:
+    """No map at all."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(3 * 16 * 20, 12), nn.BatchNorm1d(12), nn.LeakyReLU(0.2), nn.Linear(12, 5)
+    )
+
+
 def pruned(model: nn.Module) -> nn.Module:
     for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             prune.random_unstructured(module, "weight", 0.7)
     return model
 
@@ -57,7 +65,7 @@ def test_torch_finds_the_backend_by_its_entry_point():
     assert getattr(import_module(module), name) is dynamo.lipfast
 
 
-@pytest.mark.parametrize("build", [small, growing])
+@pytest.mark.parametrize("build", [small, growing, features])
 @pytest.mark.parametrize("prepare", [lambda m: m, pruned], ids=["dense", "pruned"])
 def test_training(prepare, build):
     model, twin = prepare(build()), prepare(build())
@@ -80,7 +88,7 @@ def test_training(prepare, build):
         assert torch.allclose(buffer.float(), other.float(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("build", [small, growing])
+@pytest.mark.parametrize("build", [small, growing, features])
 def test_kernels_read_the_masked_parameters_and_not_their_products(monkeypatch, build):
     read: list[set[str | None]] = []
 
@@ -91,7 +99,7 @@ def test_kernels_read_the_masked_parameters_and_not_their_products(monkeypatch, 
         return Compiled(lowered, masks, **options)
 
     monkeypatch.setattr(dynamo, "Compiled", spied)
-    compiled(pruned(build()))(torch.randn(1, 3, 16, 16))
+    compiled(pruned(build()))(torch.randn(2, 3, 16, 20))
     assert read == [set()]
 
 
@@ -106,6 +114,19 @@ def test_inference_uses_zeros_and_sees_them_go():
         model[0].weight.data[0] += 1.0  # revives weights behind everybody's back
         assert close(fast(x), model(x))
         model[3].weight.data.mul_(0.5)
+        assert close(fast(x), model(x))
+
+
+def test_inference_of_layers_of_features_uses_zeros():
+    model = pruned(features()).eval()
+    for module in (model[1], model[4]):
+        prune.remove(module, "weight")
+    x = torch.randn(6, 3, 16, 20)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is left to torch
+        fast = compiled(model)
+        assert close(fast(x), model(x))
+        model[1].weight.data[0] += 1.0
         assert close(fast(x), model(x))
 
 

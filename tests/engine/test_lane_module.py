@@ -176,6 +176,26 @@ def test_all_ways_of_pruning_are_understood(model):
     assert 0.3 < kept / sum(mask.numel() for mask in fast.masks.values()) < 0.5
 
 
+def test_zeros_of_linear_layers_are_pruned_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 7))
+    prune.global_unstructured([(model[1], "weight"), (model[3], "weight")], prune.L1Unstructured, amount=0.8)
+    for layer in (model[1], model[3]):
+        prune.remove(layer, "weight")
+    fast = accelerated(model)
+    assert set(fast.masks) == {"1.weight", "3.weight"}
+    for batch in (1, 6):
+        x = torch.randn(batch, 3, 4, 4)
+        results = [network(x) for network in (model, fast)]
+        assert close(results[1], results[0])
+        for result in results:
+            result.square().sum().backward()
+    for name, mask in fast.masks.items():
+        expected = model.get_parameter(name).grad[mask]
+        assert close(fast.get_parameter(name).grad, expected)
+    assert torch.equal(fast.state_dict()["1.weight"], model[1].weight)
+
+
 def test_a_dict_of_masks():
     torch.manual_seed(0)
     model = UNet().eval()

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lipfast
+from lipfast.engine.capture import Recording, record
+from lipfast.engine.lower import Segment, lower
 from lipfast.errors import InputError
 
 CHANNELS = 5
@@ -541,13 +543,61 @@ class Head(nn.Module):
         return self.head(self, self.conv(x))
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5, 17])
 @pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.parametrize("head", list(HEADS))
-def test_heads(compare, head, pruned):
+def test_heads(compare, head, pruned, batch):
     module = Head(HEADS[head])
     masks = {name: torch.rand(layer.weight.shape) < 0.5 for name, layer in module.named_children()} if pruned else {}
-    compare(module, torch.randn(2, 3, 5, 7), {f"{name}.weight": mask for name, mask in masks.items()})
+    compare(module, torch.randn(batch, 3, 5, 7), {f"{name}.weight": mask for name, mask in masks.items()})
 
 
 def test_a_mean_in_an_odd_picture_counts_its_pixels_only(compare):
     compare(Head(HEADS["pooled"]), torch.randn(3, 3, 9, 13))
+
+
+class Residual(nn.Module):
+    """Layers of features with everything that may lie between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(20, 33), nn.Linear(33, 33), nn.Linear(33, 5)
+        self.norms = nn.ModuleList(nn.BatchNorm1d(33) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.norms[0](self.first(torch.flatten(x, 1))))
+        y = F.dropout(torch.relu(self.norms[1](self.second(y)) + y), training=False)
+        return self.last(2 * y - 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "training"), [(1, False), (3, False), (65, False), (3, True), (8, True), (17, True), (65, True)]
+)
+@pytest.mark.parametrize("size", [(20,), (5, 2, 2)])
+def test_pruned_layers_of_features(compare, batch, size, training):
+    module = Residual().train(training)
+    layers = ("first", "second", "last")
+    masks = {f"{name}.weight": torch.rand(getattr(module, name).weight.shape) < 0.2 for name in layers}
+    compare(module, torch.randn(batch, *size), masks)
+
+
+def recorded(model: nn.Module) -> Recording:
+    def call(leaves, x):
+        return torch.func.functional_call(model, leaves, (x,))
+
+    return record(call, [torch.randn(4, 8)], dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("masks", [{}, {"0.weight": torch.arange(48).view(6, 8) % 2 == 0}], ids=["dense", "half"])
+def test_layers_of_features_stay_in_torch_unless_pruned(masks):
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU())
+    lowered = lower(recorded(model), masks)
+    assert not any(isinstance(item, Segment) for item in lowered.items)
+    assert "weights: torch is as fast" in lowered.refused[0]
+
+
+def test_a_linear_layer_of_more_kept_weights_than_lists_can_hold_stays_in_torch(monkeypatch):
+    monkeypatch.setattr("lipfast.engine.lower._LARGEST_LINEAR", 9)
+    model = nn.Sequential(nn.Linear(8, 6))
+    mask = torch.arange(48).view(6, 8) % 4 == 0
+    assert "a linear layer with 12 weights: too large" in lower(recorded(model), {"0.weight": mask}).refused[0]
