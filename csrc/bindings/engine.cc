@@ -92,7 +92,9 @@ class CheckedProgram {
     if (!mask.is_none()) {
       const int64_t count = shape.out_channels * (shape.in_channels / shape.groups) * shape.kernel_h * shape.kernel_w;
       bytes = Flat<uint8_t>(mask.cast<py::array>(), count, "mask");
-      for (int64_t i = 0; i < count; ++i) Check(bytes[i] <= 1, "mask: expected bytes 0 or 1");
+      if (std::any_of(bytes, bytes + count, [](uint8_t byte) { return byte > 1; })) {
+        Refuse("mask: expected bytes 0 or 1");
+      }
     }
     return program_.AddConv(shape, geometry, bytes, static_cast<ConvKernel>(kernel), exact);
   }

@@ -252,6 +252,14 @@ def _convolved(
     return input.new_empty(len(input), out, *size) if whole and alike and fits and input.is_floating_point() else None
 
 
+def _transformed(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    if input.dim() < 1 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
+        return None
+    alike = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None} == {input.dtype}
+    fits = bias is None or bias.shape == weight.shape[:1]
+    return input.new_empty(*input.shape[:-1], len(weight)) if alike and fits and input.is_floating_point() else None
+
+
 def _resized(
     input: Tensor,
     size: Any = None,
@@ -307,6 +315,7 @@ _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.relu: _rectified,
     F.silu: _rectified,
     torch.conv2d: _convolved,
+    F.linear: _transformed,
     F.interpolate: _resized,
     F.pad: _padded,
     torch.cat: _joined,

@@ -62,7 +62,7 @@ def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None) -> Lo
 
     def kept(weight: Ref) -> int:
         mask = (masks or {}).get(recording.leaves.get(weight.number, ""))
-        return math.prod(weight.shape) if mask is None else int(mask.sum())
+        return math.prod(weight.shape) if mask is None else int(mask.count_nonzero())
 
     gather_patterns(recording)
     last_use = _last_uses(recording)

@@ -41,7 +41,7 @@ class Weight:
     @property
     def count(self) -> int:
         """How many numbers it has."""
-        return int(self.mask.sum()) if self.mask is not None else int(numpy.prod(self.shape))
+        return int(self.mask.count_nonzero()) if self.mask is not None else int(numpy.prod(self.shape))
 
 
 @dataclasses.dataclass
