@@ -151,24 +151,16 @@ void Program::Reblock(Section where, int from, int to) {
 }
 
 void Program::Flatten(Section where, int map, int rows, bool to_map) {
-  const LaneMap& m = maps_[map];
+  const LaneMap &m = maps_[map], &r = maps_[rows];
   const int64_t pixels = m.height * m.width, features = m.channels * pixels;
   flattened_ = std::max(flattened_, m.batch * features);
-  Add(where, "flatten " + SizeLabel(m), [=, items = maps_[map], pixel_items = maps_[rows]](const RunContext& context) {
-    // One piece of memory, read in two ways.
-    const PlainMap by_item = {
-        context.scratch, items.batch, items.channels, items.height, items.width, features, pixels, items.width, 1};
-    const PlainMap by_feature = {context.scratch,   1, features, pixel_items.height,
-                                 pixel_items.width, 0, 1,        pixel_items.width * features,
-                                 features};
+  Add(where, "flatten " + SizeLabel(m), [m, r, pixels, features, to_map](const RunContext& context) {
+    float* memory = context.scratch;  // read in two ways
+    const PlainMap items = {memory, m.batch, m.channels, m.height, m.width, features, pixels, m.width, 1};
+    const PlainMap by_feature = {memory, 1, features, r.height, r.width, 0, 1, r.width * features, features};
     const LaneKernels& kernels = Kernels<LaneKernels>();
-    if (to_map) {
-      kernels.to_plain(pixel_items, by_feature, context.threads);
-      kernels.from_plain(by_item, items, context.threads);
-    } else {
-      kernels.to_plain(items, by_item, context.threads);
-      kernels.from_plain(by_feature, pixel_items, context.threads);
-    }
+    kernels.to_plain(to_map ? r : m, to_map ? by_feature : items, context.threads);
+    kernels.from_plain(to_map ? items : by_feature, to_map ? m : r, context.threads);
   });
 }
 

@@ -543,7 +543,7 @@ class Head(nn.Module):
         return self.head(self, self.conv(x))
 
 
-@pytest.mark.parametrize("batch", [1, 2, 5, 17])
+@pytest.mark.parametrize("batch", [1, 2, 8, 17])
 @pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.parametrize("head", list(HEADS))
 def test_heads(compare, head, pruned, batch):
