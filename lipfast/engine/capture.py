@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -192,6 +192,24 @@ class _Recorder(TorchFunctionMode):
         self._count += 1
         self._refs[id(tensor)] = ref
         return ref
+
+
+def call_with(
+    module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> Any:
+    """The module's result with other tensors in place of parameters and buffers, given by the first name of each.
+
+    `torch.func.functional_call`, but for a module that stands in two places of another: torch exchanges its tensors
+    twice then and puts the second stand-in back as the original.
+    """
+    first = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    everywhere = {
+        f"{path}.{own}" if path else own: tensors[first[id(tensor)]]
+        for path, owner in module.named_modules()
+        for own, tensor in (*owner._parameters.items(), *owner._buffers.items())
+        if tensor is not None and first[id(tensor)] in tensors
+    }
+    return torch.func.functional_call(module, everywhere, args, kwargs, tie_weights=False)
 
 
 def _stand_in(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
-from lipfast.engine.capture import Call, Recording, Ref, record, refs_in
+from lipfast.engine.capture import Call, Recording, Ref, call_with, record, refs_in
 from lipfast.engine.lower import Lowered, Segment, lower
 from lipfast.engine.operators import dense_name, lower_to_operators
 from lipfast.engine.plan import Options, Weight
@@ -77,6 +77,7 @@ class LaneModule(nn.Module):
         _refuse_hooks(source)
         for name in _zeroed(source):
             found.setdefault(name, source.get_parameter(name).detach() != 0)
+        self._other_names = _tied(source, found)
         found = {name: mask.cpu() for name, mask in found.items()}  # wherever the module may be moved
         for name, mask in found.items():
             parameter = source.get_parameter(name)
@@ -117,12 +118,16 @@ class LaneModule(nn.Module):
         """As the dense module's: dense names and shapes."""
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        for name, mask in self._masks.items():
+        for name, mask in self._all_masks().items():
             state[prefix + name] = _scatter(state[prefix + name], mask)
         return state
 
+    def _all_masks(self) -> dict[str, Tensor]:
+        """By every name of a parameter; one that several modules share has several."""
+        return self._masks | {other: self._masks[name] for other, name in self._other_names.items()}
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, mask in self._masks.items():
+        for name, mask in self._all_masks().items():
             given = state_dict.get(prefix + name)
             if given is None or given.shape == self.get_parameter(name).shape:
                 continue
@@ -185,7 +190,7 @@ class LaneModule(nn.Module):
             remaining = iter(tensors)
             filled = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             args, kwargs = pytree.tree_unflatten(filled, structure)
-            return torch.func.functional_call(self._source(), stand_ins, args, kwargs)
+            return call_with(self._source(), stand_ins, args, kwargs)
 
         recording = record(call, [leaf for leaf in leaves if isinstance(leaf, Tensor)], dense)
         device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), CPU)
@@ -495,10 +500,22 @@ def _scatter(packed: Tensor, mask: Tensor) -> Tensor:
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:
-    """Give a parameter another tensor, and so another shape."""
-    owner_name, _, own = name.rpartition(".")
-    owner = module.get_submodule(owner_name)
-    owner._parameters[own] = nn.Parameter(value.clone(), requires_grad=module.get_parameter(name).requires_grad)
+    """Give a parameter another tensor, and so another shape, in all modules that share it."""
+    old = module.get_parameter(name)
+    new = nn.Parameter(value.clone(), requires_grad=old.requires_grad)
+    for owner in module.modules():
+        for own, parameter in owner._parameters.items():
+            if parameter is old:
+                owner._parameters[own] = new
+
+
+def _tied(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, str]:
+    """Leave each mask under the first name of its parameter; the other names -> that one."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    for name in list(masks):
+        masks[names[name]] = masks.pop(name)
+    return {other: name for other, name in names.items() if name in masks and other != name}
 
 
 def _strip_pruning(model: nn.Module) -> dict[str, Tensor]:
@@ -556,7 +573,7 @@ def _zeroed(model: nn.Module) -> Iterator[str]:
 
 
 def _given(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     checked = {}
     for name, mask in masks.items():
         if name not in parameters:

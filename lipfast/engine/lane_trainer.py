@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lipfast import ops
-from lipfast.engine.capture import Recording, Ref, record
+from lipfast.engine.capture import Recording, Ref, call_with, record
 from lipfast.engine.lower import Segment, lower
 from lipfast.engine.plan import Options
 from lipfast.engine.runtime import Running, pack, unpack, weights_of
@@ -181,7 +181,7 @@ class _Fitted:
         _check_input(z)
         self._leaves = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         self._parameters = dict(network.named_parameters())
-        recording = record(lambda leaves, x: torch.func.functional_call(network, leaves, (x,)), [z], self._leaves)
+        recording = record(lambda leaves, x: call_with(network, leaves, (x,)), [z], self._leaves)
         segment = _whole_network(recording, self._parameters)
         weights = weights_of(segment, recording.leaves, masks, trained=True)
         self.running = Running(segment, weights, Options(True, [False], backward_again=False))

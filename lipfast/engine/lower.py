@@ -218,21 +218,23 @@ class _Builder:
         return self.graph.shapes[self.map(tensor)]
 
     def weight(self, tensor: Ref | None) -> int | None:
-        """The number of a tensor that is a weight of this segment: not computed inside it."""
+        """The number of a tensor that is a weight of this segment: not computed inside it. One that is used twice gets
+        two, whose gradients autograd adds up."""
         if tensor is None:
             return None
         if not isinstance(tensor, Ref) or tensor.dtype != torch.float32 or self.makes(tensor):
             raise Unsupported("a weight that is not a float32 tensor from outside")
-        if tensor not in self._weights:
-            self._weights.append(tensor)
-        return self._weights.index(tensor)
+        self._weights.append(tensor)
+        return len(self._weights) - 1
 
-    def running(self, mean: Ref | None, variance: Ref | None) -> int | None:
+    def running(self, mean: Ref | None, variance: Ref | None, training: bool) -> int | None:
         """The number of a pair of running statistics."""
         if mean is None or variance is None:
             return None
         if mean.dtype != torch.float32:
             raise Unsupported("running statistics that are not float32")
+        if training and (mean, variance) in self._statistics:
+            raise Unsupported("running statistics that change twice")
         self._statistics.append((mean, variance))
         return len(self._statistics) - 1
 
@@ -340,7 +342,7 @@ def _batch_norm(
         raise Unsupported("one value per channel has no variance")
     attributes: dict[str, Any] = {"gamma": b.weight(weight), "beta": b.weight(bias)}
     attributes |= {
-        "running": b.running(running_mean, running_var),
+        "running": b.running(running_mean, running_var, training),
         "training": training,
         "momentum": momentum,
         "epsilon": eps,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lipfast import ops
-from lipfast.engine.capture import Recording, record
+from lipfast.engine.capture import Recording, call_with, record
 from lipfast.engine.graph_trainer import Capture, GraphTrainer, capture_as_graphs
 from lipfast.engine.lane_module import Compiled
 from lipfast.engine.lane_trainer import LaneTrainer, Moments
@@ -72,7 +72,7 @@ class PackedNetwork:
             raise InputError("its parameters are not all float32")
         self._masks = masks
         leaves = {**self._parameters, **self._buffers}
-        recording = record(lambda leaves, x: torch.func.functional_call(network, leaves, (x,)), [z], leaves)
+        recording = record(lambda leaves, x: call_with(network, leaves, (x,)), [z], leaves)
         self._flat = _FlatNetwork(recording, self._parameters, self._buffers, masks, z.device)
         self.values = self._flat.values
         self._first, self._second = torch.zeros_like(self.values.data), torch.zeros_like(self.values.data)

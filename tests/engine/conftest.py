@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lipfast.engine.capture import record
+from lipfast.engine.capture import call_with, record
 from lipfast.engine.lower import Segment, lower
 from lipfast.engine.plan import Options
 from lipfast.engine.runtime import Running, pack, unpack, weights_of
@@ -31,7 +31,7 @@ def leaves_of(module: nn.Module) -> dict[str, Tensor]:
 
 def segment_of(module: nn.Module, x: Tensor, masks: dict[str, Tensor] | None = None) -> tuple[Segment, dict[int, str]]:
     """The module as one lane segment; fails if any of it is left to torch."""
-    recording = record(lambda leaves, x: torch.func.functional_call(module, leaves, (x,)), [x], leaves_of(module))
+    recording = record(lambda leaves, x: call_with(module, leaves, (x,)), [x], leaves_of(module))
     lowered = lower(recording, masks)
     assert lowered.refused == []
     (segment,) = lowered.items

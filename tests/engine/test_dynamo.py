@@ -65,7 +65,14 @@ def test_torch_finds_the_backend_by_its_entry_point():
     assert getattr(import_module(module), name) is dynamo.lipfast
 
 
-@pytest.mark.parametrize("build", [small, growing, features])
+def recurrent() -> nn.Sequential:
+    """The same layer twice."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    return nn.Sequential(conv, nn.SiLU(), conv)
+
+
+@pytest.mark.parametrize("build", [small, growing, features, recurrent])
 @pytest.mark.parametrize("prepare", [lambda m: m, pruned], ids=["dense", "pruned"])
 def test_training(prepare, build):
     model, twin = prepare(build()), prepare(build())

@@ -196,6 +196,72 @@ def test_zeros_of_linear_layers_are_pruned_too():
     assert torch.equal(fast.state_dict()["1.weight"], model[1].weight)
 
 
+class Recurrent(nn.Module):
+    """The same layers applied twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(torch.relu(self.norm(self.conv(x)))))
+
+
+def assert_learns_the_same(fast: LaneModule, model: nn.Module, x: Tensor) -> None:
+    """Results, gradients and buffers. Layers whose running statistics change twice run in torch and say so."""
+    results = call(model, x), call(fast, x)
+    assert close(results[1], results[0])
+    weight = torch.randn_like(results[0])
+    for result in results:
+        (result * weight).sum().backward()
+    expected = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in fast.named_parameters():
+        gradient = expected[name].grad
+        assert close(parameter.grad, gradient[fast.masks[name]] if name in fast.masks else gradient), name
+    for name, buffer in fast.named_buffers():
+        assert torch.allclose(buffer, model.get_buffer(name), rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_layer_that_is_used_twice_learns_from_both(training, pruned):
+    torch.manual_seed(0)
+    model = Recurrent().train(training)
+    if pruned:
+        model.conv.weight.data *= torch.rand_like(model.conv.weight) < 0.4
+    assert_learns_the_same(accelerated(model), model, torch.randn(2, 4, 9, 13))
+
+
+def test_a_module_in_two_places_is_left_as_it_was():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.Sequential(conv, nn.ReLU(), conv)
+    fast = lipfast.accelerate(model)
+    for _ in range(2):
+        model.zero_grad()
+        fast.zero_grad()
+        assert_learns_the_same(fast, model, torch.randn(2, 4, 9, 13))
+    assert torch.equal(fast.to_dense()[0].weight, conv.weight)
+
+
+def test_a_pruned_weight_that_modules_share_stays_shared():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+    model[2].weight = model[0].weight
+    model[0].weight.data *= torch.rand_like(model[0].weight) < 0.4
+    for masks in (None, {"2.weight": model[0].weight != 0}):
+        fast = lipfast.accelerate(model, masks)
+        assert list(fast.masks) == ["0.weight"]
+        model.zero_grad()
+        assert_learns_the_same(fast, model, torch.randn(2, 4, 9, 13))
+    state = fast.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    fast.load_state_dict({name: 2 * tensor for name, tensor in state.items()})
+    assert torch.equal(fast.state_dict()["2.weight"], 2 * state["0.weight"])
+    dense = fast.to_dense()
+    assert dense[2].weight is dense[0].weight
+
+
 def test_a_dict_of_masks():
     torch.manual_seed(0)
     model = UNet().eval()

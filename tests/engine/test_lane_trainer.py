@@ -166,6 +166,16 @@ def test_a_new_input_size_is_planned_anew():
         assert float(lanes.step(z, mse(target))[0]) == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_a_layer_that_is_used_twice_goes_to_torch():
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    network = nn.Sequential(conv, nn.SiLU(), conv)
+    trainers = [make_trainer(copy.deepcopy(network), None, lr=0.1, engine=engine) for engine in ("auto", "torch")]
+    z, target = torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)
+    with pytest.warns(UserWarning, match="a parameter is shared"):
+        losses = [[float(trainer.step(z, mse(target))[0]) for _ in range(3)] for trainer in trainers]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_an_unknown_operator_goes_to_torch_and_says_so():
     network = nn.Sequential(nn.Conv2d(4, 3, 3, padding=1), nn.GELU())
     trainer = make_trainer(network, None, lr=0.01)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lipfast
-from lipfast.engine.capture import Recording, record
+from lipfast.engine.capture import Recording, call_with, record
 from lipfast.engine.lower import Segment, lower
 from lipfast.errors import InputError
 
@@ -583,7 +583,7 @@ def test_pruned_layers_of_features(compare, batch, size, training):
 
 def recorded(model: nn.Module) -> Recording:
     def call(leaves, x):
-        return torch.func.functional_call(model, leaves, (x,))
+        return call_with(model, leaves, (x,))
 
     return record(call, [torch.randn(4, 8)], dict(model.named_parameters()))
 
