@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lipfast.engine.capture import Call, Recording, Ref, record
-from lipfast.engine.lane_module import FEWEST_ZEROS, PLANS_KEPT, Compiled, runs_in_lanes
+from lipfast.engine.lane_module import PLANS_KEPT, Compiled, is_pruned, runs_in_lanes
 from lipfast.engine.lower import Lowered, Segment, lower
 from lipfast.engine.watch import Watch
 from lipfast.errors import ConfigError, InputError
@@ -195,7 +195,7 @@ def _zeros(recording: Recording, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     for call in recording.calls:
         name = recording.leaves.get(call.args[1].number) if _reads_weight(call) else None
         alive = tensors[name] != 0 if name is not None else None
-        if alive is not None and bool(alive.any()) and float(alive.float().mean()) <= 1 - FEWEST_ZEROS:
+        if alive is not None and is_pruned(alive):
             found[str(name)] = alive
     return found
 

@@ -531,7 +531,7 @@ def _strip_pruning(model: nn.Module) -> dict[str, Tensor]:
         if parametrize.is_parametrized(module):
             values = {name: getattr(module, name).detach() for name in module.parametrizations}
             alive = {name: value != 0 for name, value in values.items()}
-            if all(_is_pruned(mask) for mask in alive.values()):  # not weight norm and the like: they stay
+            if all(is_pruned(mask) for mask in alive.values()):  # not weight norm and the like: they stay
                 _unparametrize(module, values)
                 masks.update({_join(prefix, name): mask for name, mask in alive.items()})
     return masks
@@ -555,8 +555,9 @@ def _copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, known)
 
 
-def _is_pruned(alive: Tensor) -> bool:
-    return bool(alive.any()) and float(alive.float().mean()) <= 1 - FEWEST_ZEROS
+def is_pruned(alive: Tensor) -> bool:
+    """Whether enough weights are dead, and not all."""
+    return 0 < int(alive.count_nonzero()) <= (1 - FEWEST_ZEROS) * alive.numel()
 
 
 def _join(prefix: str, name: str) -> str:
@@ -568,7 +569,7 @@ def _zeroed(model: nn.Module) -> Iterator[str]:
     for prefix, module in model.named_modules():
         weighted = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
         weight = module._parameters.get("weight") if weighted else None
-        if weight is not None and _is_pruned(weight.detach() != 0):
+        if weight is not None and is_pruned(weight.detach() != 0):
             yield _join(prefix, "weight")
 
 

@@ -97,6 +97,14 @@ def _last_uses(recording: Recording) -> dict[int, int]:
     return uses
 
 
+def _check(tensor: Any, axes: int) -> None:
+    """Refuse what is no float32 tensor of so many axes, or is empty."""
+    if not isinstance(tensor, Ref) or len(tensor.shape) != axes or tensor.dtype != torch.float32:
+        raise Unsupported(f"an operand is not a {axes}-D float32 tensor")
+    if 0 in tensor.shape:
+        raise Unsupported("an operand is empty")
+
+
 class _Builder:
     """Collects calls into one graph."""
 
@@ -155,10 +163,7 @@ class _Builder:
 
     def map(self, tensor: Any) -> int:
         """The value of a 4-D float32 tensor."""
-        if not isinstance(tensor, Ref) or len(tensor.shape) != 4 or tensor.dtype != torch.float32:
-            raise Unsupported("an operand is not a 4-D float32 tensor")
-        if 0 in tensor.shape:
-            raise Unsupported("an operand is empty")
+        _check(tensor, 4)
         if tensor.number not in self._values:
             self._values[tensor.number] = self._outside(tensor, self.graph.fresh(tensor.shape))
         return self._values[tensor.number]
@@ -176,18 +181,14 @@ class _Builder:
     def flattened(self, tensor: Any) -> int:
         """The value of a 4-D float32 tensor whose items are flattened. One from outside comes in as rows of features,
         which costs nothing."""
-        if self.knows(tensor) or not isinstance(tensor, Ref) or len(tensor.shape) != 4 or 0 in tensor.shape:
+        if self.knows(tensor):
             return self.map(tensor)
-        if tensor.dtype != torch.float32:
-            raise Unsupported("an operand is not float32")
+        _check(tensor, 4)
         return self._outside(tensor, self.graph.fresh_rows(tensor.shape[0], math.prod(tensor.shape[1:])))
 
     def rows(self, tensor: Any) -> int:
         """The value of a (batch, features) float32 tensor as rows of features."""
-        if not isinstance(tensor, Ref) or len(tensor.shape) != 2 or tensor.dtype != torch.float32:
-            raise Unsupported("an operand is not a 2-D float32 tensor")
-        if 0 in tensor.shape:
-            raise Unsupported("an operand is empty")
+        _check(tensor, 2)
         known = self._values.get(tensor.number)
         if known is None:
             self._values[tensor.number] = self._outside(tensor, self.graph.fresh_rows(*tensor.shape))
@@ -201,13 +202,17 @@ class _Builder:
 
     def flat(self, tensor: Any) -> int:
         """The value of a map that was flattened to (batch, channels * height * width)."""
-        if not isinstance(tensor, Ref) or tensor.number not in self._values or len(tensor.shape) != 2:
+        if not self.knows(tensor) or len(tensor.shape) != 2:
             raise Unsupported("an operand is neither a map nor a flattened one")
         return self._values[tensor.number]
 
     def any(self, tensor: Any) -> int:
         """The value of a map, flattened or not, for what works on each number alone."""
         return self.flat(tensor) if isinstance(tensor, Ref) and len(tensor.shape) == 2 else self.map(tensor)
+
+    def map_or_rows(self, tensor: Any) -> int:
+        """The value of a map or of rows of features, for what works on each channel or feature."""
+        return self.rows(tensor) if isinstance(tensor, Ref) and len(tensor.shape) == 2 else self.map(tensor)
 
     def makes(self, tensor: Any) -> bool:
         """Whether a tensor is computed inside this segment."""
@@ -336,7 +341,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> int:
-    value = b.rows(input) if isinstance(input, Ref) and len(input.shape) == 2 else b.map(input)
+    value = b.map_or_rows(input)
     n, _, height, width = b.graph.shapes[value]
     if training and n * height * width == 1:
         raise Unsupported("one value per channel has no variance")
@@ -611,8 +616,7 @@ def _linear(b: _Builder, first: Any, second: Any, first_scale: float, second_sca
         first, second, first_scale, second_scale = second, first, second_scale, first_scale
     if isinstance(second, (int, float)):
         return b.each("combine", first, a_scale=first_scale, b_scale=0.0, shift=second_scale * second)
-    take = b.rows if len(first.shape) == 2 else b.map
-    values = take(first), take(second)
+    values = b.map_or_rows(first), b.map_or_rows(second)
     if first.shape != second.shape:
         raise Unsupported(f"shapes {first.shape} and {second.shape} (broadcasting)")
     return b.like("combine", *values, a_scale=first_scale, b_scale=second_scale, shift=0.0)
