@@ -47,12 +47,12 @@ ONCE = {
 
 
 def kernel_sources() -> list[Path]:
-    return sorted(path for path in (ROOT / "csrc/cpu").glob("*.cc") if path.name not in ONCE)
+    kernels = [path for path in (ROOT / "csrc/cpu").glob("*.cc") if path.name not in ONCE]
+    return sorted(kernels, key=lambda path: (-path.stat().st_size, path.name))  # a long one last would end alone
 
 
 def plain_sources() -> list[str]:
-    folders = ("csrc/bindings", "csrc/engine")
-    every = [path for folder in folders for path in sorted((ROOT / folder).glob("*.cc"))]
+    every = [ROOT / "csrc/bindings/module.cc", *sorted((ROOT / "csrc/engine").glob("*.cc"))]
     every += [path for name in sorted(ONCE) if (path := ROOT / "csrc/cpu" / name).exists()]
     return [str(path.relative_to(ROOT)) for path in every]
 

@@ -1,6 +1,15 @@
+// All bindings are one unit for the compiler: pybind11's headers take it longer than
+// any of these files.
 #include <pybind11/pybind11.h>
 
-#include "bindings/checks.h"
+#include "bindings/ceiling.cc"
+#include "bindings/checks.cc"
+#include "bindings/conv.cc"
+#include "bindings/engine.cc"
+#include "bindings/lanes.cc"
+#include "bindings/select.cc"
+#include "bindings/step.cc"
+#include "bindings/winograd.cc"
 #include "cpu/isa.h"
 
 namespace lipfast {
