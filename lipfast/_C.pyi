@@ -196,6 +196,22 @@ class Program:
         zero_halo: bool,
         recover: bool,
     ) -> None: ...
+    def group_norm(
+        self,
+        x: int,
+        y: int,
+        groups: int,
+        epsilon: float,
+        act: int,
+        slope: float,
+        offsets: list[int],
+        fill: bool,
+        mode: int,
+        pad: int,
+    ) -> None: ...
+    def group_norm_backward(
+        self, x: int, dy: int, dx: int, groups: int, epsilon: float, act: int, slope: float, offsets: list[int]
+    ) -> None: ...
     def finish(
         self,
         x: int,

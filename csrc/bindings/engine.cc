@@ -168,7 +168,7 @@ class CheckedProgram {
                    const std::vector<int64_t>& offsets, bool training, bool recover, bool fill, int mode, int64_t pad) {
     const NormSpec spec = AsNorm(x, epsilon, momentum, act, slope);
     CheckPair(x, y);
-    const NormOffsets at = AsOffsets(offsets, spec.channels);
+    const NormOffsets at = AsOffsets(offsets, spec.channels, 2 * spec.channels);
     Check(training || at.running_mean >= 0, "norm: evaluation needs running statistics");
     Check(!training || Map(x).batch * Map(x).height * Map(x).width > 1, "norm: one value has no variance");
     const HaloSpec halo = AsHalo(fill, mode, pad, y);
@@ -186,7 +186,23 @@ class CheckedProgram {
     CheckPair(x, dx);
     if (dy2 >= 0) CheckPair(x, dy2);
     if (recover) CheckUndoable(spec);
-    program_.NormBackward(x, dy, dy2, dx, spec, AsOffsets(offsets, spec.channels), training, zero_halo, recover);
+    program_.NormBackward(x, dy, dy2, dx, spec, AsOffsets(offsets, spec.channels, 2 * spec.channels), training,
+                          zero_halo, recover);
+  }
+
+  void GroupNorm(int x, int y, int64_t groups, float epsilon, int act, float slope, const std::vector<int64_t>& offsets,
+                 bool fill, int mode, int64_t pad) {
+    CheckPair(x, y);
+    const GroupNormSpec spec = AsGroupNorm(x, groups, epsilon, act, slope);
+    program_.GroupNorm(x, y, spec, AsGroupOffsets(offsets, x, groups), AsHalo(fill, mode, pad, y));
+  }
+
+  void GroupNormBackward(int x, int dy, int dx, int64_t groups, float epsilon, int act, float slope,
+                         const std::vector<int64_t>& offsets) {
+    CheckPair(x, dy);
+    CheckPair(x, dx);
+    const GroupNormSpec spec = AsGroupNorm(x, groups, epsilon, act, slope);
+    program_.GroupNormBackward(x, dy, dx, spec, AsGroupOffsets(offsets, x, groups));
   }
 
   void Finish(int x, int residual, int y, float epsilon, const std::vector<int64_t>& offsets, int act, float slope,
@@ -422,21 +438,28 @@ class CheckedProgram {
     return {Map(x).channels, epsilon, momentum, AsActivation(act, slope), {nullptr, nullptr}};
   }
 
+  GroupNormSpec AsGroupNorm(int x, int64_t groups, float epsilon, int act, float slope) const {
+    Check(groups > 0 && Map(x).channels % groups == 0, "group norm: " + std::to_string(groups) +
+                                                           " groups do not divide " + std::to_string(Map(x).channels) +
+                                                           " channels");
+    return {groups, epsilon, AsActivation(act, slope), {nullptr, nullptr}};
+  }
+
   static void CheckUndoable(const NormSpec& spec) {
     const Activation act = spec.act.kind;
     Check(act == Activation::kNone || (act == Activation::kLeaky && spec.act.slope > 0),
           "norm: this activation cannot be undone");
   }
 
-  // gamma, beta, running mean, running variance, saved (-1 where nothing is).
-  NormOffsets AsOffsets(const std::vector<int64_t>& at, int64_t channels, bool saves = true) const {
+  // gamma, beta, running mean, running variance, the start of `saved` floats (-1 where nothing is).
+  NormOffsets AsOffsets(const std::vector<int64_t>& at, int64_t channels, int64_t saved) const {
     Check(at.size() == 5, "norm: expected 5 offsets");
     for (int i = 0; i < 2; ++i) {
       if (at[i] >= 0) CheckValues(at[i], channels);
     }
     for (int i = 2; i < 5; ++i) {
-      const int64_t count = i == 4 ? 2 * channels : channels;
-      Check(at[i] < 0 ? i < 4 || !saves : count <= program_.statistic_count() - at[i],
+      const int64_t count = i == 4 ? saved : channels;
+      Check(at[i] < 0 ? i < 4 || saved == 0 : count <= program_.statistic_count() - at[i],
             "norm: statistics offset out of range");
     }
     Check((at[2] < 0) == (at[3] < 0), "norm: one running statistic without the other");
@@ -446,7 +469,13 @@ class CheckedProgram {
   // gamma, beta, running mean, running variance
   NormOffsets AsFinishOffsets(const std::vector<int64_t>& at, int y) const {
     Check(at.size() == 4, "finish: expected 4 offsets");
-    return AsOffsets({at[0], at[1], at[2], at[3], -1}, Map(y).channels, false);
+    return AsOffsets({at[0], at[1], at[2], at[3], -1}, Map(y).channels, 0);
+  }
+
+  // gamma, beta, saved
+  NormOffsets AsGroupOffsets(const std::vector<int64_t>& at, int x, int64_t groups) const {
+    Check(at.size() == 3, "group norm: expected 3 offsets");
+    return AsOffsets({at[0], at[1], -1, -1, at[2]}, Map(x).channels, 2 * Map(x).batch * groups);
   }
 
   static void CheckAxis(const AxisTable& axis, int64_t from, int64_t to) {
@@ -553,6 +582,10 @@ void BindEngine(py::module_& m) {
       .def("norm_backward", &P::NormBackward, py::arg("x"), py::arg("dy"), py::arg("dy2"), py::arg("dx"),
            py::arg("epsilon"), py::arg("act"), py::arg("slope"), py::arg("offsets"), py::arg("training"),
            py::arg("zero_halo"), py::arg("recover"))
+      .def("group_norm", &P::GroupNorm, py::arg("x"), py::arg("y"), py::arg("groups"), py::arg("epsilon"),
+           py::arg("act"), py::arg("slope"), py::arg("offsets"), py::arg("fill"), py::arg("mode"), py::arg("pad"))
+      .def("group_norm_backward", &P::GroupNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("groups"),
+           py::arg("epsilon"), py::arg("act"), py::arg("slope"), py::arg("offsets"))
       .def("finish", &P::Finish, py::arg("x"), py::arg("residual"), py::arg("y"), py::arg("epsilon"),
            py::arg("offsets"), py::arg("act"), py::arg("slope"), py::arg("fill"), py::arg("mode"), py::arg("pad"))
       .def("activate", &P::Activate, py::arg("x"), py::arg("y"), py::arg("act"), py::arg("slope"))

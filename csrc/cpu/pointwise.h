@@ -20,9 +20,11 @@ enum class Activation {
   kSilu = 5,
   kRelu6 = 6,
   kHardsigmoid = 7,
-  kHardswish = 8
+  kHardswish = 8,
+  kGelu = 9,
+  kGeluTanh = 10  // its approximation through tanh
 };
-constexpr Activation kLastActivation = Activation::kHardswish;
+constexpr Activation kLastActivation = Activation::kGeluTanh;
 
 // Whether it costs next to nothing, so that a convolution does it as it stores.
 static inline bool IsSimple(Activation act) {

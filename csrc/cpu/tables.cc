@@ -3,6 +3,7 @@
 #include "cpu/ceiling.h"
 #include "cpu/fingerprint.h"
 #include "cpu/finish.h"
+#include "cpu/group_norm.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
 #include "cpu/norm.h"
@@ -25,6 +26,7 @@ LIPFAST_KERNEL_TABLE(StridedWinogradKernels, strided_winograd_kernels)
 LIPFAST_KERNEL_TABLE(SelectKernels, select_kernels)
 LIPFAST_KERNEL_TABLE(StepKernels, step_kernels)
 LIPFAST_KERNEL_TABLE(NormKernels, norm_kernels)
+LIPFAST_KERNEL_TABLE(GroupNormKernels, group_norm_kernels)
 LIPFAST_KERNEL_TABLE(PointwiseKernels, pointwise_kernels)
 LIPFAST_KERNEL_TABLE(PoolKernels, pool_kernels)
 LIPFAST_KERNEL_TABLE(ResampleKernels, resample_kernels)

@@ -294,6 +294,33 @@ void Program::NormBackward(int x, int dy, int dy2, int dx, const NormSpec& spec,
       });
 }
 
+GroupNormState Program::GroupStateOf(const NormOffsets& offsets, int64_t count) const {
+  const NormState state = StateOf(offsets, count);
+  return {state.gamma, state.beta, state.mean, state.inverse_deviation};
+}
+
+void Program::GroupNorm(int x, int y, const GroupNormSpec& spec, const NormOffsets& offsets, const HaloSpec& halo) {
+  GroupNormSpec full = spec;
+  full.live = LiveMask(maps_[x]);
+  Add(Section::kForward, "group norm " + SizeLabel(maps_[x]),
+      [full, halo, state = GroupStateOf(offsets, maps_[x].batch * spec.groups), in = maps_[x],
+       out = maps_[y]](const RunContext& context) {
+        Kernels<GroupNormKernels>().forward(in, out, full, state, halo, context.threads);
+      });
+}
+
+void Program::GroupNormBackward(int x, int dy, int dx, const GroupNormSpec& spec, const NormOffsets& offsets) {
+  GroupNormSpec full = spec;
+  full.live = LiveMask(maps_[x]);
+  float* dgamma = offsets.gamma < 0 ? nullptr : gradients() + offsets.gamma;
+  float* dbeta = offsets.beta < 0 ? nullptr : gradients() + offsets.beta;
+  Add(Section::kBackward, "group norm backward " + SizeLabel(maps_[x]),
+      [full, dgamma, dbeta, state = GroupStateOf(offsets, maps_[x].batch * spec.groups), in = maps_[x],
+       gradient = maps_[dy], out = maps_[dx]](const RunContext& context) {
+        Kernels<GroupNormKernels>().backward(in, gradient, out, full, state, dgamma, dbeta, context.threads);
+      });
+}
+
 void Program::ChannelSums(int64_t bias, int dy) {
   Add(Section::kBackward, "bias " + SizeLabel(maps_[dy]),
       [sums = gradients() + bias, m = maps_[dy]](const RunContext& context) {

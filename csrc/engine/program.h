@@ -17,6 +17,7 @@
 #include "cpu/arena.h"
 #include "cpu/conv.h"
 #include "cpu/finish.h"
+#include "cpu/group_norm.h"
 #include "cpu/lanes.h"
 #include "cpu/norm.h"
 #include "cpu/pointwise.h"
@@ -39,11 +40,11 @@ struct AxisTable {
   }
 };
 
-// Where a BatchNorm's numbers lie: offsets into values and statistics, -1 for none.
+// Where a norm's numbers lie: offsets into values and statistics, -1 for none.
 struct NormOffsets {
   int64_t gamma, beta;                     // in values and gradients
   int64_t running_mean, running_variance;  // in statistics
-  int64_t saved;                           // in statistics: the batch's mean, then inverse deviation
+  int64_t saved;                           // in statistics: means, then inverse deviations
 };
 
 // Time spent in one step since the last ResetProfile.
@@ -119,6 +120,8 @@ class Program {
                    bool recover);
   void NormBackward(int x, int dy, int dy2, int dx, const NormSpec& spec, const NormOffsets& offsets, bool training,
                     bool zero_halo, bool recover);
+  void GroupNorm(int x, int y, const GroupNormSpec& spec, const NormOffsets& offsets, const HaloSpec& halo);
+  void GroupNormBackward(int x, int dy, int dx, const GroupNormSpec& spec, const NormOffsets& offsets);
   // Without gradients. residual -1: none; a running mean of -1: no BatchNorm.
   void Finish(int x, int residual, int y, float epsilon, const NormOffsets& offsets, ActivationSpec act,
               const HaloSpec& halo);
@@ -180,6 +183,7 @@ class Program {
   // Of the BatchNorm that saves its statistics there, whichever pass asks first.
   SpareInputs* SpareOf(int64_t saved);
   NormState StateOf(const NormOffsets& offsets, int64_t channels) const;
+  GroupNormState GroupStateOf(const NormOffsets& offsets, int64_t count) const;
   NormNumbers NumbersOf(const NormOffsets& offsets, float epsilon) const;
 
   int64_t map_floats_ = 0, value_count_ = 0, statistic_count_ = 0;

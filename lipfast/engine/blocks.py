@@ -11,13 +11,13 @@ Block = tuple[int, int]  # rows, columns of pixels
 # A block may grow to fit a neighbour's stride if the map's memory grows by at most this much; else it is re-cut.
 _MOST_WASTE = 1.3
 
-_SAME_BLOCKS = ("norm", "act", "finish", "shift", "combine", "multiply", "cat", "channels", "pixel_norm")
+_SAME_BLOCKS = ("norm", "group_norm", "act", "finish", "shift", "combine", "multiply", "cat", "channels", "pixel_norm")
 _STEPS = ("conv", "conv_transpose", "pool")  # one side's blocks are `stride` times the other's
 _ENLARGES = ("conv_transpose", "upsample2", "pixel_shuffle")
 
 
 def fuse(graph: Graph, backward: bool) -> None:
-    """Padding goes into the conv behind it, an activation into the BatchNorm before it; unread operators go.
+    """Padding goes into the conv behind it, an activation into the norm before it; unread operators go.
 
     Without a backward pass BatchNorm with running statistics, a residual sum and an activation become one operator.
     """
@@ -52,7 +52,7 @@ def _fuse_activation(graph: Graph) -> None:
     for node in graph.nodes:
         source = producers.get(node.inputs[0]) if node.kind == "act" else None
         alone = source is not None and len(readers[source.output]) == 1 and source.output not in graph.outputs
-        if source is not None and alone and source.kind == "norm" and source.act == "none":
+        if source is not None and alone and source.kind in ("norm", "group_norm") and source.act == "none":
             source.attributes |= {"act": node.act, "slope": node.slope}
             source.output = node.output
             node.kind = "gone"

@@ -242,6 +242,31 @@ def _normalised(
     return input.new_empty(input.shape) if sound and enough else None
 
 
+def _normalised_by_item(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if use_input_stats and math.prod(input.shape[2:]) == 1:
+        return None
+    return _normalised(input, running_mean, running_var, weight, bias, use_input_stats)
+
+
+def _normalised_by_group(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor | None:
+    return (
+        _normalised(input, None, None, weight, bias, True)
+        if num_groups > 0 and input.shape[1] % num_groups == 0
+        else None
+    )
+
+
 def _activated(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor | None:
     return input.new_empty(input.shape) if input.is_floating_point() and not inplace else None
 
@@ -329,6 +354,8 @@ def pair(value: Any) -> tuple[Any, Any]:
 
 _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.batch_norm: _normalised,
+    F.instance_norm: _normalised_by_item,
+    F.group_norm: _normalised_by_group,
     F.leaky_relu: _activated,
     F.relu: _rectified,
     F.silu: _rectified,

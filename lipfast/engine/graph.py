@@ -13,7 +13,19 @@ from typing import Any
 Shape = tuple[int, int, int, int]  # batch, channels, height, width
 
 # Numbers of csrc/cpu/pointwise.h's Activation.
-_NUMBERED = ("none", "relu", "leaky_relu", "sigmoid", "tanh", "silu", "relu6", "hardsigmoid", "hardswish")
+_NUMBERED = (
+    "none",
+    "relu",
+    "leaky_relu",
+    "sigmoid",
+    "tanh",
+    "silu",
+    "relu6",
+    "hardsigmoid",
+    "hardswish",
+    "gelu",
+    "gelu_tanh",
+)
 ACTIVATIONS = {name: number for number, name in enumerate(_NUMBERED)}
 
 CONV_KINDS = ("conv", "conv_transpose")
@@ -28,6 +40,7 @@ class Node:
     shift       beta (weight number): a number for each channel is added
     norm        gamma, beta (weight numbers or None), running (statistics number or None), training, momentum, epsilon,
                 act, slope
+    group_norm  gamma, beta (weight numbers or None), groups, epsilon, act, slope
     act         act, slope
     finish      act(norm(inputs[0]) + inputs[1]), in inference only: gamma, beta, running (None: no norm, and beta alone
                 is added), epsilon, act, slope; the second input is optional

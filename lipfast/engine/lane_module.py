@@ -96,8 +96,10 @@ class LaneModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's result."""
-        leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors, modes = self._survey()
+        if not kwargs and all(isinstance(arg, Tensor) for arg in args):  # as nearly always; a tree takes its time
+            return self._compiled_for(args, len(args), tensors, modes).run(args, tensors)
+        leaves, structure = pytree.tree_flatten((args, kwargs))
         compiled = self._compiled_for(leaves, structure, tensors, modes)
         return compiled.run([leaf for leaf in leaves if isinstance(leaf, Tensor)], tensors)
 
@@ -169,10 +171,13 @@ class LaneModule(nn.Module):
     def _compiled_for(
         self, leaves: Sequence[Any], structure: Any, tensors: Mapping[str, Tensor], modes: Sequence[bool]
     ) -> "Compiled":
-        self._source().training = self.training
-        shapes = tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        if self._source().training != self.training:
+            self._source().training = self.training
+        shapes = tuple(
+            (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves
+        )
         types = tuple((tensor.dtype, tensor.device) for tensor in tensors.values())
-        key = (shapes, str(structure), tuple(modes), types)
+        key = (shapes, structure if isinstance(structure, int) else str(structure), tuple(modes), types)
         with self._lock:
             if key not in self._compiled:
                 self._compiled[key] = self._compile(leaves, structure)
@@ -182,6 +187,7 @@ class LaneModule(nn.Module):
             return self._compiled[key]
 
     def _compile(self, leaves: Sequence[Any], structure: Any) -> "Compiled":
+        """``structure``: the tree that the leaves are of, or the number of arguments, which are the leaves."""
         if [name for name, _ in self.named_parameters()] != self._names:
             raise InputError("accelerate: the module's parameters changed; call accelerate() after pruning, not before")
         dense = self._dense_stand_ins()
@@ -189,7 +195,9 @@ class LaneModule(nn.Module):
         def call(stand_ins: dict[str, Tensor], *tensors: Tensor) -> Any:
             remaining = iter(tensors)
             filled = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            args, kwargs = pytree.tree_unflatten(filled, structure)
+            args, kwargs = (
+                (tuple(filled), {}) if isinstance(structure, int) else pytree.tree_unflatten(filled, structure)
+            )
             return call_with(self._source(), stand_ins, args, kwargs)
 
         recording = record(call, [leaf for leaf in leaves if isinstance(leaf, Tensor)], dense)
@@ -274,9 +282,10 @@ class Compiled:
         with torch.no_grad():
             for amount, names in self._counters.items():  # on a GPU each call is a launch
                 torch._foreach_add_([tensors[name] for name in names], amount)
-        return pytree.tree_map(
-            lambda leaf: known[leaf.number] if isinstance(leaf, Ref) else leaf, self._recording.result
-        )
+        result = self._recording.result
+        if isinstance(result, Ref):
+            return known[result.number]
+        return pytree.tree_map(lambda leaf: known[leaf.number] if isinstance(leaf, Ref) else leaf, result)
 
     def _leaves_read(self) -> list[int]:
         """Leaves that torch calls read; segments take theirs packed."""
@@ -485,10 +494,11 @@ def _visit(
     """Collect a module's tensors, each once, and training flags, and its children's."""
     modes.append(module.training)
     for found, own in (parameters, module._parameters), (buffers, module._buffers):
-        for name, tensor in own.items():
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                found[prefix + name] = tensor
+        if own:
+            for name, tensor in own.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[prefix + name] = tensor
     for name, child in module._modules.items():
         if child is not None:
             _visit(child, f"{prefix}{name}.", parameters, buffers, modes, seen)

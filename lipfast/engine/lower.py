@@ -357,11 +357,40 @@ def _batch_norm(
     return b.like("norm", value, **attributes)
 
 
+def _group_norm(
+    b: _Builder, input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> int:
+    attributes = {"gamma": b.weight(weight), "beta": b.weight(bias), "groups": num_groups, "epsilon": eps}
+    return b.same("group_norm", input, **attributes, act="none", slope=0.0)
+
+
+def _instance_norm(
+    b: _Builder,
+    input: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> int:
+    if not use_input_stats:
+        return _batch_norm(b, input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if running_mean is not None:
+        raise Unsupported("running statistics that are means over the items'")
+    return _group_norm(b, input, b.shape(input)[1], weight, bias, eps)
+
+
 def _activation(act: str) -> Callable[..., int]:
     def handler(b: _Builder, input: Any, inplace: bool = False) -> int:
         return b.each("act", input, act=act, slope=0.0)
 
     return handler
+
+
+def _gelu(b: _Builder, input: Any, *, approximate: str = "none") -> int:
+    return b.each("act", input, act="gelu" if approximate == "none" else "gelu_tanh", slope=0.0)
 
 
 def _hardtanh(b: _Builder, input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> int:
@@ -672,6 +701,8 @@ _HANDLERS: dict[Any, Callable[..., int]] = {
     **_spellings(_conv2d, torch.conv2d, F.conv2d),
     **_spellings(_conv_transpose2d, torch.conv_transpose2d, F.conv_transpose2d),
     **_spellings(_batch_norm, F.batch_norm),
+    **_spellings(_group_norm, F.group_norm, torch.group_norm),
+    **_spellings(_instance_norm, F.instance_norm, torch.instance_norm),
     **_spellings(_activation("relu"), F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_),
     **_spellings(_leaky_relu, F.leaky_relu, F.leaky_relu_),
     **_spellings(_activation("sigmoid"), F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.sigmoid_, Tensor.sigmoid_),
@@ -680,6 +711,7 @@ _HANDLERS: dict[Any, Callable[..., int]] = {
     **_spellings(_activation("relu6"), F.relu6),
     **_spellings(_activation("hardsigmoid"), F.hardsigmoid),
     **_spellings(_activation("hardswish"), F.hardswish),
+    **_spellings(_gelu, F.gelu),
     **_spellings(_hardtanh, F.hardtanh, F.hardtanh_),
     **_spellings(_clamp, torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_),
     **_spellings(_dropout, F.dropout, F.dropout2d),

@@ -215,7 +215,7 @@ class _Planner:
         if any(len(self.readers[value]) != 1 or value in self.graph.outputs for value in parts):
             return False
         if not self.options.backward:
-            return node.kind in ("act", "norm", "finish", "combine", "multiply", "scale")
+            return node.kind in ("act", "norm", "group_norm", "finish", "combine", "multiply", "scale")
         if node.kind == "shift":
             return True
         if node.output in overwritten:
@@ -371,12 +371,22 @@ class _Planner:
 
     def norm_offsets(self, position: int, node: Node) -> list[int]:
         """gamma, beta, running mean, running variance, what backward needs."""
-        channels = self.graph.shapes[node.output][1]
+        saved = self._saved_at(position, 2 * self.graph.shapes[node.output][1])
+        running = [-1, -1] if node.running is None else [part.start for part in self.statistics[node.running]]
+        return [self.offset(node.gamma), self.offset(node.beta), *running, saved]
+
+    def _saved_at(self, position: int, count: int) -> int:
+        """Where among the statistics a norm saves what its backward pass needs."""
         if position not in self.saved:
             self.saved[position] = self.statistic_count
-            self.statistic_count += 2 * channels
-        running = [-1, -1] if node.running is None else [part.start for part in self.statistics[node.running]]
-        return [self.offset(node.gamma), self.offset(node.beta), *running, self.saved[position]]
+            self.statistic_count += count
+        return self.saved[position]
+
+    def group_norm_numbers(self, position: int, node: Node) -> tuple[Any, ...]:
+        """What both passes of a group norm take."""
+        saved = self._saved_at(position, 2 * self.graph.shapes[node.output][0] * node.groups)
+        offsets = [self.offset(node.gamma), self.offset(node.beta), saved]
+        return node.groups, node.epsilon, ACTIVATIONS[node.act], node.slope, offsets
 
     def _finish(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         numbers = (node.epsilon, self._finish_offsets(node), ACTIVATIONS[node.act], node.slope)
@@ -386,6 +396,9 @@ class _Planner:
         training = node.training or node.running is None
         numbers = (node.epsilon, node.momentum, ACTIVATIONS[node.act], node.slope, self.norm_offsets(position, node))
         self._make("norm_forward", node, x, y, *numbers, training, self.options.backward and x == y)
+
+    def _group_norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self._make("group_norm", node, x, y, *self.group_norm_numbers(position, node))
 
     def _make(self, name: str, node: Node, *args: Any) -> None:
         """Note the step that writes a node's output, and around it the halo that the first reader wants."""
@@ -734,6 +747,12 @@ class _Backward:
         slot = self._into(x, write, halo=reach)
         if reach > 0:
             planner.now_holds(slot, _ZERO)
+
+    def _group_norm(self, position: int, node: Node) -> None:
+        planner, x, dy = self.planner, node.inputs[0], self._home(node.output)
+        self._take_over(node.output, x)
+        numbers = planner.group_norm_numbers(position, node)
+        self._into(x, lambda slot: planner.emit("group_norm_backward", planner.home[x], dy, slot, *numbers))
 
     def _zero_halo_wanted(self, value: int) -> int:
         """How wide a zero halo the conv that made a value wants around its gradient."""

@@ -5,6 +5,7 @@
 
 #include "cpu/adam.h"
 #include "cpu/finish.h"
+#include "cpu/group_norm.h"
 #include "cpu/isa.h"
 #include "cpu/norm.h"
 #include "cpu/pointwise.h"
@@ -105,6 +106,46 @@ void RunNorm(int threads, const std::string& name) {
   Expect(Error(dy.Read(), want) < kTolerance, name + " norm backward");
   Expect(Error(dgamma, dgamma_want) < kTolerance, name + " norm gamma gradient");
   Expect(Error(dbeta, dbeta_want) < kTolerance, name + " norm beta gradient");
+}
+
+// All channels of an item are one group.
+void RunGroupNorm(int threads, const std::string& name) {
+  std::mt19937 random(4);
+  Picture x = MakePicture(random, 1), y = MakePicture(random, 1), dy = MakePicture(random, 1);
+  Tensor gamma = Draw(kChannels, random), beta = Draw(kChannels, random), mean(kBatch), inverse(kBatch);
+  const LiveLanes live;
+  const Tensor in = x.tensor, gradient = dy.tensor;
+  const GroupNormSpec spec = {1, 1e-5f, {Activation::kLeaky, 0.2f}, live.mask()};
+  const GroupNormState state = {gamma.data(), beta.data(), mean.data(), inverse.data()};
+  const GroupNormKernels& kernels = Kernels<GroupNormKernels>();
+  kernels.forward(x.map.lanes, y.map.lanes, spec, state, {true, Padding::kReflect, 1}, threads);
+  const int64_t count = kChannels * kHeight * kWidth;
+  const auto item = [count](size_t i) { return i / count; };
+  std::vector<double> sum(kBatch), squares(kBatch), want(in.size()), normal(in.size()), d(in.size());
+  for (size_t i = 0; i < in.size(); ++i) sum[item(i)] += in[i];
+  for (size_t i = 0; i < in.size(); ++i) squares[item(i)] += std::pow(in[i] - sum[item(i)] / count, 2);
+  std::vector<double> dgamma_want(kChannels), dbeta_want(kChannels), constant(kBatch), along(kBatch);
+  for (size_t i = 0; i < in.size(); ++i) {
+    const int64_t c = ChannelOf(i);
+    normal[i] = (in[i] - sum[item(i)] / count) / std::sqrt(squares[item(i)] / count + 1e-5);
+    const double z = gamma[c] * normal[i] + beta[c];
+    d[i] = (z > 0 ? 1.0 : 0.2) * gradient[i];
+    want[i] = (z > 0 ? 1.0 : 0.2) * z;
+    dgamma_want[c] += d[i] * normal[i];
+    dbeta_want[c] += d[i];
+    constant[item(i)] += gamma[c] * d[i] / count;
+    along[item(i)] += gamma[c] * d[i] * normal[i] / count;
+  }
+  Expect(Error(y.Read(), want) < kTolerance, name + " group norm forward");
+  for (size_t i = 0; i < in.size(); ++i) {
+    const double rest = gamma[ChannelOf(i)] * d[i] - constant[item(i)] - normal[i] * along[item(i)];
+    want[i] = rest / std::sqrt(squares[item(i)] / count + 1e-5);
+  }
+  Tensor dgamma(kChannels), dbeta(kChannels);
+  kernels.backward(x.map.lanes, dy.map.lanes, dy.map.lanes, spec, state, dgamma.data(), dbeta.data(), threads);
+  Expect(Error(dy.Read(), want) < kTolerance, name + " group norm backward");
+  Expect(Error(dgamma, dgamma_want) < kTolerance, name + " group norm gamma gradient");
+  Expect(Error(dbeta, dbeta_want) < kTolerance, name + " group norm beta gradient");
 }
 
 // A factor of each plane, and its gradient.
@@ -370,7 +411,7 @@ void RunSteps(int threads, const std::string& name) {
 }  // namespace
 
 void RunPasses(int threads, const std::string& name) {
-  for (const auto& run : {RunNorm, RunPointwise, RunFinish, RunPool, RunResample, RunPruning, RunSteps}) {
+  for (const auto& run : {RunNorm, RunGroupNorm, RunPointwise, RunFinish, RunPool, RunResample, RunPruning, RunSteps}) {
     run(threads, name);
   }
 }

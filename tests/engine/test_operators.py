@@ -70,8 +70,10 @@ def test_activations(compare, size, activation):
         lambda x: (9 * x).clamp_(min=0, max=6),
         lambda x: F.hardsigmoid(5 * x),
         lambda x: F.hardswish(5 * x, inplace=True),
+        lambda x: F.gelu(5 * x),
+        lambda x: F.gelu(5 * x, approximate="tanh"),
     ],
-    ids=range(6),
+    ids=range(8),
 )
 def test_bounded_activations(compare, size, function):
     compare(Apply(function), torch.randn(2, 3, *size))
@@ -86,6 +88,21 @@ def test_bounded_activations_let_nan_through_and_keep_their_bounds(act):
         got = lipfast.accelerate(nn.Sequential(module, Activation(act)).eval())(x)
     assert torch.equal(got.isnan(), act(x).isnan())
     assert torch.allclose(got, act(x), equal_nan=True)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_right_far_from_zero(approximate):
+    """Where 1 + erf cancels, the engine keeps more digits than torch's float32 does."""
+    module = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.ones_(module.weight)
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([torch.nan, torch.inf])]).view(1, 1, 1, -1)
+    with torch.no_grad():
+        got = lipfast.accelerate(nn.Sequential(module, nn.GELU(approximate)).eval())(x)
+    assert bool(got[..., -2].isnan().all()) and float(got[..., -1]) == torch.inf
+    z = x[..., :-2].double()
+    argument = (2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)
+    cdf = torch.erfc(-z * 0.5**0.5) / 2 if approximate == "none" else torch.sigmoid(2 * argument)
+    assert torch.allclose(got[..., :-2].double(), z * cdf, rtol=5e-5, atol=1e-36)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -103,6 +120,67 @@ def test_batch_norm(compare, size, affine, training):
 
 def test_batch_norm_without_running_statistics(compare):
     compare(behind_conv(nn.BatchNorm2d(CHANNELS, track_running_stats=False)).eval(), torch.randn(2, 3, 12, 9))
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """The module with normally distributed parameters."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("activation", [nn.Identity(), nn.SiLU(), nn.LeakyReLU(0.2)], ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_group_norm(compare, size, groups, activation):
+    norm = randomised(nn.GroupNorm(groups, 6))
+    network = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), norm, activation, nn.Conv2d(6, 2, 3, padding=1))
+    compare(network, torch.randn(3, 3, *size))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_instance_norm(compare, affine, training):
+    norm = randomised(nn.InstanceNorm2d(CHANNELS, affine=affine))
+    compare(behind_conv(norm, nn.ReLU()).train(training), torch.randn(2, 3, 9, 14))
+
+
+def tracking_instance_norm() -> nn.Module:
+    norm = randomised(nn.InstanceNorm2d(CHANNELS, affine=True, track_running_stats=True))
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    return norm
+
+
+def test_instance_norm_with_running_statistics(compare):
+    compare(behind_conv(tracking_instance_norm(), nn.ReLU()).eval(), torch.randn(2, 3, 9, 14))
+
+
+def test_running_statistics_of_instances_are_left_to_torch_and_move():
+    module, x = behind_conv(tracking_instance_norm(), nn.ReLU()), torch.randn(2, 3, 9, 14)
+    with pytest.warns(UserWarning, match="instance_norm: running statistics"):
+        fast = lipfast.accelerate(module)
+        got = fast(x)
+    assert torch.allclose(got, module(x), atol=1e-5)
+    for name, tensor in module.state_dict().items():
+        assert torch.allclose(fast.state_dict()[name], tensor, atol=1e-6), name
+
+
+def test_a_group_norm_that_others_read_too(compare):
+    """Its gradient comes in two parts, its result must outlive the activation, and the block's input is read twice."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = behind_conv(), nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+            self.norm = randomised(nn.GroupNorm(CHANNELS, CHANNELS))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            normal = self.norm(x)
+            return self.second(F.silu(normal)) + normal * x
+
+    compare(Block(), torch.randn(2, 3, 10, 7))
 
 
 # gamma 0, tiny, small beside beta, and the same as large ones: the first three cannot be recovered from the result.

@@ -1,0 +1,142 @@
+// Sums, moments and normalisation of single channels, which BatchNorm and GroupNorm
+// are made of; for kernel sources only.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/activation.h"
+#include "cpu/lanes.h"
+#include "cpu/vec.h"
+
+namespace lipfast {
+namespace LIPFAST_NS {
+
+// Vectors summed in floats before they go on in double: keeps the rounding error of
+// a sum near that of 64 additions.
+constexpr int64_t kFlush = 256;
+constexpr int kChains = 4;  // independent additions, to hide their latency
+
+// sums[k] += the sum over all live pixels of channel c of term k. at_row(n, row) gives
+// a callable (col, V* terms) that writes kSums terms.
+template <int kSums, class AtRow>
+void SumChannel(const LaneMap& m, const LivePixelMask& live, const AtRow& at_row, double* sums) {
+  V part[kSums][kChains];
+  const auto clear = [&] {
+    for (int k = 0; k < kSums; ++k) {
+      for (int j = 0; j < kChains; ++j) part[k][j] = Zero();
+    }
+  };
+  const auto flush = [&] {
+    for (int k = 0; k < kSums; ++k) {
+      sums[k] += Sum(Add(Add(part[k][0], part[k][1]), Add(part[k][2], part[k][3])));
+    }
+    clear();
+  };
+  clear();
+  int64_t pending = 0;
+  for (int64_t n = 0; n < m.batch; ++n) {
+    for (int64_t row = 0; row < m.block_h; ++row) {
+      const auto at = at_row(n, row);
+      V term[kSums];
+      int64_t col = 0;
+      if (!live.rows) {
+        for (; col + kChains <= m.block_w; col += kChains) {
+          LIPFAST_UNROLL
+          for (int j = 0; j < kChains; ++j) {
+            at(col + j, term);
+            for (int k = 0; k < kSums; ++k) part[k][j] = Add(part[k][j], term[k]);
+          }
+        }
+      }
+      for (; col < m.block_w; ++col) {
+        at(col, term);
+        const V alive =
+            live.rows ? Mul(LoadU(live.rows + row * kLanes), LoadU(live.columns + col * kLanes)) : Set(1.0f);
+        for (int k = 0; k < kSums; ++k) part[k][0] = Fma(term[k], alive, part[k][0]);
+      }
+      pending += m.block_w;
+      if (pending >= kFlush) {
+        flush();
+        pending = 0;
+      }
+    }
+  }
+  flush();
+}
+
+struct Moments {
+  double mean, variance;  // biased
+};
+
+inline Moments ChannelMoments(const LaneMap& x, int64_t c, const LivePixelMask& live) {
+  const double count = static_cast<double>(x.batch * x.height * x.width);
+  double sum = 0;
+  SumChannel<1>(
+      x, live,
+      [&](int64_t n, int64_t row) {
+        return [in = x.At(n, c, row)](int64_t col, V* term) { term[0] = Load(in + col * kLanes); };
+      },
+      &sum);
+  const double mean = sum / count;
+  const V centre = Set(static_cast<float>(mean));
+  double squares[2] = {0, 0};
+  SumChannel<2>(
+      x, live,
+      [&](int64_t n, int64_t row) {
+        return [in = x.At(n, c, row), centre](int64_t col, V* term) {
+          term[0] = Sub(Load(in + col * kLanes), centre);
+          term[1] = Mul(term[0], term[0]);
+        };
+      },
+      squares);
+  // The mean rounded to float is off by squares[0] / count; undo what that adds.
+  const double off = squares[0] / count;
+  const double variance = squares[1] / count - off * off;
+  return {mean, variance > 0 ? variance : variance == variance ? 0.0 : variance};
+}
+
+// scale * x + shift
+struct Affine {
+  float scale, shift;
+};
+
+// One channel of a map.
+inline LaneMap Plane(const LaneMap& m, int64_t c) {
+  LaneMap plane = m;
+  plane.data = m.At(0, c);
+  plane.channels = 1;
+  return plane;
+}
+
+// While one channel is written, the next one, which the same thread takes next, is
+// fetched: a core alone does not keep enough loads from beyond its cache in flight.
+struct Upcoming {
+  int64_t step;  // floats to the same vector of the next channel; 0 at the last one
+
+  // Channel c of all those of `whole`, in the strides of m.
+  Upcoming(const LaneMap& m, const LaneMap& whole, int64_t c) : step(c + 1 < whole.channels ? m.channel_stride : 0) {}
+  void Fetch(const float* here) const { __builtin_prefetch(here + step, 0, 2); }
+  void FetchToWrite(const float* here) const { __builtin_prefetch(here + step, 1, 2); }
+};
+
+template <Activation kAct>
+struct NormaliseChannel {
+  static void Run(const LaneMap& x, const LaneMap& y, int64_t c, Affine affine, float slope) {
+    const V scale = Set(affine.scale), shift = Set(affine.shift), low = Set(slope);
+    const Upcoming next(x, x, c), next_y(y, y, c);
+    for (int64_t n = 0; n < x.batch; ++n) {
+      for (int64_t row = 0; row < x.block_h; ++row) {
+        const float* in = x.At(n, c, row);
+        float* out = y.At(n, c, row);
+        for (int64_t i = 0; i < x.block_w * kLanes; i += kLanes) {
+          next.Fetch(in + i);
+          next_y.FetchToWrite(out + i);
+          Store(out + i, Act<kAct>(Fma(Load(in + i), scale, shift), low));
+        }
+      }
+    }
+  }
+};
+
+}  // namespace LIPFAST_NS
+}  // namespace lipfast
