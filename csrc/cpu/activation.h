@@ -132,7 +132,7 @@ static inline V ActSlope(V z, V slope) {
       return Mul(Between(z, Set(-3.0f), Set(3.0f)), Set(1.0f / 6.0f));
     case Activation::kHardswish: {
       const V rising = Fma(z, Set(1.0f / 3.0f), Set(0.5f));
-      return IfPositive(Sub(z, Set(3.0f)), one, IfPositive(Add(z, Set(3.0f)), rising, Zero()));
+      return IfPositive(Sub(Set(3.0f), z), IfPositive(Add(z, Set(3.0f)), rising, Zero()), one);
     }
     case Activation::kGelu: {
       const V density = Mul(Set(0.39894228f), Exp(Mul(Mul(z, Set(-0.5f)), z)));

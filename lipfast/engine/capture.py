@@ -5,9 +5,12 @@ and every torch function is seen as the user wrote it. Python that depends on th
 without data, and says so.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +44,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any  # Refs, in whatever structure the function returned
+    grad: bool | None = None  # what the module set gradients to, where that is not what its caller had
 
     @property
     def name(self) -> str:
@@ -89,7 +93,9 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mappi
         InputError: the code depends on the values of tensors or changes one through a view.
     """
     recorder = _Recorder()
-    with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode count no writes
+    grad = torch.is_grad_enabled()
+    # Tensors made in inference mode count no writes; leaving it enables gradients.
+    with torch.inference_mode(False), torch.set_grad_enabled(grad), _functions_noted(recorder):
         stand_ins = {name: recorder.leaf(name, tensor) for name, tensor in leaves.items()}
         refs = [recorder.input(tensor) for tensor in inputs]
         with recorder, torch.device("meta"):
@@ -103,7 +109,27 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mappi
                 ) from failure
     recording = Recording(refs, recorder.leaves, recorder.constants, recorder.calls, None, recorder.counted)
     recording.result = pytree.tree_map(recorder.known, result)
+    _refuse_hidden(recording.result, "the module returns")
     return recording
+
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, Tensor, Ref, torch.dtype, torch.device)
+
+
+def _refuse_hidden(tree: Any, what: str) -> None:
+    """Refuse containers that a recording cannot look into, where they hold tensors."""
+    for leaf in pytree.tree_leaves(tree):
+        parts = [] if isinstance(leaf, _PLAIN) else [*getattr(leaf, "__dict__", {}).values()]
+        parts += leaf.values() if isinstance(leaf, Mapping) else leaf if isinstance(leaf, (list, tuple, set)) else []
+        if any(isinstance(part, Tensor) for part in parts):
+            raise InputError(
+                f"engine: {what} tensors in a {type(leaf).__name__}; use tuples, lists, dicts, or register it with "
+                "torch.utils._pytree.register_pytree_node"
+            )
+
+
+# They act on something else than their result.
+_UNSEEN = (Tensor.data.__set__, Tensor.register_hook, Tensor.retain_grad)  # type: ignore[attr-defined]
 
 
 class _Recorder(TorchFunctionMode):
@@ -119,6 +145,9 @@ class _Recorder(TorchFunctionMode):
         self._refs: dict[int, Ref] = {}
         self._alive: list[Tensor] = []
         self._count = 0
+        self._grad: bool | None = None
+        self._outside = torch.is_grad_enabled()
+        self.inside = False  # a function that is noted as one call
 
     def leaf(self, name: str, tensor: Tensor) -> Tensor:
         stand_in = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
@@ -148,6 +177,15 @@ class _Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.inside:
+            return func(*args, **kwargs)
+        if func is torch._C._set_grad_enabled:
+            self._grad = None if args[0] == self._outside else args[0]
+            return func(*args)
+        return self.note(func, args, kwargs)
+
+    def note(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function on stand-ins and note the call."""
         noted = pytree.tree_map(self.known, (args, kwargs))
         args, kwargs = pytree.tree_map(_on_meta, (args, kwargs))
         versions = {id(leaf): leaf._version for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
@@ -155,19 +193,29 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs) if result is None else result
         written = [t for t in self._alive if id(t) in versions and t._version != versions[id(t)]]
         results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        if func is Tensor.add_ and self._is_counter(noted[0]):
+        if func is Tensor.add_ and not kwargs and self._is_counter(noted[0]):
             self.counted.append((self.leaves[noted[0][0].number], noted[0][1]))
             return result
+        self._check_reads(func, noted)
         self._check_writes(written, results)
         if all(id(leaf) in versions and not written for leaf in results):
             return result  # no tensor, or the very tensor it was given, unchanged
-        self.calls.append(Call(func, noted[0], noted[1], pytree.tree_map(self._written, result)))
+        self.calls.append(Call(func, noted[0], noted[1], pytree.tree_map(self._written, result), self._grad))
         return result
 
     def _is_counter(self, args: tuple[Any, ...]) -> bool:
         target, amount = args[0], args[1]
         whole_number = isinstance(target, Ref) and target.shape == () and not target.dtype.is_floating_point
         return whole_number and target.number in self.leaves and isinstance(amount, int)
+
+    def _check_reads(self, func: Callable[..., Any], noted: Any) -> None:
+        """Counters move at the end of a run, and what a function does to anything but its result is not repeated."""
+        if func in _UNSEEN:
+            name = getattr(func, "__qualname__", func.__name__)
+            raise InputError(f"engine: the module's forward uses {name}, which cannot be recorded")
+        counted = {name for name, _ in self.counted}
+        if counted and any(self.leaves.get(ref.number) in counted for ref in refs_in(noted)):
+            raise InputError("engine: the module reads a counter that it changed while it runs")
 
     def _written(self, value: Any) -> Any:
         return self._new(value) if isinstance(value, Tensor) else value
@@ -194,22 +242,83 @@ class _Recorder(TorchFunctionMode):
         return ref
 
 
+_one_at_a_time = threading.RLock()
+
+
+@contextlib.contextmanager
+def _functions_noted(recorder: _Recorder) -> Iterator[None]:
+    """Let each ``torch.autograd.Function`` of this thread be one call: torch does not show it to function modes, and of
+    what it runs inside only the forward pass would be seen."""
+    thread = threading.get_ident()
+
+    def noted(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        run = original.__get__(None, cls)
+        if threading.get_ident() != thread or recorder.inside:
+            return run(*args, **kwargs)
+        function = functools.partial(run)
+        function.__qualname__ = f"{cls.__name__}.apply"  # type: ignore[attr-defined]
+        recorder.inside = True
+        try:
+            return recorder.note(function, args, kwargs)
+        finally:
+            recorder.inside = False
+
+    with _one_at_a_time:
+        original = torch.autograd.Function.__dict__["apply"]
+        torch.autograd.Function.apply = classmethod(noted)  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
 def call_with(
     module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 ) -> Any:
     """The module's result with other tensors in place of parameters and buffers, given by the first name of each.
 
-    `torch.func.functional_call`, but for a module that stands in two places of another: torch exchanges its tensors
-    twice then and puts the second stand-in back as the original.
+    `torch.func.functional_call`, but for two things. A module that stands in two places of another has its tensors
+    exchanged once: torch puts the second stand-in back as the original. And what forward assigns to attributes and
+    buffers, which would be lost, is refused.
     """
     first = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-    everywhere = {
-        f"{path}.{own}" if path else own: tensors[first[id(tensor)]]
-        for path, owner in module.named_modules()
-        for own, tensor in (*owner._parameters.items(), *owner._buffers.items())
-        if tensor is not None and first[id(tensor)] in tensors
-    }
-    return torch.func.functional_call(module, everywhere, args, kwargs, tie_weights=False)
+    own = {path: (owner, _state(owner)) for path, owner in module.named_modules()}
+    for owner, _ in own.values():
+        for held in (owner._parameters, owner._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and first[id(tensor)] in tensors:
+                    held[name] = tensors[first[id(tensor)]]
+    given = {path: _state(owner) for path, (owner, _) in own.items()}
+    try:
+        result = module(*args, **(kwargs or {}))
+        changed = [
+            f"{path}.{name}" if path else name
+            for path, (owner, _) in own.items()
+            for name, value in _state(owner).items()
+            if name not in given[path] or value is not given[path][name]
+        ]
+    finally:
+        for owner, state in own.values():
+            _restore(owner, state)
+    if changed:
+        raise InputError(
+            f"engine: the module's forward assigns {', '.join(sorted(changed))}; only what it returns can be recorded"
+        )
+    return result
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """What an assignment to an attribute of the module changes."""
+    plain = {name: value for name, value in vars(module).items() if name not in ("_parameters", "_buffers", "_modules")}
+    return {**plain, **module._parameters, **module._buffers}
+
+
+def _restore(module: nn.Module, state: Mapping[str, Any]) -> None:
+    for name in _state(module).keys() - state.keys():
+        delattr(module, name)
+    for name, value in state.items():
+        held = next((held for held in (module._parameters, module._buffers) if name in held), vars(module))
+        held[name] = value
 
 
 def _stand_in(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -17,9 +17,10 @@ from lipfast.engine.capture import Call, Recording, Ref, call_with, record, refs
 from lipfast.engine.lower import Lowered, Segment, lower
 from lipfast.engine.operators import dense_name, lower_to_operators
 from lipfast.engine.plan import Options, Weight
-from lipfast.engine.runtime import Arrays, Running, hooked_module, pack, weights_of
+from lipfast.engine.runtime import Arrays, Running, hooked_module, layer_weights, pack, weights_of
 from lipfast.engine.watch import Watch
 from lipfast.errors import InputError
+from lipfast.ops._once import differentiable_once
 from lipfast.ops.masked import PRECISIONS
 
 # A weight with fewer zeros than this, and no mask, is taken to be dense.
@@ -96,11 +97,11 @@ class LaneModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's result."""
-        tensors, modes = self._survey()
         if not kwargs and all(isinstance(arg, Tensor) for arg in args):  # as nearly always; a tree takes its time
-            return self._compiled_for(args, len(args), tensors, modes).run(args, tensors)
+            compiled, tensors = self._compiled_for(args, len(args))
+            return compiled.run(args, tensors)
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        compiled = self._compiled_for(leaves, structure, tensors, modes)
+        compiled, tensors = self._compiled_for(leaves, structure)
         return compiled.run([leaf for leaf in leaves if isinstance(leaf, Tensor)], tensors)
 
     def to_dense(self) -> nn.Module:
@@ -159,37 +160,47 @@ class LaneModule(nn.Module):
         self._compiled: OrderedDict[Any, Compiled] = OrderedDict()
         self._lock = threading.Lock()
 
-    def _survey(self) -> tuple[dict[str, Tensor], list[bool]]:
-        """Parameters, then buffers, by name, and the training flags of all modules; what ``named_parameters`` and the
+    def _survey(self) -> tuple[dict[str, Tensor], list[list[Any]]]:
+        """Parameters, then buffers, by name, and each module with its attributes; what ``named_parameters`` and the
         like give, in a tenth of their time."""
         parameters: dict[str, Tensor] = {}
         buffers: dict[str, Tensor] = {}
-        modes: list[bool] = []
-        _visit(self, "", parameters, buffers, modes, set())
-        return parameters | buffers, modes
+        states: list[list[Any]] = []
+        _visit(self._source(), "", parameters, buffers, states, set())
+        return parameters | buffers, states
 
-    def _compiled_for(
-        self, leaves: Sequence[Any], structure: Any, tensors: Mapping[str, Tensor], modes: Sequence[bool]
-    ) -> "Compiled":
+    def _compiled_for(self, leaves: Sequence[Any], structure: Any) -> "tuple[Compiled, dict[str, Tensor]]":
+        """What runs such a call, and the tensors to run it with."""
         if self._source().training != self.training:
             self._source().training = self.training
         shapes = tuple(
             (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves
         )
-        types = tuple((tensor.dtype, tensor.device) for tensor in tensors.values())
-        key = (shapes, structure if isinstance(structure, int) else str(structure), tuple(modes), types)
-        with self._lock:
-            if key not in self._compiled:
-                self._compiled[key] = self._compile(leaves, structure)
+        with self._lock:  # while another thread records, parameters are exchanged for stand-ins
+            tensors, states = self._survey()
+            types = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors.values())
+            modes = tuple(state[0].training for state in states)
+            modes += (torch.is_grad_enabled(),)
+            key = (shapes, structure if isinstance(structure, int) else str(structure), modes, types)
+            try:
+                known = self._compiled.get(key)
+            except TypeError as failure:
+                raise InputError(f"accelerate: an argument is neither a tensor nor hashable: {failure}") from failure
+            if known is None or not _equal(known.states, states):
+                known = self._compiled[key] = self._compile(leaves, structure)
+                known.states = states
                 while len(self._compiled) > PLANS_KEPT:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(key)
-            return self._compiled[key]
+        return known, tensors
 
     def _compile(self, leaves: Sequence[Any], structure: Any) -> "Compiled":
         """``structure``: the tree that the leaves are of, or the number of arguments, which are the leaves."""
         if [name for name, _ in self.named_parameters()] != self._names:
             raise InputError("accelerate: the module's parameters changed; call accelerate() after pruning, not before")
+        for name, mask in self._masks.items():
+            if self.get_parameter(name).shape != (int(mask.count_nonzero()),):
+                raise InputError(f"accelerate: parameter {name!r} was replaced; call accelerate() on the new model")
         dense = self._dense_stand_ins()
 
         def call(stand_ins: dict[str, Tensor], *tensors: Tensor) -> Any:
@@ -251,6 +262,7 @@ class Compiled:
         packed: bool = True,
         device: torch.device = CPU,
     ) -> None:
+        self.states: list[list[Any]] = []  # of the modules, as they were recorded
         self._device = device
         self._recording = lowered.recording
         self._masks = masks
@@ -273,10 +285,11 @@ class Compiled:
         for number in self._leaf_numbers:
             known[number] = self._dense(self._recording.leaves[number], tensors)
         for item, spent in zip(self._items, self._spent, strict=True):
-            if isinstance(item, Call):
-                _run_call(item, known, self._device)
+            if item.grad is None:
+                self._run_item(item, known, tensors)
             else:
-                item.run(known, tensors)
+                with torch.set_grad_enabled(item.grad):
+                    self._run_item(item, known, tensors)
             for number in spent:
                 del known[number]
         with torch.no_grad():
@@ -286,6 +299,12 @@ class Compiled:
         if isinstance(result, Ref):
             return known[result.number]
         return pytree.tree_map(lambda leaf: known[leaf.number] if isinstance(leaf, Ref) else leaf, result)
+
+    def _run_item(self, item: "Call | SegmentRunner", known: dict[int, Any], tensors: Mapping[str, Tensor]) -> None:
+        if isinstance(item, Call):
+            _run_call(item, known, self._device)
+        else:
+            item.run(known, tensors)
 
     def _leaves_read(self) -> list[int]:
         """Leaves that torch calls read; segments take theirs packed."""
@@ -360,6 +379,8 @@ class SegmentRunner:
         self, segment: Segment, recording: Recording, masks: Mapping[str, Tensor], exact: bool, packed: bool
     ) -> None:
         self._segment, self._leaves, self._masks, self._exact = segment, recording.leaves, masks, exact
+        self.grad = segment.grad
+        self._of_layers = layer_weights(segment)
         self._kept = {} if packed else {name: mask.reshape(-1).nonzero().squeeze(1) for name, mask in masks.items()}
         self._statistics = [recording.leaves[ref.number] for pair in segment.statistics for ref in pair]
         norms = [node for node in segment.graph.nodes if node.kind == "norm"]
@@ -371,7 +392,8 @@ class SegmentRunner:
     def run(self, known: dict[int, Any], tensors: Mapping[str, Tensor]) -> None:
         """Compute the segment's outputs into ``known``."""
         inputs = [known[ref.number] for ref in self._segment.inputs]
-        weights = [self._weight(ref, known, tensors) for ref in self._segment.weights]
+        inputs = [tensor if tensor.dtype == torch.float32 else tensor.float() for tensor in inputs]  # of an autocast
+        weights = [self._weight(number, ref, known, tensors) for number, ref in enumerate(self._segment.weights)]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in [*inputs, *weights]):
             outputs = _SegmentFunction.apply(self, tensors, len(inputs), *inputs, *weights)  # type: ignore[no-untyped-call]
         else:
@@ -398,11 +420,13 @@ class SegmentRunner:
         running.loaded = Watch(numbers)  # before they are loaded, so that no write falls in between
         return True
 
-    def _weight(self, ref: Ref, known: Mapping[int, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+    def _weight(self, number: int, ref: Ref, known: Mapping[int, Any], tensors: Mapping[str, Tensor]) -> Tensor:
         name = self._leaves.get(ref.number)
         if name is None:
             weight: Tensor = known[ref.number]
             return weight
+        if number not in self._of_layers and name in self._masks:
+            return tensors[name] if name in self._kept else _scatter(tensors[name], self._masks[name])
         return tensors[name].reshape(-1)[self._kept[name]] if name in self._kept else tensors[name]
 
     @property
@@ -439,7 +463,7 @@ class SegmentRunner:
         """Copy running statistics out, where the segment changes them."""
         for number in self._changed_statistics:
             for view, ref in zip(running.statistics[number], self._segment.statistics[number], strict=True):
-                tensors[self._leaves[ref.number]].copy_(view)
+                tensors[self._leaves[ref.number]].data.copy_(view)  # as torch does, unseen by its version counter
 
 
 class _Lease:
@@ -470,7 +494,7 @@ class _SegmentFunction(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *output_gradients: Tensor) -> Any:
         running = ctx.lease.running
         found = running.backward([g.float() for g in output_gradients], torch.get_num_threads())
@@ -488,11 +512,13 @@ def _visit(
     prefix: str,
     parameters: dict[str, Tensor],
     buffers: dict[str, Tensor],
-    modes: list[bool],
+    states: list[list[Any]],
     seen: set[int],
 ) -> None:
-    """Collect a module's tensors, each once, and training flags, and its children's."""
-    modes.append(module.training)
+    """Collect a module's tensors, each once, and attributes, and its children's."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise InputError(f"accelerate: module {prefix[:-1] or 'itself'!r} has hooks, which would not run; remove them")
+    states.append([module, *vars(module).values()])
     for found, own in (parameters, module._parameters), (buffers, module._buffers):
         if own:
             for name, tensor in own.items():
@@ -501,7 +527,15 @@ def _visit(
                     found[prefix + name] = tensor
     for name, child in module._modules.items():
         if child is not None:
-            _visit(child, f"{prefix}{name}.", parameters, buffers, modes, seen)
+            _visit(child, f"{prefix}{name}.", parameters, buffers, states, seen)
+
+
+def _equal(known: list[list[Any]], found: list[list[Any]]) -> bool:
+    """Whether modules and their attributes are those of before."""
+    try:
+        return known == found
+    except (RuntimeError, ValueError):  # tensors and arrays that differ
+        return False
 
 
 def _scatter(packed: Tensor, mask: Tensor) -> Tensor:
@@ -524,13 +558,17 @@ def _tied(model: nn.Module, masks: dict[str, Tensor]) -> dict[str, str]:
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     for name in list(masks):
-        masks[names[name]] = masks.pop(name)
+        mask, own = masks.pop(name), names[name]
+        if own in masks and not torch.equal(masks[own], mask):
+            raise InputError(f"accelerate: {name!r} and {own!r} are one parameter with two masks")
+        masks[own] = mask
     return {other: name for other, name in names.items() if name in masks and other != name}
 
 
 def _strip_pruning(model: nn.Module) -> dict[str, Tensor]:
     """Undo pruning hooks and pruning parametrizations in place; the masks by parameter name."""
     masks = {}
+    _refuse_partly_pruned(model)
     for prefix, module in model.named_modules():
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):
@@ -545,6 +583,22 @@ def _strip_pruning(model: nn.Module) -> dict[str, Tensor]:
                 _unparametrize(module, values)
                 masks.update({_join(prefix, name): mask for name, mask in alive.items()})
     return masks
+
+
+def _refuse_partly_pruned(model: nn.Module) -> None:
+    """A parameter that several modules share must be pruned by each of them, and alike: it is packed once."""
+    masks: dict[int, list[Tensor]] = {}
+    uses: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            uses.setdefault(id(parameter), []).append(_join(prefix, name))
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, prune.BasePruningMethod):
+                own = module._parameters[f"{hook._tensor_name}_orig"]
+                masks.setdefault(id(own), []).append(getattr(module, f"{hook._tensor_name}_mask"))
+    for number, found in masks.items():
+        if len(found) != len(uses[number]) or any(not torch.equal(mask, found[0]) for mask in found):
+            raise InputError(f"accelerate: {' and '.join(uses[number])} are one parameter, but not pruned alike")
 
 
 def _unparametrize(module: nn.Module, values: Mapping[str, Tensor]) -> None:

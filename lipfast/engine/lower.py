@@ -41,6 +41,7 @@ class Segment:
     weights: list[Ref]
     statistics: list[tuple[Ref, Ref]]
     calls: list[Call]
+    grad: bool | None = None  # as `Call.grad`, the same for all of them
 
 
 @dataclasses.dataclass
@@ -70,13 +71,16 @@ def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None) -> Lo
     refused: list[tuple[Call, str]] = []
     builder = _Builder(kept)
     for position, call in enumerate(recording.calls):
+        if call.grad != builder.grad:
+            items += builder.finish(last_use, position)
+            builder = _Builder(kept, call.grad)
         try:
             builder.add(call, position)
         except Unsupported as reason:
             items += builder.finish(last_use, position)
             items.append(call)
             refused.append((call, f"{call.name}: {reason}"))
-            builder = _Builder(kept)
+            builder = _Builder(kept, call.grad)
     items += builder.finish(last_use, len(recording.calls))
     maps = {ref.number for item in items if isinstance(item, Segment) for ref in item.inputs}
     return Lowered(recording, items, [why for call, why in refused if not _makes_a_weight(call, recording, maps)])
@@ -108,9 +112,9 @@ def _check(tensor: Any, axes: int) -> None:
 class _Builder:
     """Collects calls into one graph."""
 
-    def __init__(self, kept: Callable[[Ref], int]) -> None:
+    def __init__(self, kept: Callable[[Ref], int], grad: bool | None = None) -> None:
         self.graph = Graph([], [], [], {})
-        self.kept = kept
+        self.kept, self.grad = kept, grad
         self._values: dict[int, int] = {}  # tensor number -> value
         self._made: dict[int, Ref] = {}  # tensors that calls of this segment made
         self._inputs: list[Ref] = []
@@ -129,6 +133,8 @@ class _Builder:
         try:
             value = handler(self, *call.args, **call.kwargs)
             shape = self.graph.shapes[value]
+            if 0 in shape:
+                raise Unsupported("an empty result")
             if call.result.shape not in (shape, self.graph.flat_shape(value)):
                 raise Unsupported(f"a result of shape {call.result.shape}")
         except (Unsupported, TypeError) as reason:
@@ -147,7 +153,7 @@ class _Builder:
             return list(self._calls)
         outputs = [ref for number, ref in self._made.items() if last_use.get(number, -1) >= position]
         self.graph.outputs = [self._values[ref.number] for ref in outputs]
-        return [Segment(self.graph, self._inputs, outputs, self._weights, self._statistics, self._calls)]
+        return [Segment(self.graph, self._inputs, outputs, self._weights, self._statistics, self._calls, self.grad)]
 
     def _repays(self, node: Node) -> bool:
         """Whether an operator can save more than converting maps costs: a convolution that mixes channels, or a pruned
@@ -568,25 +574,35 @@ def _pixel_unshuffle(b: _Builder, input: Any, downscale_factor: int) -> int:
     return b.node("pixel_unshuffle", [b.map(input)], (n, 4 * c, height // 2, width // 2))
 
 
+# Positions are computed in float32 and with the short cuts that torch takes, or pixels would differ now and then.
+# Source: aten/src/ATen/native/UpSample.h in PyTorch.
 def _nearest_taps(side: int, wanted: int, factor: float | None) -> Taps:
-    step = side / wanted if factor is None else 1.0 / factor
-    return Taps(tuple(min(int(i * step), side - 1) for i in range(wanted)))
+    if wanted in (side, 2 * side):
+        return Taps(tuple(i * side // wanted for i in range(wanted)))
+    at = torch.arange(wanted, dtype=torch.float32) * _step(side, wanted, factor)
+    return Taps(tuple(at.int().clamp(max=side - 1).tolist()))
 
 
 def _bilinear_taps(side: int, wanted: int, factor: float | None) -> Taps:
-    step = side / wanted if factor is None else 1.0 / factor
-    return _between([max((i + 0.5) * step - 0.5, 0.0) for i in range(wanted)], side)
+    if wanted == side:
+        return Taps(tuple(range(side)))
+    at = (torch.arange(wanted, dtype=torch.float32) + 0.5) * _step(side, wanted, factor) - 0.5
+    return _between(at.clamp(min=0), side)
 
 
 def _corner_taps(side: int, wanted: int, factor: float | None) -> Taps:
-    step = (side - 1) / (wanted - 1) if wanted > 1 else 0.0
-    return _between([i * step for i in range(wanted)], side)
+    step = torch.tensor(float(side - 1)) / (wanted - 1) if wanted > 1 else torch.tensor(0.0)
+    return _between(torch.arange(wanted, dtype=torch.float32) * step, side)
 
 
-def _between(positions: list[float], side: int) -> Taps:
-    first = [min(int(at), side - 1) for at in positions]
-    weight = tuple(at - i for at, i in zip(positions, first, strict=True))
-    return Taps(tuple(first), tuple(min(i + 1, side - 1) for i in first), weight)
+def _step(side: int, wanted: int, factor: float | None) -> Tensor:
+    return torch.tensor(float(side)) / wanted if factor is None else torch.tensor(1.0 / factor)
+
+
+def _between(positions: Tensor, side: int) -> Taps:
+    first = positions.int().clamp(max=side - 1)
+    weight = (positions - first).clamp(0, 1)
+    return Taps(tuple(first.tolist()), tuple((first + 1).clamp(max=side - 1).tolist()), tuple(weight.tolist()))
 
 
 def _pad(b: _Builder, input: Any, pad: Any, mode: str = "constant", value: float | None = None) -> int:

@@ -21,6 +21,7 @@ from lipfast.engine.operators import PrunedConv, dense_name, lower_to_operators
 from lipfast.engine.runtime import pack, unpack
 from lipfast.engine.trainer import TorchTrainer, is_on_gpu
 from lipfast.errors import InputError
+from lipfast.ops._once import differentiable_once
 from lipfast.ops.pruned_conv import Pattern
 
 # Floats that a parameter begins at a multiple of: 16 bytes, for 128-bit loads.
@@ -246,6 +247,6 @@ class _Pieces(torch.autograd.Function):
         return (*layout.pieces(vector).values(), *layout.dense(vector))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:
         return ctx.layout.gradient(gradients), None

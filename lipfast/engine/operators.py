@@ -123,6 +123,7 @@ class PrunedConv:
         device: torch.device,
         precision: str | None,
     ) -> None:
+        self.grad = call.grad
         self.name, self.form, self.pattern = name, form, pattern
         self.result: Ref = call.result
         self.bias_cancels = False
@@ -183,6 +184,7 @@ class Normalisation:
     """
 
     def __init__(self, call: Call, activation: Call | None) -> None:
+        self.grad = call.grad
         self._slope = 1.0 if activation is None else _slope(activation)
         self._arguments = _norm_arguments(*call.args, **call.kwargs)
         self._result: Ref = (activation or call).result
@@ -240,6 +242,7 @@ class Enlargement:
     """
 
     def __init__(self, call: Call, align_corners: bool, scales: list[float] | None) -> None:
+        self.grad = call.grad
         self.inputs = call.refs()
         self._result: Ref = call.result
         self._align_corners, self._scales = align_corners, scales

@@ -61,7 +61,7 @@ class _Finder:
             total = self._maker(root.refs()[0], _ADD) if root else None
             mean = self._maker(total.refs()[0], _MEAN) if total and len(total.refs()) == 1 else None
             square = self._square(mean.refs()[0], x) if mean and _over_channels(mean) else None
-            if root and total and mean and square:
+            if root and total and mean and square and len(x.shape) == 4:
                 (epsilon,) = [arg for arg in total.args if not isinstance(arg, Ref)]
                 if isinstance(epsilon, (int, float)) and not total.kwargs:
                     return x, float(epsilon), [root, total, mean, square]

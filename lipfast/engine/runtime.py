@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lipfast import ops
 from lipfast.engine.capture import Ref
-from lipfast.engine.graph import Graph, Shape
+from lipfast.engine.graph import CONV_KINDS, Graph, Shape
 from lipfast.engine.lower import Segment
 from lipfast.engine.memory import address, memory
 from lipfast.engine.plan import Options, Plan, Weight, plan
@@ -49,7 +49,7 @@ class Running:
 
     def forward(self, inputs: Sequence[Tensor], threads: int) -> list[Tensor]:
         """Outputs for float32 inputs of the planned shapes, in fresh tensors."""
-        outputs = [torch.empty(form.shape) for form in self._outputs]
+        outputs = [torch.empty(form.shape, dtype=torch.float32) for form in self._outputs]
         maps = [*_as_maps(inputs, self._inputs), *_as_maps(outputs, self._outputs)]
         self.program.run(0, [tensor.detach().numpy() for tensor in maps], threads)
         return outputs
@@ -57,7 +57,7 @@ class Running:
     def backward(self, output_gradients: Sequence[Tensor], threads: int) -> list[Tensor]:
         """Gradients of the inputs that were asked for; those of the weights are in ``gradients`` afterwards."""
         forms = [self._inputs[number] for number in self.plan.input_gradients]
-        inputs = [torch.empty(form.shape) for form in forms]
+        inputs = [torch.empty(form.shape, dtype=torch.float32) for form in forms]
         maps = [*_as_maps(output_gradients, self._outputs), *_as_maps(inputs, forms)]
         self.program.run(1, [tensor.detach().numpy() for tensor in maps], threads)
         return inputs
@@ -130,12 +130,19 @@ def unpack(values: Tensor, shape: Sequence[int], mask: Tensor | None) -> Tensor:
 
 
 def weights_of(segment: Segment, leaves: Mapping[int, str], masks: Mapping[str, Tensor], trained: bool) -> list[Weight]:
-    """The planner's view of a segment's weights. A tensor that is no parameter is dense."""
+    """The planner's view of a segment's weights. A tensor that is no parameter is dense, and so is what is not the
+    weight of a layer: kernels know no sparse bias."""
     listed = []
-    for ref in segment.weights:
-        mask = masks.get(leaves.get(ref.number, ""))
+    of_layers = layer_weights(segment)
+    for number, ref in enumerate(segment.weights):
+        mask = masks.get(leaves.get(ref.number, "")) if number in of_layers else None
         listed.append(Weight(ref.shape, None if mask is None or bool(mask.all()) else mask, trained))
     return listed
+
+
+def layer_weights(segment: Segment) -> set[int]:
+    """The numbers of the weights of convolutions and linear layers, not of biases and norms."""
+    return {node.weight for node in segment.graph.nodes if node.kind in CONV_KINDS}
 
 
 def hooked_module(model: nn.Module) -> str | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lipfast.ops import _dispatch
+from lipfast.ops._once import differentiable_once
 
 
 def batch_norm_activate(
@@ -54,7 +55,7 @@ class _BatchNormActivate(torch.autograd.Function):
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, mean, inverse = ctx.saved_tensors
         _, run = _dispatch.pick("batch_norm_activate_backward", x.device)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lipfast.ops import _dispatch, _gpu_rule, _padding, masked, reference, sparse_conv
+from lipfast.ops._once import differentiable_once
 from lipfast.ops.sparse_conv import SparseWeight
 
 
@@ -137,7 +138,7 @@ class _PrunedConv(torch.autograd.Function):
             return reference.dense_conv2d(x, dense, bias, *_settings(form))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dy: Tensor) -> Any:
         (x, values, dense), (pattern, kernels, _) = ctx.saved_tensors, ctx.settings
         needs_x, needs_values, needs_bias, needs_dense = ctx.needs_input_grad[:4]

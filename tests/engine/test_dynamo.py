@@ -212,7 +212,7 @@ def test_graph_breaks_and_unknown_operators():
     class Broken(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second = small(nn.GELU()), nn.Conv2d(4, 2, 1)
+            self.first, self.second = small(nn.Softplus()), nn.Conv2d(4, 2, 1)
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.first(x)
@@ -226,7 +226,7 @@ def test_graph_breaks_and_unknown_operators():
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         result = fast(x)
-    assert any("gelu: the engine has no such operator" in str(warning.message) for warning in said)
+    assert any("softplus: the engine has no such operator" in str(warning.message) for warning in said)
     assert close(result, model(x))
     (fast_gradient,) = torch.autograd.grad(result.sum(), x)
     (gradient,) = torch.autograd.grad(model(x).sum(), x)

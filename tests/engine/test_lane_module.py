@@ -378,7 +378,7 @@ def test_double_backward_is_refused():
     fast = accelerated(make(UNet))
     x = torch.randn(1, 3, 16, 16, requires_grad=True)
     (gradient,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="double backward"):
         gradient.sum().backward()
 
 
@@ -428,10 +428,12 @@ def test_nan_in_weights_comes_out():
 
 def test_unknown_operators_run_in_torch_and_are_named_once():
     torch.manual_seed(0)
-    model = prune_half(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GELU(), nn.Conv2d(4, 3, 3, padding=1))).eval()
+    model = prune_half(
+        nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Softplus(), nn.Conv2d(4, 3, 3, padding=1))
+    ).eval()
     fast = lipfast.accelerate(model)
     x = torch.randn(1, 3, 16, 16)
-    with pytest.warns(UserWarning, match="gelu: the engine has no such operator"):
+    with pytest.warns(UserWarning, match="softplus: the engine has no such operator"):
         y = fast(x)
     assert close(y, model(x))
     assert close(fast(x[:, :, :8]), model(x[:, :, :8]))  # a second warning would be an error
@@ -592,7 +594,7 @@ def test_torch_calls_keep_no_tensor_that_nothing_reads_again(monkeypatch):
         run(call, tensors, device)
 
     monkeypatch.setattr(lane_module, "_run_call", counted)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), *(nn.GELU() for _ in range(8))).eval()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), *(nn.Softplus() for _ in range(8))).eval()
     with torch.no_grad():
         call(lipfast.accelerate(model), torch.randn(1, 3, 8, 8))
     assert known == [1] * 8
@@ -601,7 +603,7 @@ def test_torch_calls_keep_no_tensor_that_nothing_reads_again(monkeypatch):
 def test_windows_for_each_channel_alone_stay_in_torch():
     """They save less than converting their maps costs."""
     depthwise = nn.Conv2d(6, 12, 3, padding=1, groups=6)
-    model = nn.Sequential(depthwise, nn.GELU(), nn.Conv2d(12, 4, 1, groups=2)).eval()
+    model = nn.Sequential(depthwise, nn.Softplus(), nn.Conv2d(12, 4, 1, groups=2)).eval()
     fast, x = lipfast.accelerate(model), torch.randn(1, 6, 8, 8)
     with torch.no_grad():
         assert close(call(fast, x), model(x))

@@ -1,0 +1,336 @@
+"""Accelerated modules do what torch does in the less usual ways to write and use a module, or refuse to."""
+
+import dataclasses
+import threading
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import lipfast
+from lipfast.errors import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore:lipfast")  # of operators that run in torch
+CHANNELS = 4
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def conv(inputs: int = CHANNELS) -> nn.Conv2d:
+    return nn.Conv2d(inputs, CHANNELS, 3, padding=1)
+
+
+class Written(nn.Module):
+    """Modules and a forward function that is given the module first."""
+
+    def __init__(self, forward, **members: nn.Module | Tensor) -> None:
+        super().__init__()
+        self._forward = forward
+        for name, member in members.items():
+            if isinstance(member, nn.Module):
+                setattr(self, name, member)
+            else:
+                self.register_buffer(name, member)
+
+    def forward(self, *args):
+        return self._forward(self, *args)
+
+
+def picture(batch: int = 2) -> Tensor:
+    return torch.randn(batch, CHANNELS, 7, 6)
+
+
+def assert_same_training(model: nn.Module, x: Tensor, masks: dict[str, Tensor] | None = None) -> None:
+    """Outputs and the gradients of all parameters: accelerated against torch."""
+    fast = lipfast.accelerate(model, masks)
+    expected, got = model(x), fast(x)
+    assert torch.allclose(got, expected, atol=1e-5)
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    (got * weight).sum().backward()
+    fast_parameters = dict(fast.named_parameters())
+    for name, parameter in model.named_parameters():
+        own = name.removesuffix("_orig")
+        if parameter.grad is None:
+            assert fast_parameters[own].grad is None, own
+            continue
+        alive = fast.masks.get(own)
+        wanted = parameter.grad if alive is None else parameter.grad[alive]
+        assert torch.allclose(fast_parameters[own].grad, wanted, atol=1e-4), own
+
+
+def assert_same_output(model: nn.Module) -> None:
+    x = picture()
+    with torch.no_grad():
+        assert torch.allclose(lipfast.accelerate(model)(x), model(x), atol=1e-5)
+
+
+def test_pruned_biases_and_norms():
+    model = nn.Sequential(conv(), nn.BatchNorm2d(CHANNELS), nn.ReLU(), conv(), nn.PReLU(CHANNELS))
+    for module, name in (model[0], "bias"), (model[1], "weight"), (model[1], "bias"), (model[3], "bias"):
+        nn.init.normal_(getattr(module, name))
+        prune.random_unstructured(module, name, 0.5)
+    prune.random_unstructured(model[3], "weight", 0.5)
+    assert_same_training(model, picture())
+
+
+def test_gradients_are_switched_off_inside():
+    def forward(self, x):
+        with torch.no_grad():
+            teacher = self.teacher(x)
+        return (self.student(x) - teacher).square() * (2.0 if torch.is_grad_enabled() else 1.0)
+
+    model = Written(forward, teacher=conv(), student=conv())
+    assert_same_training(model, picture())
+    with torch.no_grad():
+        x = picture()
+        assert torch.allclose(lipfast.accelerate(model)(x), model(x), atol=1e-5)
+
+
+class _Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return -dy
+
+
+def test_functions_with_a_backward_pass_of_their_own_keep_it():
+    model = Written(lambda self, x: self.last(_Reverse.apply(self.first(x))), first=conv(), last=conv())
+    with pytest.warns(UserWarning, match=r"_Reverse\.apply: the engine has no such operator"):
+        assert_same_training(model, picture())
+    assert "lipfast" not in torch.autograd.Function.apply.__func__.__module__  # torch's own again
+
+
+def test_a_gradient_penalty_is_refused():
+    fast, x = lipfast.accelerate(conv()), picture().requires_grad_()
+    (gradient,) = torch.autograd.grad(fast(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        (gradient.norm() - 1).square().backward()
+
+
+def _keeps(self, x):
+    self.seen = x
+    return self.conv(x)
+
+
+def _averages(self, x):
+    self.mean = 0.9 * self.mean + 0.1 * x.mean()
+    return self.conv(x)
+
+
+def _averages_in_data(self, x):
+    self.mean.data = self.mean + 1
+    return self.conv(x)
+
+
+def _hooks(self, x):
+    y = self.conv(x)
+    y.register_hook(lambda dy: 2 * dy)
+    return y
+
+
+def _reads_its_counter(self, x):
+    self.count.add_(1)
+    return self.conv(x) / self.count
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (_keeps, "forward assigns seen"),
+        (_averages, "forward assigns mean"),
+        (_averages_in_data, "cannot be recorded"),
+        (_hooks, "hook"),
+        (_reads_its_counter, "reads a counter that it changed"),
+    ],
+)
+def test_state_that_a_recording_would_lose_is_refused_and_left_alone(forward, message):
+    model = Written(forward, conv=conv(), mean=torch.zeros(()), count=torch.tensor(0))
+    fast = lipfast.accelerate(model)
+    with pytest.raises(InputError, match=message):
+        fast(picture())
+    assert not hasattr(fast, "seen")
+    assert all(tensor.device.type == "cpu" for tensor in fast.state_dict().values())
+    model(picture())  # is right as it is
+
+
+def test_a_counter_that_only_counts_keeps_counting():
+    model = Written(lambda self, x: (self.count.add_(2), self.conv(x))[1], conv=conv(), count=torch.tensor(0))
+    fast = lipfast.accelerate(model)
+    for _ in range(3):
+        fast(picture())
+    assert int(fast.state_dict()["count"]) == 6
+
+
+@dataclasses.dataclass
+class _Output:
+    sample: Tensor
+
+
+def test_containers_that_hide_tensors_are_refused():
+    fast = lipfast.accelerate(Written(lambda self, x: _Output(self.conv(x)), conv=conv()))
+    with pytest.raises(InputError, match="returns tensors in a _Output"):
+        fast(picture())
+
+
+def test_arguments_without_a_hash_are_refused():
+    fast = lipfast.accelerate(Written(lambda self, x, part: self.conv(x[part]), conv=conv()))
+    with pytest.raises(InputError, match="neither a tensor nor hashable"):
+        fast(picture(), slice(0, 1))
+
+
+def test_what_changes_between_two_calls_is_seen():
+    model = nn.Sequential(conv(), nn.BatchNorm2d(CHANNELS), nn.ReLU(), nn.Dropout(0.0))
+    fast, x = lipfast.accelerate(model), picture()
+    fast(x), model(x)
+    for network in (fast, model):
+        network.get_submodule("1").momentum = 0.7
+        network.get_submodule("1").eps = 0.5
+        network.get_submodule("3").p = 1.0
+    got = fast(x)
+    assert torch.equal(got, torch.zeros_like(got))
+    for network in (fast, model):
+        network.get_submodule("3").p = 0.0
+    fast._modules["2"] = model[2] = nn.Tanh()
+    assert torch.allclose(fast(x), model(x), atol=1e-5)
+    assert not torch.equal(got, fast(x))
+
+
+def test_hooks_that_come_later_are_refused():
+    fast, x = lipfast.accelerate(nn.Sequential(conv(), nn.ReLU())), picture()
+    fast(x)
+    fast.get_submodule("0").register_forward_hook(lambda module, args, result: 2 * result)
+    with pytest.raises(InputError, match="module '0' has hooks"):
+        fast(x)
+
+
+def test_another_layer_in_the_place_of_a_pruned_one_is_refused():
+    model = nn.Sequential(conv(), nn.ReLU(), conv())
+    fast, x = lipfast.accelerate(model, {"2.weight": torch.rand(model[2].weight.shape) < 0.5}), picture()
+    fast(x)
+    fast._modules["2"] = conv()
+    with pytest.raises(InputError, match=r"'2\.weight' was replaced"):
+        fast(x)
+
+
+def test_another_dense_layer_is_taken():
+    model = nn.Sequential(conv(), nn.ReLU(), conv())
+    fast, x = lipfast.accelerate(model), picture()
+    fast(x)
+    fast._modules["2"] = model[2] = nn.Conv2d(CHANNELS, 9, 1)
+    assert torch.allclose(fast(x), model(x), atol=1e-5)
+
+
+def test_threads_may_share_a_module_that_was_never_called():
+    def forward(self, x):
+        time.sleep(0.02)  # in the recording: others arrive while stand-ins lie in the place of parameters
+        return self.last(F.softplus(self.first(x)))
+
+    model = Written(forward, first=conv(), last=conv()).eval()
+    fast = lipfast.accelerate(model)
+    wrong: list[float] = []
+
+    def call(size: int) -> None:
+        x = torch.randn(1, CHANNELS, size, 6)
+        with torch.no_grad():
+            wrong.append(float((fast(x) - model(x)).abs().max()))
+
+    threads = [threading.Thread(target=call, args=(4 + i,)) for i in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 5
+    assert max(wrong) < 1e-5
+
+
+def test_a_batch_norm_used_three_times_trains():
+    def forward(self, x):
+        for _ in range(3):
+            x = x + self.norm(self.conv(x)).relu()
+        return x
+
+    assert_same_training(Written(forward, conv=conv(), norm=nn.BatchNorm2d(CHANNELS)), picture())
+
+
+def test_another_default_dtype(request):
+    model, x = nn.Sequential(conv(), nn.ReLU()), picture()
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(torch.float64)
+    assert_same_training(model, x)
+
+
+def test_autocast_around_an_operator_of_torch():
+    model = nn.Sequential(conv(), nn.Conv2d(CHANNELS, CHANNELS, 9, padding=4), conv())
+    fast, x = lipfast.accelerate(model), picture()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = fast(x)
+    assert torch.allclose(got.float(), model(x), atol=0.05)
+
+
+def test_empty_slices():
+    model = Written(lambda self, x: torch.cat([self.conv(x), self.conv(x)[:, :0]], 1), conv=conv())
+    assert_same_training(model, picture())
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize(
+    ("side", "size"), [(16, {"size": 98}), (8, {"size": 82}), (18, {"scale_factor": 1.05}), (2, {"scale_factor": 2.2})]
+)
+def test_enlarging_takes_the_pixels_that_torch_takes(side, size, mode):
+    """Where float32 positions round to another pixel, or torch has a short cut."""
+    model = Written(lambda self, x: F.interpolate(self.conv(x), mode=mode, **size), conv=conv())
+    x = torch.randn(1, CHANNELS, side, side)
+    with torch.no_grad():
+        assert torch.allclose(lipfast.accelerate(model)(x), model(x), atol=1e-5)
+
+
+def test_a_mean_over_another_axis_is_no_pixel_norm():
+    def forward(self, x):
+        return self.conv(x / torch.sqrt(x.square().mean(-3, keepdim=True) + 1e-8))
+
+    x = torch.randn(CHANNELS, 6, 7)
+    model = Written(forward, conv=conv())
+    with torch.no_grad():
+        assert torch.allclose(lipfast.accelerate(model)(x), model(x), atol=1e-5)
+
+
+def test_the_gradient_of_hardswish_at_its_bound():
+    layer = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.ones_(layer.weight)
+    x = torch.tensor([-3.0, 3.0]).view(1, 1, 1, 2).requires_grad_()
+    lipfast.accelerate(nn.Sequential(layer, nn.Hardswish()))(x).sum().backward()
+    assert x.grad.flatten().tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("also", [None, 0.5, 0.25])
+def test_a_shared_weight_that_is_not_pruned_alike_is_refused(also):
+    model = nn.Sequential(conv(), nn.ReLU(), conv())
+    model[2].weight = model[0].weight
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    if also is not None:
+        model[2].weight = nn.Parameter(torch.empty(0))
+        model[2].weight = model[0].weight_orig
+        prune.l1_unstructured(model[2], "weight", also)
+    if also == 0.5:
+        assert_same_output(model)
+        return
+    with pytest.raises(InputError, match="are one parameter, but not pruned alike"):
+        lipfast.accelerate(model)
+
+
+def test_two_masks_of_a_shared_weight_are_refused():
+    model = nn.Sequential(conv(), nn.ReLU(), conv())
+    model[2].weight = model[0].weight
+    masks = {f"{k}.weight": torch.rand(model[0].weight.shape) < 0.5 for k in (0, 2)}
+    with pytest.raises(InputError, match="are one parameter with two masks"):
+        lipfast.accelerate(model, masks)
