@@ -187,10 +187,14 @@ class _Recorder(TorchFunctionMode):
     def note(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a function on stand-ins and note the call."""
         noted = pytree.tree_map(self.known, (args, kwargs))
+        given = pytree.tree_leaves((args, kwargs))
         args, kwargs = pytree.tree_map(_on_meta, (args, kwargs))
+        copies = [new for new, old in zip(pytree.tree_leaves((args, kwargs)), given, strict=True) if new is not old]
         versions = {id(leaf): leaf._version for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = _stand_in(func, args, kwargs)
         result = func(*args, **kwargs) if result is None else result
+        if any(isinstance(copy, Tensor) and copy._version > 0 for copy in copies):
+            raise InputError("engine: the module writes into a tensor that it made on a device that it named")
         written = [t for t in self._alive if id(t) in versions and t._version != versions[id(t)]]
         results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         if func is Tensor.add_ and not kwargs and self._is_counter(noted[0]):

@@ -11,6 +11,7 @@ Each call asks whether the numbers that this rests on were written (``engine/wat
 where they changed.
 """
 
+import collections
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -85,7 +86,7 @@ class _Variant:
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether no weight lives that the masks call dead."""
         for name, mask in self.masks.items():
-            if name in self.sources and not torch.equal(tensors[self.sources[name]] != 0, mask):
+            if name in self.sources and not torch.equal(tensors[self.sources[name]].float(), mask.float()):
                 return False
             if name not in self.sources and bool((tensors[name][~mask] != 0).any()):
                 return False
@@ -159,27 +160,35 @@ def _masks_in_graph(recording: Recording, tensors: Mapping[str, Tensor]) -> tupl
 
     Changes the recording: each such weight becomes another reference to the parameter's leaf.
     """
-    masks: dict[str, Tensor] = {}
-    sources: dict[str, str] = {}
-    products: dict[int, Ref] = {}
     leaves = dict(recording.leaves)  # also the results of conversions that change nothing
     count = 1 + max([*leaves, *(ref.number for call in recording.calls for ref in call.results())], default=0)
+    uses: collections.Counter[str] = collections.Counter()
+    found: list[tuple[Ref, str, str]] = []  # product, weight, mask
     for call in recording.calls:
-        if call.function is Tensor.to and call.refs()[0].number in leaves and call.results()[0].dtype == torch.float32:
-            leaves[call.results()[0].number] = leaves[call.refs()[0].number]
-        elif call.function in _PRODUCTS and len(call.refs()) == 2 and all(ref.number in leaves for ref in call.refs()):
-            first, second = (leaves[ref.number] for ref in call.refs())
-            weight, mask = (first, second) if _is_mask(tensors[second]) else (second, first)
+        read = [leaves[ref.number] for ref in call.refs() if ref.number in leaves]
+        if call.function is Tensor.to and read and call.refs()[0].dtype == call.results()[0].dtype == torch.float32:
+            leaves[call.results()[0].number] = read[0]
+            continue
+        uses.update(read)
+        if call.function in _PRODUCTS and len(call.refs()) == len(read) == 2:
+            weight, mask = read if _is_mask(tensors[read[1]]) else read[::-1]
             product = call.results()[0]
             if _is_mask(tensors[mask]) and tensors[mask].shape == tensors[weight].shape == product.shape:
-                masks[weight], sources[weight] = tensors[mask] != 0, mask
-                products[product.number] = Ref(count, product.shape, product.dtype)
-                recording.leaves[count] = weight
-                count += 1
-        elif _reads_weight(call):
-            weight_ref = products.get(call.args[1].number, call.args[1])
-            call.args = (call.args[0], weight_ref, *call.args[2:])
-    return masks, sources
+                found.append((product, weight, mask))
+    sources = {weight: mask for _, weight, mask in found}
+    alike = collections.Counter(weight for _, weight, mask in found if sources[weight] == mask)
+    products: dict[int, Ref] = {}
+    for product, weight, _ in found:
+        if alike[weight] != uses[weight] or tensors[weight].dtype != torch.float32:
+            sources.pop(weight, None)  # somewhere it is read whole, or by another mask
+            continue
+        products[product.number] = Ref(count, product.shape, product.dtype)
+        recording.leaves[count] = weight
+        count += 1
+    for call in recording.calls:
+        if _reads_weight(call):
+            call.args = (call.args[0], products.get(call.args[1].number, call.args[1]), *call.args[2:])
+    return {weight: tensors[mask] != 0 for weight, mask in sources.items()}, sources
 
 
 def _is_mask(tensor: Tensor) -> bool:

@@ -491,6 +491,8 @@ class _SegmentFunction(torch.autograd.Function):
             ctx.lease, ctx.count = lease, count
             ctx.shapes = [operand.shape for operand in operands[count:]]
             ctx.set_materialize_grads(True)
+            reached = lease.running.plan.output_gradients
+            ctx.mark_non_differentiable(*(y for number, y in enumerate(outputs) if number not in reached))
         return tuple(outputs)
 
     @staticmethod

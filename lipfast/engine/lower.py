@@ -120,6 +120,7 @@ class _Builder:
         self._inputs: list[Ref] = []
         self._weights: list[Ref] = []
         self._statistics: list[tuple[Ref, Ref]] = []
+        self._moved: set[tuple[Ref, Ref]] = set()
         self._calls: list[Call] = []
 
     def add(self, call: Call, position: int) -> None:
@@ -244,8 +245,9 @@ class _Builder:
             return None
         if mean.dtype != torch.float32:
             raise Unsupported("running statistics that are not float32")
-        if training and (mean, variance) in self._statistics:
-            raise Unsupported("running statistics that change twice")
+        if (mean, variance) in self._statistics and (training or (mean, variance) in self._moved):
+            raise Unsupported("running statistics that change twice, or are read after they changed")
+        self._moved |= {(mean, variance)} if training else set()
         self._statistics.append((mean, variance))
         return len(self._statistics) - 1
 
@@ -403,10 +405,6 @@ def _hardtanh(b: _Builder, input: Any, min_val: float = -1.0, max_val: float = 1
     if (min_val, max_val) != (0, 6):
         raise Unsupported(f"bounds {min_val} and {max_val}: only ReLU6's, 0 and 6")
     return b.each("act", input, act="relu6", slope=0.0)
-
-
-def _clamp(b: _Builder, input: Any, min: Any = None, max: Any = None) -> int:
-    return _hardtanh(b, input, min, max)
 
 
 def _leaky_relu(b: _Builder, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> int:
@@ -729,7 +727,6 @@ _HANDLERS: dict[Any, Callable[..., int]] = {
     **_spellings(_activation("hardswish"), F.hardswish),
     **_spellings(_gelu, F.gelu),
     **_spellings(_hardtanh, F.hardtanh, F.hardtanh_),
-    **_spellings(_clamp, torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_),
     **_spellings(_dropout, F.dropout, F.dropout2d),
     **_spellings(_same_value, torch.clone, Tensor.clone, Tensor.contiguous),
     **_spellings(_cat, torch.cat, torch.concat, torch.concatenate),

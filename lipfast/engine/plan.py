@@ -69,12 +69,14 @@ class Plan:
 
     ``values[k]`` is the part of the program's values (and gradients) that holds weight k; ``statistics[k]`` those of
     the program's statistics that hold running mean and variance k. Section 0 takes the graph's inputs, then its
-    outputs; section 1 the gradients of the outputs, then those of the inputs in ``input_gradients``.
+    outputs; section 1 the gradients of the outputs in ``output_gradients``, then those of the inputs in
+    ``input_gradients``.
     """
 
     program: _C.Program
     values: list[slice]
     statistics: list[tuple[slice, slice]]
+    output_gradients: list[int]
     input_gradients: list[int]
 
 
@@ -173,9 +175,10 @@ class _Planner:
     def build(self) -> Plan:
         self._forward()
         self.forward_steps = len(self.steps)
+        given: list[int] = []
         wanted: list[int] = []
         if self.options.backward:
-            wanted = _Backward(self).emit()
+            given, wanted = _Backward(self).emit()
         value_count = self.values[-1].stop if self.values else 0
         map_floats = self._allocate()
         try:
@@ -184,7 +187,7 @@ class _Planner:
             size = f"{4e-9 * map_floats:.1f} GB"
             raise MemoryError(f"engine: no {size} for the maps of this network; give a smaller input") from None
         self._write()
-        return Plan(self.program, self.values, self.statistics, wanted)
+        return Plan(self.program, self.values, self.statistics, given, wanted)
 
     # Placing values.
 
@@ -571,12 +574,16 @@ class _Backward:
         self.written: set[int] = set()
         self.second: dict[int, Slot] = {}  # a second part of a gradient, which BatchNorm adds as it reads
 
-    def emit(self) -> list[int]:
-        """Write all steps; return the positions of the graph inputs whose gradients come out."""
+    def emit(self) -> tuple[list[int], list[int]]:
+        """Write all steps; return the positions of the graph outputs whose gradients go in, and of the graph inputs
+        whose gradients come out."""
         planner, graph = self.planner, self.graph
-        for number, value in enumerate(graph.outputs):
-            if value in self.needed:
-                self._into(value, lambda slot, number=number: planner.emit("from_plain", _BACKWARD, number, slot))
+        given = [number for number, value in enumerate(graph.outputs) if value in self.needed]
+        for place, number in enumerate(given):
+            self._into(
+                graph.outputs[number],
+                lambda slot, place=place: planner.emit("from_plain", _BACKWARD, place, slot),
+            )
         for position in range(len(graph.nodes) - 1, -1, -1):
             node = graph.nodes[position]
             if node.output in self.needed and self._has(node.output):
@@ -586,8 +593,8 @@ class _Backward:
         wanted = [n for n, value in enumerate(graph.inputs) if self._wants_input(n) and self._has(value)]
         for place, number in enumerate(wanted):
             self._flush(graph.inputs[number])
-            planner.emit("to_plain", _BACKWARD, self._home(graph.inputs[number]), len(graph.outputs) + place)
-        return wanted
+            planner.emit("to_plain", _BACKWARD, self._home(graph.inputs[number]), len(given) + place)
+        return given, wanted
 
     def _wants_input(self, number: int) -> bool:
         return bool(self.planner.options.input_gradients[number])

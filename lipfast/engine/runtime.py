@@ -58,7 +58,9 @@ class Running:
         """Gradients of the inputs that were asked for; those of the weights are in ``gradients`` afterwards."""
         forms = [self._inputs[number] for number in self.plan.input_gradients]
         inputs = [torch.empty(form.shape, dtype=torch.float32) for form in forms]
-        maps = [*_as_maps(output_gradients, self._outputs), *_as_maps(inputs, forms)]
+        given = self.plan.output_gradients
+        wanted = [self._outputs[number] for number in given]
+        maps = [*_as_maps([output_gradients[number] for number in given], wanted), *_as_maps(inputs, forms)]
         self.program.run(1, [tensor.detach().numpy() for tensor in maps], threads)
         return inputs
 
