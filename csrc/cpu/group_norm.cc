@@ -43,10 +43,10 @@ struct Numbers {
   Affine affine;
 
   Numbers(const GroupNormState& state, int64_t i, int64_t c)
-      : gamma(state.gamma ? state.gamma[c] : 1.0f), mean(state.mean[i]), inverse(state.inverse_deviation[i]) {
-    const float scale = gamma * inverse;
-    affine = {scale, (state.beta ? state.beta[c] : 0.0f) - mean * scale};
-  }
+      : gamma(state.gamma ? state.gamma[c] : 1.0f),
+        mean(state.mean[i]),
+        inverse(state.inverse_deviation[i]),
+        affine(ScaleAndShift(state.gamma, state.beta, c, mean, inverse)) {}
 };
 
 void Forward(const LaneMap& x, const LaneMap& y, const GroupNormSpec& spec, const GroupNormState& state, HaloSpec halo,
@@ -65,45 +65,24 @@ void Forward(const LaneMap& x, const LaneMap& y, const GroupNormSpec& spec, cons
   });
 }
 
-// The gradient before the activation at one row, and the normalised value.
+// The gradients of one plane, row by row.
 template <Activation kAct>
-struct RowGradient {
-  const float *x, *dy;
-  V scale, shift, low, mean, inverse;
+struct PlaneGradient {
+  const LaneMap &x, &dy;
+  const FromInput<kAct> recover;
 
-  RowGradient(const float* in, const float* gradient, const Numbers& numbers, float slope)
-      : x(in),
-        dy(gradient),
-        scale(Set(numbers.affine.scale)),
-        shift(Set(numbers.affine.shift)),
-        low(Set(slope)),
-        mean(Set(numbers.mean)),
-        inverse(Set(numbers.inverse)) {}
-
-  void At(int64_t col, V* gradient, V* normalised) const {
-    const V in = Load(x + col * kLanes), g = Load(dy + col * kLanes);
-    *gradient = kAct == Activation::kNone ? g : Mul(g, ActSlope<kAct>(Fma(in, scale, shift), low));
-    *normalised = Mul(Sub(in, mean), inverse);
+  PlaneGradient(const LaneMap& in, const LaneMap& gradient, const Numbers& numbers, float slope)
+      : x(in), dy(gradient), recover(numbers.affine, slope, numbers.mean, numbers.inverse) {}
+  RowGradient<FromInput<kAct>, kAct, false> operator()(int64_t, int64_t row) const {
+    return {x.At(0, 0, row), dy.At(0, 0, row), nullptr, recover};
   }
 };
 
-// sums: of the gradient before the activation, and of its product with the normalised value.
 template <Activation kAct>
-struct SumGradients {
+struct SumPlane {
   static void Run(const LaneMap& x, const LaneMap& dy, const Numbers& numbers, const GroupNormSpec& spec,
                   double* sums) {
-    SumChannel<2>(
-        x, spec.live,
-        [&](int64_t, int64_t row) {
-          return [at = RowGradient<kAct>(x.At(0, 0, row), dy.At(0, 0, row), numbers, spec.act.slope)](int64_t col,
-                                                                                                      V* term) {
-            V g, normalised;
-            at.At(col, &g, &normalised);
-            term[0] = g;
-            term[1] = Mul(g, normalised);
-          };
-        },
-        sums);
+    SumGradients(x, spec.live, PlaneGradient<kAct>(x, dy, numbers, spec.act.slope), sums);
   }
 };
 
@@ -112,10 +91,11 @@ template <Activation kAct>
 struct WriteGradient {
   static void Run(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const Numbers& numbers, float slope,
                   float constant, float along) {
+    const PlaneGradient<kAct> gradient(x, dy, numbers, slope);
     const V scale = Set(numbers.affine.scale);
     const V less = Set(-numbers.inverse * constant), tilt = Set(-numbers.inverse * along);
     for (int64_t row = 0; row < x.block_h; ++row) {
-      const RowGradient<kAct> at(x.At(0, 0, row), dy.At(0, 0, row), numbers, slope);
+      const auto at = gradient(0, row);
       float* out = dx.At(0, 0, row);
       for (int64_t col = 0; col < x.block_w; ++col) {
         V g, normalised;
@@ -145,7 +125,7 @@ void Backward(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const Grou
     for (int64_t c = group.first; c < group.last; ++c) {
       double* const own = &sums[2 * (n * x.channels + c)];
       const Numbers numbers(state, i, c);
-      WithActivation<SumGradients>(spec.act.kind, PlaneOf(x, n, c), PlaneOf(dy, n, c), numbers, spec, own);
+      WithActivation<SumPlane>(spec.act.kind, PlaneOf(x, n, c), PlaneOf(dy, n, c), numbers, spec, own);
       constant += numbers.gamma * own[0];
       along += numbers.gamma * own[1];
     }

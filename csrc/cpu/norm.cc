@@ -13,11 +13,8 @@ namespace LIPFAST_NS {
 
 namespace {
 
-// gamma * (x - mean) * inverse_deviation + beta = scale * x + shift
 Affine AffineOf(const NormState& state, int64_t c) {
-  const float gamma = state.gamma ? state.gamma[c] : 1.0f;
-  const float scale = gamma * state.inverse_deviation[c];
-  return {scale, (state.beta ? state.beta[c] : 0.0f) - state.mean[c] * scale};
+  return ScaleAndShift(state.gamma, state.beta, c, state.mean[c], state.inverse_deviation[c]);
 }
 
 // Fills the halos of one channel after another.
@@ -79,22 +76,13 @@ void Evaluate(const LaneMap& x, const LaneMap& y, const NormSpec& spec, const No
   });
 }
 
-// From BatchNorm's input: the activation's slope and the normalised value.
 template <Activation kAct>
-struct FromInput {
-  V scale, shift, low, mean, inverse;
-
-  FromInput(const NormSpec& spec, const NormState& state, int64_t c)
-      : scale(Set(AffineOf(state, c).scale)),
-        shift(Set(AffineOf(state, c).shift)),
-        low(Set(spec.act.slope)),
-        mean(Set(state.mean[c])),
-        inverse(Set(state.inverse_deviation[c])) {}
-  V Slope(V in) const { return ActSlope<kAct>(Fma(in, scale, shift), low); }
-  V Normalised(V in) const { return Mul(Sub(in, mean), inverse); }
+struct FromBatchInput : FromInput<kAct> {
+  FromBatchInput(const NormSpec& spec, const NormState& state, int64_t c)
+      : FromInput<kAct>(AffineOf(state, c), spec.act.slope, state.mean[c], state.inverse_deviation[c]) {}
 };
 
-// The same from its result, for activations that keep the sign and can be undone.
+// As FromInput from the norm's result, for activations that keep the sign and can be undone.
 template <Activation kAct>
 struct FromResult {
   V low, undo, beta, inverse_gamma;
@@ -111,21 +99,6 @@ struct FromResult {
   }
 };
 
-// The gradient before the activation at one row, and the normalised value.
-template <class Recover, Activation kAct, bool kTwo>
-struct RowGradient {
-  const float *x, *dy, *dy2;
-  const Recover& recover;
-
-  void At(int64_t col, V* gradient, V* normalised) const {
-    const V in = Load(x + col * kLanes);
-    V g = Load(dy + col * kLanes);
-    if (kTwo) g = Add(g, Load(dy2 + col * kLanes));
-    *gradient = kAct == Activation::kNone ? g : Mul(g, recover.Slope(in));
-    *normalised = recover.Normalised(in);
-  }
-};
-
 // `source` is the one channel that `Recover` reads.
 template <class Recover, Activation kAct, bool kTwo>
 void BackwardChannel(const LaneMap& source, const LaneMap& dy, const LaneMap* dy2, const LaneMap& dx, int64_t c,
@@ -135,17 +108,7 @@ void BackwardChannel(const LaneMap& source, const LaneMap& dy, const LaneMap* dy
     return RowGradient<Recover, kAct, kTwo>{source.At(n, 0, row), dy.At(n, c, row), kTwo ? dy2->At(n, c, row) : nullptr,
                                             recover};
   };
-  SumChannel<2>(
-      source, spec.live,
-      [&](int64_t n, int64_t row) {
-        return [at = row_gradient(n, row)](int64_t col, V* term) {
-          V g, normalised;
-          at.At(col, &g, &normalised);
-          term[0] = g;
-          term[1] = Mul(g, normalised);
-        };
-      },
-      sums);
+  SumGradients(source, spec.live, row_gradient, sums);
   const double count = batch_statistics ? static_cast<double>(dy.batch * dy.height * dy.width) : 0.0;
   const V scale = Set(AffineOf(state, c).scale);
   const V constant = Set(count > 0 ? static_cast<float>(sums[0] / count) : 0.0f);
@@ -184,12 +147,12 @@ struct BackwardPicked {
     const NormSpare& spare = state.spare;
     if (spare.slot && spare.slot[c] >= 0) {
       const LaneMap copy = Plane(spare.planes, spare.slot[c]);
-      BackwardFrom<FromInput, kAct>(copy, dy, dy2, dx, c, spec, state, batch_statistics, sums);
+      BackwardFrom<FromBatchInput, kAct>(copy, dy, dy2, dx, c, spec, state, batch_statistics, sums);
     } else if (kCanBeUndone && spare.slot) {
       constexpr Activation kUndone = kCanBeUndone ? kAct : Activation::kNone;
       BackwardFrom<FromResult, kUndone>(Plane(x, c), dy, dy2, dx, c, spec, state, batch_statistics, sums);
     } else {
-      BackwardFrom<FromInput, kAct>(Plane(x, c), dy, dy2, dx, c, spec, state, batch_statistics, sums);
+      BackwardFrom<FromBatchInput, kAct>(Plane(x, c), dy, dy2, dx, c, spec, state, batch_statistics, sums);
     }
   }
 };

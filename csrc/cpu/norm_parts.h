@@ -95,10 +95,16 @@ inline Moments ChannelMoments(const LaneMap& x, int64_t c, const LivePixelMask& 
   return {mean, variance > 0 ? variance : variance == variance ? 0.0 : variance};
 }
 
-// scale * x + shift
+// gamma * (x - mean) * inverse + beta = scale * x + shift
 struct Affine {
   float scale, shift;
 };
+
+// Of channel c; a null gamma is 1, a null beta 0.
+inline Affine ScaleAndShift(const float* gamma, const float* beta, int64_t c, float mean, float inverse) {
+  const float scale = (gamma ? gamma[c] : 1.0f) * inverse;
+  return {scale, (beta ? beta[c] : 0.0f) - mean * scale};
+}
 
 // One channel of a map.
 inline LaneMap Plane(const LaneMap& m, int64_t c) {
@@ -137,6 +143,53 @@ struct NormaliseChannel {
     }
   }
 };
+
+// From a norm's input: the activation's slope and the normalised value.
+template <Activation kAct>
+struct FromInput {
+  V scale, shift, low, mean, inverse;
+
+  FromInput(Affine affine, float slope, float centre, float inverse_deviation)
+      : scale(Set(affine.scale)),
+        shift(Set(affine.shift)),
+        low(Set(slope)),
+        mean(Set(centre)),
+        inverse(Set(inverse_deviation)) {}
+  V Slope(V in) const { return ActSlope<kAct>(Fma(in, scale, shift), low); }
+  V Normalised(V in) const { return Mul(Sub(in, mean), inverse); }
+};
+
+// The gradient before the activation at one row, and the normalised value.
+template <class Recover, Activation kAct, bool kTwo>
+struct RowGradient {
+  const float *x, *dy, *dy2;
+  const Recover& recover;
+
+  void At(int64_t col, V* gradient, V* normalised) const {
+    const V in = Load(x + col * kLanes);
+    V g = Load(dy + col * kLanes);
+    if (kTwo) g = Add(g, Load(dy2 + col * kLanes));
+    *gradient = kAct == Activation::kNone ? g : Mul(g, recover.Slope(in));
+    *normalised = recover.Normalised(in);
+  }
+};
+
+// sums: of the gradient before the activation, and of its product with the normalised
+// value. row_gradient(n, row) gives a RowGradient.
+template <class AtRow>
+void SumGradients(const LaneMap& m, const LivePixelMask& live, const AtRow& row_gradient, double* sums) {
+  SumChannel<2>(
+      m, live,
+      [&](int64_t n, int64_t row) {
+        return [at = row_gradient(n, row)](int64_t col, V* term) {
+          V g, normalised;
+          at.At(col, &g, &normalised);
+          term[0] = g;
+          term[1] = Mul(g, normalised);
+        };
+      },
+      sums);
+}
 
 }  // namespace LIPFAST_NS
 }  // namespace lipfast

@@ -224,7 +224,7 @@ void Program::ConvInputGradient(Section where, int conv, int64_t values, int dy,
 
 void Program::ConvWeightGradient(int conv, int64_t values, int64_t bias, int x, int dy) {
   float* weight = gradients() + values;
-  float* shift = bias < 0 ? nullptr : gradients() + bias;
+  float* shift = GradientAt(bias);
   Add(Section::kBackward, ConvLabel("conv dw", convs_[conv].shape, maps_[dy]),
       [run = convs_[conv].conv.get(), weight, shift, in = maps_[x], out = maps_[dy]](const RunContext& context) {
         run->WeightGradient(in, out, weight, shift, context.scratch, context.threads);
@@ -282,8 +282,8 @@ void Program::NormBackward(int x, int dy, int dy2, int dx, const NormSpec& spec,
                            bool training, bool zero_halo, bool recover) {
   NormSpec full = spec;
   full.live = LiveMask(maps_[x]);
-  float* dgamma = offsets.gamma < 0 ? nullptr : gradients() + offsets.gamma;
-  float* dbeta = offsets.beta < 0 ? nullptr : gradients() + offsets.beta;
+  float* dgamma = GradientAt(offsets.gamma);
+  float* dbeta = GradientAt(offsets.beta);
   Add(Section::kBackward, "norm backward " + SizeLabel(maps_[x]),
       [full, training, zero_halo, dgamma, dbeta, state = StateOf(offsets, spec.channels), in = maps_[x],
        first = maps_[dy], second = dy2 < 0 ? LaneMap{} : maps_[dy2], out = maps_[dx],
@@ -293,6 +293,8 @@ void Program::NormBackward(int x, int dy, int dy2, int dx, const NormSpec& spec,
                                         dbeta, zero_halo, context.threads);
       });
 }
+
+float* Program::GradientAt(int64_t offset) const { return offset < 0 ? nullptr : gradients() + offset; }
 
 GroupNormState Program::GroupStateOf(const NormOffsets& offsets, int64_t count) const {
   const NormState state = StateOf(offsets, count);
@@ -312,8 +314,8 @@ void Program::GroupNorm(int x, int y, const GroupNormSpec& spec, const NormOffse
 void Program::GroupNormBackward(int x, int dy, int dx, const GroupNormSpec& spec, const NormOffsets& offsets) {
   GroupNormSpec full = spec;
   full.live = LiveMask(maps_[x]);
-  float* dgamma = offsets.gamma < 0 ? nullptr : gradients() + offsets.gamma;
-  float* dbeta = offsets.beta < 0 ? nullptr : gradients() + offsets.beta;
+  float* dgamma = GradientAt(offsets.gamma);
+  float* dbeta = GradientAt(offsets.beta);
   Add(Section::kBackward, "group norm backward " + SizeLabel(maps_[x]),
       [full, dgamma, dbeta, state = GroupStateOf(offsets, maps_[x].batch * spec.groups), in = maps_[x],
        gradient = maps_[dy], out = maps_[dx]](const RunContext& context) {

@@ -183,6 +183,7 @@ class Program {
   // Of the BatchNorm that saves its statistics there, whichever pass asks first.
   SpareInputs* SpareOf(int64_t saved);
   NormState StateOf(const NormOffsets& offsets, int64_t channels) const;
+  float* GradientAt(int64_t offset) const;  // null: there is none
   GroupNormState GroupStateOf(const NormOffsets& offsets, int64_t count) const;
   NormNumbers NumbersOf(const NormOffsets& offsets, float epsilon) const;
 

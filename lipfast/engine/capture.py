@@ -109,22 +109,22 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mappi
                 ) from failure
     recording = Recording(refs, recorder.leaves, recorder.constants, recorder.calls, None, recorder.counted)
     recording.result = pytree.tree_map(recorder.known, result)
-    _refuse_hidden(recording.result, "the module returns")
+    _refuse_hidden(recording.result)
     return recording
 
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, Tensor, Ref, torch.dtype, torch.device)
 
 
-def _refuse_hidden(tree: Any, what: str) -> None:
+def _refuse_hidden(result: Any) -> None:
     """Refuse containers that a recording cannot look into, where they hold tensors."""
-    for leaf in pytree.tree_leaves(tree):
+    for leaf in pytree.tree_leaves(result):
         parts = [] if isinstance(leaf, _PLAIN) else [*getattr(leaf, "__dict__", {}).values()]
         parts += leaf.values() if isinstance(leaf, Mapping) else leaf if isinstance(leaf, (list, tuple, set)) else []
         if any(isinstance(part, Tensor) for part in parts):
             raise InputError(
-                f"engine: {what} tensors in a {type(leaf).__name__}; use tuples, lists, dicts, or register it with "
-                "torch.utils._pytree.register_pytree_node"
+                f"engine: the module returns tensors in a {type(leaf).__name__}; use tuples, lists, dicts, or register "
+                "it with torch.utils._pytree.register_pytree_node"
             )
 
 
@@ -373,11 +373,9 @@ def _normalised_by_item(
 def _normalised_by_group(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor | None:
-    return (
-        _normalised(input, None, None, weight, bias, True)
-        if num_groups > 0 and input.shape[1] % num_groups == 0
-        else None
-    )
+    if num_groups < 1 or input.shape[1] % num_groups != 0:
+        return None
+    return _normalised(input, None, None, weight, bias, True)
 
 
 def _activated(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor | None:

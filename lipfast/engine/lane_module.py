@@ -17,7 +17,7 @@ from lipfast.engine.capture import Call, Recording, Ref, call_with, record, refs
 from lipfast.engine.lower import Lowered, Segment, lower
 from lipfast.engine.operators import dense_name, lower_to_operators
 from lipfast.engine.plan import Options, Weight
-from lipfast.engine.runtime import Arrays, Running, hooked_module, layer_weights, pack, weights_of
+from lipfast.engine.runtime import Arrays, Running, has_hooks, hooked_module, layer_weights, pack, weights_of
 from lipfast.engine.watch import Watch
 from lipfast.errors import InputError
 from lipfast.ops._once import differentiable_once
@@ -98,7 +98,7 @@ class LaneModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's result."""
         if not kwargs and all(isinstance(arg, Tensor) for arg in args):  # as nearly always; a tree takes its time
-            compiled, tensors = self._compiled_for(args, len(args))
+            compiled, tensors = self._compiled_for(args, None)
             return compiled.run(args, tensors)
         leaves, structure = pytree.tree_flatten((args, kwargs))
         compiled, tensors = self._compiled_for(leaves, structure)
@@ -179,9 +179,8 @@ class LaneModule(nn.Module):
         with self._lock:  # while another thread records, parameters are exchanged for stand-ins
             tensors, states = self._survey()
             types = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors.values())
-            modes = tuple(state[0].training for state in states)
-            modes += (torch.is_grad_enabled(),)
-            key = (shapes, structure if isinstance(structure, int) else str(structure), modes, types)
+            modes = (torch.is_grad_enabled(), *(state[0].training for state in states))
+            key = (shapes, str(structure), modes, types)
             try:
                 known = self._compiled.get(key)
             except TypeError as failure:
@@ -195,7 +194,7 @@ class LaneModule(nn.Module):
         return known, tensors
 
     def _compile(self, leaves: Sequence[Any], structure: Any) -> "Compiled":
-        """``structure``: the tree that the leaves are of, or the number of arguments, which are the leaves."""
+        """``structure``: the tree that the leaves are of; None: they are the arguments."""
         if [name for name, _ in self.named_parameters()] != self._names:
             raise InputError("accelerate: the module's parameters changed; call accelerate() after pruning, not before")
         for name, mask in self._masks.items():
@@ -206,9 +205,7 @@ class LaneModule(nn.Module):
         def call(stand_ins: dict[str, Tensor], *tensors: Tensor) -> Any:
             remaining = iter(tensors)
             filled = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            args, kwargs = (
-                (tuple(filled), {}) if isinstance(structure, int) else pytree.tree_unflatten(filled, structure)
-            )
+            args, kwargs = (tuple(filled), {}) if structure is None else pytree.tree_unflatten(filled, structure)
             return call_with(self._source(), stand_ins, args, kwargs)
 
         recording = record(call, [leaf for leaf in leaves if isinstance(leaf, Tensor)], dense)
@@ -265,8 +262,7 @@ class Compiled:
         self.states: list[list[Any]] = []  # of the modules, as they were recorded
         self._device = device
         self._recording = lowered.recording
-        self._masks = masks
-        self._packed = packed
+        self._given_packed = masks if packed else {}
         self._items = [
             SegmentRunner(item, lowered.recording, masks, exact, packed) if isinstance(item, Segment) else item
             for item in lowered.items
@@ -283,7 +279,7 @@ class Compiled:
         known: dict[int, Any] = dict(self._recording.constants)
         known.update({ref.number: tensor for ref, tensor in zip(self._recording.inputs, inputs, strict=True)})
         for number in self._leaf_numbers:
-            known[number] = self._dense(self._recording.leaves[number], tensors)
+            known[number] = _dense(self._recording.leaves[number], tensors, self._given_packed)
         for item, spent in zip(self._items, self._spent, strict=True):
             if item.grad is None:
                 self._run_item(item, known, tensors)
@@ -325,11 +321,13 @@ class Compiled:
                 spent[position].append(number)
         return spent
 
-    def _dense(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        if not self._packed or name not in self._masks:
-            return tensors[name]
-        dense = tensors.get(dense_name(name))
-        return _scatter(tensors[name], self._masks[name]) if dense is None else dense
+
+def _dense(name: str, tensors: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> Tensor:
+    """A leaf as torch reads it; ``packed``: the masks of those that are given as their kept values."""
+    if name not in packed:
+        return tensors[name]
+    dense = tensors.get(dense_name(name))
+    return _scatter(tensors[name], packed[name]) if dense is None else dense
 
 
 def _tensors_of(item: Any) -> list[Ref]:
@@ -381,6 +379,7 @@ class SegmentRunner:
         self._segment, self._leaves, self._masks, self._exact = segment, recording.leaves, masks, exact
         self.grad = segment.grad
         self._of_layers = layer_weights(segment)
+        self._given_packed = masks if packed else {}
         self._kept = {} if packed else {name: mask.reshape(-1).nonzero().squeeze(1) for name, mask in masks.items()}
         self._statistics = [recording.leaves[ref.number] for pair in segment.statistics for ref in pair]
         norms = [node for node in segment.graph.nodes if node.kind == "norm"]
@@ -425,8 +424,8 @@ class SegmentRunner:
         if name is None:
             weight: Tensor = known[ref.number]
             return weight
-        if number not in self._of_layers and name in self._masks:
-            return tensors[name] if name in self._kept else _scatter(tensors[name], self._masks[name])
+        if number not in self._of_layers:
+            return _dense(name, tensors, self._given_packed)
         return tensors[name].reshape(-1)[self._kept[name]] if name in self._kept else tensors[name]
 
     @property
@@ -518,8 +517,8 @@ def _visit(
     seen: set[int],
 ) -> None:
     """Collect a module's tensors, each once, and attributes, and its children's."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        raise InputError(f"accelerate: module {prefix[:-1] or 'itself'!r} has hooks, which would not run; remove them")
+    if has_hooks(module):
+        raise _hooked(prefix[:-1])
     states.append([module, *vars(module).values()])
     for found, own in (parameters, module._parameters), (buffers, module._buffers):
         if own:
@@ -657,4 +656,8 @@ def _given(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _refuse_hooks(model: nn.Module) -> None:
     name = hooked_module(model)
     if name is not None:
-        raise InputError(f"accelerate: module {name or 'itself'!r} has hooks, which would not run; remove them")
+        raise _hooked(name)
+
+
+def _hooked(name: str) -> InputError:
+    return InputError(f"accelerate: module {name or 'itself'!r} has hooks, which would not run; remove them")

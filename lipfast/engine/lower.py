@@ -120,7 +120,6 @@ class _Builder:
         self._inputs: list[Ref] = []
         self._weights: list[Ref] = []
         self._statistics: list[tuple[Ref, Ref]] = []
-        self._moved: set[tuple[Ref, Ref]] = set()
         self._calls: list[Call] = []
 
     def add(self, call: Call, position: int) -> None:
@@ -245,9 +244,10 @@ class _Builder:
             return None
         if mean.dtype != torch.float32:
             raise Unsupported("running statistics that are not float32")
-        if (mean, variance) in self._statistics and (training or (mean, variance) in self._moved):
+        known = [number for number, other in enumerate(self._statistics) if other == (mean, variance)]
+        moved = {node.running for node in self.graph.nodes if node.kind == "norm" and node.training}
+        if known and (training or not moved.isdisjoint(known)):
             raise Unsupported("running statistics that change twice, or are read after they changed")
-        self._moved |= {(mean, variance)} if training else set()
         self._statistics.append((mean, variance))
         return len(self._statistics) - 1
 

@@ -175,10 +175,7 @@ class _Planner:
     def build(self) -> Plan:
         self._forward()
         self.forward_steps = len(self.steps)
-        given: list[int] = []
-        wanted: list[int] = []
-        if self.options.backward:
-            given, wanted = _Backward(self).emit()
+        given, wanted = _Backward(self).emit() if self.options.backward else ([], [])
         value_count = self.values[-1].stop if self.values else 0
         map_floats = self._allocate()
         try:

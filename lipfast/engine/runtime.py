@@ -149,9 +149,11 @@ def layer_weights(segment: Segment) -> set[int]:
 
 def hooked_module(model: nn.Module) -> str | None:
     """Name of a module with hooks, which a recording would run once and never again; None if there is none."""
-    name: str
-    for name, module in model.named_modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        if any(hooks):
-            return name
-    return None
+    return next((name for name, module in model.named_modules() if has_hooks(module)), None)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of this module runs more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
