@@ -187,6 +187,8 @@ void RunPointwise(int threads, const std::string& name) {
              : kind == Activation::kRelu6       ? std::clamp(z, 0.0, 6.0)
              : kind == Activation::kHardsigmoid ? hard
              : kind == Activation::kHardswish   ? z * hard
+             : kind == Activation::kGelu        ? z * std::erfc(-z / std::sqrt(2.0)) / 2
+             : kind == Activation::kGeluTanh    ? z * (1 + std::tanh(0.7978845608 * (z + 0.044715 * z * z * z))) / 2
                                                 : z;
     };
     const std::string what = name + " activation " + std::to_string(number);
