@@ -30,11 +30,16 @@ from lipfast.errors import ConfigError, InputError
 
 _WEIGHTED = (torch.conv2d, torch.conv_transpose2d, F.linear, torch._C._nn.linear)
 _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+_TRANSFORMS = ("torch._functorch", "torch._C._functorch", "torch.autograd.forward_ad")
 _CHANGES = ("writes", "contents")
 
 
 def lipfast(
-    module: torch.fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, str] | None = None
+    module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, str] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """The dynamo backend: a function that computes what ``module`` does.
 
@@ -46,10 +51,13 @@ def lipfast(
         options: ``{"changes": "writes"}`` (the default) lets torch say whether a watched weight was written, which
             takes no time and sees every way through torch and numpy; ``{"changes": "contents"}`` reads them in each
             call and sees raw pointers, too, that were handed out before.
+        mode: refused; the modes of ``torch.compile`` are presets of another backend.
 
     Raises:
-        ConfigError: an unknown option or value.
+        ConfigError: a mode, an unknown option or value.
     """
+    if mode is not None:
+        raise ConfigError(f"torch.compile: lipfast has no mode {mode!r}; leave mode out")
     chosen = {"changes": _CHANGES[0], **(options or {})}
     if unknown := chosen.keys() - {"changes"}:
         raise ConfigError(f"torch.compile: lipfast has no option {min(unknown)!r}; it has 'changes'")
@@ -120,7 +128,8 @@ class _CompiledGraph:
             variant.settle(tensors)  # the weights moved, the masks did not
         elif changed or key not in self._variants:
             variant = self._variants[key] = self._plan(args, tensors, training)
-            while len(self._variants) > PLANS_KEPT:
+            if len(self._variants) > PLANS_KEPT:
+                self._say(f"more than {PLANS_KEPT} input sizes: those planned longest ago are planned anew")
                 del self._variants[next(iter(self._variants))]
         if variant is None:
             return self._module(*args)
@@ -132,6 +141,9 @@ class _CompiledGraph:
 
         if not all(runs_in_lanes(tensor.device) for tensor in tensors.values()):
             self._say("torch.compile runs in lanes on a CPU only; on a GPU use lipfast.accelerate(model)")
+            return None
+        if transform := _transform_in(self._module):
+            self._say(f"a graph runs in torch: it takes derivatives or maps over a batch inside ({transform})")
             return None
         try:
             recording = record(call, [], tensors)
@@ -153,6 +165,14 @@ class _CompiledGraph:
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(f"lipfast: {reason}", stacklevel=2)
+
+
+def _transform_in(module: torch.fx.GraphModule) -> str | None:
+    """A function of ``torch.func`` or of forward-mode derivatives in the graph: they look into the functions between
+    them, where a segment is one function without a derivative of that kind."""
+    functions = [node.target for node in module.graph.nodes if node.op == "call_function"]
+    found = [f for f in functions if str(getattr(f, "__module__", "")).startswith(_TRANSFORMS)]
+    return found[0].__name__ if found else None
 
 
 def _masks_in_graph(recording: Recording, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -7,6 +7,7 @@ Rows of features, ``(batch, features)``, are maps of one item: ``(1, features, h
 batch is a pixel. So a linear layer is a 1x1 convolution whose lanes are items.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ _NUMBERED = (
 ACTIVATIONS = {name: number for number, name in enumerate(_NUMBERED)}
 
 CONV_KINDS = ("conv", "conv_transpose")
+_WEIGHTS = ("weight", "bias", "gamma", "beta")
 
 
 @dataclass
@@ -100,6 +102,16 @@ class Graph:
             for value in node.inputs:
                 readers[value].append(position)
         return readers
+
+    def behind(self, outputs: Iterable[int]) -> tuple[set[int], set[int]]:
+        """The values and the weights that values are made from."""
+        values = set(outputs)
+        weights: set[int | None] = set()
+        for node in reversed(self.nodes):
+            if node.output in values:
+                values.update(node.inputs)
+                weights.update(node.attributes.get(name) for name in _WEIGHTS)
+        return values, {weight for weight in weights if weight is not None}
 
     def fresh(self, shape: Shape) -> int:
         """A new value of that shape."""

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import threading
+import types
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
@@ -73,6 +75,7 @@ class LaneModule(nn.Module):
         super().__init__()
         if precision not in (None, *PRECISIONS):
             raise InputError(f"accelerate: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        _refuse_accelerated(model)
         source = _copy(model)
         found = {**_strip_pruning(source), **_given(source, masks or {})}
         _refuse_hooks(source)
@@ -86,6 +89,9 @@ class LaneModule(nn.Module):
         # The same dicts: parameters keep their names, and the source's code finds what optimisers change.
         self._parameters, self._buffers, self._modules = source._parameters, source._buffers, source._modules
         self._non_persistent_buffers_set = source._non_persistent_buffers_set
+        self._state_dict_hooks = OrderedDict({-1: _make_dense, **source._state_dict_hooks})
+        for hooks in "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks":
+            setattr(self, hooks, getattr(source, hooks))
         self.training = source.training
         self._hidden = (source,)  # in a tuple, so that it is not a child
         self._masks: dict[str, Tensor] = found
@@ -97,6 +103,7 @@ class LaneModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's result."""
+        _refuse_transforms(args, kwargs)
         if not kwargs and all(isinstance(arg, Tensor) for arg in args):  # as nearly always; a tree takes its time
             compiled, tensors = self._compiled_for(args, None)
             return compiled.run(args, tensors)
@@ -117,13 +124,28 @@ class LaneModule(nn.Module):
         """Parameter name -> which of its weights live, for the pruned parameters."""
         return {name: mask.clone() for name, mask in self._masks.items()}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As the dense module's: dense names and shapes."""
-        state = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        for name, mask in self._all_masks().items():
-            state[prefix + name] = _scatter(state[prefix + name], mask)
-        return state
+    def __getattr__(self, name: str) -> Any:
+        """Also the original's attributes; its methods would compute with packed weights."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as missing:
+            value = getattr(self.__dict__["_hidden"][0], name, None) if "_hidden" in self.__dict__ else None
+            if value is None or isinstance(value, types.MethodType):
+                raise AttributeError(
+                    f"{missing}; only the call of a module is accelerated, to_dense() has all"
+                ) from None
+            return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """An attribute of the original changes what its code does."""
+        own = self.__dict__
+        if name not in own and "_hidden" in own and name in vars(own["_hidden"][0]):
+            setattr(own["_hidden"][0], name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._source()._save_to_state_dict(*args)  # with its extra state
 
     def _all_masks(self) -> dict[str, Tensor]:
         """By every name of a parameter; one that several modules share has several."""
@@ -141,7 +163,7 @@ class LaneModule(nn.Module):
                     f"load_state_dict: {name} has weights where this module is pruned; accelerate() their model"
                 )
             state_dict[prefix + name] = given[mask]
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._source()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without programs: copies and pickles plan their own."""
@@ -188,7 +210,8 @@ class LaneModule(nn.Module):
             if known is None or not _equal(known.states, states):
                 known = self._compiled[key] = self._compile(leaves, structure)
                 known.states = states
-                while len(self._compiled) > PLANS_KEPT:
+                if len(self._compiled) > PLANS_KEPT:
+                    self._say(f"more than {PLANS_KEPT} input sizes and modes: those used longest ago are planned anew")
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(key)
         return known, tensors
@@ -227,12 +250,12 @@ class LaneModule(nn.Module):
 
     def _warn(self, lowered: Lowered) -> None:
         for reason in lowered.refused:
-            if reason not in self._warned:
-                self._warned.add(reason)
-                warnings.warn(
-                    f"lipfast: {reason}; it runs in torch, and maps are converted to torch's layout and back around it",
-                    stacklevel=5,
-                )
+            self._say(f"{reason}; it runs in torch, and maps are converted to torch's layout and back around it")
+
+    def _say(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"lipfast: {reason}", stacklevel=6)
 
 
 def runs_in_lanes(device: torch.device) -> bool:
@@ -377,7 +400,7 @@ class SegmentRunner:
         self, segment: Segment, recording: Recording, masks: Mapping[str, Tensor], exact: bool, packed: bool
     ) -> None:
         self._segment, self._leaves, self._masks, self._exact = segment, recording.leaves, masks, exact
-        self.grad = segment.grad
+        self.graph, self.grad = segment.graph, segment.grad
         self._of_layers = layer_weights(segment)
         self._given_packed = masks if packed else {}
         self._kept = {} if packed else {name: mask.reshape(-1).nonzero().squeeze(1) for name, mask in masks.items()}
@@ -487,25 +510,50 @@ class _SegmentFunction(torch.autograd.Function):
         outputs = lease.running.forward(operands[:count], threads)
         runner.save_statistics(lease.running, tensors)
         if any(needs):
-            ctx.lease, ctx.count = lease, count
+            _keep(ctx, lease)
+            ctx.graph, ctx.count = runner.graph, count
             ctx.shapes = [operand.shape for operand in operands[count:]]
-            ctx.set_materialize_grads(True)
+            ctx.set_materialize_grads(False)
             reached = lease.running.plan.output_gradients
             ctx.mark_non_differentiable(*(y for number, y in enumerate(outputs) if number not in reached))
         return tuple(outputs)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, *output_gradients: Tensor) -> Any:
-        running = ctx.lease.running
-        found = running.backward([g.float() for g in output_gradients], torch.get_num_threads())
+    def backward(ctx: Any, *output_gradients: Tensor | None) -> Any:
+        running = _kept(ctx).running
+        given = [None if g is None else g.float() for g in output_gradients]
+        found = running.backward(given, torch.get_num_threads())
+        graph = ctx.graph
+        values, weights = graph.behind(y for y, g in zip(graph.outputs, given, strict=True) if g is not None)
         inputs: list[Tensor | None] = [None] * ctx.count
         for number, gradient in zip(running.plan.input_gradients, found, strict=True):
-            inputs[number] = gradient
+            if graph.inputs[number] in values:
+                inputs[number] = gradient
         copied = running.gradients.clone()  # the program's own are overwritten by its next run
         parts = [copied[part].reshape(shape) for part, shape in zip(running.plan.values, ctx.shapes, strict=True)]
-        wanted = ctx.needs_input_grad[3 + ctx.count :]
+        wanted = [need and n in weights for n, need in enumerate(ctx.needs_input_grad[3 + ctx.count :])]
         return (None, None, None, *inputs, *(part if want else None for part, want in zip(parts, wanted, strict=True)))
+
+
+def _keep(ctx: Any, lease: "_Lease") -> None:
+    """Let autograd hold a program as it holds tensors: until the backward pass, or for another with ``retain_graph``.
+
+    Hooks on saved tensors may put others in their place, so there the graph holds the program while it lives.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        ctx.lease = lease
+        return
+    token = torch.empty(0, device="cpu")
+    token.lease = lease  # type: ignore[attr-defined]
+    ctx.lease = None
+    ctx.save_for_backward(token)
+
+
+def _kept(ctx: Any) -> "_Lease":
+    """What `_keep` kept; torch's error where the graph was gone through before."""
+    lease: _Lease = ctx.lease or ctx.saved_tensors[0].lease
+    return lease
 
 
 def _visit(
@@ -537,6 +585,12 @@ def _equal(known: list[list[Any]], found: list[list[Any]]) -> bool:
         return known == found
     except (RuntimeError, ValueError):  # tensors and arrays that differ
         return False
+
+
+def _make_dense(module: LaneModule, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook of state dicts: dense names and shapes, before any hook of the original's."""
+    for name, mask in module._all_masks().items():
+        state[prefix + name] = _scatter(state[prefix + name], mask)
 
 
 def _scatter(packed: Tensor, mask: Tensor) -> Tensor:
@@ -578,7 +632,7 @@ def _strip_pruning(model: nn.Module) -> dict[str, Tensor]:
                 prune.remove(module, name)  # type: ignore[no-untyped-call]
     for prefix, module in list(model.named_modules()):
         if parametrize.is_parametrized(module):
-            values = {name: getattr(module, name).detach() for name in module.parametrizations}
+            values = {name: getattr(module, name) for name in module.parametrizations}
             alive = {name: value != 0 for name, value in values.items()}
             if all(is_pruned(mask) for mask in alive.values()):  # not weight norm and the like: they stay
                 _unparametrize(module, values)
@@ -607,7 +661,7 @@ def _unparametrize(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     module.__class__ = type(module).__bases__[0]
     del module._modules["parametrizations"]
     for name, value in values.items():
-        module.register_parameter(name, nn.Parameter(value.clone()))
+        module.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad))
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -659,5 +713,32 @@ def _refuse_hooks(model: nn.Module) -> None:
         raise _hooked(name)
 
 
+def _refuse_accelerated(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LaneModule):
+            raise InputError(f"accelerate: {_called(name)} is accelerated already; give its to_dense()")
+
+
+def _refuse_transforms(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what looks into the module's code: a segment is one function to it."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        transform = "a function of torch.func"
+    elif torch._C._is_tracing():
+        transform = "torch.jit.trace"
+    elif forward_ad._current_level >= 0 and any(_has_tangent(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+        transform = "forward-mode differentiation"
+    else:
+        return
+    raise InputError(f"accelerate: {transform} sees no code of an accelerated module; use its to_dense()")
+
+
+def _has_tangent(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def _called(name: str) -> str:
+    return f"module {name!r}" if name else "the model"
+
+
 def _hooked(name: str) -> InputError:
-    return InputError(f"accelerate: module {name or 'itself'!r} has hooks, which would not run; remove them")
+    return InputError(f"accelerate: {_called(name)} has hooks, which would not run; remove them")

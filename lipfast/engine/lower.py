@@ -69,18 +69,18 @@ def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None) -> Lo
     last_use = _last_uses(recording)
     items: list[Segment | Call] = []
     refused: list[tuple[Call, str]] = []
-    builder = _Builder(kept)
+    builder = _Builder(kept, recording.leaves)
     for position, call in enumerate(recording.calls):
         if call.grad != builder.grad:
             items += builder.finish(last_use, position)
-            builder = _Builder(kept, call.grad)
+            builder = _Builder(kept, recording.leaves, call.grad)
         try:
             builder.add(call, position)
         except Unsupported as reason:
             items += builder.finish(last_use, position)
             items.append(call)
             refused.append((call, f"{call.name}: {reason}"))
-            builder = _Builder(kept, call.grad)
+            builder = _Builder(kept, recording.leaves, call.grad)
     items += builder.finish(last_use, len(recording.calls))
     maps = {ref.number for item in items if isinstance(item, Segment) for ref in item.inputs}
     return Lowered(recording, items, [why for call, why in refused if not _makes_a_weight(call, recording, maps)])
@@ -112,9 +112,10 @@ def _check(tensor: Any, axes: int) -> None:
 class _Builder:
     """Collects calls into one graph."""
 
-    def __init__(self, kept: Callable[[Ref], int], grad: bool | None = None) -> None:
+    def __init__(self, kept: Callable[[Ref], int], leaves: Mapping[int, str], grad: bool | None = None) -> None:
         self.graph = Graph([], [], [], {})
         self.kept, self.grad = kept, grad
+        self._leaves = leaves
         self._values: dict[int, int] = {}  # tensor number -> value
         self._made: dict[int, Ref] = {}  # tensors that calls of this segment made
         self._inputs: list[Ref] = []
@@ -244,6 +245,8 @@ class _Builder:
             return None
         if mean.dtype != torch.float32:
             raise Unsupported("running statistics that are not float32")
+        if mean.number not in self._leaves or variance.number not in self._leaves:
+            raise Unsupported("running statistics that the module computes")
         known = [number for number, other in enumerate(self._statistics) if other == (mean, variance)]
         moved = {node.running for node in self.graph.nodes if node.kind == "norm" and node.training}
         if known and (training or not moved.isdisjoint(known)):

@@ -49,18 +49,22 @@ class Running:
 
     def forward(self, inputs: Sequence[Tensor], threads: int) -> list[Tensor]:
         """Outputs for float32 inputs of the planned shapes, in fresh tensors."""
-        outputs = [torch.empty(form.shape, dtype=torch.float32) for form in self._outputs]
+        outputs = [form.empty() for form in self._outputs]
         maps = [*_as_maps(inputs, self._inputs), *_as_maps(outputs, self._outputs)]
         self.program.run(0, [tensor.detach().numpy() for tensor in maps], threads)
         return outputs
 
-    def backward(self, output_gradients: Sequence[Tensor], threads: int) -> list[Tensor]:
-        """Gradients of the inputs that were asked for; those of the weights are in ``gradients`` afterwards."""
+    def backward(self, output_gradients: Sequence[Tensor | None], threads: int) -> list[Tensor]:
+        """Gradients of the inputs that were asked for; those of the weights are in ``gradients`` afterwards.
+
+        ``output_gradients``: float32, None stands for zeros.
+        """
         forms = [self._inputs[number] for number in self.plan.input_gradients]
-        inputs = [torch.empty(form.shape, dtype=torch.float32) for form in forms]
-        given = self.plan.output_gradients
-        wanted = [self._outputs[number] for number in given]
-        maps = [*_as_maps([output_gradients[number] for number in given], wanted), *_as_maps(inputs, forms)]
+        inputs = [form.empty() for form in forms]
+        wanted = [self._outputs[number] for number in self.plan.output_gradients]
+        found = [output_gradients[number] for number in self.plan.output_gradients]
+        given = [form.empty().zero_() if g is None else g for g, form in zip(found, wanted, strict=True)]
+        maps = [*_as_maps(given, wanted), *_as_maps(inputs, forms)]
         self.program.run(1, [tensor.detach().numpy() for tensor in maps], threads)
         return inputs
 
@@ -77,6 +81,10 @@ class _Form:
     shape: Sequence[int]
     map: Shape
     rows: bool
+
+    def empty(self) -> Tensor:
+        """A fresh tensor, whatever torch's default device is."""
+        return torch.empty(self.shape, dtype=torch.float32, device="cpu")
 
     def as_map(self, tensor: Tensor) -> Tensor:
         """A view in the map's shape, or where none can be a copy."""

@@ -124,3 +124,31 @@ def test_writes_into_tensors_made_on_the_inputs_device(write):
         return conv(out)
 
     assert_same(function, torch.compile(function, backend="lipfast"), picture(), conv.weight)
+
+
+def derivative(w, x):
+    return torch.func.grad(lambda z: F.conv2d(z, w).relu().sum())(x)
+
+
+def tangent(w, x):
+    return torch.func.jvp(lambda z: F.conv2d(z, w).relu(), (x,), (x,))[1]
+
+
+def over_items(w, x):
+    return torch.vmap(lambda z: F.conv2d(z[None], w).relu())(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, for jvp
+@pytest.mark.parametrize("function", [derivative, tangent, over_items])
+def test_graphs_that_take_derivatives_inside_run_in_torch(function):
+    w = torch.randn(8, 8, 3, 3)
+    fast = torch.compile(lambda x: function(w, x), backend="lipfast")
+    x = picture()
+    with pytest.warns(UserWarning, match="a graph runs in torch: it takes derivatives"):
+        got = fast(x)
+    assert torch.allclose(got, function(w, x), atol=1e-4)
+
+
+def test_modes_are_refused():
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="lipfast has no mode 'max-autotune'"):
+        torch.compile(nn.Conv2d(8, 8, 3), backend="lipfast", mode="max-autotune")(picture())

@@ -1,14 +1,18 @@
 """Accelerated modules do what torch does in the less usual ways to write and use a module, or refuse to."""
 
 import dataclasses
+import random
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize, prune
 
 import lipfast
 from lipfast.errors import InputError
@@ -334,3 +338,168 @@ def test_two_masks_of_a_shared_weight_are_refused():
     masks = {f"{k}.weight": torch.rand(model[0].weight.shape) < 0.5 for k in (0, 2)}
     with pytest.raises(InputError, match="are one parameter with two masks"):
         lipfast.accelerate(model, masks)
+
+
+def two_headed() -> Written:
+    def forward(self, x):
+        y = torch.relu(self.body(x))
+        return self.first(y), self.second(y)
+
+    return Written(forward, body=conv(), first=conv(), second=conv())
+
+
+def test_weights_that_the_loss_does_not_reach_get_no_gradient():
+    fast = lipfast.accelerate(two_headed())
+    fast(picture())[0].sum().backward()
+    assert {name for name, p in fast.named_parameters() if p.grad is None} == {"second.weight", "second.bias"}
+    assert fast.body.weight.grad.abs().sum() > 0
+
+
+def test_a_second_backward_pass_wants_retain_graph():
+    fast = lipfast.accelerate(two_headed())
+    loss = fast(picture())[0].sum()
+    loss.backward(retain_graph=True)
+    once = fast.body.weight.grad.clone()
+    loss.backward()
+    assert torch.equal(fast.body.weight.grad, 2 * once)
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
+
+
+def test_a_loss_that_is_kept_after_its_backward_pass_keeps_no_program():
+    fast = lipfast.accelerate(conv())
+    kept = []
+    for _ in range(3):
+        kept.append(fast(picture()).sum())
+        kept[-1].backward()
+    ((compiled),) = fast._compiled.values()
+    assert sum(len(free) for runner in compiled._items for free in runner._free.values()) == 1
+
+
+def test_hooks_on_saved_tensors():
+    fast = lipfast.accelerate(conv())
+    x = picture()
+    fast(x).square().sum().backward()
+    expected = fast.weight.grad.clone()
+    for hooks in "checkpoint", "save_on_cpu":
+        fast.weight.grad = None
+        if hooks == "checkpoint":
+            y = torch.utils.checkpoint.checkpoint(fast, x, use_reentrant=False)
+        else:
+            with torch.autograd.graph.save_on_cpu():
+                y = fast(x)
+        y.square().sum().backward()
+        assert torch.equal(fast.weight.grad, expected), hooks
+
+
+@pytest.mark.parametrize("drawn", [random.random, np.random.rand], ids=["random", "numpy"])
+def test_numbers_drawn_outside_of_torch_are_refused(drawn):
+    with pytest.raises(InputError, match=r"forward draws from (numpy\.)?random"):
+        lipfast.accelerate(Written(lambda self, x: self.layer(x) * drawn(), layer=conv()))(picture())
+
+
+def test_recording_draws_no_random_numbers_of_torch():
+    model = Written(lambda self, x: self.layer(x) + torch.randn(6, device="cpu"), layer=conv())
+    fast, x = lipfast.accelerate(model), picture()
+    results = []
+    for module in model, fast:
+        torch.manual_seed(3)
+        results.append(module(x))
+    assert torch.allclose(*results, atol=1e-5)
+
+
+def test_statistics_that_the_module_computes():
+    def forward(self, x):
+        return self.last(F.batch_norm(self.layer(x), self.mean * 2, self.variance.exp()))
+
+    numbers = {"mean": torch.randn(CHANNELS), "variance": torch.randn(CHANNELS)}
+    assert_same_output(Written(forward, layer=conv(), last=conv(), **numbers))
+
+
+def test_under_another_default_device():
+    fast, x = lipfast.accelerate(conv()), picture()
+    expected = fast(x)
+    with torch.device("meta"):
+        got = fast(x)
+        got.sum().backward()
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+def test_what_looks_into_the_code_is_refused():
+    fast, x = lipfast.accelerate(conv()), picture()
+    with pytest.raises(InputError, match=r"torch\.func"):
+        torch.func.jvp(fast, (x,), (x,))
+    with pytest.raises(InputError, match=r"torch\.func"):
+        torch.vmap(fast)(x[None])
+    with pytest.raises(InputError, match=r"torch\.jit\.trace"):
+        torch.jit.trace(fast, x)
+    with torch.no_grad(), forward_ad.dual_level():
+        with pytest.raises(InputError, match="forward-mode"):
+            fast(forward_ad.make_dual(x, x))
+        assert fast(x).shape == x.shape  # one without a tangent
+    for model in fast, nn.Sequential(fast):
+        with pytest.raises(InputError, match="accelerated already"):
+            lipfast.accelerate(model)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale, self.note = conv(), 2.0, "none"
+        prune.random_unstructured(self.layer, "weight", 0.5)
+
+    def forward(self, x):
+        return self.layer(x) * self.scale
+
+    def get_extra_state(self):
+        return self.note
+
+    def set_extra_state(self, state):
+        self.note = state
+
+    def encode(self, x):
+        return self.layer(x)
+
+
+def test_attributes_are_the_originals_and_methods_are_not():
+    fast, x = lipfast.accelerate(Scaled()), picture()
+    once = fast(x)
+    assert fast.scale == 2.0
+    fast.scale = 6.0
+    assert torch.allclose(fast(x), 3 * once, atol=1e-5)
+    assert fast.to_dense().scale == 6.0
+    with pytest.raises(AttributeError, match=r"'encode'.*to_dense\(\)"):
+        fast.encode(x)
+
+
+def test_extra_state_and_hooks_of_state_dicts():
+    model = Scaled()
+
+    def rename(module, state, prefix, metadata):
+        state[prefix + "renamed"] = state.pop(prefix + "layer.weight")
+
+    model.register_state_dict_post_hook(rename)
+    fast = lipfast.accelerate(model)
+    fast.note = "kept"
+    state = fast.state_dict()
+    assert state["_extra_state"] == "kept"
+    assert torch.equal(state["renamed"], fast.to_dense().layer.weight)
+    state["layer.weight"] = state.pop("renamed")
+    other = lipfast.accelerate(model)
+    other.load_state_dict(state)
+    assert other.note == "kept"
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight * (torch.arange(weight.numel()).reshape(weight.shape) % 2)
+
+
+def test_a_frozen_parametrized_weight_stays_frozen():
+    model = conv()
+    parametrize.register_parametrization(model, "weight", Halved())
+    model.parametrizations.weight.original.requires_grad_(False)
+    fast = lipfast.accelerate(model)
+    assert not fast.weight.requires_grad
+    assert fast.bias.requires_grad
