@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lipfast.errors import InputError
+from lipfast.locks import lock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +251,7 @@ class _Recorder(TorchFunctionMode):
         return ref
 
 
-_one_at_a_time = threading.RLock()
+_one_at_a_time = lock(rank=1)
 
 
 @contextlib.contextmanager

@@ -2,10 +2,9 @@
 
 import copy
 import dataclasses
-import threading
 import types
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from lipfast.engine.plan import Options, Weight
 from lipfast.engine.runtime import Arrays, Running, has_hooks, hooked_module, layer_weights, pack, weights_of
 from lipfast.engine.watch import Watch
 from lipfast.errors import InputError
+from lipfast.locks import lock
 from lipfast.ops._once import differentiable_once
 from lipfast.ops.masked import PRECISIONS
 
@@ -180,7 +180,7 @@ class LaneModule(nn.Module):
 
     def _forget_plans(self) -> None:
         self._compiled: OrderedDict[Any, Compiled] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = lock()
 
     def _survey(self) -> tuple[dict[str, Tensor], list[list[Any]]]:
         """Parameters, then buffers, by name, and each module with its attributes; what ``named_parameters`` and the
@@ -408,8 +408,7 @@ class SegmentRunner:
         norms = [node for node in segment.graph.nodes if node.kind == "norm"]
         self._changed_statistics = {n.running for n in norms if n.training and n.running is not None}
         self._arrays = Arrays()
-        self._free: dict[_Use, list[Running]] = {}
-        self._lock = threading.Lock()
+        self._free: dict[_Use, list[Running]] = defaultdict(list)  # threads share it: atomic steps only
 
     def run(self, known: dict[int, Any], tensors: Mapping[str, Tensor]) -> None:
         """Compute the segment's outputs into ``known``."""
@@ -459,15 +458,15 @@ class SegmentRunner:
 
     def lease(self, use: _Use) -> "_Lease":
         """A program that nobody else uses."""
-        with self._lock:
-            free = self._free.setdefault(use, [])
-            running = free.pop() if free else None
-        return _Lease(running or self._build(use), self, use)
+        try:
+            running = self._free[use].pop()
+        except IndexError:
+            running = self._build(use)
+        return _Lease(running, self, use)
 
     def give_back(self, running: Running, use: _Use) -> None:
         """The end of a lease."""
-        with self._lock:
-            self._free[use].append(running)
+        self._free[use].append(running)
 
     def _build(self, use: _Use) -> Running:
         listed = weights_of(self._segment, self._leaves, self._masks, trained=False)

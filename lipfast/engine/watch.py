@@ -7,7 +7,6 @@ as a clone is kept, a tensor at its address holds its numbers.
 Sources: ``aten::_lazy_clone`` and c10/core/impl/COW.h in PyTorch.
 """
 
-import threading
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor
 
 import lipfast._C as _C
 from lipfast.engine.memory import address, memory
+from lipfast.locks import lock
 
-_cloning = threading.Lock()  # torch does not lock a storage while it makes it shareable
+_cloning = lock(rank=2)  # torch does not lock a storage while it makes it shareable
 
 
 class Watch:
