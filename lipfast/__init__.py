@@ -11,19 +11,41 @@ _PUBLIC: dict[str, tuple[str, str | None]] = {
     "Ticket": ("lipfast.tickets", "Ticket"),
     "find_tickets": ("lipfast.search", "find_tickets"),
     "accelerate": ("lipfast.engine.lane_module", "accelerate"),
-    "ops": ("lipfast.ops", None),
-    "priors": ("lipfast.priors", None),
-    "restore": ("lipfast.restore", None),
-    "tasks": ("lipfast.tasks", None),
+    **{
+        name: (f"lipfast.{name}", None)
+        for name in ("errors", "fit", "images", "masks", "ops", "priors", "restore", "search", "tasks", "tickets")
+    },
 }
 
-__all__ = ["SparseWeight", "Ticket", "__version__", "accelerate", "find_tickets", "ops", "priors", "restore", "tasks"]
+__all__ = [
+    "SparseWeight",
+    "Ticket",
+    "__version__",
+    "accelerate",
+    "errors",
+    "find_tickets",
+    "fit",
+    "images",
+    "masks",
+    "ops",
+    "priors",
+    "restore",
+    "search",
+    "tasks",
+    "tickets",
+]
 
 if TYPE_CHECKING:
+    from lipfast import errors as errors
+    from lipfast import fit as fit
+    from lipfast import images as images
+    from lipfast import masks as masks
     from lipfast import ops as ops
     from lipfast import priors as priors
     from lipfast import restore as restore
+    from lipfast import search as search
     from lipfast import tasks as tasks
+    from lipfast import tickets as tickets
     from lipfast.engine.lane_module import accelerate as accelerate
     from lipfast.ops import SparseWeight as SparseWeight
     from lipfast.search import find_tickets as find_tickets

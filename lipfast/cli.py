@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,12 +44,17 @@ Sigma = Annotated[float | None, typer.Option(help="denoise: noise in grey levels
 MaskFile = Annotated[Path | None, typer.Option("--mask", help="inpaint: picture of the mask, white = known.")]
 Keep = Annotated[float | None, typer.Option(help="inpaint: probability that a pixel is known (default 0.5).")]
 Measurements = Annotated[int | None, typer.Option(help="cs: number of random measurements.")]
-Iterations = Annotated[int | None, typer.Option(help="Steps of each fit; the paper's for the task if not given.")]
+Iterations = Annotated[int | None, typer.Option(help="Steps of each fit (default 3000; sr4 and sr8: 2000).")]
 LearningRate = Annotated[float | None, typer.Option(help="Adam's learning rate (default 0.01).")]
-Average = Annotated[float | None, typer.Option(help="Weight of the past in the average of outputs, in [0, 1).")]
+Average = Annotated[
+    float | None,
+    typer.Option(help="Weight of the past in the average of outputs, in [0, 1) (default: denoise 0.99, else 0)."),
+]
 Stop = Annotated[str, typer.Option(help="Automatic stop rule: none, wmv or emv.")]
-Patience = Annotated[int | None, typer.Option(help="Steps without a new minimum before the stop rule fires.")]
-Window = Annotated[int | None, typer.Option(help="Outputs that the stop rule wmv looks at.")]
+Patience = Annotated[
+    int | None, typer.Option(help="Steps without a new minimum before the stop rule fires (default 1000).")
+]
+Window = Annotated[int | None, typer.Option(help="Outputs that wmv looks at; emv's first ones (default 100).")]
 Engine = Annotated[str, typer.Option(help="What runs the network: auto or torch.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
@@ -72,7 +79,10 @@ def common(
 
 @app.command(epilog="Example: lipfast search photo.png --size 128 --task denoise --sigma 25 --rounds 16 --out runs")
 def search(
-    pictures: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Clean pictures; several share a ticket.")],
+    pictures: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGE...", help="Pictures, clean unless --already-degraded; several share a ticket."),
+    ],
     task: TaskName = "denoise",
     sigma: Sigma = None,
     mask: MaskFile = None,
@@ -125,18 +135,19 @@ def search(
         prior=prior,
         network=_json_object("network", network),
     )
+    configs = [dataclasses.replace(config, seed=number) for number in seed or [0]]
     stride = priors.as_prior(priors.build(prior, dict(config.network))).stride
     images_ = [_load_picture(path, size) for path in pictures]
     shape = images_[0][1].shape
-    known = None if mask is None else _load_mask(mask, size, shape, stride)
+    known = None if mask is None else _load_mask(mask, size, shape, 1 if degraded else stride)
     chosen = _make_task(task, sigma=sigma, mask=known, keep=keep, measurements=measurements)
     fit_config = _fit_config(chosen, iterations, lr, average, stop, patience, window)
     results = []
-    for number in seed or [0]:
+    for own in configs:
         with _watching() as watch:
             results.append(
                 _search_one(
-                    images_, chosen, dataclasses.replace(config, seed=number), fit_config, out,
+                    images_, chosen, own, fit_config, out,
                     degraded=degraded, engine=engine, device=device, checkpoint_every=checkpoint_every, watch=watch,
                 )
             )  # fmt: skip
@@ -172,16 +183,21 @@ def restore(
     """Restore a degraded picture of any size with a ticket."""
     from lipfast import images
     from lipfast import restore as restoring
-    from lipfast.search.imp import checked_device
     from lipfast.tickets import Ticket
 
-    images.check_target(out, depth)
+    report_file = _check_restored(out, depth, [degraded, ticket, mask, clean])
     loaded = Ticket.load(ticket)
     name = str(loaded.task.get("name")) if task is None else task
-    observed, options = _load_measurement(degraded, name, shape, measurements_seed)
+    _refuse_unless(name == "cs", f"belongs to task cs, not to {name}", shape=shape, measurements_seed=measurements_seed)
+    _refuse_unless(name == "inpaint", f"belongs to task inpaint, not to {name}", mask_seed=mask_seed)
+    _refuse_unless(mask is None, "draws a mask; leave it out beside --mask", mask_seed=mask_seed)
+    observed = _load_measurements(degraded) if name == "cs" else images.read(degraded)
+    options: dict[str, Any] = {"keep": keep, "seed": mask_seed}
+    if name == "cs":
+        options = {"measurements": observed.shape[-1], "shape": _sides(shape), "seed": measurements_seed}
     if mask is not None:
         options["mask"] = _load_mask(mask, None, observed.shape, 1)
-    chosen = _make_task(name, keep=keep, **({"seed": mask_seed} if mask_seed is not None else {}), **options)
+    chosen = _task_like(loaded.task, name, options)
     fit_config = _fit_config(chosen, iterations, lr, average, stop, patience, window)
     fit_config = dataclasses.replace(fit_config, seed=loaded.seed if seed is None else seed)
     reference = None if clean is None else images.read(clean)
@@ -193,12 +209,12 @@ def restore(
             fit_config=fit_config,
             clean=reference,
             engine=engine,
-            device=str(checked_device(device)),
+            device=device,
             callbacks=[callback],
         )
     report = {"input": str(degraded), "output": str(out), "ticket_file": str(ticket), "depth": depth, **restored.report}
     images.write(out, restored.image, depth)
-    images.write_atomically(out.with_suffix(".json"), (json.dumps(report, indent=1) + "\n").encode())
+    images.write_atomically(report_file, (json.dumps(report, indent=1) + "\n").encode())
     quality = f", PSNR {report['psnr']:.2f} dB" if "psnr" in report else ""
     _print(
         report,
@@ -301,6 +317,17 @@ def _make_task(name: str, **options: Any) -> "Task":
     return tasks.parse(name, **options)
 
 
+def _task_like(described: dict[str, Any], name: str, options: dict[str, Any]) -> "Task":
+    """The task a ticket describes, with what was given in the place of what it says; another task has nothing of it."""
+    from lipfast import tasks
+
+    given = {option: value for option, value in options.items() if value is not None}
+    kept = dict(described) if described.get("name") == name and "mask" not in given else {"name": name}
+    if "keep" in given:
+        kept = {option: value for option, value in kept.items() if not option.startswith("mask")}
+    return tasks.from_config({**kept, **given})
+
+
 def _fit_config(
     task: "Task",
     iterations: int | None,
@@ -312,6 +339,9 @@ def _fit_config(
 ) -> "FitConfig":
     from lipfast.fit import FitConfig
 
+    _refuse_unless(
+        stop != "none", "belongs to a stop rule; give --stop wmv or emv too", patience=patience, window=window
+    )
     given = {"iterations": iterations, "lr": lr, "average": average, "patience": patience, "window": window}
     return FitConfig.for_task(task, stop=stop, **{name: value for name, value in given.items() if value is not None})
 
@@ -342,23 +372,63 @@ def _load_mask(path: Path, size: int | None, shape: Any, multiple: int) -> "Tens
     return (images.crop_to_multiple(mask, multiple) > 0.5).float()
 
 
-def _load_measurement(
-    path: Path, task: str, shape: str | None, measurements_seed: int | None
-) -> "tuple[Tensor, dict[str, Any]]":
-    """What was measured, and the options of the task that follow from it."""
-    from lipfast import images
-
-    if task != "cs":
-        return images.read(path), {}
+def _load_measurements(path: Path) -> "Tensor":
+    """(m,) float32 from a .npy file."""
     import numpy
     import torch
 
     try:
-        values = torch.from_numpy(numpy.load(path, allow_pickle=False)).float()
-        sides = tuple(int(side) for side in (shape or "").split(","))
+        values = numpy.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: task cs needs a .npy file of measurements and --shape 3,H,W ({error})") from None
-    return values, {"measurements": values.shape[-1], "shape": sides, "seed": measurements_seed}
+        raise InputError(f"{path}: task cs needs a .npy file of measurements; it cannot be read ({error})") from None
+    if not isinstance(values, numpy.ndarray):
+        raise InputError(f"{path}: task cs needs a .npy file with one array of measurements, got several (.npz)")
+    if values.ndim != 1 or values.dtype.kind not in "iuf":
+        raise InputError(f"{path}: measurements are real numbers (m,), got {values.dtype} of shape {values.shape}")
+    return torch.from_numpy(values.astype(numpy.float32))
+
+
+def _sides(shape: str | None) -> tuple[int, ...] | None:
+    """--shape as (C, H, W); pictures that can be written have one or three channels."""
+    if shape is None:
+        return None
+    try:
+        sides = tuple(int(side) for side in shape.split(","))
+    except ValueError:
+        sides = ()
+    if len(sides) != 3 or sides[0] not in (1, 3):
+        raise ConfigError(f"--shape {shape!r} must be channels (1 or 3), height and width, such as 3,128,128")
+    return sides
+
+
+def _check_restored(out: Path, depth: int, inputs: Sequence[Path | None]) -> Path:
+    """Refuse, before the work, what could not be written or would be lost by it; returns the report's path."""
+    from lipfast import images
+
+    images.check_target(out, depth)
+    report = out.with_suffix(".json")
+    images.check_writable(report)
+    for path in (out, report):
+        if path.exists() and any(source and source.exists() and source.samefile(path) for source in inputs):
+            raise InputError(f"{path}: is read by this restoration and would be overwritten; choose another -o")
+    if report.exists() and not _is_report(report):
+        raise InputError(f"{report}: lipfast restore did not write it and would overwrite it; choose another -o")
+    return report
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(found, dict) and {"input", "output", "ticket_file"} <= found.keys()
+
+
+def _refuse_unless(fits: bool, why: str, **options: Any) -> None:
+    """Options that were given must not be without effect."""
+    for name, value in options.items():
+        if value is not None and not fits:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} {why}")
 
 
 def _controls(text: str, rounds: int) -> tuple[int, ...]:
@@ -429,7 +499,7 @@ def _print_searches(results: "list[SearchResult]", as_json: bool) -> None:
         for row in result.rows:
             if row["pruning_emptied"]:
                 typer.echo(f"round {row['round'] + 1}: no weight is left in {', '.join(row['pruning_emptied'])}")
-        typer.echo(f"{len(result.tickets)} tickets, table.md and more: {result.folder}")
+        typer.echo(f"{len(result.tickets) or 'no'} tickets, table.md and more: {result.folder}")
 
 
 def _print_rows(rows: list[dict[str, Any]], stop: str) -> None:
@@ -518,12 +588,17 @@ def _progress() -> Any:
 
 def main() -> None:
     """Entry point of the command ``lipfast``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names that are no UTF-8 can be printed
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line; returns its exit code and never raises."""
-    interrupted = "interrupted; run the same command again, a search continues where it was"
+    interrupted = "interrupted"
+    if arguments[:1] in (["search"], ["demo"]):
+        interrupted += "; run the same command again, a search continues where it was"
     try:
         code = int(typer.main.get_command(app).main(arguments, prog_name="lipfast", standalone_mode=False) or 0)
         return _fail(interrupted, code) if code == INTERRUPTED else code  # some versions of typer catch Ctrl-C
@@ -532,15 +607,24 @@ def run(arguments: list[str]) -> int:
     except LipfastError as error:
         return _fail(str(error))
     except MemoryError:
-        return _fail("out of memory; use a smaller picture")
+        return _fail(_OUT_OF_MEMORY)
     except OSError as error:
         return _fail(f"{error.filename or 'system'}: {error.strerror or error}")
     except Exception as error:
         if hasattr(error, "format_message"):  # the command line itself was wrong; click's or typer's own copy of it
-            return _fail(f"{error.format_message()}; see `lipfast --help`", getattr(error, "exit_code", 2))
+            return _wrong_command(error.format_message(), getattr(error, "exit_code", 2))
+        if re.search("out of memory|not enough memory", str(error)):  # torch's own errors
+            return _fail(_OUT_OF_MEMORY)
         if os.environ.get("LIPFAST_DEBUG"):
             traceback.print_exc()
         return _fail(f"internal error, {type(error).__name__}: {error}; LIPFAST_DEBUG=1 shows where", 70)
+
+
+_OUT_OF_MEMORY = "out of memory; use a smaller picture"
+
+
+def _wrong_command(message: str, code: int) -> int:
+    return _fail(f"{message}; see `lipfast --help`", code) if message else code  # no arguments: the help was shown
 
 
 def _fail(message: str, code: int = 1) -> int:

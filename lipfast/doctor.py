@@ -58,6 +58,8 @@ def _backend(name: str) -> dict[str, Any]:
         return {"usable": False, "reason": f"its build is broken: {error}"}
     if isinstance(loaded, ModuleNotFoundError):
         return {"usable": False, "reason": f"not installed: {loaded}"}
+    if name == "cpu" and (reason := _instruction_sets().get("reason")):
+        return {"usable": False, "reason": reason}
     if needs == "cuda" and not torch.cuda.is_available():
         return {"usable": False, "reason": "installed, but torch finds no CUDA device"}
     return {"usable": True, "reason": None}

@@ -8,6 +8,7 @@ tifffile those with 16 bits, because Pillow silently drops the low byte of 16-bi
 import os
 import secrets
 import warnings
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,14 @@ _LUMA_WEIGHTS = (65.481, 128.553, 24.966)
 _LUMA_OFFSET = 16.0
 
 SUPER_RESOLUTION_BORDER = 4  # px cut from each side before a super-resolution PSNR
+SSIM_WINDOW = 11  # px; smaller images have no SSIM
 
 
 def read(path: str | os.PathLike[str]) -> Tensor:
     """Read a PNG, JPEG or TIFF file.
 
-    An alpha channel is laid over white; a palette or CMYK file becomes RGB; the camera's orientation tag is obeyed.
+    An alpha channel is laid over white, the camera's orientation tag is obeyed, and a PNG's palette or a JPEG's CMYK
+    becomes RGB; TIFF files in these two are refused.
 
     Args:
         path: the file. Its content decides the format, not its name.
@@ -95,7 +98,7 @@ def check_target(path: str | os.PathLike[str], depth: int) -> str:
     """Whether ``write`` could write there, asked before hours of work: returns the format.
 
     Raises:
-        InputError: unknown suffix, a depth the format does not have, or a folder that is missing or not writable.
+        InputError: unknown suffix, a depth the format does not have, or as :func:`check_writable`.
     """
     path = Path(path)
     form = _SUFFIXES.get(path.suffix.lower())
@@ -105,10 +108,22 @@ def check_target(path: str | os.PathLike[str], depth: int) -> str:
         raise InputError(f"{path}: depth must be 8 or 16 bits, got {depth}")
     if form == "jpeg" and depth == 16:
         raise InputError(f"{path}: JPEG has 8 bits a channel; write PNG or TIFF for 16")
+    check_writable(path)
+    return form
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Whether ``write_atomically`` could write there, asked before hours of work.
+
+    Raises:
+        InputError: the folder is missing or not writable, or ``path`` is a folder itself.
+    """
+    path = Path(path)
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         reason = "not writable" if path.parent.is_dir() else "no such folder"
         raise InputError(f"{path}: cannot be written ({path.parent}: {reason}); make it or choose another")
-    return form
+    if path.is_dir():
+        raise InputError(f"{path}: cannot be written (it is a folder); choose another name")
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -118,7 +133,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         InputError: the folder is missing or not writable, or the disk is full. ``path`` is then as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # short, so that every name that can be had works
     try:
         try:
             with temporary.open("xb") as file:
@@ -156,6 +171,21 @@ def check(image: Tensor, where: str, *, channels: tuple[int, ...] = (1, 3)) -> T
         bad = int((~torch.isfinite(image)).sum())
         raise InputError(f"{where}: {bad} of {image.numel()} values are NaN or infinite")
     return image.to(torch.float32)
+
+
+def check_unit(image: Tensor, where: str) -> Tensor:
+    """As :func:`check`, and no value outside [0, 1].
+
+    Raises:
+        InputError: as there, or values of another scale.
+    """
+    image = check(image, where)
+    low, high = float(image.min()), float(image.max())
+    if low < 0 or high > 1:
+        raise InputError(
+            f"{where}: values lie in [0, 1], got {low:g} to {high:g}; divide grey levels by 255, or clamp the image"
+        )
+    return image
 
 
 def crop_centre(image: Tensor, height: int, width: int) -> Tensor:
@@ -269,7 +299,7 @@ def ssim(image: Tensor, reference: Tensor) -> float:
     """
     _check_pair("ssim", image, reference)
     rows, columns = image.shape[-2:]
-    window = _gaussian_window(sigma=1.5, radius=5)
+    window = _gaussian_window(sigma=1.5, radius=SSIM_WINDOW // 2)
     if min(rows, columns) < len(window):
         raise InputError(f"ssim: the window has {len(window)} px, the image only {rows} x {columns}")
     x = image.detach().cpu().double().reshape(-1, 1, rows, columns)
@@ -307,8 +337,11 @@ def _decode_with_pillow(content: bytes) -> Any:
 
 def _decode_png16(content: bytes) -> Any:
     import imagecodecs
+    from PIL import Image
 
-    return imagecodecs.png_decode(content)
+    with Image.open(BytesIO(content), formats=["PNG"]) as file:  # reads the header alone
+        orientation = file.getexif().get(_ORIENTATION, 1)
+    return _turned(imagecodecs.png_decode(content), orientation)
 
 
 def _decode_tiff(content: bytes) -> Any:
@@ -319,6 +352,8 @@ def _decode_tiff(content: bytes) -> Any:
         pixels = page.asarray()
         kind = page.photometric
         planar = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and pixels.ndim == 3
+        premultiplied = tuple(page.extrasamples) == (tifffile.EXTRASAMPLE.ASSOCALPHA,)
+        orientation = page.tags.valueof(_ORIENTATION, default=1)
     if kind not in (
         tifffile.PHOTOMETRIC.MINISBLACK,
         tifffile.PHOTOMETRIC.MINISWHITE,
@@ -332,7 +367,30 @@ def _decode_tiff(content: bytes) -> Any:
         pixels = pixels.astype(numpy.uint8) * 255
     if kind == tifffile.PHOTOMETRIC.MINISWHITE and pixels.dtype in (numpy.uint8, numpy.uint16):
         pixels = numpy.iinfo(pixels.dtype).max - pixels
-    return pixels
+    return _turned(_over_white(pixels) if premultiplied else pixels, orientation)
+
+
+def _over_white(pixels: Any) -> Any:
+    """(H, W, C + 1) integers whose colours were multiplied by their alpha, the last channel -> (H, W, C) over white."""
+    colour, alpha = pixels[..., :-1], pixels[..., -1:]
+    return numpy.minimum(colour, alpha) + (numpy.iinfo(pixels.dtype).max - alpha)
+
+
+_ORIENTATION = 274  # the tag of EXIF and TIFF
+_TURNS: dict[int, Callable[[Any], Any]] = {  # by the tag's value; without a turn: 1
+    2: numpy.fliplr,
+    3: lambda pixels: numpy.rot90(pixels, 2),
+    4: numpy.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: numpy.rot90(pixels, -1),
+    7: lambda pixels: numpy.rot90(pixels, 2).swapaxes(0, 1),
+    8: numpy.rot90,
+}
+
+
+def _turned(pixels: Any, orientation: int) -> Any:
+    """(H, W) or (H, W, C) as the photographer saw it."""
+    return _TURNS[orientation](pixels) if orientation in _TURNS else pixels
 
 
 def _to_tensor(pixels: Any, path: Path) -> Tensor:

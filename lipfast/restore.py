@@ -16,8 +16,9 @@ from torch import Tensor
 
 import lipfast
 from lipfast import images, priors, tasks
+from lipfast.config import checks_types
 from lipfast.errors import InputError
-from lipfast.fit import FitConfig, FitResult, fit
+from lipfast.fit import FitConfig, FitResult, checked_device, fit
 from lipfast.fit.loop import Callback
 from lipfast.tickets import Ticket
 
@@ -37,6 +38,7 @@ class Restored:
     fit: FitResult
 
 
+@checks_types
 def restore(
     degraded: Tensor,
     ticket: Ticket,
@@ -59,7 +61,7 @@ def restore(
         ticket: what to fit.
         task: how it was degraded; None takes the task the ticket was searched on.
         fit_config: None takes the task's defaults and the ticket's seed.
-        clean: the clean picture (C, H, W) if known, only for the metrics in the report.
+        clean: the clean picture (C, H, W) if known, only for the metrics in the report (SSIM from 11 px on).
         engine: "auto" or "torch".
         device: "cpu" or "cuda".
         callbacks: called after each step of the fit.
@@ -70,14 +72,17 @@ def restore(
     Raises:
         InputError: a picture, mask or measurement that does not fit.
         ConfigError: a setting out of range.
+        BackendError: the device cannot be had.
     """
     task = tasks.from_config(ticket.task) if task is None else tasks.as_task(task)
     fit_config = FitConfig.for_task(task, seed=ticket.seed) if fit_config is None else fit_config
+    place = checked_device(device)
     network = ticket.to_model()
     frame = _Frame.around(degraded, task, priors.as_prior(network), int(ticket.config.get("out_channels", 3)))
+    reference = None if clean is None else frame.check_clean(clean)
     started = time.perf_counter()
     result = fit(
-        network.to(device),
+        network.to(place),
         frame.task,
         frame.observed,
         config=fit_config,
@@ -109,10 +114,10 @@ def restore(
         "lipfast": lipfast.__version__,
         "torch": torch.__version__,
     }
-    if clean is not None:
-        reference = images.check(clean, "restore: clean")
+    if reference is not None:
         report["psnr"] = tasks.score(task.defaults.metric, image, reference)
-        report["ssim"] = tasks.similarity(task.defaults.metric, image, reference)
+        if tasks.has_similarity(task, image.shape):
+            report["ssim"] = tasks.similarity(task.defaults.metric, image, reference)
     return Restored(image, report, result)
 
 
@@ -132,8 +137,10 @@ class _Frame:
     def around(cls, degraded: Tensor, task: tasks.Task, prior: priors.Prior, channels: int) -> "_Frame":
         if not isinstance(task, tasks.Denoise | tasks.Inpaint | tasks.SuperResolve):
             shape = task.image_shape(degraded)
+            if len(shape) != 3:
+                raise InputError(f"restore: one measurement at a time, got {len(degraded)} of images {shape[1:]}")
             return cls(task, degraded, 0, 0, shape[-2], shape[-1], grey=False)
-        image = images.check(degraded, "restore: the degraded picture")
+        image = images.check_unit(degraded, "restore: the degraded picture")
         factor = task.factor if isinstance(task, tasks.SuperResolve) else 1
         multiple = prior.stride // gcd(prior.stride, factor)
         minimum = -(-prior.minimum_size // factor)
@@ -153,6 +160,18 @@ class _Frame:
             width=factor * columns,
             grey=grey,
         )
+
+    def check_clean(self, clean: Tensor) -> Tensor:
+        """The clean picture, if the restored one can be judged by it."""
+        clean = images.check_unit(clean, "restore: the clean picture")
+        channels = 1 if self.grey else self.task.image_shape(self.observed)[-3]
+        wanted = (channels, self.height, self.width)
+        if tuple(clean.shape) != wanted:
+            raise InputError(f"restore: the clean picture has shape {tuple(clean.shape)}, the restored one {wanted}")
+        tasks.score(
+            self.task.defaults.metric, clean, clean
+        )  # where the metric cannot be taken it says so before the fit
+        return clean
 
     def cut(self, restored: Tensor) -> Tensor:
         """The part of a restored picture (C, H, W) that was asked for."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lipfast import images
-from lipfast.config import derive_seed
+from lipfast.config import checks_types, derive_seed
 from lipfast.errors import ConfigError, InputError
 
 Metric = Literal["rgb", "luma"]
@@ -108,10 +108,11 @@ class Denoise(_Linear):
         iterations=3000, input_noise=1 / 30, average=0.99, backtrack=5.0, metric="rgb"
     )
 
+    @checks_types
     def __init__(self, sigma: float = 25.0) -> None:
         if not 0 <= sigma <= 255:
             raise ConfigError(f"denoise: sigma is in grey levels, 0 to 255, got {sigma}")
-        self.sigma = float(sigma)
+        self.sigma = sigma
 
     @property
     def config(self) -> dict[str, Any]:
@@ -145,6 +146,7 @@ class Inpaint(_Linear):
     name: ClassVar[str] = "inpaint"
     defaults: ClassVar[Defaults] = Defaults(iterations=3000, input_noise=0.03, average=0.0, backtrack=0.0, metric="rgb")
 
+    @checks_types
     def __init__(
         self, mask: Tensor | None = None, *, keep: float | None = None, per_channel: bool = True, seed: int = 0
     ) -> None:
@@ -211,6 +213,7 @@ class SuperResolve(_Linear):
         iterations=2000, input_noise=0.03, average=0.0, backtrack=0.0, metric="luma"
     )
 
+    @checks_types
     def __init__(self, factor: int = 4) -> None:
         if factor not in (4, 8):
             raise ConfigError(f"super-resolution: the factor is 4 or 8, got {factor}")
@@ -259,7 +262,7 @@ class CompressedSensing(_Linear):
     ``memory_limit`` it is drawn once and kept, above it every product draws it anew, with equal numbers.
 
     Args:
-        measurements: m, at least 1.
+        measurements: m, at least 1; the image's values times m are at most 2^40.
         seed: of A.
         shape: (C, H, W) of the image. None takes that of the first image degraded.
         noise: standard deviation of the measurement noise, 0 or more.
@@ -274,6 +277,7 @@ class CompressedSensing(_Linear):
     name: ClassVar[str] = "cs"
     defaults: ClassVar[Defaults] = Defaults(iterations=3000, input_noise=0.03, average=0.0, backtrack=0.0, metric="rgb")
 
+    @checks_types
     def __init__(
         self,
         measurements: int,
@@ -287,9 +291,9 @@ class CompressedSensing(_Linear):
             raise ConfigError(f"cs: the number of measurements must be at least 1, got {measurements}")
         if not (noise >= 0 and math.isfinite(noise)):
             raise ConfigError(f"cs: the noise's standard deviation must be 0 or more, got {noise}")
-        if shape is not None and (len(shape) != 3 or min(shape) < 1):
-            raise ConfigError(f"cs: shape is the image's (C, H, W), got {tuple(shape)}")
-        self.measurements, self.seed, self.noise, self.memory_limit = measurements, seed, float(noise), memory_limit
+        if shape is not None:
+            _check_measured(tuple(shape), measurements)
+        self.measurements, self.seed, self.noise, self.memory_limit = measurements, seed, noise, memory_limit
         self.shape: tuple[int, ...] | None = None if shape is None else tuple(shape)
         self._kept: list[Tensor] = []
 
@@ -300,8 +304,6 @@ class CompressedSensing(_Linear):
         return {"name": self.name, **config}
 
     def degrade(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        if self.shape is None:
-            self.shape = tuple(image.shape[-3:])
         measured = self.A(image)
         noise = torch.randn(measured.shape, generator=generator, dtype=measured.dtype)
         return measured + self.noise * noise.to(measured.device)
@@ -350,6 +352,7 @@ class CompressedSensing(_Linear):
 
     def _flat(self, image: Tensor) -> Tensor:
         if self.shape is None:
+            _check_measured(tuple(image.shape[-3:]), self.measurements)
             self.shape = tuple(image.shape[-3:])
         if tuple(image.shape[-3:]) != self.shape:
             raise InputError(f"cs: this task measures images of shape {self.shape}, got {tuple(image.shape)}")
@@ -362,6 +365,21 @@ class CompressedSensing(_Linear):
 
 
 _ROWS_IN_BLOCK = 32
+_LARGEST_IMAGE = 2**31  # values; one row of A for it takes 8 GB
+_LARGEST_MATRIX = 2**40  # entries of A; drawing as many takes hours
+
+
+def _check_measured(shape: tuple[int, ...], measurements: int) -> None:
+    if len(shape) != 3 or min(shape) < 1:
+        raise ConfigError(f"cs: shape is the image's (C, H, W), got {shape}")
+    values = math.prod(shape)
+    if values > _LARGEST_IMAGE:
+        raise ConfigError(f"cs: an image of shape {shape} has {values:,} values, at most {_LARGEST_IMAGE:,} are taken")
+    if measurements * values > _LARGEST_MATRIX:
+        raise ConfigError(
+            f"cs: {measurements:,} measurements of {values:,} values are too many; "
+            f"at most {_LARGEST_MATRIX // values:,} can be taken of this image"
+        )
 
 
 class _MisfitOfRows(torch.autograd.Function):
@@ -445,6 +463,8 @@ def as_task(thing: Any) -> Task:
     Raises:
         InputError: it is neither.
     """
+    if isinstance(thing, type):
+        raise InputError(f"task: {thing.__name__} is a class; make one of it, such as {thing.__name__}(...)")
     needed = ("name", "config", "defaults", "degrade", "loss", "adjoint", "A", "A_adjoint", "image_shape")
     if all(hasattr(thing, name) for name in needed):
         return cast(Task, thing)
@@ -512,11 +532,17 @@ def score(metric: Metric, image: Tensor, clean: Tensor) -> float:
 
 
 def similarity(metric: Metric, image: Tensor, clean: Tensor) -> float:
-    """SSIM on the same pixels and channels as :func:`score`."""
+    """SSIM on the same pixels and channels as :func:`score`. Small images have none, see :func:`has_similarity`."""
     if metric == "luma":
         border = images.SUPER_RESOLUTION_BORDER
         image, clean = (images.luma(images.inside(picture, border)) for picture in (image, clean))
     return images.ssim(image, clean)
+
+
+def has_similarity(task: Task, shape: Sequence[int]) -> bool:
+    """Whether images of ``shape`` (..., H, W) are large enough for the window of SSIM."""
+    border = images.SUPER_RESOLUTION_BORDER if task.defaults.metric == "luma" else 0
+    return min(shape[-2:]) - 2 * border >= images.SSIM_WINDOW
 
 
 def _image_shape(where: str, observed: Tensor) -> tuple[int, ...]:

@@ -114,7 +114,7 @@ def test_fma_peak_counts_what_the_instruction_set_can_do(isa):
 
 
 def test_the_command_reruns_itself_with_malloc_that_keeps_its_buffers():
-    run = [sys.executable, "-m", "lipfast.bench", "adam", "--toy", "--seconds", "0.001", "--only", "100%", "--json"]
+    run = [sys.executable, "-m", "lipfast", "bench", "adam", "--toy", "--seconds", "0.001", "--only", "100%", "--json"]
     clean = {name: value for name, value in os.environ.items() if name not in harness.KEEP_MALLOC}
     ran = subprocess.run(run, env=clean, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -146,3 +146,18 @@ def test_the_pytest_benchmarks_run():
         [*command, "benchmarks/bench_families.py"], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "nonexistent"], "no case of adam has 'nonexistent' in its name; there are: "),
+        (["--threads", "100000"], "Invalid value for '--threads'"),
+    ],
+)
+def test_wrong_options_are_one_line(options, message):
+    command = [sys.executable, "-m", "lipfast", "bench", "adam", "--toy", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr

@@ -83,6 +83,17 @@ def test_alpha_is_laid_over_white(tmp_path, depth):
     assert torch.equal(images.read(tmp_path / "a.png")[:, :, 0], torch.tensor([[0.0, 1.0]]).expand(3, 2))
 
 
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("kind", [numpy.uint8, numpy.uint16])
+def test_colours_already_multiplied_by_alpha_are_not_multiplied_again(tmp_path, kind, planar):
+    peak = numpy.iinfo(kind).max
+    pixel = [peak // 3, 0, 0, peak // 3]  # red, one third opaque
+    stored = numpy.array([[pixel]], kind) if planar == "contig" else numpy.array(pixel, kind).reshape(4, 1, 1)
+    options = {"photometric": "rgb", "planarconfig": planar, "extrasamples": ["ASSOCALPHA"]}
+    tifffile.imwrite(tmp_path / "a.tif", stored, **options)
+    assert images.read(tmp_path / "a.tif").flatten().tolist() == pytest.approx([1, 2 / 3, 2 / 3], abs=1e-7)
+
+
 def test_transparent_palette_colour_counts_as_alpha(tmp_path):
     drawn = Image.new("P", (2, 1))
     drawn.putpalette([0, 0, 0, 255, 0, 0])
@@ -97,6 +108,31 @@ def test_orientation_tag_is_obeyed(tmp_path):
     tag[0x0112] = 6  # quarter turn
     Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=tag)
     assert images.read(tmp_path / "a.jpg").shape == (3, 8, 4)
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+def test_every_orientation_is_obeyed_in_every_format(tmp_path, value):
+    """Against Pillow, which turns 8-bit PNG files."""
+    pixels = (picture(height=4, width=5).permute(1, 2, 0) * 255).byte().numpy()
+    tag = Image.Exif()
+    tag[0x0112] = value
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=tag)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", extratags=[(0x0112, "H", 1, value, True)])
+    content = (tmp_path / "a.png").read_bytes()
+    start = content.index(b"eXIf") - 4
+    tagged = content[start : start + 12 + int.from_bytes(content[start : start + 4], "big")]
+    deep = bytes(imagecodecs.png_encode(numpy.ascontiguousarray(pixels, numpy.uint16) * 257))
+    (tmp_path / "deep.png").write_bytes(deep[:33] + tagged + deep[33:])  # behind the header
+    expected = images.read(tmp_path / "a.png")
+    assert torch.equal(images.read(tmp_path / "a.tif"), expected)
+    assert torch.equal(images.read(tmp_path / "deep.png"), expected)
+
+
+@pytest.mark.parametrize(("mode", "space"), [("P", "PALETTE"), ("CMYK", "SEPARATED")])
+def test_palette_and_cmyk_are_refused_in_tiff(tmp_path, mode, space):
+    Image.new(mode, (3, 3)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=f"TIFF colour space {space} is not supported"):
+        images.read(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
@@ -185,6 +221,24 @@ def test_a_reader_of_the_old_file_is_not_disturbed(tmp_path):
         images.write(tmp_path / "a.png", picture(seed=2))
         assert reader.read() == before
     assert (tmp_path / "a.png").read_bytes() != before
+
+
+def test_the_longest_name_can_be_written(tmp_path):
+    name = "x" * 251 + ".png"
+    images.write(tmp_path / name, picture())
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(InputError, match="it is a folder"):
+        images.check_target(tmp_path / "a.png", 8)
+
+
+def test_values_of_another_scale_are_named():
+    assert torch.equal(images.check_unit(picture(), "here"), picture())
+    with pytest.raises(InputError, match=r"here: values lie in \[0, 1\], got -1 to 255; divide grey levels by 255"):
+        images.check_unit(torch.tensor([[[-1.0, 255.0]]]), "here")
 
 
 def test_missing_folder_is_named(tmp_path):

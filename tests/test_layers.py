@@ -60,3 +60,8 @@ def test_public_names_exist():
 
     for name in lipfast.__all__:
         assert getattr(lipfast, name) is not None
+
+
+def test_public_parts_load_when_they_are_named():
+    program = "import lipfast; [getattr(lipfast, name) for name in lipfast.__all__]; lipfast.search.SearchConfig"
+    subprocess.run([sys.executable, "-c", program], check=True)

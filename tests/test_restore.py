@@ -3,7 +3,7 @@ import torch
 
 import lipfast
 from lipfast import images, masks, priors, restore, tasks
-from lipfast.errors import ConfigError, InputError
+from lipfast.errors import BackendError, ConfigError, InputError
 from lipfast.fit import FitConfig
 from lipfast.tickets import Ticket
 
@@ -118,12 +118,49 @@ def test_dead_weights_stay_dead(ticket):
         (torch.zeros(4, 16, 16), None, InputError, r"got \(4, 16, 16\)"),
         (torch.zeros(3, 16, 16), tasks.Inpaint(torch.ones(8, 8)), InputError, r"the mask has shape \(1, 8, 8\)"),
         (torch.zeros(3, 16, 16), object(), InputError, "no physics object"),
+        (torch.full((3, 16, 16), 255.0), None, InputError, r"values lie in \[0, 1\], got 255 to 255; divide"),
+        (torch.zeros(3, 16, 16).numpy(), None, InputError, "restore: degraded must be a Tensor, got ndarray"),
+        (torch.zeros(2, 50), tasks.CompressedSensing(50, shape=(3, 16, 16)), InputError, "one measurement at a time"),
         (torch.zeros(7), tasks.CompressedSensing(50, shape=(3, 16, 16)), InputError, r"expected .* 50.* got \(7,\)"),
     ],
 )
 def test_bad_input_is_named(ticket, degraded, task, kind, message):
     with pytest.raises(kind, match=message):
         restore.restore(degraded, ticket, task, fit_config=config())
+
+
+@pytest.mark.parametrize(
+    ("clean", "task", "message"),
+    [
+        (torch.zeros(3, 16, 20), None, r"clean picture has shape \(3, 16, 20\), the restored one \(3, 16, 16\)"),
+        (torch.zeros(1, 16, 16), None, r"clean picture has shape \(1, 16, 16\)"),
+        (torch.full((3, 16, 16), 2.0), None, r"the clean picture: values lie in \[0, 1\], got 2 to 2"),
+        (torch.zeros(3, 8, 8), tasks.SuperResolve(4), "leaves nothing of 8 x 8 px"),
+    ],
+)
+def test_a_clean_picture_that_does_not_fit_is_refused_before_the_fit(ticket, clean, task, message):
+    degraded = torch.zeros(3, 2, 2) if task else torch.zeros(3, 16, 16)
+    began = [lambda progress: pytest.fail("the fit began")]
+    with pytest.raises(InputError, match=message):
+        restore.restore(degraded, ticket, task, fit_config=config(), clean=clean, callbacks=began)
+
+
+def test_pictures_too_small_for_ssim_have_their_psnr(ticket):
+    report = restore.restore(smooth(10, 40), ticket, fit_config=config(), clean=smooth(10, 40)).report
+    assert report["psnr"] > 0
+    assert "ssim" not in report
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cuda", BackendError), ("tpu", ConfigError)])
+def test_devices_that_are_not_there_are_named(ticket, device, kind, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(kind, match=f"device='{device}'"):
+        restore.restore(smooth(16, 16), ticket, device=device)
+
+
+def test_a_ticket_is_no_file_name():
+    with pytest.raises(InputError, match=r"restore: ticket must be a Ticket, got 't\.safetensors'"):
+        restore.restore(smooth(16, 16), "t.safetensors")
 
 
 def test_a_ticket_of_an_inpainting_with_a_mask_needs_the_mask_again(ticket):

@@ -1,6 +1,7 @@
 """Operators against their adjoints, against the textbook and against the libraries they imitate."""
 
 import hashlib
+import json
 import math
 
 import numpy
@@ -287,6 +288,31 @@ def test_bad_factor_is_refused():
 def test_bad_masks_are_refused(mask, message):
     with pytest.raises(InputError, match=message):
         tasks.Inpaint(mask)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: tasks.Denoise("x"), ConfigError, "Denoise: sigma must be a number, got 'x'"),
+        (lambda: tasks.Inpaint(numpy.ones((4, 4))), InputError, "Inpaint: mask must be a Tensor or None, got ndarray"),
+        (lambda: tasks.Inpaint(keep=True), ConfigError, "keep must be a number or None, got True"),
+        (lambda: tasks.CompressedSensing(2.5), ConfigError, "measurements must be a whole number, got 2.5"),
+        (lambda: tasks.CompressedSensing(5, shape=(3, 4.0, 4)), ConfigError, "shape must be a list"),
+        (lambda: tasks.CompressedSensing(5, shape=(3, 2**20, 2**20)), ConfigError, "at most 2,147,483,648 are taken"),
+        (lambda: tasks.CompressedSensing(2**60, shape=(3, 4, 4)), ConfigError, "at most 22,906,492,245 can be taken"),
+        (lambda: tasks.CompressedSensing(2**60).degrade(draw((3, 4, 4))), ConfigError, "can be taken of this image"),
+        (lambda: tasks.from_config({"name": "denoise", "sigma": "x"}), ConfigError, "sigma must be a number"),
+        (lambda: tasks.as_task(tasks.Denoise), InputError, "Denoise is a class; make one of it"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_named(make, kind, message):
+    with pytest.raises(kind, match=message):
+        make()
+
+
+def test_numbers_of_numpy_become_plain():
+    config = tasks.CompressedSensing(numpy.int64(5), numpy.int32(2), shape=(3, numpy.int64(4), 4)).config
+    assert json.loads(json.dumps(config)) == config
 
 
 def test_mask_of_another_size_is_refused():

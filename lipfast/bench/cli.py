@@ -1,5 +1,6 @@
 """``lipfast bench FAMILY``: times lipfast against torch on this machine."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +23,7 @@ app = typer.Typer(
 WIDTH = 160  # of a table that goes to a file
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line instead of a table.")]
-Threads = Annotated[int, typer.Option(min=0, help="Threads; 0 for torch's own choice.")]
+Threads = Annotated[int, typer.Option(min=0, max=os.cpu_count(), help="Threads; 0 for torch's own choice.")]
 Seconds = Annotated[float, typer.Option(min=0.001, help="Time spent on each case.")]
 Only = Annotated[str, typer.Option(help="Run the cases whose name contains this.")]
 Toy = Annotated[bool, typer.Option("--toy", help="Tiny shapes: shows that all is well, not how fast it is.")]
@@ -48,7 +49,9 @@ def run(
     from rich.console import Console
 
     from lipfast.bench import harness
+    from lipfast.fit import check_instruction_set
 
+    check_instruction_set()
     if threads:
         torch.set_num_threads(threads)
     rows = []

@@ -289,9 +289,9 @@ def keeps_malloc() -> bool:
 
 
 def rerun_with_keep_malloc(arguments: list[str]) -> int:
-    """Run ``python -m lipfast.bench`` with these arguments in a child that keeps its buffers; returns its exit status.
+    """Run ``lipfast bench`` with these arguments in a child that keeps its buffers; returns its exit status.
 
     A child, because malloc reads its settings only when a process starts.
     """
-    command = [sys.executable, "-m", "lipfast.bench", *arguments]
+    command = [sys.executable, "-m", "lipfast", "bench", *arguments]
     return subprocess.run(command, env={**os.environ, **KEEP_MALLOC}, check=False).returncode

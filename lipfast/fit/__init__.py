@@ -1,6 +1,7 @@
 """Fitting a prior to one observation: the loop, its stop rules, and the state that lets it continue bit for bit."""
 
-from lipfast.fit.loop import FitConfig, FitResult, Outcome, Progress, fit
+from lipfast.fit.device import check_instruction_set, checked_device
+from lipfast.fit.loop import FitConfig, FitResult, Outcome, Progress, check, fit
 from lipfast.fit.state import FitState
 from lipfast.fit.stopping import MovingVariance, StopRule, WindowedVariance
 
@@ -13,5 +14,8 @@ __all__ = [
     "Progress",
     "StopRule",
     "WindowedVariance",
+    "check",
+    "check_instruction_set",
+    "checked_device",
     "fit",
 ]

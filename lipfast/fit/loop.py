@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lipfast import images, tasks
-from lipfast.config import derive_seed
+from lipfast import tasks
+from lipfast.config import check_fields, checks_types, derive_seed
 from lipfast.engine.trainer import (
     FIRST_MOMENT,
     SECOND_MOMENT,
@@ -21,6 +21,7 @@ from lipfast.engine.trainer import (
     on_one_torch_thread,
 )
 from lipfast.errors import ConfigError, FitError, InputError
+from lipfast.fit.device import check_instruction_set
 from lipfast.fit.state import FitState, grouped
 from lipfast.fit.stopping import MovingVariance, StopRule, WindowedVariance
 from lipfast.priors import as_prior
@@ -29,8 +30,6 @@ INPUT_SCALE = 0.1  # z ~ U(0, 0.1)
 
 SNAPSHOT_EVERY = 50  # steps between the snapshots that backtracking returns to
 RESTORES_OF_ONE_SNAPSHOT = 3  # then the fit goes on, or it could return there for ever
-
-_SSIM_WINDOW = 11  # px; smaller images have no SSIM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +49,13 @@ class FitConfig:
     seed: int = 0  # draws z and the input noise
 
     def __post_init__(self) -> None:
+        check_fields(self)
         checks = {
             "iterations": (self.iterations >= 1, "at least 1"),
             "lr": (0 < self.lr < math.inf, "above 0"),
             "input_noise": (0 <= self.input_noise < math.inf, "0 or more"),
             "average": (0 <= self.average < 1, "in [0, 1)"),
             "backtrack": (0 <= self.backtrack < math.inf, "dB, 0 or more"),
-            "stop": (self.stop in ("none", "wmv", "emv"), "none, wmv or emv"),
             "window": (self.window >= 2, "at least 2"),
             "patience": (self.patience >= 1, "at least 1"),
             "alpha": (0 < self.alpha < 1, "in (0, 1)"),
@@ -119,6 +118,7 @@ class Progress:
 Callback = Callable[[Progress], object]
 
 
+@checks_types
 def fit(
     network: nn.Module,
     task: tasks.Task | Any,
@@ -170,6 +170,22 @@ def fit(
     return run.result()
 
 
+def check(
+    network: nn.Module,
+    task: tasks.Task,
+    observed: Tensor,
+    *,
+    config: FitConfig | None = None,
+    clean: Tensor | None = None,
+    engine: str = "auto",
+) -> None:
+    """Refuse what ``fit`` would refuse before its first step: for those with work to do before they fit.
+
+    Args: as for ``fit``; the network is not to be used afterwards.
+    """
+    _Run(network, task, observed, config, None, clean, engine, ())
+
+
 class _Run:
     """The moving parts of one fit."""
 
@@ -184,12 +200,14 @@ class _Run:
         engine: str,
         keep_weights: Sequence[int],
     ) -> None:
+        check_instruction_set()
         self.task = task
         self.config = FitConfig.for_task(task) if config is None else config
         self.device = next(network.parameters()).device
         self.observed = _finite("observed", observed).to(self.device)
         self.shape = task.image_shape(self.observed)  # (C, H, W) or (B, C, H, W)
-        self.clean = None if clean is None else _check_clean(clean, self.shape).to(self.device)
+        _check_channels(network, self.shape)
+        self.clean = None if clean is None else _check_clean(clean, self.shape, task).to(self.device)
         _, channels, rows, columns = as_prior(network).input_shape(*self.shape[-2:])
         batch = self.shape[0] if len(self.shape) == 4 else 1
         z_generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "fit/z"))
@@ -361,12 +379,10 @@ class _Run:
         if self.clean is None:
             return Outcome(image, step, None, None)
         psnr = self._mean_over_images(tasks.score, image)
-        similar = self._mean_over_images(tasks.similarity, image) if self._has_ssim() else None
+        similar = (
+            self._mean_over_images(tasks.similarity, image) if tasks.has_similarity(self.task, self.shape) else None
+        )
         return Outcome(image, step, psnr, similar)
-
-    def _has_ssim(self) -> bool:
-        border = 0 if self.task.defaults.metric == "rgb" else 2 * images.SUPER_RESOLUTION_BORDER
-        return min(self.shape[-2:]) - border >= _SSIM_WINDOW
 
     def _mean_over_images(self, measure: Callable[..., float], image: Tensor) -> float:
         assert self.clean is not None
@@ -490,10 +506,18 @@ def _finite(where: str, tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32)
 
 
-def _check_clean(clean: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _check_channels(network: nn.Module, shape: tuple[int, ...]) -> None:
+    """A network of one's own need not say what it makes; then the first output tells."""
+    made = getattr(network, "config", {}).get("out_channels", shape[-3])
+    if made != shape[-3]:
+        raise InputError(f"fit: the network makes {made} channels, the task's images are {shape}")
+
+
+def _check_clean(clean: Tensor, shape: tuple[int, ...], task: tasks.Task) -> Tensor:
     clean = _finite("clean", clean)
     if tuple(clean.shape) != shape:
         raise InputError(f"fit: clean must have the shape of the restored image {shape}, got {tuple(clean.shape)}")
+    tasks.score(task.defaults.metric, clean, clean)  # where the metric cannot be taken it says so before the fit
     return clean
 
 

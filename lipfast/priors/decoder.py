@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lipfast.config import checks_types
 from lipfast.errors import ConfigError, InputError
 
 
@@ -26,6 +27,7 @@ class DeepDecoder(nn.Module):
 
     kind: ClassVar[str] = "decoder"
 
+    @checks_types
     def __init__(self, k: int = 128, depth: int = 6, out_channels: int = 3) -> None:
         super().__init__()
         for name, value in (("k", k), ("depth", depth), ("out_channels", out_channels)):

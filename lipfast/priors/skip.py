@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lipfast.config import checks_types
 from lipfast.errors import ConfigError, InputError
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -133,6 +134,7 @@ class SkipNet(nn.Module):
 
     kind: ClassVar[str] = "skip"
 
+    @checks_types
     def __init__(
         self,
         in_channels: int = 32,
@@ -190,9 +192,7 @@ class SkipNet(nn.Module):
         self.output = options.conv(c["up"][0], c["out_channels"], 1)
         self.squash = nn.Sigmoid() if c["sigmoid"] else nn.Identity()
         self.stride = 2**depth
-        # The deepest convs see maps of side / stride px; mirroring p px needs more than p, BatchNorm more than 1 value.
-        reach = max((k - 1) // 2 for k in c["kernel_down"]) if c["padding"] == "reflect" else 1
-        self.minimum_size = self.stride * (reach + 1)
+        self.minimum_size = _minimum_size(c)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -319,18 +319,29 @@ def _each(name: str, value: Any, depth: int) -> list[Any]:
     return values
 
 
+def _minimum_size(config: dict[str, Any]) -> int:
+    """The shortest image side (px): mirroring p px needs a map of more than p, BatchNorm more than one value."""
+    stride: int = 2 ** len(config["down"])
+    if config["padding"] != "reflect":
+        return 2 * stride
+    deepest: int = stride * max(2, max(config["kernel_down"]) // 2 + 1)
+    kernels = enumerate(max(kernel, config["kernel_skip"]) for kernel in config["kernel_up"])
+    smallest: int = max(deepest, *(2**scale * (kernel // 2 + 1) for scale, kernel in kernels))
+    return smallest
+
+
 def _check_config(config: dict[str, Any]) -> None:
     depth = len(config["down"])
     if depth < 1 or len(config["up"]) != depth:
         raise ConfigError(f"SkipNet: down and up need one width for each scale, got {config['down']}, {config['up']}")
     positive = [config["in_channels"], config["out_channels"], *config["down"], *config["up"]]
-    if not all(isinstance(width, int) and width > 0 for width in positive):
-        raise ConfigError(f"SkipNet: channel counts must be whole numbers above 0, got {positive}")
-    if not all(isinstance(width, int) and width >= 0 for width in config["skip"]):
-        raise ConfigError(f"SkipNet: skip channels must be whole numbers, 0 or more, got {config['skip']}")
+    if min(positive) < 1:
+        raise ConfigError(f"SkipNet: channel counts must be above 0, got {positive}")
+    if min(config["skip"]) < 0:
+        raise ConfigError(f"SkipNet: skip channels must be 0 or more, got {config['skip']}")
     for kernel in [*config["kernel_down"], *config["kernel_up"], config["kernel_skip"]]:
-        if not (isinstance(kernel, int) and kernel % 2 == 1 and kernel > 0):
-            raise ConfigError(f"SkipNet: kernel sizes are odd, got {kernel!r}")
+        if kernel < 1 or kernel % 2 == 0:
+            raise ConfigError(f"SkipNet: kernel sizes are odd, got {kernel}")
     choices = {"upsample": _UPSAMPLINGS, "downsample": _DOWNSAMPLINGS}
     for name, allowed in choices.items():
         for value in config[name]:

@@ -1,5 +1,6 @@
 """PNG files for people: the PSNR-sparsity curve and a row of pictures with captions."""
 
+import warnings
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -38,7 +39,11 @@ def save_curve(path: Path, rows: Sequence[table.Row], title: str) -> None:
         dense = table.psnr(rows[0], "ticket", stop)
         if dense is not None:
             axes.axhline(dense, color=_INK["dense"], linestyle=_STROKE[stop], linewidth=1)
-    axes.set(xlabel="sparsity of the convolution weights, %", ylabel="PSNR, dB (grey: dense)", title=title)
+    axes.set(
+        xlabel="sparsity of the convolution weights, %",
+        ylabel="PSNR, dB (grey: dense)",
+    )
+    axes.set_title(title, parse_math=False)  # a file name may hold dollar signs
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     _save(figure, path)
@@ -56,7 +61,7 @@ def save_panel(path: Path, pictures: Sequence[tuple[str, Tensor]]) -> None:
         axes.imshow(
             image.clamp(0, 1).permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
         )
-        axes.set_xlabel(caption)
+        axes.set_xlabel(caption, parse_math=False)
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set_visible(False)
@@ -65,5 +70,7 @@ def save_panel(path: Path, pictures: Sequence[tuple[str, Tensor]]) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     buffer = BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, dpi=_DOTS_PER_INCH, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the font's boxes say it as well
+        FigureCanvasAgg(figure).print_figure(buffer, dpi=_DOTS_PER_INCH, format="png")
     images.write_atomically(path, buffer.getvalue())

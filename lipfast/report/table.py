@@ -65,7 +65,8 @@ def verdict(rows: Sequence[Row], stop: str) -> str:
         if (ticket := psnr(row, "ticket", stop)) is not None and (random := psnr(row, "random", stop)) is not None
     ]
     sentences = [_compare("the dense network", against_dense), _compare("random masks", against_random)]
-    return f"At the {STOP_NAMES[stop]}: " + "; ".join(filter(None, sentences)) + "."
+    said = "; ".join(filter(None, sentences)) or "no ticket was measured"
+    return f"At the {STOP_NAMES[stop]}: {said}."
 
 
 def _compare(other: str, gains: Sequence[tuple[float, Row]]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
+from lipfast.config import check_fields
 from lipfast.errors import ConfigError
 from lipfast.search import schedule
 
@@ -35,13 +36,10 @@ class SearchConfig:
     degrade_seed: int = 0  # draws the degradation, so that several seeds see the same observation
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 1 <= self.rounds <= 1000:
             raise ConfigError(f"rounds={self.rounds} must be 1 to 1000")
         schedule.prune_count(1, self.prune)
-        _one_of("scope", self.scope, ("global", "layer"))
-        _one_of("target", self.target, ("degraded", "clean"))
-        _one_of("several", self.several, ("each", "mean"))
-        _one_of("empty_layer", self.empty_layer, ("continue", "stop"))
         for name in ("seed", "degrade_seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise ConfigError(f"{name}={getattr(self, name)} must be a whole number from 0 to 2^63 - 1")
@@ -76,8 +74,3 @@ def _parse_rewind(rewind: str) -> tuple[Fraction | None, int]:
     if match := re.fullmatch(r"(\d+)it", rewind):
         return None, int(match[1])
     raise ConfigError(f"rewind={rewind!r} must be 0, a share of the steps such as 5%, or steps such as 150it")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name}={value!r} must be one of {', '.join(allowed)}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import json
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -14,18 +15,27 @@ from torch import Tensor, nn
 
 import lipfast
 from lipfast import images, masks, priors, tasks
-from lipfast.errors import BackendError, ConfigError
-from lipfast.fit import FitConfig, FitResult, FitState, Outcome, Progress, fit
+from lipfast.config import checks_types
+from lipfast.errors import ConfigError, InputError
+from lipfast.fit import FitConfig, FitResult, FitState, Outcome, Progress, check, checked_device, fit
 from lipfast.masks import Masks
 from lipfast.search import controls, schedule
 from lipfast.search.config import SearchConfig, rewind_step
 from lipfast.search.observation import Observation, Picture, observe
-from lipfast.search.runs import Run
+from lipfast.search.runs import Run, check_kinds
 from lipfast.tickets import Ticket
 
 CHECKPOINT = "checkpoint.state"
 DENSE = "rewound.state"  # the dense network at the rewind step, for controls; not written where that is the start
 LOG_EVERY = 50  # steps between the log's lines
+
+# What a run's own files hold: field -> type. They are read again when a search continues.
+RECORD_KINDS: dict[str, Any] = {
+    "outcomes": dict[str, dict[str, float | None] | None],
+    "seconds": float,
+    "log_bytes": int,
+}
+CHECKPOINT_KINDS = {"kind": str, "round": int, "seconds": float, "log_bytes": int}
 
 Kind = Literal["ticket", "search", "random"]  # fitted to the degraded picture; to the clean one; a control
 
@@ -65,6 +75,7 @@ class SearchResult:
 Watch = Callable[[Status], object]  # True asks the search to save where it is and raise KeyboardInterrupt
 
 
+@checks_types
 def find_tickets(
     pictures: Sequence[Picture] | Picture,
     task: tasks.Task | Any,
@@ -84,13 +95,14 @@ def find_tickets(
         options: and the other arguments as in ``search``.
     """
     config = config or SearchConfig()
+    configs = [dataclasses.replace(config, seed=seed) for seed in ([config.seed] if seeds is None else seeds)]
     found = []
-    for seed in [config.seed] if seeds is None else seeds:
-        own = dataclasses.replace(config, seed=seed)
+    for own in configs:
         found += search(pictures, task, config=own, fit_config=fit_config, out=out, **options).tickets
     return found
 
 
+@checks_types
 def search(
     pictures: Sequence[Picture] | Picture,
     task: tasks.Task | Any,
@@ -178,6 +190,10 @@ def rounds(
     full = _full_masks(network, config.leave_out)
     _check_rounds(full, config)
     rewind_step(config.rewind, fit_config.iterations)
+    place = checked_device(device)
+    check(network.to(place), task, observation.observed, config=fit_config, clean=observation.clean, engine=engine)
+    scores = {name: mask.float() for name, mask in full.items()}
+    masks.prune_globally(full, scores, 0)  # LIPFAST_BACKEND may name what cannot prune here
     identity = {
         "search": config.identity(),
         "fit": dataclasses.asdict(fit_config),
@@ -189,9 +205,7 @@ def rounds(
         "device": device,
     }
     with Run(out, identity) as run:
-        work = _Search(
-            run, config, fit_config, task, observation, full, engine, checked_device(device), checkpoint_every, watch
-        )
+        work = _Search(run, config, fit_config, task, observation, full, engine, place, checkpoint_every, watch)
         return (yield from work.run_all())
 
 
@@ -277,7 +291,8 @@ class _Search:
         record_name, next_name = _record_name(number, kind), self._ticket_name(number + 1)
         if self.run.exists(record_name) and self.run.exists(next_name):
             self.fits_done += 1
-            return self.run.read(record_name), Ticket.load(self.run.path(next_name))
+            record = self.run.read(record_name, **RECORD_KINDS, empty_layers=list[str])
+            return record, self._read_ticket(number + 1, current)
         result, seconds = self._fit(kind, number, current)
         start = result.kept[self.rewind] if number == 0 else current.state
         if number == 0 and self.rewind > 0:
@@ -296,7 +311,7 @@ class _Search:
         """A fit that only measures."""
         if self.run.exists(_record_name(number, kind)):
             self.fits_done += 1
-            return self.run.read(_record_name(number, kind))
+            return self.run.read(_record_name(number, kind), **RECORD_KINDS)
         result, seconds = self._fit(kind, number, ticket)
         return self._record(number, kind, result, seconds)
 
@@ -380,7 +395,7 @@ class _Search:
 
     def _control(self, ticket: Ticket) -> Ticket:
         """The same weights under a random mask of the same sparsity."""
-        state = self._initial_state() if self.rewind == 0 else FitState.load(self.run.path(DENSE)).tensors
+        state = self._initial_state() if self.rewind == 0 else self._dense_state()
         drawn = controls.random_masks(ticket.masks, self.config.seed, each_layer=self.config.scope == "layer")
         return dataclasses.replace(ticket, state=state, masks=drawn)
 
@@ -416,23 +431,53 @@ class _Search:
 
     # ---- continuing ----
 
+    def _read_ticket(self, number: int, before: Ticket) -> Ticket:
+        """A ticket from disk, if it is the one this search wrote there.
+
+        Raises:
+            InputError: it is another search's or another round's.
+        """
+        path = self.run.path(self._ticket_name(number))
+        ticket = Ticket.load(path)
+        mine = self._ticket(number, ticket.state, ticket.masks)
+        if _origin(ticket) != _origin(mine) or not masks.nested(ticket.masks, before.masks):
+            raise InputError(f"{path}: is not the ticket that this search wrote there; move the folder away")
+        return ticket
+
+    def _dense_state(self) -> dict[str, Tensor]:
+        path = self.run.path(DENSE)
+        state = FitState.load(path).tensors
+        if state.keys() != self._initial_state().keys():
+            raise InputError(f"{path}: is not the dense network of this search; move the folder away")
+        return state
+
     def _save_checkpoint(self, kind: Kind, number: int, state: FitState, seconds: float) -> None:
         search = {"kind": kind, "round": number, "seconds": seconds, "log_bytes": self.run.log_length()}
         FitState(state.tensors, {**state.scalars, "search": search}).save(self.run.path(CHECKPOINT))
 
     def _checkpoint_of(self, kind: Kind, number: int) -> FitState | None:
         """The checkpoint of this very fit. One of another fit is left over from a kill just before its removal."""
-        if not self.run.exists(CHECKPOINT):
+        state = self._read_checkpoint()
+        if state is None:
             return None
-        state = FitState.load(self.run.path(CHECKPOINT))
-        search = state.scalars.get("search", {})
-        return state if (search.get("kind"), search.get("round")) == (kind, number) else None
+        search = state.scalars["search"]
+        return state if (search["kind"], search["round"]) == (kind, number) else None
+
+    def _read_checkpoint(self) -> FitState | None:
+        path = self.run.path(CHECKPOINT)
+        if not path.exists():
+            return None
+        state = FitState.load(path)
+        check_kinds(path, state.scalars, {"search": dict[str, Any]})
+        check_kinds(path, state.scalars["search"], CHECKPOINT_KINDS)
+        return state
 
     def _cut_log(self) -> None:
         """Drop the log's lines about steps that will be taken again."""
-        lengths = [self.run.read(path.name)["log_bytes"] for path in self.run.folder.glob("round-*.json")]
-        if self.run.exists(CHECKPOINT):
-            lengths.append(FitState.load(self.run.path(CHECKPOINT)).scalars["search"]["log_bytes"])
+        records = [self.run.read(path.name, **RECORD_KINDS) for path in self.run.folder.glob("round-*.json")]
+        lengths = [record["log_bytes"] for record in records]
+        if (checkpoint := self._read_checkpoint()) is not None:
+            lengths.append(checkpoint.scalars["search"]["log_bytes"])
         self.run.cut_log(max(lengths, default=0))
 
 
@@ -465,18 +510,11 @@ def _full_masks(network: nn.Module, leave_out: Sequence[str]) -> Masks:
     return masks.full(network.state_dict(), kept)
 
 
-def checked_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        ConfigError: an unknown name.
-        BackendError: it cannot run here.
-    """
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"device={name!r} must be cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise BackendError("device='cuda': this torch finds no CUDA device; use --device cpu")
-    return torch.device(name)
+def _origin(ticket: Ticket) -> str:
+    """Where a ticket comes from, but for the versions: a search may be continued by the next."""
+    provenance = {name: value for name, value in ticket.provenance.items() if name not in ("lipfast", "torch")}
+    network = [ticket.prior, ticket.config, ticket.seed]
+    return json.dumps([network, ticket.task, ticket.target, ticket.round, provenance], sort_keys=True)
 
 
 def _record_name(number: int, kind: Kind) -> str:

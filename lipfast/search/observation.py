@@ -71,10 +71,15 @@ def _load(picture: Picture, position: int) -> tuple[str, Tensor]:
     if isinstance(picture, Tensor):
         picture = (f"picture {position}", picture)
     if isinstance(picture, tuple):
-        name, image = picture[0], images.check(picture[1], picture[0])
+        name, image = picture[0], images.check_unit(picture[1], picture[0])
     else:
         name, image = Path(picture).name, images.read(picture)
-    return name, image.expand(3, -1, -1).contiguous()
+    return _printable(name), image.expand(3, -1, -1).contiguous()
+
+
+def _printable(name: str) -> str:
+    """A name for tables, tickets and titles: line breaks, and bytes that are no UTF-8, become escapes."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 def _crop(name: str, image: Tensor, multiple: int) -> Tensor:

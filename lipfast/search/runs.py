@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from lipfast import images
+from lipfast.config import fits
 from lipfast.errors import ConfigError, InputError
 
 IDENTITY = "run.json"
@@ -77,8 +78,8 @@ class Run:
         """Write a JSON file, whole or not at all."""
         images.write_atomically(self.path(name), (json.dumps(document, indent=1) + "\n").encode())
 
-    def read(self, name: str) -> dict[str, Any]:
-        """Read a JSON file of this run.
+    def read(self, name: str, **kinds: Any) -> dict[str, Any]:
+        """Read a JSON file of this run. ``kinds`` are the fields it must have and their types.
 
         Raises:
             InputError: it is not what a run writes; somebody changed it.
@@ -90,6 +91,7 @@ class Run:
             raise InputError(f"{path}: cannot read this file of the run ({error}); move the folder away") from None
         if not isinstance(document, dict):
             raise InputError(f"{path}: expected a JSON object; move the folder away")
+        check_kinds(path, document, kinds)
         return document
 
     def remove(self, name: str) -> None:
@@ -131,6 +133,17 @@ def make_folder(path: Path) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise InputError(f"{path}: this folder is not writable; change its permissions or choose another --out")
     return path
+
+
+def check_kinds(path: Path, document: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Check that a file of a run has these fields, of these types.
+
+    Raises:
+        InputError: it has not; somebody changed it.
+    """
+    for field, kind in kinds.items():
+        if field not in document or not fits(document[field], kind):
+            raise InputError(f"{path}: {field!r} is missing or of the wrong kind; move the folder away")
 
 
 def folders(out: Path) -> Iterator[Path]:

@@ -101,10 +101,18 @@ def _check_fields(document: Mapping[str, Any], where: str) -> None:
         raise TicketError(f"{where}: round must be a whole number, got {document['round']!r}")
     if document["target"] not in ("degraded", "clean"):
         raise TicketError(f"{where}: target must be degraded or clean, got {document['target']!r}")
+    _check_pictures(document["provenance"].get("pictures", []), where)
     for name, value in prior["config"].items():
         _check_option(name, value, where)
     for name, entry in document["pruned"].items():
         _check_pruned(name, entry, where)
+
+
+def _check_pictures(pictures: Any, where: str) -> None:
+    if not isinstance(pictures, list):
+        raise TicketError(f"{where}: provenance's pictures must be a list, got {type(pictures).__name__}")
+    if any(not isinstance(picture, dict) or not isinstance(picture.get("name"), str) for picture in pictures):
+        raise TicketError(f"{where}: each of provenance's pictures must have a name")
 
 
 def _check_option(name: str, value: Any, where: str) -> None:

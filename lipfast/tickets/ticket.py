@@ -138,6 +138,8 @@ class Ticket:
 
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Description and raw tensors of a file; safetensors itself checks that the lengths cover the file exactly."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise TicketError(f"{path}: not a regular file; a ticket cannot be read from a pipe: save it first")
     try:
         with path.open("rb") as probe:  # gives clearer reasons than the library for what is no file at all
             probe.read(1)

@@ -40,6 +40,11 @@ def test_sizes_that_do_not_fit_are_refused(size):
         priors.DeepDecoder(8).input_shape(*size)
 
 
+def test_sizes_are_whole_numbers():
+    with pytest.raises(ConfigError, match=r"DeepDecoder: k must be a whole number, got 1\.5"):
+        priors.DeepDecoder(1.5)
+
+
 def test_sizes_below_one_are_refused():
     with pytest.raises(ConfigError, match="depth must be at least 1, got 0"):
         priors.DeepDecoder(8, depth=0)

@@ -195,11 +195,30 @@ def test_old_checkpoints_without_batch_counters_load():
         ({"downsample": "lanczos"}, "downsample must be one of stride, avg, max"),
         ({"activation": "tanh"}, "activation must be one of"),
         ({"width": 3}, "prior 'skip'.*width"),
+        ({"bias": "no"}, "SkipNet: bias must be True or False, got 'no'"),
+        ({"mix": float("nan")}, "mix must be True or False, got nan"),
+        ({"kernel_down": True}, "kernel_down must be .*, got True"),
+        ({"in_channels": 4.0}, "in_channels must be a whole number, got 4.0"),
+        ({"down": "no"}, "down must be a list, each entry a whole number, got 'no'"),
+        ({"padding": 3}, "padding must be a text, got 3"),
     ],
 )
 def test_bad_options_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         priors.build("skip", {**TINY, **change})
+
+
+@pytest.mark.parametrize(
+    "kernels",
+    [{"kernel_skip": 7}, {"kernel_up": [9, 3]}, {"kernel_up": [3, 7]}, {"kernel_down": 5}, {"kernel_down": 1}],
+)
+@pytest.mark.parametrize("padding", ["reflect", "zeros"])
+def test_large_kernels_need_larger_images(kernels, padding):
+    network = SkipNet(**{**TINY, **kernels}, padding=padding)
+    side = network.minimum_size
+    assert network(torch.rand(network.input_shape(side, side))).shape == (1, 3, side, side)
+    with pytest.raises(InputError, match=f"at least {side} px"):
+        network.input_shape(side - 1, side)
 
 
 def test_unknown_kind_lists_the_known():

@@ -48,6 +48,10 @@ def test_a_search_that_never_wins_says_so():
     assert "random" not in words
 
 
+def test_a_search_without_tickets_says_so():
+    assert table.verdict(ROWS[:1], "last") == "At the last step: no ticket was measured."
+
+
 def test_without_figures_there_is_no_table():
     assert table.markdown([row(0, None), row(1, None)]) == "No clean picture, so no PSNR.\n"
 
@@ -66,3 +70,10 @@ def test_curve_and_panel_are_pictures(tmp_path):
         assert picture.std() > 0.05
     wide = images.read(tmp_path / "panel.png")
     assert wide.shape[2] == pytest.approx(2 * 3.2 * 150, abs=2)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("words", ["costs $5 or $", "$x^", "夜"])
+def test_titles_and_captions_are_no_formulas(tmp_path, words):
+    pictures.save_curve(tmp_path / "curve.png", ROWS, words)
+    pictures.save_panel(tmp_path / "panel.png", [(words, torch.rand(3, 8, 8)), (words, torch.rand(3, 8, 8))])

@@ -213,8 +213,8 @@ def test_a_stop_by_watch_continues_to_the_same_bits(run_search, tmp_path):
         ({"out": "/proc/runs"}, InputError, "/proc/runs/imp-.*: cannot make this folder"),
         ({"prune": 0.0}, ConfigError, "prune=0.0 must be a share"),
         ({"prune": 1.0}, ConfigError, "prune=1.0 must be a share"),
-        ({"scope": "row"}, ConfigError, "scope='row' must be one of global, layer"),
-        ({"target": "blur"}, ConfigError, "target='blur' must be one of degraded, clean"),
+        ({"scope": "row"}, ConfigError, "scope must be one of global, layer, got 'row'"),
+        ({"target": "blur"}, ConfigError, "target must be one of degraded, clean, got 'blur'"),
         ({"rewind": "half"}, ConfigError, "rewind='half' must be 0"),
         ({"rewind": "101%"}, ConfigError, "rewind='101%' lies beyond the last of 12 steps"),
         ({"rewind": "13it"}, ConfigError, "rewind='13it' lies beyond the last of 12 steps"),
@@ -234,11 +234,105 @@ def test_a_stop_by_watch_continues_to_the_same_bits(run_search, tmp_path):
         ({"pictures": [torch.zeros(3, 0, 32)]}, InputError, "empty"),
         ({"pictures": [picture(), picture(size=16)]}, InputError, "need one size"),
         ({"pictures": ["none.png"]}, InputError, r"none\.png: no such file"),
+        ({"pictures": [255 * picture()]}, InputError, r"picture 0: values lie in \[0, 1\], got .*; divide .* by 255"),
+        ({"pictures": picture().numpy()}, InputError, "pictures must be .*, got ndarray"),
+        ({"task": tasks.Denoise}, InputError, r"Denoise is a class; make one of it, such as Denoise\(...\)"),
+        ({"seed": 1.5}, ConfigError, "SearchConfig.seed must be a whole number, got 1.5"),
+        ({"rounds": True}, ConfigError, "SearchConfig.rounds must be a whole number, got True"),
+        ({"rewind": 0}, ConfigError, "SearchConfig.rewind must be a text, got 0"),
+        ({"prune": "0.2"}, ConfigError, "SearchConfig.prune must be a number, got '0.2'"),
+        ({"leave_out": "output.*"}, ConfigError, r"SearchConfig.leave_out must be a list.*, got 'output\.\*'"),
+        (
+            {"fit_config": {"iterations": 3}},
+            InputError,
+            "fit_config must be a FitConfig or None, got {'iterations': 3}",
+        ),
+        ({"pictures": [picture(size=4)]}, InputError, "an image of 4 x 4 px is too small"),
+        ({"network": {**NETWORK, "out_channels": 1}}, InputError, "the network makes 1 channels"),
+        ({"pictures": [picture(size=8)], "task": tasks.SuperResolve(4)}, InputError, "leaves nothing of 8 x 8 px"),
     ],
 )
-def test_bad_input_is_named(run_search, changes, kind, message, monkeypatch):
+def test_bad_input_is_named(run_search, changes, kind, message, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(kind, match=message):
+        run_search(**changes)
+    assert not (tmp_path / "runs").exists()  # nor an empty run folder
+
+
+def test_a_backend_that_cannot_prune_is_refused_before_the_first_fit(run_search, monkeypatch, tmp_path):
+    monkeypatch.setenv("LIPFAST_BACKEND", "steam")
+    with pytest.raises(BackendError, match="unknown backend 'steam'"):
+        run_search(watch=lambda status: pytest.fail("the fit began"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_wrong_seed_is_refused_before_the_first_search(tmp_path):
+    with pytest.raises(ConfigError, match="seed=-1"):
+        search.find_tickets(picture(), tasks.Denoise(25), config=CONFIG, fit_config=FIT, out=tmp_path, seeds=[1, -1])
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_numpy_are_numbers(run_search):
+    import numpy
+
+    mine = {"rounds": numpy.int64(1), "seed": numpy.uint8(3), "prune": numpy.float32(0.2), "controls": [numpy.int64(1)]}
+    mine["network"] = {**NETWORK, "skip": numpy.int64(2), "mix": numpy.bool_(True)}
+    plain = {"rounds": 1, "seed": 3, "prune": 0.2, "controls": (1,), "network": {**NETWORK, "skip": 2, "mix": True}}
+    config = dataclasses.replace(CONFIG, **mine)
+    assert config == dataclasses.replace(CONFIG, **plain)
+    assert runs.name_of(config.identity()) == runs.name_of(dataclasses.replace(CONFIG, **plain).identity())
+    noise = tasks.Denoise(numpy.float32(25))
+    fit_config = dataclasses.replace(FIT, iterations=numpy.int64(4), lr=numpy.float32(0.01))
+    assert len(run_search(task=noise, fit_config=fit_config, **mine).tickets) == 1
+
+
+# ---- run folders that somebody changed ----
+
+
+@pytest.mark.parametrize("theirs", ["another round", "another search"])
+def test_an_exchanged_ticket_is_noticed(run_search, theirs):
+    result = run_search()
+    other = run_search(seed=8).folder / "ticket-01.safetensors"
+    if theirs == "another round":
+        other = result.folder / "ticket-02.safetensors"
+    (result.folder / "ticket-01.safetensors").write_bytes(other.read_bytes())
+    with pytest.raises(InputError, match=r"ticket-01\.safetensors: is not the ticket that this search wrote there"):
+        run_search()
+
+
+def test_a_later_version_may_continue_a_search(run_search, monkeypatch):
+    result = run_search()
+    (result.folder / "round-03-ticket.json").unlink()
+    monkeypatch.setattr("lipfast.__version__", "99.0")
+    assert [ticket.round for ticket in run_search().tickets] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "field"),
+    [
+        ("round-01-ticket.json", "{}", "outcomes"),
+        ("round-01-ticket.json", '{"outcomes": {"last": 3}, "seconds": 1, "log_bytes": 1}', "outcomes"),
+        ("round-01-ticket.json", '{"outcomes": {}, "seconds": 1, "log_bytes": 1}', "empty_layers"),
+        ("round-02-random.json", '{"outcomes": {}, "seconds": "x", "log_bytes": 1}', "seconds"),
+    ],
+)
+def test_a_damaged_record_is_named(run_search, name, content, field):
+    result = run_search(controls=(2,))
+    (result.folder / name).write_text(content)
+    with pytest.raises(InputError, match=rf"{name}: '{field}' is missing or of the wrong kind; move the folder away"):
+        run_search(controls=(2,))
+
+
+def test_exchanged_states_are_named(run_search):
+    changes = {"rewind": "25%", "controls": (1,)}
+    folder = run_search(**changes).folder
+    (folder / "checkpoint.state").write_bytes((folder / "rewound.state").read_bytes())
+    with pytest.raises(InputError, match=r"checkpoint\.state: 'search' is missing"):
+        run_search(**changes)
+    (folder / "checkpoint.state").unlink()
+    (folder / "round-01-random.json").unlink()
+    fit.FitState({"noise": torch.zeros(3)}, {"step": 3}).save(folder / "rewound.state")
+    with pytest.raises(InputError, match=r"rewound\.state: is not the dense network of this search"):
         run_search(**changes)
 
 

@@ -205,6 +205,11 @@ FIRST = "encoder.0.skip.weight"  # (2, 4, 1, 1): 8 weights, 1 byte of mask
         (lambda f: f["pruned"][FIRST].update(shape=[8, 1, 1, 1]), "belongs to another network"),
         (lambda f: f["pruned"].pop(FIRST), "belongs to another network"),
         (lambda f: f["pruned"].update({"ghost": {"shape": [8], "kept": 1}}), "pruned tensor 'ghost' needs"),
+        (lambda f: f.update(prior={"kind": "decoder", "config": {"k": 1.5}, "seed": 0}), "k must be a whole number"),
+        (lambda f: f["prior"]["config"].update(bias="no"), "bias must be True or False, got 'no'"),
+        (lambda f: f["provenance"].update(pictures=3), "pictures must be a list, got int"),
+        (lambda f: f["provenance"].update(pictures=["baby"]), "each of provenance's pictures must have a name"),
+        (lambda f: f["provenance"].update(pictures=[{"name": 3}]), "each of provenance's pictures must have a name"),
         (lambda f: f.update(tensors_sha256="0" * 64), "the tensors do not match their checksum"),
     ],
 )
