@@ -42,7 +42,7 @@ struct Keys {
 
 Bits FromBytes(const uint8_t* bytes) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
-  return static_cast<Bits>(_mm_movemask_epi8(_mm_cmpgt_epi8(x, _mm_setzero_si128())));
+  return static_cast<Bits>(~_mm_movemask_epi8(_mm_cmpeq_epi8(x, _mm_setzero_si128())) & 0xffff);
 }
 // Lane i of the result is all ones where bit i is set.
 __m256i Widen(Bits bits) {

@@ -37,7 +37,7 @@ struct SelectKernels {
                        int32_t* candidates);
   // Kills living weights whose key is below `cut`, and the first `ties` of those equal to it.
   void (*write)(const float* score, const uint8_t* alive, int64_t n, int32_t cut, int64_t ties, const PrunedRun& to);
-  // Number of ones among n bytes, each 0 or 1.
+  // Number of ones among n bytes, 0 or not.
   int64_t (*count)(const uint8_t* mask, int64_t n);
   // dense[i] = the next of `kept` values where mask[i], +0 elsewhere.
   void (*scatter)(const float* values, int64_t kept, const uint8_t* mask, int64_t n, float* dense);

@@ -22,6 +22,7 @@ from lipfast.engine.runtime import Arrays, Running, has_hooks, hooked_module, la
 from lipfast.engine.watch import Watch
 from lipfast.errors import InputError
 from lipfast.locks import lock
+from lipfast.ops._autograd import has_tangent
 from lipfast.ops._once import differentiable_once
 from lipfast.ops.masked import PRECISIONS
 
@@ -702,7 +703,7 @@ def _given(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"accelerate: the mask of {name!r} must be bool {tuple(parameters[name].shape)}, "
                 f"got {mask.dtype} {tuple(mask.shape)}"
             )
-        checked[name] = mask.clone()
+        checked[name] = mask.view(torch.uint8) != 0  # torch takes any byte but 0 for True
     return checked
 
 
@@ -724,15 +725,11 @@ def _refuse_transforms(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         transform = "a function of torch.func"
     elif torch._C._is_tracing():
         transform = "torch.jit.trace"
-    elif forward_ad._current_level >= 0 and any(_has_tangent(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+    elif forward_ad._current_level >= 0 and any(has_tangent(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
         transform = "forward-mode differentiation"
     else:
         return
     raise InputError(f"accelerate: {transform} sees no code of an accelerated module; use its to_dense()")
-
-
-def _has_tangent(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _called(name: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 import lipfast._C as _C
 from lipfast.engine.blocks import Block, choose_blocks, fuse
 from lipfast.engine.graph import ACTIVATIONS, CONV_KINDS, Graph, Node, Shape, Taps
+from lipfast.ops.lane_conv import KERNELS, asked_kernel
 from lipfast.ops.lanes import LANES, PADDING_MODES, plane_vectors
 
 _ALIGNMENT = 16  # floats: one vector
@@ -52,14 +53,12 @@ class Options:
         backward: whether gradients are wanted at all.
         input_gradients: for each graph input.
         backward_again: the backward pass may run twice after one forward pass, so it must not overwrite activations.
-        kernel: "auto", "sparse", "winograd" or "dense" for all convolutions.
         exact: no Winograd.
     """
 
     backward: bool
     input_gradients: Sequence[bool]
     backward_again: bool = True
-    kernel: str = "auto"
     exact: bool = False
 
 
@@ -532,9 +531,8 @@ class _Planner:
         n, _, height, width = self.graph.shapes[read]
         geometry = [n, height, width, *self.blocks[read], *self.blocks[written]]
         mask = None if weight.mask is None else weight.mask.contiguous().view(torch.uint8).numpy()
-        number = ("auto", "sparse", "winograd", "dense").index(self.options.kernel)
         padding = PADDING_MODES[node.attributes.get("padding_mode", "zeros")]
-        conv: int = self.program.add_conv(shape, geometry, padding, mask, number, self.options.exact)
+        conv: int = self.program.add_conv(shape, geometry, padding, mask, KERNELS[asked_kernel()], self.options.exact)
         return conv
 
 

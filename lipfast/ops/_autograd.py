@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lipfast.errors import BackendError
 
@@ -17,6 +18,19 @@ def refuse_double_backward(gradient_op: Any, name: str) -> None:
         )
 
     gradient_op.register_autograd(backward)
+
+
+def has_tangent(value: Any) -> bool:
+    """Whether forward-mode differentiation follows a tensor."""
+    if forward_ad._current_level < 0 or not isinstance(value, Tensor):
+        return False
+    return forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def refuse_tangents(op: str, *operands: Tensor | None) -> None:
+    """Forward-mode differentiation takes a custom op for a constant, and says nothing."""
+    if any(has_tangent(operand) for operand in operands):
+        raise BackendError(f"{op}: forward-mode differentiation is not supported; use torch's own function")
 
 
 def version_of(tensor: Tensor) -> int:

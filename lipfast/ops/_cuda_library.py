@@ -301,8 +301,8 @@ def weight_gradient(
     facts = library.facts(WEIGHT_GRADIENT, lists.size)
     blocks = facts.group_blocks(dy.shape[1])
     splits = max(1, min(facts.tiles(dy.shape[2:]) * len(x), FILLING_BLOCKS * 4 // 3 // blocks))
-    partial = torch.empty(splits, lists.listed, device=x.device)
-    gradient = torch.empty(kept, device=x.device)
+    partial = torch.empty(splits, lists.listed, dtype=torch.float32, device=x.device)
+    gradient = torch.empty(kept, dtype=torch.float32, device=x.device)
     arguments = _arguments(library, WEIGHT_GRADIENT, x, lists, dy, pad, padding_mode)
     arguments.partial, arguments.gradient, arguments.splits = _pointer(partial), _pointer(gradient), splits
     library.run("lipfast_sparse_conv_weight_gradient", arguments, x.device)

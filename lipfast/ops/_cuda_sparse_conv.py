@@ -54,7 +54,7 @@ class Kernels:
         padding_mode: str,
     ) -> Tensor:
         size = [(x.shape[2 + i] + 2 * padding[i] - shape[2 + i]) // stride[i] + 1 for i in (0, 1)]
-        y = torch.empty(len(x), shape[0], *size, device=x.device)
+        y = torch.empty(len(x), shape[0], *size, dtype=torch.float32, device=x.device)
         lists = self._lists_of(positions, shape, stride, CONVOLUTION, y, padding[1])
         convolve(self.library, x.contiguous(), values, bias, lists, y, pad=padding, padding_mode=padding_mode)
         return _padding.in_layout_of(x, y)
@@ -74,7 +74,7 @@ class Kernels:
         cut = padding if padding_mode == "zeros" else (0, 0)
         margin = (padding[0] - cut[0], padding[1] - cut[1])
         rows, columns = (size + 2 * m for size, m in zip(input_size[2:], margin, strict=True))
-        dx = torch.empty(len(dy), shape[1], rows, columns, device=dy.device)
+        dx = torch.empty(len(dy), shape[1], rows, columns, dtype=torch.float32, device=dy.device)
         # A window ends at its pixel. Whole steps of the stride are cut off by where windows begin.
         taps = Form.of(shape, stride, transposed=True).taps
         pad = (taps[0] - 1 - cut[0] // stride[0], taps[1] - 1 - cut[1] // stride[1])

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import threading
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -11,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import lipfast._C as _C
+from lipfast.errors import InputError
+from lipfast.locks import lock
 from lipfast.ops._padding import is_channels_last
 from lipfast.ops.lane_conv import ConvForm, LaneConv, asked_kernel
 from lipfast.ops.lanes import LaneMap
@@ -19,6 +20,11 @@ from lipfast.ops.lanes import LaneMap
 def _array(tensor: Tensor) -> NDArray[Any]:
     """The tensor's memory as numpy sees it: shared, not copied."""
     return tensor.detach().numpy()
+
+
+def _floats(*shape: int) -> Tensor:
+    """Whatever torch's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 class _Pruning:
@@ -42,8 +48,8 @@ class _Pruning:
         """Survivors, survivors as bits, and the packed start values; writes the rewound weights to ``into``."""
         masks = [torch.empty(mask.shape, dtype=torch.bool) for mask in self._alive]
         bits = [torch.empty(-(-mask.numel() // 8), dtype=torch.uint8) for mask in self._alive]
-        values = torch.empty(self.living - self._count)
-        dense = [target if target.is_contiguous() else torch.empty(target.shape) for target in into]
+        values = _floats(self.living - self._count)
+        dense = [target if target.is_contiguous() else _floats(*target.shape) for target in into]
         self._round.write(
             [_array(mask) for mask in masks],
             [_array(packed) for packed in bits],
@@ -66,14 +72,14 @@ def begin_pruning(weights: Sequence[Tensor], alive: Sequence[Tensor], count: int
 def gather_kept(dense: Tensor, mask: Tensor) -> Tensor:
     """See ``lipfast.ops.gather_kept``."""
     threads, alive = torch.get_num_threads(), _array(mask.contiguous())
-    values = torch.empty(_C.count_ones(alive, threads))
+    values = _floats(_C.count_ones(alive, threads))
     _C.gather_kept(_array(dense.contiguous()), alive, _array(values), threads)
     return values
 
 
 def scatter_kept(values: Tensor, mask: Tensor) -> Tensor:
     """See ``lipfast.ops.scatter_kept``."""
-    dense = torch.empty(mask.shape)
+    dense = _floats(*mask.shape)
     _C.scatter_kept(_array(values.contiguous()), _array(mask.contiguous()), _array(dense), torch.get_num_threads())
     return dense
 
@@ -117,11 +123,11 @@ class _ConvPlan:
     """A `LaneConv` with the maps that carry ordinary tensors through it, for one pattern of kept weights."""
 
     def __init__(self, positions: Tensor, form: ConvForm, shape: torch.Size, x_shape: torch.Size) -> None:
-        mask = torch.zeros(shape.numel(), dtype=torch.bool)
-        mask[positions] = True
+        mask = torch.zeros(shape.numel(), dtype=torch.bool, device="cpu")
+        mask[_checked(positions, len(mask))] = True
         self.positions = positions.clone()
         self.conv = LaneConv(form, mask.view(shape), x_shape[0], x_shape[2], x_shape[3])
-        self.lock = threading.Lock()
+        self.lock = lock()
         self._maps: dict[str, LaneMap] = {}
 
     def map(self, name: str) -> LaneMap:
@@ -144,9 +150,21 @@ class _ConvPlan:
         return lanes
 
 
+def _checked(positions: Tensor, count: int) -> Tensor:
+    """Positions of kept weights, which kernels take in ascending order."""
+    falls = (positions[1:] <= positions[:-1]).nonzero()
+    if len(falls):
+        before, after = positions[int(falls[0]) :][:2].tolist()
+        raise InputError(f"sparse_conv2d: the weight's positions must ascend, got {after} after {before}")
+    if len(positions) and not (int(positions[0]) >= 0 and int(positions[-1]) < count):
+        first, last = int(positions[0]), int(positions[-1])
+        raise InputError(f"sparse_conv2d: the weight's positions must lie in [0, {count}), got {first} to {last}")
+    return positions
+
+
 _MOST_PLANS = 128
 _plans: collections.OrderedDict[Hashable, _ConvPlan] = collections.OrderedDict()
-_plans_lock = threading.Lock()
+_plans_lock = lock()
 
 
 def _plan(positions: Tensor, shape: torch.Size, x_shape: torch.Size, form: ConvForm) -> _ConvPlan:
@@ -194,7 +212,7 @@ def sparse_conv2d_forward(
     plan = _plan(positions, shape, x.shape, _form(shape, stride, padding, padding_mode, dilation, groups))
     with plan.lock:
         y = plan.map("y")
-        plan.conv.forward(values, bias, plan.load("x", x), y)
+        plan.conv.forward(values, None if bias is None else bias.contiguous(), plan.load("x", x), y)
         return y.to_tensor(_memory_format(x))
 
 
@@ -231,7 +249,7 @@ def sparse_conv2d_weight_gradient(
 ) -> Tensor:
     """See ``lipfast.ops.reference.sparse_conv2d_weight_gradient``."""
     plan = _plan(positions, shape, x.shape, _form(shape, stride, padding, padding_mode, dilation, groups))
-    gradient = torch.empty(len(positions))
+    gradient = _floats(len(positions))
     with plan.lock:
         plan.conv.weight_gradient(plan.load("x", x), plan.load("dy", dy), gradient, None)
     return gradient

@@ -83,6 +83,8 @@ class LaneConv:
             raise InputError(f"padding_mode {form.padding_mode!r} is unknown; use one of {', '.join(PADDING_MODES)}")
         if form.padding_mode != "zeros" and form.padding[0] != form.padding[1]:
             raise InputError(f"conv: {form.padding_mode} padding differs by side, {form.padding}; pad the input first")
+        if min(form.stride, form.dilation, form.groups) < 1 or min(form.padding) < 0:
+            raise InputError(f"conv: stride, dilation and groups are at least 1 and padding 0, got {form}")
         self.form, self.batch, self.height, self.width = form, batch, height, width
         self.out_height, self.out_width = form.out_size(height, width)
         if min(batch, self.out_height, self.out_width) < 1:

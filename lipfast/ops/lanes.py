@@ -19,7 +19,7 @@ def empty(*shape: int) -> Tensor:
     for side in shape:
         count *= side
     if count == 0:
-        return torch.empty(shape)
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
     return torch.frombuffer(_C.Arena(4 * count), dtype=torch.float32).view(shape)
 
 
@@ -93,13 +93,17 @@ class LaneMap:
     def to_tensor(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
         """The ordinary ``(batch, channels, height, width)`` tensor, NCHW or channels_last."""
         shape = (*self.data.shape[:2], self.height, self.width)
-        out = torch.empty(shape, memory_format=memory_format)
+        out = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=memory_format)
         if out.numel():
             _C.lanes_to_plain(self.data.numpy(), out.numpy(), self.halo, torch.get_num_threads())
         return out
 
     def fill_halo(self, mode: str = "zeros", pad: int = 0) -> None:
         """Write halo and dead pixels: ``pad`` pixels of padding around the picture, zeros farther out."""
+        if mode not in PADDING_MODES:
+            raise InputError(f"LaneMap.fill_halo: mode {mode!r} is unknown; use one of {', '.join(PADDING_MODES)}")
+        if not 0 <= pad <= self.halo:
+            raise InputError(f"LaneMap.fill_halo: {pad} pixels of padding do not fit a halo of {self.halo}")
         _C.fill_halo(
             self.data.numpy(), self.height, self.width, self.halo, PADDING_MODES[mode], pad, torch.get_num_threads()
         )

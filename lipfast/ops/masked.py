@@ -1,5 +1,6 @@
 """Dense maps and weights under packed masks: what a GPU runs at moderate sparsity, and between its convolutions."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from lipfast.errors import InputError
 from lipfast.ops import _dispatch, _padding
-from lipfast.ops._autograd import refuse_double_backward
+from lipfast.ops._autograd import refuse_double_backward, refuse_tangents
 
 PRECISIONS = ("ieee", "tf32", "bf16")
 
@@ -46,6 +47,7 @@ def apply_mask(x: Tensor, words: Tensor, *, backend: str | None = None) -> Tenso
     if x.dim() == 0:
         raise InputError("apply_mask: expected a tensor with axes, got a scalar")
     _check_words("apply_mask", x, words)
+    refuse_tangents("apply_mask", x)
     y: Tensor = _apply_mask(x, words, backend)
     return y
 
@@ -54,8 +56,8 @@ def masked_conv2d(
     x: Tensor,
     weight: Tensor,
     words: Tensor,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
     padding_mode: str = "zeros",
     *,
     precision: str,
@@ -84,7 +86,10 @@ def masked_conv2d(
             "both have 4 axes and the same number of input channels"
         )
     _check_words("masked_conv2d", weight, words)
-    y: Tensor = _conv(x, weight, words, list(stride), list(padding), padding_mode, precision, backend)
+    _padding.check_mode("masked_conv2d", padding_mode)
+    refuse_tangents("masked_conv2d", x, weight)
+    form = [list(_padding.pair("masked_conv2d", *named)) for named in (("stride", stride), ("padding", padding))]
+    y: Tensor = _conv(x, weight, words, *form, padding_mode, precision, backend)
     return y
 
 
@@ -117,12 +122,13 @@ def normalise_activate(
     for name, vector in {"mean": mean, "variance": variance, "weight": weight, "bias": bias}.items():
         if vector.shape != x.shape[1:2]:
             raise InputError(f"normalise_activate: {name} must be ({x.shape[1]},), got {tuple(vector.shape)}")
+    refuse_tangents("normalise_activate", x, mean, variance, weight, bias)
     y: Tensor = _normalise(x, mean, variance, weight, bias, eps, slope, backend)
     return y
 
 
 def _check_words(op: str, masked: Tensor, words: Tensor) -> None:
-    expected = (len(masked), -(-(masked.numel() // max(1, len(masked))) // 32))
+    expected = (len(masked), -(-math.prod(masked.shape[1:]) // 32))
     if words.dtype != torch.int32 or tuple(words.shape) != expected:
         raise InputError(
             f"{op}: words must be int32 {expected} for a tensor of {tuple(masked.shape)}, "

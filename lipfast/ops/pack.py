@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lipfast.errors import InputError
 from lipfast.ops import _dispatch
+from lipfast.ops._autograd import refuse_tangents
 
 
 def gather_kept(dense: Tensor, mask: Tensor, *, backend: str | None = None) -> Tensor:
@@ -54,6 +55,7 @@ def scatter_kept(values: Tensor, mask: Tensor, *, backend: str | None = None) ->
 def _check(op: str, name: str, tensor: Tensor, mask: Tensor) -> None:
     if tensor.dtype != torch.float32:
         raise InputError(f"{op}: {name} must be float32, got {tensor.dtype}; use .float()")
+    refuse_tangents(op, tensor)
     if mask.dtype != torch.bool or mask.device != tensor.device:
         raise InputError(f"{op}: mask must be bool on {tensor.device}, got {mask.dtype} on {mask.device}")
 
@@ -84,12 +86,13 @@ def _(values: Tensor, mask: Tensor, backend: str | None) -> Tensor:
 
 
 def _keep_mask(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.mask, ctx.backend = inputs
+    _, mask, ctx.backend = inputs
+    ctx.save_for_backward(mask)
 
 
 _gather.register_autograd(
-    lambda ctx, gradient: (_scatter(gradient, ctx.mask, ctx.backend), None, None), setup_context=_keep_mask
+    lambda ctx, gradient: (_scatter(gradient, *ctx.saved_tensors, ctx.backend), None, None), setup_context=_keep_mask
 )
 _scatter.register_autograd(
-    lambda ctx, gradient: (_gather(gradient, ctx.mask, ctx.backend), None, None), setup_context=_keep_mask
+    lambda ctx, gradient: (_gather(gradient, *ctx.saved_tensors, ctx.backend), None, None), setup_context=_keep_mask
 )

@@ -1,5 +1,6 @@
 """The meaning of every op in plain torch: the shortest correct form, no checks, no speed."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -43,7 +44,11 @@ class _Pruning:
         values = [first[mask] for first, mask in zip(start, masks, strict=True)]
         for target, first, mask in zip(into, start, masks, strict=True):
             target.copy_(torch.where(mask, first, torch.zeros_like(first)))
-        return masks, [pack_bits(mask) for mask in masks], torch.cat(values) if values else torch.empty(0)
+        return (
+            masks,
+            [pack_bits(mask) for mask in masks],
+            torch.cat(values) if values else torch.empty(0, dtype=torch.float32),
+        )
 
 
 def begin_pruning(weights: Sequence[Tensor], alive: Sequence[Tensor], count: int) -> _Pruning:
@@ -225,8 +230,8 @@ def dense_weight_gradient(
 
 def pack_channel_masks(alive: Tensor) -> Tensor:
     """See ``lipfast.ops.pack_mask``."""
-    rows = alive.reshape(len(alive), -1)
-    bits = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 32)).view(len(alive), -1, 32)
+    rows = alive.reshape(len(alive), math.prod(alive.shape[1:]))
+    bits = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 32)).view(len(alive), -(-rows.shape[1] // 32), 32)
     powers = torch.ones(32, dtype=torch.int64, device=alive.device) << torch.arange(32, device=alive.device)
     return (bits * powers).sum(2).to(torch.int32)  # bit 31 wraps to the sign
 

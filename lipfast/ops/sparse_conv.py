@@ -9,7 +9,9 @@ from torch import Tensor
 
 from lipfast.errors import InputError
 from lipfast.ops import _dispatch, _padding
-from lipfast.ops._autograd import refuse_double_backward
+from lipfast.ops._autograd import refuse_double_backward, refuse_tangents
+
+_LARGEST_STRIDE = 4
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def sparse_conv2d(
 
     On the CPU it converts to the lane layout and back (see docs/lanes.md); for maps that stay there use
     `lipfast.ops.LaneConv`. The output has the memory format of ``x``. float32 runs the kernels; other dtypes run
-    the reference. Strides that differ by axis run the reference as well.
+    the reference. Strides that differ by axis or exceed 4 and empty maps run the reference as well.
 
     Args:
         x: ``(batch, in, height, width)``, NCHW or channels_last.
@@ -96,22 +98,23 @@ def sparse_conv2d(
 
     Source: the layout and kernels are this project's (docs/kernels.md).
     """
-    stride, padding = _pair("stride", stride), _pair("padding", padding)
+    stride = _padding.pair("sparse_conv2d", "stride", stride)
+    padding = _padding.pair("sparse_conv2d", "padding", padding)
+    refuse_tangents("sparse_conv2d", x, weight.values, bias)
     _check(x, weight, bias, stride, padding, padding_mode, dilation, groups)
     if padding_mode != "zeros" and padding[0] != padding[1]:
         x, padding, padding_mode = _padding.pad(x, padding, padding_mode), (0, 0), "zeros"
-    if backend is None and (x.dtype != torch.float32 or stride[0] != stride[1]):
+    if backend is None and not _has_kernel(x, weight, stride):
         backend = "reference"
     form = (list(weight.shape), list(stride), list(padding), padding_mode, dilation, groups)
     y: Tensor = _conv(x, weight.values, weight.positions, bias, *form, backend)
     return y
 
 
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2:
-        raise InputError(f"sparse_conv2d: {name} is one number or two, got {value}")
-    return pair[0], pair[1]
+def _has_kernel(x: Tensor, weight: SparseWeight, stride: tuple[int, int]) -> bool:
+    """Whether the kernels take a layer. Blocks of lanes grow with the stride, most of whose pixels nobody reads."""
+    plain = x.dtype == torch.float32 and stride[0] == stride[1] <= _LARGEST_STRIDE
+    return plain and 0 not in (*x.shape, *weight.shape)
 
 
 def _check(
@@ -139,8 +142,7 @@ def _check(
         raise InputError(f"sparse_conv2d: bias must be ({out},) {x.dtype}, got {tuple(bias.shape)} {bias.dtype}")
     if min(*stride, dilation, groups) < 1 or min(padding) < 0:
         raise InputError(f"sparse_conv2d: stride {stride}, dilation {dilation}, padding {padding} are out of range")
-    if padding_mode not in _padding.MODES:
-        raise InputError(f"sparse_conv2d: padding_mode {padding_mode!r} is unknown; use {', '.join(_padding.MODES)}")
+    _padding.check_mode("sparse_conv2d", padding_mode)
     limit = {"reflect": -1, "circular": 0}.get(padding_mode)
     for side, pad, taps in zip(x.shape[2:], padding, kernel, strict=True):
         if limit is not None and pad > side + limit:

@@ -144,8 +144,8 @@ def _check(op: str, values: Tensor, others: Mapping[str, Tensor], step: int) -> 
                 f"{op}: {name} must match values, {len(values)} on {values.device}; "
                 f"got {len(tensor)} on {tensor.device}"
             )
-    if step < 1:
-        raise InputError(f"{op}: steps count from 1, got step={step}")
+    if not isinstance(step, int) or step < 1:
+        raise InputError(f"{op}: steps are whole numbers from 1, got step={step!r}")
 
 
 def _check_not_negative(op: str, settings: Mapping[str, float]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lipfast.errors import InputError
 from lipfast.ops import _dispatch
-from lipfast.ops._autograd import refuse_double_backward
+from lipfast.ops._autograd import refuse_double_backward, refuse_tangents
 
 
 def upsample_bilinear(
@@ -43,11 +43,12 @@ def upsample_bilinear(
         )
     if len(size) != 2 or min(size) < 1:
         raise InputError(f"upsample_bilinear: size must be (rows, columns), each at least 1, got {tuple(size)}")
-    if scales is not None and [int(s * side) for s, side in zip(scales, x.shape[2:], strict=False)] != list(size):
+    if scales is not None and [s * side // 1 for s, side in zip(scales, x.shape[2:], strict=False)] != list(size):
         raise InputError(
             f"upsample_bilinear: scales {tuple(scales)} of a map of {tuple(x.shape[2:])} do not give size "
             f"{tuple(size)}; leave scales out to go by the sizes"
         )
+    refuse_tangents("upsample_bilinear", x)
     y: Tensor = _upsample(x, list(size), align_corners, scales if scales is None else list(scales), backend)
     return y
 

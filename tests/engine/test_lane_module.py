@@ -16,7 +16,7 @@ import lipfast
 from lipfast.engine import lane_module
 from lipfast.engine.capture import Call
 from lipfast.engine.lane_module import PLANS_KEPT, LaneModule, SegmentRunner
-from lipfast.errors import InputError
+from lipfast.errors import ConfigError, InputError
 
 # Outputs and gradients are relative to their largest entry; float32 against float32, so both sides round.
 TOLERANCE = 2e-5
@@ -612,3 +612,21 @@ def test_windows_for_each_channel_alone_stay_in_torch():
         assert close(call(fast, x), model(x))
     (compiled,) = fast._compiled.values()
     assert [isinstance(item, Call) for item in compiled._items] == [True, True, False]
+
+
+def test_the_kernel_can_be_asked_for(monkeypatch):
+    fast = lipfast.accelerate(nn.Conv2d(8, 8, 3, padding=1)).eval()
+    exact = lipfast.accelerate(nn.Conv2d(8, 8, 3, padding=1), exact=True).eval()
+    exact.load_state_dict(fast.state_dict())
+    x = torch.randn(1, 8, 40, 40)
+    results = {}
+    with torch.no_grad():
+        for kernel in "winograd", "dense":
+            monkeypatch.setenv("LIPFAST_KERNEL", kernel)
+            results[kernel] = copy.deepcopy(fast)(x)  # a program keeps its kernels
+        monkeypatch.delenv("LIPFAST_KERNEL")
+        assert torch.equal(results["dense"], exact(x))
+        assert not torch.equal(results["winograd"], results["dense"])
+        monkeypatch.setenv("LIPFAST_KERNEL", "bogus")
+        with pytest.raises(ConfigError, match="kernel 'bogus' is unknown"):
+            copy.deepcopy(fast)(x)

@@ -75,6 +75,13 @@ def test_other_tensors_are_refused_by_what_they_are(bad):
         LaneMap.from_tensor(bad)
 
 
+def test_padding_that_there_is_not_is_refused():
+    with pytest.raises(InputError, match="mode 'bogus' is unknown; use one of zeros, reflect"):
+        LaneMap.from_tensor(torch.zeros(1, 1, 8, 8), 1, "bogus", 1)
+    with pytest.raises(InputError, match="5 pixels of padding do not fit a halo of 1"):
+        LaneMap.from_tensor(torch.zeros(1, 1, 8, 8), 1, "reflect", 5)
+
+
 def test_bindings_refuse_what_a_kernel_would_trust():
     x, lanes = torch.zeros(1, 1, 8, 8), LaneMap.allocate(1, 1, 8, 8).data
     with pytest.raises(ValueError, match="expected float32 with 4 axes, got float64"):

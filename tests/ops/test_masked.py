@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from lipfast.errors import BackendError, InputError
 from lipfast.ops import masked
@@ -53,6 +54,10 @@ def test_wrong_arguments_are_named():
         masked.masked_conv2d(x.squeeze(0), weight, words, precision="ieee")
     with pytest.raises(InputError, match=r"apply_mask: words must be int32 \(1, 1\)"):
         masked.apply_mask(x, words)
+    with pytest.raises(InputError, match="masked_conv2d: padding_mode 'bogus' is unknown"):
+        masked.masked_conv2d(x, weight, words, padding_mode="bogus", precision="ieee")
+    with pytest.raises(InputError, match=r"masked_conv2d: stride is one whole number or two, got \(1, 2, 3\)"):
+        masked.masked_conv2d(x, weight, words, stride=(1, 2, 3), precision="ieee")
     with pytest.raises(InputError, match="got a scalar"):
         masked.apply_mask(torch.tensor(1.0), words)
 
@@ -158,3 +163,22 @@ def test_double_backward_is_refused(op):
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(BackendError, match=f"{op}: double backward is not supported.*create_graph"):
         dx.sum().backward()
+
+
+def test_one_number_serves_both_axes():
+    x, weight = torch.randn(1, 1, 8, 9), torch.randn(2, 1, 3, 3)
+    words = masked.pack_mask(weight != 0)
+    one = masked.masked_conv2d(x, weight, words, stride=2, padding=1, precision="ieee")
+    assert torch.equal(one, masked.masked_conv2d(x, weight, words, (2, 2), (1, 1), precision="ieee"))
+
+
+def test_masks_without_rows():
+    assert masked.pack_mask(torch.ones(0, 33, dtype=torch.bool)).shape == (0, 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+def test_tangents_are_refused():
+    x = torch.randn(2, 5)
+    words = masked.pack_mask(x > 0)
+    with forward_ad.dual_level(), pytest.raises(BackendError, match="apply_mask: forward-mode differentiation"):
+        masked.apply_mask(forward_ad.make_dual(x, x), words)

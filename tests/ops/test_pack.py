@@ -3,10 +3,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 import lipfast._C as _C
 from lipfast import ops
-from lipfast.errors import InputError
+from lipfast.errors import BackendError, InputError
 
 SIZES = [0, 1, 15, 16, 17, 1025, 32767, 32768, 32769, 70_001]
 GUARD = 12345.0
@@ -99,3 +100,27 @@ def test_bad_arguments_are_named():
         ops.scatter_kept(torch.rand(3), mask)
     with pytest.raises(InputError, match=r"values must be 1-D, got \(2, 1\)"):
         ops.scatter_kept(torch.rand(2, 1), mask)
+
+
+def test_a_mask_written_before_the_backward_pass_is_noticed():
+    dense, mask = torch.randn(40, requires_grad=True), torch.arange(40) % 3 == 0
+    for result in ops.gather_kept(dense, mask), ops.scatter_kept(dense[:14], mask):
+        mask.logical_not_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            result.sum().backward()
+        mask.logical_not_()
+
+
+def test_any_byte_but_zero_is_true(isa):
+    pattern = torch.rand(70) < 0.4
+    mask = torch.where(pattern, 255, 0).to(torch.uint8).view(torch.bool)
+    dense = torch.randn(70)
+    assert torch.equal(ops.gather_kept(dense, mask), dense[pattern])
+    assert torch.equal(ops.prune_smallest([dense], [mask], 5)[0], ops.prune_smallest([dense], [pattern], 5)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+def test_tangents_are_refused():
+    dense, mask = torch.randn(9), torch.arange(9) % 2 == 0
+    with forward_ad.dual_level(), pytest.raises(BackendError, match="gather_kept: forward-mode differentiation"):
+        ops.gather_kept(forward_ad.make_dual(dense, dense), mask)

@@ -112,3 +112,19 @@ def test_the_binding_checks_before_the_kernel_sees_a_pointer():
         pruning.write(None, None, None, [score], None, 1)
     with pytest.raises(ValueError, match="no cut"):
         _C.Pruning([score], [alive], 9, 1).write([alive], None, None, None, None, 1)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_what_was_saved_for_a_backward_pass_is_known_to_be_overwritten(backend):
+    weight = torch.randn(5, 7, requires_grad=True)
+    loss = (weight * weight).sum()
+    ops.prune_rewind_pack([weight], [torch.ones(5, 7, dtype=torch.bool)], [torch.zeros(5, 7)], 3, into=[weight])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_tensors_of_inference_mode_are_written_too():
+    with torch.inference_mode():
+        weight = torch.randn(5, 7)
+        ops.prune_rewind_pack([weight], [torch.ones(5, 7, dtype=torch.bool)], [torch.zeros(5, 7)], 3, into=[weight])
+        assert not weight.any()

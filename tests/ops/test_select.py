@@ -113,6 +113,7 @@ def test_nan_names_its_tensor_and_matters_only_where_alive(isa):
     [
         ([torch.rand(4)], [torch.ones(4, dtype=torch.bool)], 5, "count=5 but 4 of 4 weights are alive"),
         ([torch.rand(4)], [torch.ones(4, dtype=torch.bool)], -1, "count=-1"),
+        ([torch.rand(4)], [torch.ones(4, dtype=torch.bool)], 3.0, "count must be a whole number, got 3.0"),
         ([torch.rand(4)], [], 0, "1 tensors as weights but 0 masks"),
         ([torch.rand(4).double()], [torch.ones(4, dtype=torch.bool)], 1, "must be torch.float32 .* got torch.float64"),
         ([torch.rand(4)], [torch.ones(4)], 1, r"alive\[0\] must be torch.bool"),

@@ -1,15 +1,20 @@
 """Sparse convolution: every instruction set and kernel against torch in float64."""
 
 import os
+import signal
+import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 import lipfast._C as _C
+from lipfast import ops
 from lipfast.errors import BackendError, ConfigError, InputError
 from lipfast.ops import ConvForm, LaneConv, LaneMap, SparseWeight, sparse_conv2d
 from lipfast.ops.lane_conv import KERNELS
@@ -330,7 +335,7 @@ BAD = {
     "bias must be (2,) torch.float32, got (3,)": {"bias": torch.zeros(3)},
     "padding_mode 'mirror' is unknown": {"padding_mode": "mirror"},
     "stride (0, 0)": {"stride": 0},
-    "stride is one number or two, got (1, 1, 1)": {"stride": (1, 1, 1)},
+    "stride is one whole number or two, got (1, 1, 1)": {"stride": (1, 1, 1)},
     "reflect padding of 8 is too large for a side of 8": {"padding": 8, "padding_mode": "reflect"},
     "smaller than the kernel": {"x": torch.zeros(1, 3, 2, 2)},
 }
@@ -362,3 +367,94 @@ def test_bindings_check_every_map_before_a_kernel_sees_it():
         conv.forward(values, None, conv.input_map(), LaneMap.allocate(1, 3, 8, 8))
     with pytest.raises(ValueError, match="hold 1 and 2 pictures"):
         conv.forward(values, None, conv.input_map(), LaneMap.allocate(2, 2, 8, 8))
+
+
+def packed(shape=(6, 4, 3, 3), density=0.4) -> SparseWeight:
+    dense = torch.randn(shape)
+    return SparseWeight.from_dense(dense, torch.rand(shape) < density)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.flip(0), "positions must ascend"),
+        (lambda p: torch.cat([p[:1], p[:-1]]), "positions must ascend, got (.*) after \\1"),
+        (lambda p: p - p[0] - 1, r"must lie in \[0, 216\), got -1 to"),
+        (lambda p: torch.cat([p[:-1], torch.tensor([216])]), r"must lie in \[0, 216\), got \d+ to 216"),
+    ],
+)
+def test_positions_that_are_none_are_refused(change, message):
+    weight = packed()
+    wrong = SparseWeight(weight.values, change(weight.positions), weight.shape)
+    with pytest.raises(InputError, match=message):
+        sparse_conv2d(torch.randn(1, 4, 9, 9), wrong)
+
+
+@pytest.mark.parametrize("stride", [5, 300, 100_000])
+def test_strides_beyond_the_kernels(stride):
+    x, weight = torch.randn(1, 4, 9, 11), packed()
+    got = sparse_conv2d(x, weight, stride=stride, padding=1)
+    assert torch.allclose(got, functional.conv2d(x, weight.to_dense(), stride=stride, padding=1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "outputs"), [(0, 6)])
+def test_empty_maps(batch, outputs):
+    x, weight = torch.randn(batch, 4, 9, 9, requires_grad=True), packed((outputs, 4, 3, 3))
+    y = sparse_conv2d(x, weight)
+    assert y.shape == (batch, outputs, 7, 7)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+def test_biases_of_any_layout():
+    x, weight = torch.randn(1, 4, 9, 9), packed()
+    for bias in torch.randn(1).expand(6), torch.randn(12)[::2]:
+        expected = functional.conv2d(x, weight.to_dense(), bias)
+        assert torch.allclose(sparse_conv2d(x, weight, bias), expected, atol=1e-5)
+
+
+def test_another_default_dtype(request):
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    x, weight = torch.randn(1, 4, 9, 9, requires_grad=True), packed()
+    mask = weight.to_dense() != 0
+    torch.set_default_dtype(torch.float64)
+    y = sparse_conv2d(x, weight)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == torch.float32
+    dense = ops.scatter_kept(ops.gather_kept(weight.to_dense(), mask), mask)
+    assert torch.equal(dense, weight.to_dense())
+    rewound = ops.prune_rewind_pack([dense], [mask], [dense], 0)
+    assert torch.equal(rewound.values, weight.values)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_forked_beside_a_thread_computes_the_same():
+    x, weight = torch.randn(1, 4, 300, 300), packed()
+    expected = sparse_conv2d(x, weight)
+    stop = threading.Event()
+
+    def run():
+        while not stop.is_set():
+            sparse_conv2d(x, weight)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    codes = []
+    for _ in range(5):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(
+                0 if np.array_equal(sparse_conv2d(x, weight).numpy(), expected.numpy()) else 1
+            )  # torch's threads are gone
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    stop.set()
+    thread.join()
+    assert codes == [0] * 5
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+def test_tangents_are_refused_by_the_convolution():
+    x, weight = torch.randn(1, 4, 9, 9), packed()
+    with forward_ad.dual_level(), pytest.raises(BackendError, match="sparse_conv2d: forward-mode differentiation"):
+        sparse_conv2d(forward_ad.make_dual(x, x), weight)

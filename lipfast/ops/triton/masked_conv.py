@@ -4,6 +4,8 @@ An implicit matrix product (output channels x taps) * (taps x pixels), so that n
 pixels. Each weight tile is masked while it is loaded, one mask word for 32 weights: pruned weights need no clean copy.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -56,9 +58,9 @@ def masked_conv_kernel(
 
 def pack_channel_masks(alive: Tensor) -> Tensor:
     """See ``lipfast.ops.pack_mask``."""
-    taps = alive[0].numel()
+    taps = math.prod(alive.shape[1:])
     rows = torch.nn.functional.pad(alive.reshape(len(alive), taps), (0, -taps % 32))
-    return pack_mask(rows.contiguous()).view(len(alive), -1)
+    return pack_mask(rows.contiguous()).view(len(alive), -(-taps // 32))
 
 
 def masked_conv2d(

@@ -79,8 +79,8 @@ def normalise_activate_backward(
     config = CONFIGS["normalise_backward"]
     blocks = triton.cdiv(rows * columns, config["meta"]["BLOCK"])
     dx = torch.empty_like(x)
-    sums = torch.empty(batch * channels, blocks, device=x.device)
-    products = torch.empty(batch * channels, blocks, device=x.device)
+    sums = torch.empty(batch * channels, blocks, dtype=torch.float32, device=x.device)
+    products = torch.empty(batch * channels, blocks, dtype=torch.float32, device=x.device)
     if x.numel():
         normalise_backward_kernel[(blocks, batch * channels)](
             x, dy, scale, shift, mean, dx, sums, products, rows * columns, channels, slope,
@@ -250,7 +250,9 @@ class _Cut:
     def partial(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Two numbers for each program; nothing where each sees a whole channel."""
         count = 0 if self.parts == 1 else self.grid[0] * self.grid[1]
-        return torch.empty(count, device=like.device), torch.empty(count, device=like.device)
+        return torch.empty(count, dtype=torch.float32, device=like.device), torch.empty(
+            count, dtype=torch.float32, device=like.device
+        )
 
     @property
     def settings(self) -> dict[str, int]:
@@ -270,7 +272,7 @@ def batch_norm_activate(
     """See ``lipfast.ops.reference.batch_norm_activate``."""
     x, cut = x.contiguous(), _Cut(x)
     y = torch.empty_like(x)
-    mean, inverse = torch.empty(2, cut.channels, device=x.device).unbind()
+    mean, inverse = torch.empty(2, cut.channels, dtype=torch.float32, device=x.device).unbind()
     means, squares = cut.partial(x)
     if cut.parts > 1:
         statistics_kernel[cut.grid](x, means, squares, cut.plane, **cut.settings)
@@ -290,7 +292,7 @@ def batch_norm_activate_backward(
     """See ``lipfast.ops.reference.batch_norm_activate_backward``."""
     x, dy, cut = x.contiguous(), dy.contiguous(), _Cut(x)
     dx = torch.empty_like(x)
-    dweight, dbias = torch.empty(2, cut.channels, device=x.device).unbind()
+    dweight, dbias = torch.empty(2, cut.channels, dtype=torch.float32, device=x.device).unbind()
     sums, products = cut.partial(x)
     given = (x, dy, weight, bias, mean, inverse)
     affine = weight is not None

@@ -242,7 +242,7 @@ def sparse_conv2d_weight_gradient(
     x = _padding.pad(x, padding, padding_mode).contiguous()
     dy = dy.contiguous()
     entries = _entries(positions, shape)
-    gradient = torch.empty(len(positions), device=x.device)
+    gradient = torch.empty(len(positions), dtype=torch.float32, device=x.device)
     if len(positions):
         config = CONFIGS["sparse_weight_gradient"]
         batch, channels, rows, columns = x.shape
