@@ -163,10 +163,18 @@ def restore(
         str | None, typer.Option(help="denoise, inpaint, sr4, sr8 or cs; the ticket's own if absent.")
     ] = None,
     mask: MaskFile = None,
-    keep: Keep = None,
-    mask_seed: Annotated[int | None, typer.Option(help="inpaint: seed of a mask drawn with --keep.")] = None,
-    measurements_seed: Annotated[int | None, typer.Option(help="cs: seed of the measurement matrix.")] = None,
-    shape: Annotated[str | None, typer.Option(help="cs: channels, height and width, such as 3,128,128.")] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="inpaint: probability that a pixel is known (default: the ticket's, else 0.5).")
+    ] = None,
+    mask_seed: Annotated[
+        int | None, typer.Option(help="inpaint: seed of a drawn mask (default: the ticket's, else 0).")
+    ] = None,
+    measurements_seed: Annotated[
+        int | None, typer.Option(help="cs: seed of the measurement matrix (default: the ticket's, else 0).")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="cs: channels, height and width, such as 3,128,128 (default: the ticket's).")
+    ] = None,
     iterations: Iterations = None,
     lr: LearningRate = None,
     average: Average = None,

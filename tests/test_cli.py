@@ -191,7 +191,7 @@ def test_a_degraded_picture_keeps_its_whole_mask(here, tmp_path):
     assert here("search", tmp_path / "holes.png", *TINY, *inpainting, "--rounds", "1")[::2] == (0, "")
 
 
-@pytest.mark.parametrize("name", [b"cost $5 or $9.png", "夜.png".encode(), b"two\nlines.png", b"latin-\xe9.png"])
+@pytest.mark.parametrize("name", [b"$x^$.png", "夜.png".encode(), b"two\nlines.png", b"latin-\xe9.png"])
 def test_any_file_name_can_be_searched(folder, tmp_path, name):
     odd = os.path.join(os.fsencode(tmp_path), name)
     with open(folder / "clean.png", "rb") as source, open(odd, "wb") as copy:

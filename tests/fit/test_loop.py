@@ -539,3 +539,34 @@ def test_task_settings_are_the_papers():
 def test_a_fit_takes_its_tasks_settings_when_none_are_given():
     result = fit(net(), tasks.SuperResolve(4), torch.zeros(3, 8, 8), callbacks=[lambda progress: True])
     assert result.state.scalars["identity"]["input_noise"] == 0.03
+
+
+class Foreign(torch.nn.Module):
+    """A prior that does not say how many channels it makes."""
+
+    stride = minimum_size = 1
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(2, 4, 1)
+
+    def input_shape(self, height, width):
+        return 1, 2, height, width
+
+    def forward(self, z):
+        return self.conv(z)
+
+
+def test_an_output_of_another_shape_is_refused():
+    with pytest.raises(
+        InputError, match=r"the network's output is \(1, 4, 32, 32\), the task's images are \(3, 32, 32\)"
+    ):
+        run(network=Foreign())
+
+
+def test_a_check_refuses_without_a_step():
+    with pytest.raises(InputError, match="4 x 4 px is too small"):
+        loop.check(net(), tasks.Denoise(25), torch.zeros(3, 4, 4))
+    with pytest.raises(ConfigError, match="unknown engine 'steam'"):
+        loop.check(net(), tasks.Denoise(25), torch.zeros(3, 32, 32), engine="steam")
+    assert loop.check(net(), tasks.Denoise(25), picture(), clean=picture()) is None

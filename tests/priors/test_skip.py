@@ -210,7 +210,7 @@ def test_bad_options_are_refused(change, message):
 
 @pytest.mark.parametrize(
     "kernels",
-    [{"kernel_skip": 7}, {"kernel_up": [9, 3]}, {"kernel_up": [3, 7]}, {"kernel_down": 5}, {"kernel_down": 1}],
+    [{"kernel_skip": 11}, {"kernel_up": [19, 3]}, {"kernel_up": [3, 11]}, {"kernel_down": 5}, {"kernel_down": 1}],
 )
 @pytest.mark.parametrize("padding", ["reflect", "zeros"])
 def test_large_kernels_need_larger_images(kernels, padding):

@@ -73,7 +73,7 @@ def test_curve_and_panel_are_pictures(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("words", ["costs $5 or $", "$x^", "夜"])
+@pytest.mark.parametrize("words", ["$x^$", "$_$", "夜"])
 def test_titles_and_captions_are_no_formulas(tmp_path, words):
     pictures.save_curve(tmp_path / "curve.png", ROWS, words)
     pictures.save_panel(tmp_path / "panel.png", [(words, torch.rand(3, 8, 8)), (words, torch.rand(3, 8, 8))])
