@@ -197,7 +197,8 @@ def restore(
     loaded = Ticket.load(ticket)
     name = str(loaded.task.get("name")) if task is None else task
     _refuse_unless(name == "cs", f"belongs to task cs, not to {name}", shape=shape, measurements_seed=measurements_seed)
-    _refuse_unless(name == "inpaint", f"belongs to task inpaint, not to {name}", mask_seed=mask_seed)
+    own = {"mask": mask, "keep": keep, "mask_seed": mask_seed}
+    _refuse_unless(name == "inpaint", f"belongs to task inpaint, not to {name}", **own)
     _refuse_unless(mask is None, "draws a mask; leave it out beside --mask", mask_seed=mask_seed)
     observed = _load_measurements(degraded) if name == "cs" else images.read(degraded)
     options: dict[str, Any] = {"keep": keep, "seed": mask_seed}
@@ -388,12 +389,13 @@ def _load_measurements(path: Path) -> "Tensor":
     try:
         values = numpy.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: task cs needs a .npy file of measurements; it cannot be read ({error})") from None
+        reason = getattr(error, "strerror", None) or "this is none, or it is damaged"
+        raise InputError(f"{path}: task cs needs a .npy file of measurements ({reason})") from None
     if not isinstance(values, numpy.ndarray):
         raise InputError(f"{path}: task cs needs a .npy file with one array of measurements, got several (.npz)")
     if values.ndim != 1 or values.dtype.kind not in "iuf":
         raise InputError(f"{path}: measurements are real numbers (m,), got {values.dtype} of shape {values.shape}")
-    return torch.from_numpy(values.astype(numpy.float32))
+    return torch.from_numpy(values.astype(numpy.float64)).float()
 
 
 def _sides(shape: str | None) -> tuple[int, ...] | None:

@@ -365,7 +365,7 @@ class CompressedSensing(_Linear):
 
 
 _ROWS_IN_BLOCK = 32
-_LARGEST_IMAGE = 2**31  # values; one row of A for it takes 8 GB
+_LARGEST_IMAGE = 2**26  # values; a block of A's rows for it takes 8 GB
 _LARGEST_MATRIX = 2**40  # entries of A; drawing as many takes hours
 
 

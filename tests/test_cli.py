@@ -269,11 +269,11 @@ def test_measurements_are_real_numbers_in_one_array(here, runs, tmp_path):
         ("complex.npy", "3,16,20"): "got complex128",
         ("words.npy", "3,16,20"): "measurements are real numbers",
         ("several.npz", "3,16,20"): "one array of measurements, got several",
-        ("none.npy", "3,16,20"): "it cannot be read",
+        ("none.npy", "3,16,20"): "task cs needs a .npy file of measurements (No such file or directory)",
         ("good.npy", "3,16"): "--shape '3,16' must be channels (1 or 3), height and width",
         ("good.npy", "4,16,20"): "--shape '4,16,20' must be",
         ("good.npy", "large"): "--shape 'large' must be",
-        ("good.npy", "3,99999999,99999999"): "at most 2,147,483,648 are taken",
+        ("good.npy", "3,99999999,99999999"): "at most 67,108,864 are taken",
     }
     for (name, shape), message in cases.items():
         code, _, err = here("restore", tmp_path / name, "--shape", shape, *command)
@@ -428,6 +428,8 @@ RESTORE = ["restore", "clean.png", "--ticket", "TICKET", "-o", "out.png"]
         ([*RESTORE, "--task", "inpaint", "--mask", "other.png"], "the mask is 32 x 32 px but the picture 36 x 44"),
         ([*RESTORE, "--task", "cs", "--shape", "3,8,8"], "task cs needs a .npy file"),
         ([*RESTORE, "--mask-seed", "4"], "--mask-seed 4 belongs to task inpaint, not to denoise"),
+        ([*RESTORE, "--task", "cs", "--mask", "mask.png"], "--mask mask.png belongs to task inpaint, not to cs"),
+        ([*RESTORE, "--keep", "0.5"], "--keep 0.5 belongs to task inpaint, not to denoise"),
         ([*RESTORE, "--shape", "3,8,8"], "--shape 3,8,8 belongs to task cs, not to denoise"),
         ([*RESTORE, "--measurements-seed", "8"], "--measurements-seed 8 belongs to task cs"),
         ([*RESTORE, "--task", "inpaint", "--mask", "mask.png", "--mask-seed", "1"], "leave it out beside --mask"),
