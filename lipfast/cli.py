@@ -623,7 +623,7 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # the command line itself was wrong; click's or typer's own copy of it
             return _wrong_command(error.format_message(), getattr(error, "exit_code", 2))
-        if re.search("out of memory|not enough memory", str(error)):  # torch's own errors
+        if re.search("out of memory|not enough memory|can't allocate memory", str(error)):  # torch's own errors
             return _fail(_OUT_OF_MEMORY)
         if os.environ.get("LIPFAST_DEBUG"):
             traceback.print_exc()

@@ -308,9 +308,10 @@ def test_without_arguments_the_help_is_all(here):
     assert "Usage: lipfast" in out
 
 
-def test_running_out_of_memory_is_one_line(here, monkeypatch):
+@pytest.mark.parametrize("words", ["not enough memory", "can't allocate memory", "CUDA out of memory"])
+def test_running_out_of_memory_is_one_line(here, monkeypatch, words):
     def allocate():
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: not enough memory: you tried ...")
+        raise RuntimeError(f"[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: {words}: you tried ...")
 
     monkeypatch.setattr("lipfast.doctor.examine", allocate)
     assert here("doctor")[::2] == (1, "lipfast: out of memory; use a smaller picture\n")
