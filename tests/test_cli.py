@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,12 +192,12 @@ def test_a_degraded_picture_keeps_its_whole_mask(here, tmp_path):
     assert here("search", tmp_path / "holes.png", *TINY, *inpainting, "--rounds", "1")[::2] == (0, "")
 
 
-@pytest.mark.parametrize("name", [b"$x^$.png", "夜.png".encode(), b"two\nlines.png", b"latin-\xe9.png"])
-def test_any_file_name_can_be_searched(folder, tmp_path, name):
-    odd = os.path.join(os.fsencode(tmp_path), name)
-    with open(folder / "clean.png", "rb") as source, open(odd, "wb") as copy:
-        copy.write(source.read())
-    done = lipfast("search", os.fsdecode(odd), *TINY, "--rounds", "1", "--out", tmp_path)
+def test_any_file_name_can_be_searched(folder, tmp_path):
+    names = [b"$x^$.png", "夜.png".encode(), b"two\nlines.png", b"latin-\xe9.png"]
+    odd = [os.fsdecode(os.path.join(os.fsencode(tmp_path), name)) for name in names]
+    for path in odd:
+        shutil.copy(folder / "clean.png", path)
+    done = lipfast("search", *odd, *TINY, "--rounds", "1", "--out", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     (table,) = tmp_path.glob("imp-*/table.md")
     assert table.read_text().splitlines()[0].endswith(", denoise: 1 rounds, 8 steps each")
@@ -332,12 +333,10 @@ def test_only_a_search_is_said_to_continue(here, monkeypatch, command, words):
 
 def test_an_unknown_instruction_set_is_one_line(folder, tmp_path):
     environment = {**os.environ, "LIPFAST_ISA": "foo"}
-    for arguments in (["search", folder / "clean.png", *TINY, "--out", tmp_path / "runs"], ["bench", "adam", "--toy"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "lipfast", *map(str, arguments)], capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 1
-        assert done.stderr == "lipfast: LIPFAST_ISA=foo is unknown; use avx512, avx2 or plain\n"
+    command = [sys.executable, "-m", "lipfast", "search", folder / "clean.png", *TINY, "--out", tmp_path / "runs"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr == "lipfast: LIPFAST_ISA=foo is unknown; use avx512, avx2 or plain\n"
     assert not (tmp_path / "runs").exists()
     doctor = subprocess.run(
         [sys.executable, "-m", "lipfast", "doctor"], capture_output=True, text=True, env=environment
