@@ -173,18 +173,16 @@ def check(image: Tensor, where: str, *, channels: tuple[int, ...] = (1, 3)) -> T
     return image.to(torch.float32)
 
 
-def check_unit(image: Tensor, where: str) -> Tensor:
-    """As :func:`check`, and no value outside [0, 1].
+def check_scale(image: Tensor, where: str) -> Tensor:
+    """As :func:`check`, and values on the scale [0, 1], which noise may leave by as much on both sides.
 
     Raises:
         InputError: as there, or values of another scale.
     """
     image = check(image, where)
     low, high = float(image.min()), float(image.max())
-    if low < 0 or high > 1:
-        raise InputError(
-            f"{where}: values lie in [0, 1], got {low:g} to {high:g}; divide grey levels by 255, or clamp the image"
-        )
+    if low < -1 or high > 2:
+        raise InputError(f"{where}: values are on the scale [0, 1], got {low:g} to {high:g}; divide grey levels by 255")
     return image
 
 

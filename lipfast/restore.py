@@ -140,7 +140,7 @@ class _Frame:
             if len(shape) != 3:
                 raise InputError(f"restore: one measurement at a time, got {len(degraded)} of images {shape[1:]}")
             return cls(task, degraded, 0, 0, shape[-2], shape[-1], grey=False)
-        image = images.check_unit(degraded, "restore: the degraded picture")
+        image = images.check_scale(degraded, "restore: the degraded picture")
         factor = task.factor if isinstance(task, tasks.SuperResolve) else 1
         multiple = prior.stride // gcd(prior.stride, factor)
         minimum = -(-prior.minimum_size // factor)
@@ -163,7 +163,7 @@ class _Frame:
 
     def check_clean(self, clean: Tensor) -> Tensor:
         """The clean picture, if the restored one can be judged by it."""
-        clean = images.check_unit(clean, "restore: the clean picture")
+        clean = images.check_scale(clean, "restore: the clean picture")
         channels = 1 if self.grey else self.task.image_shape(self.observed)[-3]
         wanted = (channels, self.height, self.width)
         if tuple(clean.shape) != wanted:

@@ -236,9 +236,12 @@ def test_a_folder_is_no_file_to_write(tmp_path):
 
 
 def test_values_of_another_scale_are_named():
-    assert torch.equal(images.check_unit(picture(), "here"), picture())
-    with pytest.raises(InputError, match=r"here: values lie in \[0, 1\], got -1 to 255; divide grey levels by 255"):
-        images.check_unit(torch.tensor([[[-1.0, 255.0]]]), "here")
+    noisy = picture() + 0.5
+    assert torch.equal(images.check_scale(noisy, "here"), noisy)
+    with pytest.raises(
+        InputError, match=r"here: values are on the scale \[0, 1\], got -1 to 255; divide grey levels by 255"
+    ):
+        images.check_scale(torch.tensor([[[-1.0, 255.0]]]), "here")
 
 
 def test_missing_folder_is_named(tmp_path):

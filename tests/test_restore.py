@@ -118,7 +118,7 @@ def test_dead_weights_stay_dead(ticket):
         (torch.zeros(4, 16, 16), None, InputError, r"got \(4, 16, 16\)"),
         (torch.zeros(3, 16, 16), tasks.Inpaint(torch.ones(8, 8)), InputError, r"the mask has shape \(1, 8, 8\)"),
         (torch.zeros(3, 16, 16), object(), InputError, "no physics object"),
-        (torch.full((3, 16, 16), 255.0), None, InputError, r"values lie in \[0, 1\], got 255 to 255; divide"),
+        (torch.full((3, 16, 16), 255.0), None, InputError, r"on the scale \[0, 1\], got 255 to 255; divide"),
         (torch.zeros(3, 16, 16).numpy(), None, InputError, "restore: degraded must be a Tensor, got ndarray"),
         (torch.zeros(2, 50), tasks.CompressedSensing(50, shape=(3, 16, 16)), InputError, "one measurement at a time"),
         (torch.zeros(7), tasks.CompressedSensing(50, shape=(3, 16, 16)), InputError, r"expected .* 50.* got \(7,\)"),
@@ -134,7 +134,7 @@ def test_bad_input_is_named(ticket, degraded, task, kind, message):
     [
         (torch.zeros(3, 16, 20), None, r"clean picture has shape \(3, 16, 20\), the restored one \(3, 16, 16\)"),
         (torch.zeros(1, 16, 16), None, r"clean picture has shape \(1, 16, 16\)"),
-        (torch.full((3, 16, 16), 2.0), None, r"the clean picture: values lie in \[0, 1\], got 2 to 2"),
+        (torch.full((3, 16, 16), 2.5), None, r"the clean picture: values are on the scale \[0, 1\], got 2.5 to 2.5"),
         (torch.zeros(3, 8, 8), tasks.SuperResolve(4), "leaves nothing of 8 x 8 px"),
     ],
 )

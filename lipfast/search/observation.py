@@ -71,7 +71,7 @@ def _load(picture: Picture, position: int) -> tuple[str, Tensor]:
     if isinstance(picture, Tensor):
         picture = (f"picture {position}", picture)
     if isinstance(picture, tuple):
-        name, image = picture[0], images.check_unit(picture[1], picture[0])
+        name, image = picture[0], images.check_scale(picture[1], picture[0])
     else:
         name, image = Path(picture).name, images.read(picture)
     return _printable(name), image.expand(3, -1, -1).contiguous()

@@ -234,7 +234,11 @@ def test_a_stop_by_watch_continues_to_the_same_bits(run_search, tmp_path):
         ({"pictures": [torch.zeros(3, 0, 32)]}, InputError, "empty"),
         ({"pictures": [picture(), picture(size=16)]}, InputError, "need one size"),
         ({"pictures": ["none.png"]}, InputError, r"none\.png: no such file"),
-        ({"pictures": [255 * picture()]}, InputError, r"picture 0: values lie in \[0, 1\], got .*; divide .* by 255"),
+        (
+            {"pictures": [255 * picture()]},
+            InputError,
+            r"picture 0: values are on the scale \[0, 1\], got .*; divide .* by 255",
+        ),
         ({"pictures": picture().numpy()}, InputError, "pictures must be .*, got ndarray"),
         ({"task": tasks.Denoise}, InputError, r"Denoise is a class; make one of it, such as Denoise\(...\)"),
         ({"seed": 1.5}, ConfigError, "SearchConfig.seed must be a whole number, got 1.5"),
