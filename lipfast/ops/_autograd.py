@@ -1,11 +1,22 @@
 """What the differentiable ops share."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from lipfast.errors import BackendError
+
+
+def register_gradient(op: Any, name: str, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+    """Make ``backward`` the gradient of ``op``, the custom op behind op ``name``."""
+
+    def first_order(ctx: Any, *gradients: Tensor) -> Any:
+        refuse_tangents(name, *gradients)
+        return backward(ctx, *gradients)
+
+    op.register_autograd(first_order, setup_context=setup_context)
 
 
 def refuse_double_backward(gradient_op: Any, name: str) -> None:

@@ -6,6 +6,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lipfast.ops import _padding
 from lipfast.ops._autograd import version_of
+from lipfast.ops._checks import check_positions
 from lipfast.ops._cuda_library import (
     CONVOLUTION,
     LANES,
@@ -116,6 +117,7 @@ class Kernels:
         known = self._lists.setdefault(positions, {})  # type: ignore[no-untyped-call]
         key = (kernel, size, pad_left, transposed, version_of(positions), *stride, *shape)
         if key not in known:
+            check_positions(positions, shape.numel())
             known[key] = build_lists(
                 self.library, kernel, size, positions, shape, stride, pad_left=pad_left, transposed=transposed
             )

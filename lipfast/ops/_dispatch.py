@@ -43,6 +43,8 @@ def pick(op: str, device: torch.device, asked: str | None = None) -> tuple[str, 
     asked = asked or os.environ.get("LIPFAST_BACKEND")
     if asked and asked not in BACKENDS:
         raise BackendError(f"unknown backend {asked!r}; known: {', '.join(BACKENDS)}")
+    if device.type == "meta":
+        raise BackendError(f"{op} cannot run on meta tensors, which hold no numbers")
     refused = []
     for name in [asked] if asked else BACKENDS:
         needs = BACKENDS[name][0]

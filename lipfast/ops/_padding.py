@@ -1,32 +1,11 @@
 """Padding of maps and its adjoint, for backends whose kernels read an already padded map."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from lipfast.errors import InputError
 from lipfast.ops import _dispatch
 
 MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
-
-
-def pair(op: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """A number for rows and one for columns, from one or both.
-
-    Raises:
-        InputError: it is neither.
-    """
-    rows_columns = (value, value) if isinstance(value, int) else tuple(value)
-    if len(rows_columns) != 2 or not all(isinstance(number, int) for number in rows_columns):
-        raise InputError(f"{op}: {name} is one whole number or two, got {value}")
-    return rows_columns[0], rows_columns[1]
-
-
-def check_mode(op: str, mode: str) -> None:
-    """Raises InputError for a ``padding_mode`` that torch does not know."""
-    if mode not in MODES:
-        raise InputError(f"{op}: padding_mode {mode!r} is unknown; use {', '.join(MODES)}")
 
 
 def pad(x: Tensor, padding: tuple[int, int], mode: str) -> Tensor:

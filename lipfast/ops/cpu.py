@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import lipfast._C as _C
-from lipfast.errors import InputError
 from lipfast.locks import lock
+from lipfast.ops._checks import check_positions
 from lipfast.ops._padding import is_channels_last
 from lipfast.ops.lane_conv import ConvForm, LaneConv, asked_kernel
 from lipfast.ops.lanes import LaneMap
@@ -22,9 +22,9 @@ def _array(tensor: Tensor) -> NDArray[Any]:
     return tensor.detach().numpy()
 
 
-def _floats(*shape: int) -> Tensor:
+def _empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Whatever torch's defaults are."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 class _Pruning:
@@ -40,16 +40,16 @@ class _Pruning:
 
     def masks(self) -> list[Tensor]:
         """The survivors of each tensor."""
-        masks = [torch.empty(mask.shape, dtype=torch.bool) for mask in self._alive]
+        masks = [_empty(mask.shape, torch.bool) for mask in self._alive]
         self._round.write([_array(mask) for mask in masks], None, None, None, None, torch.get_num_threads())
         return masks
 
     def rewind(self, start: Sequence[Tensor], into: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Survivors, survivors as bits, and the packed start values; writes the rewound weights to ``into``."""
-        masks = [torch.empty(mask.shape, dtype=torch.bool) for mask in self._alive]
-        bits = [torch.empty(-(-mask.numel() // 8), dtype=torch.uint8) for mask in self._alive]
-        values = _floats(self.living - self._count)
-        dense = [target if target.is_contiguous() else _floats(*target.shape) for target in into]
+        masks = [_empty(mask.shape, torch.bool) for mask in self._alive]
+        bits = [_empty((-(-mask.numel() // 8),), torch.uint8) for mask in self._alive]
+        values = _empty((self.living - self._count,))
+        dense = [target if target.is_contiguous() else _empty(target.shape) for target in into]
         self._round.write(
             [_array(mask) for mask in masks],
             [_array(packed) for packed in bits],
@@ -72,14 +72,14 @@ def begin_pruning(weights: Sequence[Tensor], alive: Sequence[Tensor], count: int
 def gather_kept(dense: Tensor, mask: Tensor) -> Tensor:
     """See ``lipfast.ops.gather_kept``."""
     threads, alive = torch.get_num_threads(), _array(mask.contiguous())
-    values = _floats(_C.count_ones(alive, threads))
+    values = _empty((_C.count_ones(alive, threads),))
     _C.gather_kept(_array(dense.contiguous()), alive, _array(values), threads)
     return values
 
 
 def scatter_kept(values: Tensor, mask: Tensor) -> Tensor:
     """See ``lipfast.ops.scatter_kept``."""
-    dense = _floats(*mask.shape)
+    dense = _empty(mask.shape)
     _C.scatter_kept(_array(values.contiguous()), _array(mask.contiguous()), _array(dense), torch.get_num_threads())
     return dense
 
@@ -124,7 +124,8 @@ class _ConvPlan:
 
     def __init__(self, positions: Tensor, form: ConvForm, shape: torch.Size, x_shape: torch.Size) -> None:
         mask = torch.zeros(shape.numel(), dtype=torch.bool, device="cpu")
-        mask[_checked(positions, len(mask))] = True
+        check_positions(positions, len(mask))
+        mask[positions] = True
         self.positions = positions.clone()
         self.conv = LaneConv(form, mask.view(shape), x_shape[0], x_shape[2], x_shape[3])
         self.lock = lock()
@@ -148,18 +149,6 @@ class _ConvPlan:
         else:
             lanes.fill_halo()
         return lanes
-
-
-def _checked(positions: Tensor, count: int) -> Tensor:
-    """Positions of kept weights, which kernels take in ascending order."""
-    falls = (positions[1:] <= positions[:-1]).nonzero()
-    if len(falls):
-        before, after = positions[int(falls[0]) :][:2].tolist()
-        raise InputError(f"sparse_conv2d: the weight's positions must ascend, got {after} after {before}")
-    if len(positions) and not (int(positions[0]) >= 0 and int(positions[-1]) < count):
-        first, last = int(positions[0]), int(positions[-1])
-        raise InputError(f"sparse_conv2d: the weight's positions must lie in [0, {count}), got {first} to {last}")
-    return positions
 
 
 _MOST_PLANS = 128
@@ -249,7 +238,7 @@ def sparse_conv2d_weight_gradient(
 ) -> Tensor:
     """See ``lipfast.ops.reference.sparse_conv2d_weight_gradient``."""
     plan = _plan(positions, shape, x.shape, _form(shape, stride, padding, padding_mode, dilation, groups))
-    gradient = _floats(len(positions))
+    gradient = _empty(positions.shape)
     with plan.lock:
         plan.conv.weight_gradient(plan.load("x", x), plan.load("dy", dy), gradient, None)
     return gradient

@@ -1,6 +1,7 @@
 """One convolution on maps that stay in the lane layout."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import lipfast._C as _C
 from lipfast.errors import ConfigError, InputError
-from lipfast.ops.lanes import GRID, PADDING_MODES, LaneMap, empty
+from lipfast.ops.lanes import GRID, LANES, PADDING_MODES, LaneMap, empty
 
 KERNELS = {"auto": 0, "sparse": 1, "winograd": 2, "dense": 3}
 
@@ -48,6 +49,28 @@ class ConvForm:
 def _block(side: int, out_side: int, stride: int) -> int:
     """Pixels of an output block, such that blocks ``stride`` times as large hold the input."""
     return max(-(-out_side // GRID), -(-side // (GRID * stride)))
+
+
+# Lanes that take so many times the picture's floats lose to torch, unless they are few (docs/lanes.md).
+_MOST_OF_A_PICTURE = 16
+_FEW_FLOATS = 4096
+
+
+def fits_lanes(size: Sequence[int], kernel: Sequence[int], stride: int, padding: Sequence[int], dilation: int) -> bool:
+    """Whether a channel of a map of ``size`` takes a reasonable amount of memory as input of a layer."""
+    floats = _lane_floats(size, kernel, stride, padding, dilation)
+    return floats <= max(_FEW_FLOATS, _MOST_OF_A_PICTURE * size[0] * size[1])
+
+
+def _lane_floats(size: Sequence[int], kernel: Sequence[int], stride: int, padding: Sequence[int], dilation: int) -> int:
+    """Floats of a channel. A block is no smaller than the stride, and as much as taps reach beyond lies around each."""
+    reach = [dilation * (taps - 1) for taps in kernel]
+    halo = max(0, *padding, *(r - pad - stride + 1 for r, pad in zip(reach, padding, strict=True)))
+    floats = LANES
+    for side, pad, beyond in zip(size, padding, reach, strict=True):
+        out_side = (side + 2 * pad - beyond - 1) // stride + 1
+        floats *= stride * _block(side, out_side, stride) + 2 * halo
+    return floats
 
 
 class LaneConv:
@@ -89,6 +112,9 @@ class LaneConv:
         self.out_height, self.out_width = form.out_size(height, width)
         if min(batch, self.out_height, self.out_width) < 1:
             raise InputError(f"conv: {batch} pictures of {height} x {width} pixels leave no output with {form}")
+        floats = form.in_channels * _lane_floats((height, width), form.kernel, form.stride, form.padding, form.dilation)
+        if floats >= 1 << 31:
+            raise InputError(f"conv: a picture of {height} x {width} pixels takes {floats} floats in lanes with {form}")
         self.out_block = (
             _block(height, self.out_height, form.stride),
             _block(width, self.out_width, form.stride),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import lipfast._C as _C
 from lipfast.errors import InputError
+from lipfast.ops._checks import check_padding
 
 GRID = 4  # blocks along each side of a picture
 LANES = GRID * GRID
@@ -18,6 +19,8 @@ def empty(*shape: int) -> Tensor:
     count = 1
     for side in shape:
         count *= side
+    if 4 * count >= 1 << 63:
+        raise InputError(f"a map of {shape} floats is larger than any memory")
     if count == 0:
         return torch.empty(shape, dtype=torch.float32, device="cpu")
     return torch.frombuffer(_C.Arena(4 * count), dtype=torch.float32).view(shape)
@@ -54,10 +57,13 @@ class LaneMap:
     ) -> "LaneMap":
         """A zeroed map; ``block`` gives a block's pixels where a neighbour's stride asks for more than a quarter."""
         block_h, block_w = block or (-(-height // GRID), -(-width // GRID))
-        if min(height, width, halo + 1) < 1 or GRID * block_h < height or GRID * block_w < width:
+        if min(batch, channels, halo) < 0 or min(height, width) < 1:
             raise InputError(
-                f"LaneMap: {height} x {width} pixels with halo {halo} do not fit blocks of {block_h} x {block_w}"
+                f"LaneMap: {batch} pictures of {channels} channels, {height} x {width} pixels with halo {halo}: "
+                "batch, channels and halo are at least 0 and sides at least 1"
             )
+        if GRID * block_h < height or GRID * block_w < width:
+            raise InputError(f"LaneMap: {height} x {width} pixels do not fit blocks of {block_h} x {block_w}")
         rows, columns = block_h + 2 * halo, block_w + 2 * halo
         plane = plane_vectors(rows * columns)
         planes = empty(batch, channels, plane, LANES)[:, :, : rows * columns]
@@ -77,6 +83,7 @@ class LaneMap:
                 f"LaneMap.from_tensor: expected 4-D float32 on cpu, got {x.dim()}-D {x.dtype} on {x.device}"
             )
         batch, channels, height, width = x.shape
+        _check_border(height, width, halo, padding_mode, pad)
         lanes = cls.allocate(batch, channels, height, width, halo, block)
         if x.numel():
             _C.lanes_from_plain(x.detach().numpy(), lanes.data.numpy(), halo, torch.get_num_threads())
@@ -100,10 +107,13 @@ class LaneMap:
 
     def fill_halo(self, mode: str = "zeros", pad: int = 0) -> None:
         """Write halo and dead pixels: ``pad`` pixels of padding around the picture, zeros farther out."""
-        if mode not in PADDING_MODES:
-            raise InputError(f"LaneMap.fill_halo: mode {mode!r} is unknown; use one of {', '.join(PADDING_MODES)}")
-        if not 0 <= pad <= self.halo:
-            raise InputError(f"LaneMap.fill_halo: {pad} pixels of padding do not fit a halo of {self.halo}")
+        _check_border(self.height, self.width, self.halo, mode, pad)
         _C.fill_halo(
             self.data.numpy(), self.height, self.width, self.halo, PADDING_MODES[mode], pad, torch.get_num_threads()
         )
+
+
+def _check_border(height: int, width: int, halo: int, mode: str, pad: int) -> None:
+    if not 0 <= pad <= halo:
+        raise InputError(f"LaneMap: {pad} pixels of padding do not fit a halo of {halo}")
+    check_padding("LaneMap", (height, width), (pad, pad), mode)

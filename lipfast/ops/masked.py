@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lipfast.errors import InputError
 from lipfast.ops import _dispatch, _padding
-from lipfast.ops._autograd import refuse_double_backward, refuse_tangents
+from lipfast.ops._autograd import refuse_double_backward, refuse_tangents, register_gradient
+from lipfast.ops._checks import check_window, pair
 
 PRECISIONS = ("ieee", "tf32", "bf16")
 
@@ -86,10 +87,10 @@ def masked_conv2d(
             "both have 4 axes and the same number of input channels"
         )
     _check_words("masked_conv2d", weight, words)
-    _padding.check_mode("masked_conv2d", padding_mode)
+    stride, padding = pair("masked_conv2d", "stride", stride), pair("masked_conv2d", "padding", padding)
+    check_window("masked_conv2d", x.shape[2:], weight.shape[2:], stride, padding, padding_mode)
     refuse_tangents("masked_conv2d", x, weight)
-    form = [list(_padding.pair("masked_conv2d", *named)) for named in (("stride", stride), ("padding", padding))]
-    y: Tensor = _conv(x, weight, words, *form, padding_mode, precision, backend)
+    y: Tensor = _conv(x, weight, words, list(stride), list(padding), padding_mode, precision, backend)
     return y
 
 
@@ -119,6 +120,8 @@ def normalise_activate(
         InputError: a vector of another length.
         BackendError: ``backend`` cannot run here, or double backward.
     """
+    if x.dim() != 4:
+        raise InputError(f"normalise_activate: expected (batch, channels, rows, columns), got {tuple(x.shape)}")
     for name, vector in {"mean": mean, "variance": variance, "weight": weight, "bias": bias}.items():
         if vector.shape != x.shape[1:2]:
             raise InputError(f"normalise_activate: {name} must be ({x.shape[1]},), got {tuple(vector.shape)}")
@@ -156,7 +159,7 @@ def _apply_mask_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return _apply_mask(dy, *ctx.saved_tensors, ctx.backend), None, None
 
 
-_apply_mask.register_autograd(_apply_mask_backward, setup_context=_keep_words)
+register_gradient(_apply_mask, "apply_mask", _apply_mask_backward, setup_context=_keep_words)
 
 
 @torch.library.custom_op("lipfast::masked_conv2d", mutates_args=())
@@ -243,7 +246,7 @@ def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return (dx, dweight, None, *[None] * len(ctx.form))
 
 
-_conv.register_autograd(_conv_backward, setup_context=_keep_conv)
+register_gradient(_conv, "masked_conv2d", _conv_backward, setup_context=_keep_conv)
 
 
 @torch.library.custom_op("lipfast::normalise_activate", mutates_args=())
@@ -297,7 +300,7 @@ def _normalise_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return dx, -sums * scale, dvariance, products * inverse, sums, None, None, None
 
 
-_normalise.register_autograd(_normalise_backward, setup_context=_keep_normalise)
+register_gradient(_normalise, "normalise_activate", _normalise_backward, setup_context=_keep_normalise)
 
 refuse_double_backward(_conv_input_gradient, "masked_conv2d")
 refuse_double_backward(_conv_weight_gradient, "masked_conv2d")

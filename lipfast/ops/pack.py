@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lipfast.errors import InputError
 from lipfast.ops import _dispatch
-from lipfast.ops._autograd import refuse_tangents
+from lipfast.ops._autograd import refuse_tangents, register_gradient
 
 
 def gather_kept(dense: Tensor, mask: Tensor, *, backend: str | None = None) -> Tensor:
@@ -90,9 +90,13 @@ def _keep_mask(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(mask)
 
 
-_gather.register_autograd(
-    lambda ctx, gradient: (_scatter(gradient, *ctx.saved_tensors, ctx.backend), None, None), setup_context=_keep_mask
-)
-_scatter.register_autograd(
-    lambda ctx, gradient: (_gather(gradient, *ctx.saved_tensors, ctx.backend), None, None), setup_context=_keep_mask
-)
+def _gather_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return _scatter(gradient, *ctx.saved_tensors, ctx.backend), None, None
+
+
+def _scatter_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return _gather(gradient, *ctx.saved_tensors, ctx.backend), None, None
+
+
+register_gradient(_gather, "gather_kept", _gather_backward, setup_context=_keep_mask)
+register_gradient(_scatter, "scatter_kept", _scatter_backward, setup_context=_keep_mask)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lipfast.errors import InputError
 from lipfast.ops import _dispatch
+from lipfast.ops._checks import whole_number
 
 
 class PruningRound(Protocol):
@@ -64,8 +65,7 @@ def begin_pruning(
     """Find the cut of a round whose arguments are checked; ``op`` is who asks, for messages."""
     check_parts(op, "weights", weights, alive, torch.float32)
     check_parts(op, "alive", alive, alive, torch.bool)
-    if not isinstance(count, int):
-        raise InputError(f"{op}: count must be a whole number, got {count!r}")
+    count = whole_number(op, "count", count)
     _, begin = _dispatch.pick("begin_pruning", device_of(weights), backend)
     with torch.no_grad():
         pruning = cast(PruningRound, begin([weight.detach() for weight in weights], alive, count))

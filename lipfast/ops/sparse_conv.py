@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lipfast.errors import InputError
 from lipfast.ops import _dispatch, _padding
-from lipfast.ops._autograd import refuse_double_backward, refuse_tangents
-
-_LARGEST_STRIDE = 4
+from lipfast.ops._autograd import refuse_double_backward, refuse_tangents, register_gradient
+from lipfast.ops._checks import check_window, pair, whole_number
+from lipfast.ops.lane_conv import fits_lanes
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def sparse_conv2d(
 
     On the CPU it converts to the lane layout and back (see docs/lanes.md); for maps that stay there use
     `lipfast.ops.LaneConv`. The output has the memory format of ``x``. float32 runs the kernels; other dtypes run
-    the reference. Strides that differ by axis or exceed 4 and empty maps run the reference as well.
+    the reference. So do strides that differ by axis, empty maps, and on the CPU layers that lanes do not suit
+    (docs/lanes.md).
 
     Args:
         x: ``(batch, in, height, width)``, NCHW or channels_last.
@@ -98,59 +99,58 @@ def sparse_conv2d(
 
     Source: the layout and kernels are this project's (docs/kernels.md).
     """
-    stride = _padding.pair("sparse_conv2d", "stride", stride)
-    padding = _padding.pair("sparse_conv2d", "padding", padding)
+    stride, padding = pair("sparse_conv2d", "stride", stride), pair("sparse_conv2d", "padding", padding)
+    dilation, groups = (whole_number("sparse_conv2d", *named) for named in (("dilation", dilation), ("groups", groups)))
+    _check_weight(x, weight, bias, groups)
+    check_window("sparse_conv2d", x.shape[2:], weight.shape[2:], stride, padding, padding_mode, dilation)
     refuse_tangents("sparse_conv2d", x, weight.values, bias)
-    _check(x, weight, bias, stride, padding, padding_mode, dilation, groups)
     if padding_mode != "zeros" and padding[0] != padding[1]:
         x, padding, padding_mode = _padding.pad(x, padding, padding_mode), (0, 0), "zeros"
-    if backend is None and not _has_kernel(x, weight, stride):
+    if backend is None and not _has_kernel(x, weight, stride, padding, dilation):
         backend = "reference"
     form = (list(weight.shape), list(stride), list(padding), padding_mode, dilation, groups)
     y: Tensor = _conv(x, weight.values, weight.positions, bias, *form, backend)
     return y
 
 
-def _has_kernel(x: Tensor, weight: SparseWeight, stride: tuple[int, int]) -> bool:
-    """Whether the kernels take a layer. Blocks of lanes grow with the stride, most of whose pixels nobody reads."""
-    plain = x.dtype == torch.float32 and stride[0] == stride[1] <= _LARGEST_STRIDE
-    return plain and 0 not in (*x.shape, *weight.shape)
+def _has_kernel(
+    x: Tensor, weight: SparseWeight, stride: tuple[int, int], padding: tuple[int, int], dilation: int
+) -> bool:
+    """Whether there is a kernel for a layer that is worth its while."""
+    if x.dtype != torch.float32 or stride[0] != stride[1] or 0 in x.shape:
+        return False
+    return x.device.type != "cpu" or fits_lanes(x.shape[2:], weight.shape[2:], stride[0], padding, dilation)
 
 
-def _check(
-    x: Tensor,
-    weight: SparseWeight,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    padding_mode: str,
-    dilation: int,
-    groups: int,
-) -> None:
-    out, per_group, *kernel = weight.shape
-    if x.dim() != 4 or x.shape[1] != per_group * groups or out % groups:
+def _check_weight(x: Tensor, weight: SparseWeight, bias: Tensor | None, groups: int) -> None:
+    if not isinstance(weight, SparseWeight):
+        raise InputError(
+            f"sparse_conv2d: weight must be a SparseWeight, got {type(weight).__name__}; use SparseWeight.from_dense"
+        )
+    if len(weight.shape) != 4 or 0 in weight.shape:
+        raise InputError(f"sparse_conv2d: a weight has 4 axes, none of them empty, got {tuple(weight.shape)}")
+    values, positions = weight.values, weight.positions
+    if values.dim() != 1 or values.shape != positions.shape or positions.dtype != torch.int64:
+        raise InputError(
+            "sparse_conv2d: a weight has (kept,) values and as many int64 positions, "
+            f"got {tuple(values.shape)} and {tuple(positions.shape)} {positions.dtype}"
+        )
+    out, per_group = weight.shape[:2]
+    if groups < 1 or x.dim() != 4 or x.shape[1] != per_group * groups or out % groups:
         raise InputError(
             f"sparse_conv2d: a weight of {tuple(weight.shape)} with {groups} groups takes "
             f"(batch, {per_group * groups}, height, width), got {tuple(x.shape)}"
         )
-    if weight.values.dtype != x.dtype or weight.values.device != x.device:
+    if values.dtype != x.dtype or not values.device == positions.device == x.device:
         raise InputError(
-            f"sparse_conv2d: values are {weight.values.dtype} on {weight.values.device}, "
+            f"sparse_conv2d: values are {values.dtype} on {values.device}, positions on {positions.device}, "
             f"x is {x.dtype} on {x.device}; convert one of them"
         )
-    if bias is not None and (bias.shape != (out,) or bias.dtype != x.dtype):
-        raise InputError(f"sparse_conv2d: bias must be ({out},) {x.dtype}, got {tuple(bias.shape)} {bias.dtype}")
-    if min(*stride, dilation, groups) < 1 or min(padding) < 0:
-        raise InputError(f"sparse_conv2d: stride {stride}, dilation {dilation}, padding {padding} are out of range")
-    _padding.check_mode("sparse_conv2d", padding_mode)
-    limit = {"reflect": -1, "circular": 0}.get(padding_mode)
-    for side, pad, taps in zip(x.shape[2:], padding, kernel, strict=True):
-        if limit is not None and pad > side + limit:
-            raise InputError(f"sparse_conv2d: {padding_mode} padding of {pad} is too large for a side of {side} pixels")
-        if side + 2 * pad < dilation * (taps - 1) + 1:
-            raise InputError(
-                f"sparse_conv2d: {tuple(x.shape[2:])} pixels with padding {padding} are smaller than the kernel"
-            )
+    if bias is not None and (bias.shape, bias.dtype, bias.device) != ((out,), x.dtype, x.device):
+        raise InputError(
+            f"sparse_conv2d: bias must be ({out},) {x.dtype} on {x.device}, "
+            f"got {tuple(bias.shape)} {bias.dtype} on {bias.device}"
+        )
 
 
 Form = tuple[torch.Size, tuple[int, int], tuple[int, int], str]
@@ -272,6 +272,6 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return (dx, dvalues, None, dbias, *[None] * len(ctx.form))
 
 
-_conv.register_autograd(_backward, setup_context=_keep)
+register_gradient(_conv, "sparse_conv2d", _backward, setup_context=_keep)
 refuse_double_backward(_input_gradient, "sparse_conv2d")
 refuse_double_backward(_weight_gradient, "sparse_conv2d")

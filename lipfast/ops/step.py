@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lipfast.errors import InputError
 from lipfast.ops import _dispatch
+from lipfast.ops._autograd import refuse_tangents
+from lipfast.ops._checks import whole_number
 
 
 def adam_step(
@@ -48,6 +50,7 @@ def adam_step(
 
     Source: Kingma & Ba 2015 (arXiv:1412.6980), algorithm 1, with torch's placement of ``eps``.
     """
+    step = whole_number("adam_step", "step", step)
     _check("adam_step", values, {"gradient": gradient, "m": m, "v": v}, step)
     for name, beta in {"beta1": beta1, "beta2": beta2}.items():
         if not 0 <= beta < 1:
@@ -89,6 +92,7 @@ def sgd_step(
 
     Source: Sutskever et al. 2013, in the form of ``torch.optim.SGD``.
     """
+    step = whole_number("sgd_step", "step", step)
     _check("sgd_step", values, {"gradient": gradient, "momentum_buffer": momentum_buffer}, step)
     _check_not_negative("sgd_step", {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
     if nesterov and (momentum <= 0 or dampening != 0):
@@ -144,8 +148,9 @@ def _check(op: str, values: Tensor, others: Mapping[str, Tensor], step: int) -> 
                 f"{op}: {name} must match values, {len(values)} on {values.device}; "
                 f"got {len(tensor)} on {tensor.device}"
             )
-    if not isinstance(step, int) or step < 1:
-        raise InputError(f"{op}: steps are whole numbers from 1, got step={step!r}")
+    if step < 1:
+        raise InputError(f"{op}: steps count from 1, got step={step}")
+    refuse_tangents(op, values, *others.values())
 
 
 def _check_not_negative(op: str, settings: Mapping[str, float]) -> None:

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from lipfast.errors import InputError
 from lipfast.ops import _dispatch
-from lipfast.ops._autograd import refuse_double_backward, refuse_tangents
+from lipfast.ops._autograd import refuse_double_backward, refuse_tangents, register_gradient
+from lipfast.ops._checks import pair
 
 
 def upsample_bilinear(
     x: Tensor,
-    size: Sequence[int],
+    size: int | Sequence[int],
     *,
     align_corners: bool = False,
     scales: Sequence[float] | None = None,
@@ -26,7 +27,7 @@ def upsample_bilinear(
 
     Args:
         x: ``(batch, channels, rows, columns)``, any float type; only the batch may be empty.
-        size: (rows, columns) of the result, which is contiguous.
+        size: (rows, columns) of the result, one number for both; the result is contiguous.
         align_corners: the corner pixels' centres keep their places, else the corners of the map do.
         scales: (rows, columns), the factors that gave ``size``, if factors did: they place the pixels then, which
             differs from what the sizes say where ``size`` was rounded down.
@@ -41,7 +42,8 @@ def upsample_bilinear(
             "upsample_bilinear: expected a float tensor (batch, channels, rows, columns) that is not empty, "
             f"got {x.dtype} {tuple(x.shape)}"
         )
-    if len(size) != 2 or min(size) < 1:
+    size = pair("upsample_bilinear", "size", size)
+    if min(size) < 1:
         raise InputError(f"upsample_bilinear: size must be (rows, columns), each at least 1, got {tuple(size)}")
     if scales is not None and [s * side // 1 for s, side in zip(scales, x.shape[2:], strict=False)] != list(size):
         raise InputError(
@@ -84,6 +86,6 @@ def _upsample_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return _upsample_gradient(dy, ctx.size, *ctx.settings), None, None, None, None
 
 
-_upsample.register_autograd(_upsample_backward, setup_context=_keep_form)
+register_gradient(_upsample, "upsample_bilinear", _upsample_backward, setup_context=_keep_form)
 
 refuse_double_backward(_upsample_gradient, "upsample_bilinear")

@@ -42,7 +42,7 @@ def expected(x: Tensor, halo: int, mode: str, width: int, block: tuple[int, int]
 @pytest.mark.parametrize("size", SIZES)
 def test_every_lane_is_its_block_with_its_neighbours_around(size, halo, width, mode):
     if not allowed(mode, width, size):
-        with pytest.raises(ValueError, match=f"padding of {width} pixels is more than a picture"):
+        with pytest.raises(ValueError, match=f"padding of {width} is too large for a side"):
             LaneMap.from_tensor(torch.randn(1, 1, *size), halo, mode, width)
         return
     x = torch.randn(2, 3, *size)
@@ -76,10 +76,19 @@ def test_other_tensors_are_refused_by_what_they_are(bad):
 
 
 def test_padding_that_there_is_not_is_refused():
-    with pytest.raises(InputError, match="mode 'bogus' is unknown; use one of zeros, reflect"):
+    with pytest.raises(InputError, match="mode 'bogus' is unknown; use zeros, reflect"):
         LaneMap.from_tensor(torch.zeros(1, 1, 8, 8), 1, "bogus", 1)
     with pytest.raises(InputError, match="5 pixels of padding do not fit a halo of 1"):
         LaneMap.from_tensor(torch.zeros(1, 1, 8, 8), 1, "reflect", 5)
+    with pytest.raises(InputError, match="3 pixels of padding do not fit a halo of 0"):
+        LaneMap.from_tensor(torch.zeros(1, 1, 8, 8), 0, "reflect", 3)
+
+
+def test_sizes_that_no_map_has_are_refused():
+    with pytest.raises(InputError, match=r"floats is larger than any memory"):
+        LaneMap.allocate(2**40, 2**20, 9, 9)
+    with pytest.raises(InputError, match="-1 pictures of 2 channels"):
+        LaneMap.allocate(-1, 2, 9, 9)
 
 
 def test_bindings_refuse_what_a_kernel_would_trust():

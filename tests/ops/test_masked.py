@@ -172,6 +172,21 @@ def test_one_number_serves_both_axes():
     assert torch.equal(one, masked.masked_conv2d(x, weight, words, (2, 2), (1, 1), precision="ieee"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stride": 0}, r"stride \(0, 0\), .* out of range"),
+        ({"stride": 1.5}, "stride must be a whole number, got 1.5"),
+        ({"padding": -1}, r".* padding \(-1, -1\) are out of range"),
+        ({"padding": 8, "padding_mode": "reflect"}, "reflect padding of 8 is too large for a side of 8"),
+    ],
+)
+def test_windows_that_fit_no_map_are_refused(settings, message):
+    x, weight = torch.randn(1, 1, 8, 9), torch.randn(2, 1, 3, 3)
+    with pytest.raises(InputError, match=f"masked_conv2d: {message}"):
+        masked.masked_conv2d(x, weight, masked.pack_mask(weight != 0), **settings, precision="ieee")
+
+
 def test_masks_without_rows():
     assert masked.pack_mask(torch.ones(0, 33, dtype=torch.bool)).shape == (0, 2)
 

@@ -1,5 +1,6 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -124,6 +125,17 @@ def test_nan_names_its_tensor_and_matters_only_where_alive(isa):
 def test_bad_arguments_are_named(backend, weights, alive, count, message):
     with pytest.raises(InputError, match=message):
         ops.prune_smallest(weights, alive, count, backend=backend)
+
+
+def test_a_count_may_be_numpys_or_a_tensors():
+    weights, alive = [torch.rand(9)], [torch.ones(9, dtype=torch.bool)]
+    for count in np.int64(4), torch.tensor(4):
+        assert int(ops.prune_smallest(weights, alive, count)[0].sum()) == 5
+
+
+def test_tensors_without_numbers_are_refused():
+    with pytest.raises(BackendError, match="cannot run on meta tensors, which hold no numbers"):
+        ops.prune_smallest([torch.rand(4, device="meta")], [torch.ones(4, dtype=torch.bool, device="meta")], 1)
 
 
 def test_a_named_backend_never_falls_back():

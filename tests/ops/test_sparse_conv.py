@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from torch.nn import functional
 import lipfast._C as _C
 from lipfast import ops
 from lipfast.errors import BackendError, ConfigError, InputError
-from lipfast.ops import ConvForm, LaneConv, LaneMap, SparseWeight, sparse_conv2d
+from lipfast.ops import ConvForm, LaneConv, LaneMap, SparseWeight, _cuda_sparse_conv, _dispatch, sparse_conv2d
+from lipfast.ops._cuda_library import Facts
 from lipfast.ops.lane_conv import KERNELS
+from lipfast.ops.triton import sparse_conv as triton_sparse_conv
 
 ISAS = _C.available_isas()
 # Direct float32 sums of n products err by about eps * sqrt(n): 6e-8 * sqrt(6272) = 5e-6 for 7x7 over 128 channels;
@@ -332,12 +335,23 @@ def test_dense_form_round_trip():
 BAD = {
     "takes (batch, 3, height, width), got (1, 4, 8, 8)": {"x": torch.zeros(1, 4, 8, 8)},
     "x is torch.float64": {"x": torch.zeros(1, 3, 8, 8, dtype=torch.float64)},
-    "bias must be (2,) torch.float32, got (3,)": {"bias": torch.zeros(3)},
+    "bias must be (2,) torch.float32 on cpu, got (3,)": {"bias": torch.zeros(3)},
     "padding_mode 'mirror' is unknown": {"padding_mode": "mirror"},
     "stride (0, 0)": {"stride": 0},
     "stride is one whole number or two, got (1, 1, 1)": {"stride": (1, 1, 1)},
     "reflect padding of 8 is too large for a side of 8": {"padding": 8, "padding_mode": "reflect"},
     "smaller than the kernel": {"x": torch.zeros(1, 3, 2, 2)},
+    "bias must be (2,) torch.float32 on cpu, got (2,) torch.float32 on meta": {"bias": torch.zeros(2, device="meta")},
+    "dilation must be a whole number, got (2, 2)": {"dilation": (2, 2)},
+    "with 0 groups": {"groups": 0},
+    "weight must be a SparseWeight, got Tensor": {"weight": torch.ones(2, 3, 3, 3)},
+    "none of them empty, got (0, 3, 3, 3)": {"weight": SparseWeight.from_dense(torch.ones(0, 3, 3, 3))},
+    "got (53,) and (54,) torch.int64": {
+        "weight": SparseWeight(torch.ones(53), torch.arange(54), torch.Size((2, 3, 3, 3)))
+    },
+    "got (54,) and (54,) torch.int32": {
+        "weight": SparseWeight(torch.ones(54), torch.arange(54).int(), torch.Size((2, 3, 3, 3)))
+    },
 }
 
 
@@ -390,20 +404,52 @@ def test_positions_that_are_none_are_refused(change, message):
         sparse_conv2d(torch.randn(1, 4, 9, 9), wrong)
 
 
-@pytest.mark.parametrize("stride", [5, 300, 100_000])
-def test_strides_beyond_the_kernels(stride):
-    x, weight = torch.randn(1, 4, 9, 11), packed()
-    got = sparse_conv2d(x, weight, stride=stride, padding=1)
-    assert torch.allclose(got, functional.conv2d(x, weight.to_dense(), stride=stride, padding=1), atol=1e-5)
+def test_positions_are_checked_on_gpus_when_they_are_new():
+    shape = torch.Size((6, 4, 3, 3))
+    wrong = packed(shape).positions.flip(0)
+    tile = Facts(warps=1, lists=1, rows=1, stage=1, pitch=1)
+    gpu = _cuda_sparse_conv.Kernels(SimpleNamespace(sizes=lambda *given: (0,), facts=lambda *given: tile))
+    dy, settings = torch.ones(1, 6, 7, 7), ((1, 1), (0, 0), "zeros")
+    with pytest.raises(InputError, match="positions must ascend"):
+        gpu.weight_gradient(torch.ones(1, 4, 9, 9), dy, wrong, shape, *settings)
+    with pytest.raises(InputError, match="positions must ascend"):
+        triton_sparse_conv._entries(wrong, shape)
 
 
-@pytest.mark.parametrize(("batch", "outputs"), [(0, 6)])
-def test_empty_maps(batch, outputs):
-    x, weight = torch.randn(batch, 4, 9, 9, requires_grad=True), packed((outputs, 4, 3, 3))
-    y = sparse_conv2d(x, weight)
-    assert y.shape == (batch, outputs, 7, 7)
+@pytest.mark.parametrize(
+    ("side", "settings", "kernel"),
+    [
+        (9, {"stride": 300}, "reference"),
+        (9, {"stride": 100_000}, "reference"),
+        (33, {"dilation": 16}, "reference"),
+        (9, {"padding": 40}, "reference"),
+        (9, {"stride": 5}, "cpu"),
+        (64, {"stride": 16}, "cpu"),  # a picture cut into patches
+        (33, {"dilation": 6, "padding": 6}, "cpu"),
+    ],
+)
+def test_what_lanes_would_blow_up_runs_in_torch(monkeypatch, side, settings, kernel):
+    x, weight, picked, pick = torch.randn(1, 4, side, side), packed(), [], _dispatch.pick
+    monkeypatch.setattr(_dispatch, "pick", lambda *given: picked.append(pick(*given)) or picked[-1])
+    got = sparse_conv2d(x, weight, **settings)
+    assert [name for name, _ in picked][:1] == [kernel]
+    assert torch.allclose(got, functional.conv2d(x, weight.to_dense(), **settings), atol=1e-5)
+
+
+def test_lanes_beyond_what_kernels_address_are_refused_before_they_are_made():
+    with pytest.raises(InputError, match="a picture of 9 x 9 pixels takes 640025600256 floats in lanes"):
+        LaneConv(form(6, 4, 3, stride=100_000), None, 1, 9, 9)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_an_empty_batch_has_gradients_of_zero(mode):
+    x, weight, bias = torch.randn(0, 4, 9, 9), packed(), torch.ones(6)
+    for tensor in (x, weight.values, bias):
+        tensor.requires_grad_()
+    y = sparse_conv2d(x, weight, bias, padding=1, padding_mode=mode)
+    assert y.shape == (0, 6, 9, 9)
     y.sum().backward()
-    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert all(torch.equal(tensor.grad, torch.zeros_like(tensor)) for tensor in (x, weight.values, bias))
 
 
 def test_biases_of_any_layout():
@@ -444,9 +490,8 @@ def test_a_child_forked_beside_a_thread_computes_the_same():
         child = os.fork()
         if child == 0:
             signal.alarm(20)
-            os._exit(
-                0 if np.array_equal(sparse_conv2d(x, weight).numpy(), expected.numpy()) else 1
-            )  # torch's threads are gone
+            # numpy compares: torch's own threads stayed with the parent.
+            os._exit(0 if np.array_equal(sparse_conv2d(x, weight).numpy(), expected.numpy()) else 1)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     stop.set()
     thread.join()
@@ -458,3 +503,19 @@ def test_tangents_are_refused_by_the_convolution():
     x, weight = torch.randn(1, 4, 9, 9), packed()
     with forward_ad.dual_level(), pytest.raises(BackendError, match="sparse_conv2d: forward-mode differentiation"):
         sparse_conv2d(forward_ad.make_dual(x, x), weight)
+    y = sparse_conv2d(x.requires_grad_(), weight)
+    with forward_ad.dual_level(), pytest.raises(BackendError, match="sparse_conv2d: forward-mode differentiation"):
+        y.backward(forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y)))
+
+
+def test_another_default_device():
+    x, weight = torch.randn(1, 4, 9, 9), packed()
+    dense = weight.to_dense()
+    mask, expected = dense != 0, functional.conv2d(x, dense)
+    with torch.device("meta"):
+        y = sparse_conv2d(x, weight)
+        values = ops.gather_kept(dense, mask)
+        rewound = ops.prune_rewind_pack([dense], [mask], [dense], 3)
+    assert torch.allclose(y, expected, atol=1e-5)
+    assert torch.equal(values, weight.values)
+    assert {part.device.type for part in (rewound.masks[0], rewound.bits[0], rewound.values)} == {"cpu"}

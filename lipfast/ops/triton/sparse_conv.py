@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lipfast.ops import _padding
 from lipfast.ops._autograd import version_of
+from lipfast.ops._checks import check_positions
 from lipfast.ops.triton.configs import CONFIGS
 
 
@@ -115,6 +116,7 @@ def _entries(positions: Tensor, shape: torch.Size) -> _Entries:
     key = (version_of(positions), *shape)
     if key not in shapes:
         shapes.clear()
+        check_positions(positions, shape.numel())
         outputs, inputs, rows, columns = shape
         column, rest = positions % columns, positions // columns
         row, pair = rest % rows, rest // rows
