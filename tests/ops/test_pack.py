@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 import lipfast._C as _C
 from lipfast import ops
 from lipfast.errors import BackendError, InputError
+from lipfast.ops import triton
 
 SIZES = [0, 1, 15, 16, 17, 1025, 32767, 32768, 32769, 70_001]
 GUARD = 12345.0
@@ -117,6 +118,12 @@ def test_any_byte_but_zero_is_true(isa):
     dense = torch.randn(70)
     assert torch.equal(ops.gather_kept(dense, mask), dense[pattern])
     assert torch.equal(ops.prune_smallest([dense], [mask], 5)[0], ops.prune_smallest([dense], [pattern], 5)[0])
+
+
+def test_any_byte_but_zero_is_true_on_gpus():
+    mask = torch.tensor([255, 0, 2, 1], dtype=torch.uint8).view(torch.bool)
+    (survivors,) = triton.begin_pruning([torch.rand(4)], [mask], 0).masks()  # nothing dies, so no kernel is launched
+    assert survivors.view(torch.uint8).tolist() == [1, 0, 1, 1]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own

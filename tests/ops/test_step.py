@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 import lipfast._C as _C
 from lipfast import ops
-from lipfast.errors import InputError
+from lipfast.errors import BackendError, InputError
 
 SIZES = [0, 1, 15, 16, 17, 1025, 8191, 8193, 20_001]  # around lanes and chunks
 ADAM = [
@@ -178,6 +179,13 @@ def test_bad_adam_arguments_are_named(changed, message):
     arguments = {name: torch.rand(4) for name in ("values", "gradient", "m", "v")}
     with pytest.raises(InputError, match=f"adam_step: {message}"):
         ops.adam_step(**{**arguments, "step": 1, **changed})
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+def test_tangents_are_refused():
+    values, gradient, m, v = (torch.rand(4) for _ in range(4))
+    with forward_ad.dual_level(), pytest.raises(BackendError, match="adam_step: forward-mode differentiation"):
+        ops.adam_step(values, forward_ad.make_dual(gradient, gradient), m, v, 1)
 
 
 def test_bad_sgd_arguments_are_named():

@@ -31,8 +31,13 @@ def apply_mask_kernel(x, words, y, n, WORDS: tl.constexpr):
     tl.store(y + i, tl.where(keep, value, 0.0), mask=i < n)
 
 
+def ones_and_zeros(mask: Tensor) -> Tensor:
+    """A bool tensor in bytes that kernels may add up; torch takes any byte but 0 for True."""
+    return mask.view(torch.uint8) != 0
+
+
 def pack_mask(alive: Tensor) -> Tensor:
-    """``(ceil(n / 32),)`` int32 words of a contiguous bool tensor with n elements, in memory order."""
+    """``(ceil(n / 32),)`` int32 words of a contiguous bool tensor with n elements, 0 or 1, in memory order."""
     n = alive.numel()
     words = torch.empty(triton.cdiv(n, 32), dtype=torch.int32, device=alive.device)
     if n:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lipfast.ops import _padding
 from lipfast.ops.reference import masked_conv2d_input_gradient, masked_conv2d_weight_gradient
 from lipfast.ops.triton.configs import CONFIGS
-from lipfast.ops.triton.mask import pack_mask
+from lipfast.ops.triton.mask import ones_and_zeros, pack_mask
 
 # The gradients are products of dense matrices, for which torch's own kernels are hard to beat.
 __all__ = ["masked_conv2d", "masked_conv2d_input_gradient", "masked_conv2d_weight_gradient", "pack_channel_masks"]
@@ -59,7 +59,7 @@ def masked_conv_kernel(
 def pack_channel_masks(alive: Tensor) -> Tensor:
     """See ``lipfast.ops.pack_mask``."""
     taps = math.prod(alive.shape[1:])
-    rows = torch.nn.functional.pad(alive.reshape(len(alive), taps), (0, -taps % 32))
+    rows = torch.nn.functional.pad(ones_and_zeros(alive).reshape(len(alive), taps), (0, -taps % 32))
     return pack_mask(rows.contiguous()).view(len(alive), -(-taps // 32))
 
 

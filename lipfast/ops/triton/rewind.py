@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lipfast.ops.triton.configs import CONFIGS
-from lipfast.ops.triton.mask import pack_mask
+from lipfast.ops.triton.mask import ones_and_zeros, pack_mask
 from lipfast.ops.triton.select import prune_smallest
 
 
@@ -62,12 +62,12 @@ def _compact(alive: Tensor, start: Tensor, dense: Tensor | None, kept: int | Non
 
 def gather_kept(dense: Tensor, mask: Tensor) -> Tensor:
     """See ``lipfast.ops.gather_kept``."""
-    return _compact(mask.reshape(-1), dense.reshape(-1), None)
+    return _compact(ones_and_zeros(mask).reshape(-1), dense.reshape(-1), None)
 
 
 def scatter_kept(values: Tensor, mask: Tensor) -> Tensor:
     """See ``lipfast.ops.scatter_kept``."""
-    flat = mask.reshape(-1)
+    flat = ones_and_zeros(mask).reshape(-1)
     dense = torch.empty(flat.numel(), dtype=values.dtype, device=values.device)
     if flat.numel():
         config = CONFIGS["expand"]
@@ -93,8 +93,7 @@ class _Pruning:
 
     def __init__(self, weights: Sequence[Tensor], alive: Sequence[Tensor], count: int) -> None:
         self._shapes, self._count = [mask.shape for mask in alive], count
-        self._magnitude, self._alive = (_flat(parts) for parts in (weights, alive))
-        self._magnitude = self._magnitude.abs()
+        self._magnitude, self._alive = _flat(weights).abs(), ones_and_zeros(_flat(alive))
         nan = self._magnitude.isnan() & self._alive
         counts: list[int] = torch.stack((self._alive.sum(), nan.sum())).tolist()
         self.living, found = counts
