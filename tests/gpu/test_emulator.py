@@ -1,5 +1,7 @@
 """The CUDA kernels on the CPU: right in three schedules, clean under the sanitizers, and wrong when a bug is put in."""
 
+import contextlib
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -7,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sparse_conv_cases import LAYERS, SIZES, check
+import torch
+from sparse_conv_cases import LAYERS, SIZES, check, main
 
 from lipfast.errors import BackendError
 from lipfast.ops._cuda_library import Library
@@ -66,14 +69,29 @@ def build(sources: Path, output: Path, *flags: str) -> Path:
     return output
 
 
-def run_cases(library: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(HERE / "sparse_conv_cases.py"), str(library)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+_forks = multiprocessing.get_context("forkserver")  # which imports torch once, not every version's process
+_forks.set_forkserver_preload(["sparse_conv_cases"])
+LONGEST = 300  # seconds
+
+
+def _cases_in_fork(library: Path, order: str, output: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ["CUDA_EMULATOR_ORDER"] = order
+    with output.open("w") as file, contextlib.redirect_stdout(file):
+        code = main(str(library))
+    os._exit(code)
+
+
+def run_cases(library: Path, order: str) -> str:
+    """How the kernels fail in a schedule; empty if they do not."""
+    output = library.with_suffix(f".{order}")
+    child = _forks.Process(target=_cases_in_fork, args=(library, order, output))
+    child.start()
+    child.join(LONGEST)
+    if child.is_alive():
+        child.kill()
+        return f"no end within {LONGEST} s"
+    return "" if child.exitcode == 0 else output.read_text() or f"exit code {child.exitcode}"
 
 
 # Unoptimised: compiling takes longer than running.
@@ -81,23 +99,29 @@ SANITIZE = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover
 SANITIZE_ADDRESSES = ("-O0", "-g1", "-fsanitize=address")
 
 
-def run_sanitized(library: Path) -> subprocess.CompletedProcess[str]:
+def run_sanitized(library: Path) -> str:
+    """As `run_cases`, in a process that starts with the sanitizer's runtime."""
     runtime = subprocess.run(
         [os.environ.get("CXX", "g++"), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     )
     options = "detect_leaks=0:detect_stack_use_after_return=0"
-    return run_cases(library, LD_PRELOAD=runtime.stdout.strip(), ASAN_OPTIONS=options)
+    added = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LD_PRELOAD": runtime.stdout.strip()}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "sparse_conv_cases.py"), str(library)],
+        env={**os.environ, **added, "ASAN_OPTIONS": options},
+        capture_output=True,
+        text=True,
+        timeout=LONGEST,
+    )
+    return "" if done.returncode == 0 else done.stdout + done.stderr or f"exit code {done.returncode}"
 
 
 def build_and_run(sources: Path, output: Path, flags: tuple[str, ...]) -> str:
     """How one version of the kernels fails in the first schedule in which it does; empty if in none."""
     library = build(sources, output, *flags)
-    sanitized = any("sanitize" in flag for flag in flags)
-    for order in ("0",) if sanitized else SCHEDULES.values():
-        done = run_sanitized(library) if sanitized else run_cases(library, CUDA_EMULATOR_ORDER=order)
-        if done.returncode != 0:
-            return done.stdout + done.stderr or f"exit code {done.returncode}"
-    return ""
+    if any("sanitize" in flag for flag in flags):
+        return run_sanitized(library)
+    return next(filter(None, (run_cases(library, order) for order in SCHEDULES.values())), "")
 
 
 @pytest.fixture(scope="module")
