@@ -137,6 +137,16 @@ def test_a_pruning_round_names_the_tensor_with_a_living_nan():
         assert (got.living, got.nan_part) == (16, part)
 
 
+def test_any_byte_but_zero_is_true():
+    start, alive = torch.randn(133), torch.rand(133) < 0.4
+    bytes_ = torch.where(alive, 255, 0).to(torch.uint8).view(torch.bool)
+    values = run(ops.gather_kept, place(start), place(bytes_))
+    assert torch.equal(values.cpu(), start[alive])
+    assert torch.equal(run(ops.scatter_kept, values, place(bytes_)).cpu(), start * alive)
+    words = run(ops.pack_channel_masks, place(bytes_.view(7, 19)))
+    assert torch.equal(words.cpu(), reference.pack_channel_masks(alive.view(7, 19)))
+
+
 @pytest.mark.parametrize("size", [(2, 3, 5, 7), (1, 2, 32, 33)])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_normalise_activate(size, dtype):
