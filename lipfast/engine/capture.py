@@ -294,10 +294,7 @@ def _nothing_drawn() -> Iterator[None]:
     python, numpys = random.getstate(), _numpy_state()
     with torch.random.fork_rng(devices=[]):
         yield
-    for name, drawn in (
-        ("random", random.getstate() != python),
-        ("numpy.random", _numpy_state() != numpys),
-    ):
+    for name, drawn in ("random", random.getstate() != python), ("numpy.random", _numpy_state() != numpys):
         if drawn:
             random.setstate(python)
             numpy.random.set_state(pickle.loads(numpys))

@@ -130,12 +130,12 @@ class LaneModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError as missing:
-            value = getattr(self.__dict__["_hidden"][0], name, None) if "_hidden" in self.__dict__ else None
-            if value is None or isinstance(value, types.MethodType):
+            source = self.__dict__.get("_hidden", (None,))[0]
+            if not hasattr(source, name) or isinstance(getattr(source, name), types.MethodType):
                 raise AttributeError(
                     f"{missing}; only the call of a module is accelerated, to_dense() has all"
                 ) from None
-            return value
+            return getattr(source, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """An attribute of the original changes what its code does."""

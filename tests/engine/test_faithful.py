@@ -446,7 +446,7 @@ def test_what_looks_into_the_code_is_refused():
 class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.scale, self.note = conv(), 2.0, "none"
+        self.layer, self.scale, self.note, self.head = conv(), 2.0, "none", None
         prune.random_unstructured(self.layer, "weight", 0.5)
 
     def forward(self, x):
@@ -465,7 +465,7 @@ class Scaled(nn.Module):
 def test_attributes_are_the_originals_and_methods_are_not():
     fast, x = lipfast.accelerate(Scaled()), picture()
     once = fast(x)
-    assert fast.scale == 2.0
+    assert (fast.scale, fast.head) == (2.0, None)
     fast.scale = 6.0
     assert torch.allclose(fast(x), 3 * once, atol=1e-5)
     assert fast.to_dense().scale == 6.0
