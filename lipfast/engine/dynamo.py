@@ -150,10 +150,12 @@ class _CompiledGraph:
         except InputError as reason:
             self._say(f"a graph runs in torch: {reason}")
             return None
-        masks, sources = _masks_in_graph(recording, tensors)
+        masks, sources, products = _masks_in_graph(recording, tensors)
         zeros = {} if training else _zeros(recording, tensors)
         lowered = lower(recording, {**zeros, **masks})
-        masks = {**_read_in_lanes(lowered, zeros), **masks}
+        _give_back(products, lowered)
+        masks = _read_in_lanes(lowered, {**zeros, **masks})
+        sources = {name: source for name, source in sources.items() if name in masks}
         for refused in lowered.refused:
             self._say(f"{refused}; it runs in torch, and maps are converted to torch's layout and back around it")
         compiled = Compiled(lowered, masks, exact=False, packed=not training)
@@ -175,10 +177,15 @@ def _transform_in(module: torch.fx.GraphModule) -> str | None:
     return found[0].__name__ if found else None
 
 
-def _masks_in_graph(recording: Recording, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _masks_in_graph(
+    recording: Recording, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, str], dict[int, Ref]]:
     """Find products of a parameter and a mask that serve as a layer's weight, and let the layer read the parameter.
 
     Changes the recording: each such weight becomes another reference to the parameter's leaf.
+
+    Returns:
+        Parameter's leaf -> which weights live; -> leaf of the mask; number of each new reference -> the product.
     """
     leaves = dict(recording.leaves)  # also the results of conversions that change nothing
     count = 1 + max([*leaves, *(ref.number for call in recording.calls for ref in call.results())], default=0)
@@ -197,18 +204,27 @@ def _masks_in_graph(recording: Recording, tensors: Mapping[str, Tensor]) -> tupl
                 found.append((product, weight, mask))
     sources = {weight: mask for _, weight, mask in found}
     alike = collections.Counter(weight for _, weight, mask in found if sources[weight] == mask)
-    products: dict[int, Ref] = {}
+    products: dict[int, tuple[Ref, Ref]] = {}  # number -> the parameter in its place, the product
     for product, weight, _ in found:
         if alike[weight] != uses[weight] or tensors[weight].dtype != torch.float32:
             sources.pop(weight, None)  # somewhere it is read whole, or by another mask
             continue
-        products[product.number] = Ref(count, product.shape, product.dtype)
+        products[product.number] = Ref(count, product.shape, product.dtype), product
         recording.leaves[count] = weight
         count += 1
     for call in recording.calls:
         if _reads_weight(call):
-            call.args = (call.args[0], products.get(call.args[1].number, call.args[1]), *call.args[2:])
-    return {weight: tensors[mask] != 0 for weight, mask in sources.items()}, sources
+            parameter, _ = products.get(call.args[1].number, (call.args[1], None))
+            call.args = (call.args[0], parameter, *call.args[2:])
+    masks = {weight: tensors[mask] != 0 for weight, mask in sources.items()}
+    return masks, sources, {ref.number: product for ref, product in products.values()}
+
+
+def _give_back(products: Mapping[int, Ref], lowered: Lowered) -> None:
+    """Layers that stay in torch know of no masks: they read the product."""
+    for item in lowered.items:
+        if isinstance(item, Call) and _reads_weight(item):
+            item.args = (item.args[0], products.get(item.args[1].number, item.args[1]), *item.args[2:])
 
 
 def _is_mask(tensor: Tensor) -> bool:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 pytestmark = pytest.mark.filterwarnings("ignore:lipfast")  # of operators that run in torch
 
@@ -152,3 +153,25 @@ def test_graphs_that_take_derivatives_inside_run_in_torch(function):
 def test_modes_are_refused():
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="lipfast has no mode 'max-autotune'"):
         torch.compile(nn.Conv2d(8, 8, 3), backend="lipfast", mode="max-autotune")(picture())
+
+
+@pytest.mark.parametrize("kind", ["depthwise", "linear", "large kernel"])
+def test_pruned_layers_that_stay_in_torch_keep_their_masks(kind):
+    first = {
+        "depthwise": lambda: nn.Conv2d(8, 8, 3, groups=8),
+        "linear": lambda: nn.Linear(10, 6),
+        "large kernel": lambda: nn.Conv2d(8, 8, 9, padding=4),
+    }[kind]()
+    model = nn.Sequential(first, nn.Conv2d(8, 4, 1))
+    for layer in model:
+        prune.random_unstructured(layer, "weight", 0.5)
+    fast = torch.compile(model, backend="lipfast")
+    x = picture()
+    for _ in range(2):
+        expected, got = model(x), fast(x)
+        assert torch.allclose(got, expected, atol=1e-5)
+        parameters = [first.weight_orig, model[1].weight_orig]
+        wanted, found = (torch.autograd.grad(y.square().sum(), parameters) for y in (expected, got))
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(found, wanted, strict=True))
+        with torch.no_grad():
+            first.weight_mask.copy_(1 - first.weight_mask)  # changes sides
