@@ -6,6 +6,7 @@ import weakref
 
 # Whoever holds a lock may wait for one of a later rank, so a fork takes them in that order.
 _ranks: list["weakref.WeakSet[threading.RLock]"] = [weakref.WeakSet(), weakref.WeakSet(), weakref.WeakSet()]
+_forking = threading.RLock()  # one fork at a time: two would take the others in two orders
 _held: list["threading.RLock"] = []
 
 
@@ -17,15 +18,16 @@ def lock(rank: int = 0) -> "threading.RLock":
 
 
 def _before_fork() -> None:
-    for known in _ranks:
-        for one in list(known):
-            one.acquire()
-            _held.append(one)
+    _forking.acquire()
+    _held.extend(one for known in _ranks for one in list(known))
+    for one in _held:
+        one.acquire()
 
 
 def _after_fork() -> None:
     while _held:
         _held.pop().release()
+    _forking.release()
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
