@@ -9,13 +9,10 @@ import contextlib
 import dataclasses
 import functools
 import math
-import pickle
-import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy.random  # numpy would load it when it is first used
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,13 +91,18 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mappi
         leaves: parameters and buffers by name.
 
     Raises:
-        InputError: the code depends on the values of tensors, changes one through a view, or draws numbers of Python's
-            or numpy's.
+        InputError: the code depends on the values of tensors or changes one through a view.
     """
     recorder = _Recorder()
     grad = torch.is_grad_enabled()
-    # Tensors made in inference mode count no writes; leaving it enables gradients.
-    with torch.inference_mode(False), torch.set_grad_enabled(grad), _functions_noted(recorder), _nothing_drawn():
+    # Tensors made in inference mode count no writes; leaving it enables gradients. Random tensors on a device that the
+    # code names are drawn here, too: the numbers are left to the run.
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(grad),
+        _functions_noted(recorder),
+        torch.random.fork_rng([]),
+    ):
         stand_ins = {name: recorder.leaf(name, tensor) for name, tensor in leaves.items()}
         refs = [recorder.input(tensor) for tensor in inputs]
         with recorder, torch.device("meta"):
@@ -279,26 +281,6 @@ def _functions_noted(recorder: _Recorder) -> Iterator[None]:
             yield
         finally:
             torch.autograd.Function.apply = original  # type: ignore[method-assign]
-
-
-def _numpy_state() -> bytes:
-    return pickle.dumps(numpy.random.get_state())  # its arrays have no plain equality
-
-
-@contextlib.contextmanager
-def _nothing_drawn() -> Iterator[None]:
-    """Leave torch's random numbers to the run that needs them; refuse others, which would be drawn now and never again.
-
-    ``torch.randn(..., device=x.device)`` draws from them where it names a real device, also on stand-ins.
-    """
-    python, numpys = random.getstate(), _numpy_state()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    for name, drawn in ("random", random.getstate() != python), ("numpy.random", _numpy_state() != numpys):
-        if drawn:
-            random.setstate(python)
-            numpy.random.set_state(pickle.loads(numpys))
-            raise InputError(f"engine: the module's forward draws from {name}; draw with torch, or outside of it")
 
 
 def call_with(

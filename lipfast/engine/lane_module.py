@@ -94,13 +94,13 @@ class LaneModule(nn.Module):
         for hooks in "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks":
             setattr(self, hooks, getattr(source, hooks))
         self.training = source.training
-        self._hidden = (source,)  # in a tuple, so that it is not a child
         self._masks: dict[str, Tensor] = found
         self._exact = exact
         self._precision = "ieee" if exact else precision
         self._names = [name for name, _ in self.named_parameters()]
         self._warned: set[str] = set()
         self._forget_plans()
+        self._hidden = (source,)  # in a tuple, so that it is not a child; last, as from here on attributes are its own
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's result."""
@@ -180,8 +180,8 @@ class LaneModule(nn.Module):
         return self._hidden[0]
 
     def _forget_plans(self) -> None:
-        self._compiled: OrderedDict[Any, Compiled] = OrderedDict()
-        self._lock = lock()
+        own: dict[str, Any] = {"_compiled": OrderedDict(), "_lock": lock()}
+        self.__dict__.update(own)  # whatever the original calls so is another matter
 
     def _survey(self) -> tuple[dict[str, Tensor], list[list[Any]]]:
         """Parameters, then buffers, by name, and each module with its attributes; what ``named_parameters`` and the
