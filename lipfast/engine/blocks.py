@@ -39,6 +39,12 @@ def _fuse_padding(graph: Graph) -> None:
         if source is None or source.kind != "resample" or not source.attributes.get("pads") or min(source.pads) < 0:
             continue
         if node.pad == (0, 0):
+            # A halo is as wide on all sides, and copies no more pixels than the shorter side has.
+            most = min(graph.shapes[source.inputs[0]][2:]) + {"reflect": -1, "circular": 0}.get(
+                source.padding_mode, 1 << 20
+            )
+            if max(source.pads) > most:
+                continue
             node.attributes |= {"pad": source.pads, "padding_mode": source.padding_mode}
         elif node.padding_mode == source.padding_mode == "zeros":
             node.attributes["pad"] = (node.pad[0] + source.pads[0], node.pad[1] + source.pads[1])

@@ -504,3 +504,12 @@ def test_a_frozen_parametrized_weight_stays_frozen():
     fast = lipfast.accelerate(model)
     assert not fast.weight.requires_grad
     assert fast.bias.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("mode", "kernel", "padding", "size"),
+    [("reflect", (5, 7), (2, 3), (3, 7)), ("circular", (3, 7), (1, 3), (2, 7)), ("reflect", (1, 3), (0, 1), (1, 8))],
+)
+def test_padding_as_wide_as_one_side_alone_allows(mode, kernel, padding, size):
+    model = nn.Conv2d(CHANNELS, CHANNELS, kernel, padding=padding, padding_mode=mode)
+    assert_same_training(model, torch.randn(2, CHANNELS, *size))
