@@ -138,9 +138,9 @@ class LaneModule(nn.Module):
             return getattr(source, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """An attribute of the original changes what its code does."""
+        """All but our own are the original's: its code may read them."""
         own = self.__dict__
-        if name not in own and "_hidden" in own and name in vars(own["_hidden"][0]):
+        if name not in own and "_hidden" in own:
             setattr(own["_hidden"][0], name, value)
         else:
             super().__setattr__(name, value)

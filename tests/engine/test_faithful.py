@@ -437,13 +437,15 @@ def test_what_looks_into_the_code_is_refused():
 
 
 class Scaled(nn.Module):
+    shift = 0.0
+
     def __init__(self) -> None:
         super().__init__()
         self.layer, self.scale, self.note, self.head = conv(), 2.0, "none", None
         prune.random_unstructured(self.layer, "weight", 0.5)
 
     def forward(self, x):
-        return self.layer(x) * self.scale
+        return self.layer(x) * self.scale + self.shift + getattr(self, "more", 0.0)
 
     def get_extra_state(self):
         return self.note
@@ -462,6 +464,8 @@ def test_attributes_are_the_originals_and_methods_are_not():
     fast.scale = 6.0
     assert torch.allclose(fast(x), 3 * once, atol=1e-5)
     assert fast.to_dense().scale == 6.0
+    fast.shift, fast.more = 1.0, 2.0  # of the class, and new
+    assert torch.allclose(fast(x), 3 * once + 3, atol=1e-5)
     with pytest.raises(AttributeError, match=r"'encode'.*to_dense\(\)"):
         fast.encode(x)
 
