@@ -168,9 +168,7 @@ class _Frame:
         wanted = (channels, self.height, self.width)
         if tuple(clean.shape) != wanted:
             raise InputError(f"restore: the clean picture has shape {tuple(clean.shape)}, the restored one {wanted}")
-        tasks.score(
-            self.task.defaults.metric, clean, clean
-        )  # where the metric cannot be taken it says so before the fit
+        tasks.score(self.task.defaults.metric, clean, clean)  # where it cannot be taken it says so before the fit
         return clean
 
     def cut(self, restored: Tensor) -> Tensor:

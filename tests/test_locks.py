@@ -1,8 +1,6 @@
 """A child forked beside a busy thread finds locks open."""
 
 import contextlib
-import os
-import signal
 import threading
 import time
 
@@ -16,16 +14,7 @@ from lipfast.locks import lock
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 
-def exit_code_of_a_child(action) -> int:
-    """0 where ``action`` returns True in a forked child; -14 where it takes longer than 20 s."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(20)
-        os._exit(0 if action() else 1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def test_a_fork_waits_for_what_another_thread_holds():
+def test_a_fork_waits_for_what_another_thread_holds(exit_code_of_a_child):
     first, second = lock(rank=1), lock()
     held, steps = threading.Event(), []
 
@@ -44,7 +33,7 @@ def test_a_fork_waits_for_what_another_thread_holds():
         pass
 
 
-def test_a_child_forked_while_a_module_is_recorded_finds_its_parameters():
+def test_a_child_forked_while_a_module_is_recorded_finds_its_parameters(exit_code_of_a_child):
     recording, failed = threading.Event(), threading.Event()
 
     class Slow(nn.Conv2d):
@@ -73,7 +62,7 @@ def test_a_child_forked_while_a_module_is_recorded_finds_its_parameters():
     assert failed.is_set()
 
 
-def test_threads_may_fork_at_once():
+def test_threads_may_fork_at_once(exit_code_of_a_child):
     locks = [lock() for _ in range(50)]
     codes: list[int] = []
 

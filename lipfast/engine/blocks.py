@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from lipfast.engine.graph import Graph, Node
+from lipfast.ops._padding import widest
 
 GRID = 4
 Block = tuple[int, int]  # rows, columns of pixels
@@ -40,10 +41,8 @@ def _fuse_padding(graph: Graph) -> None:
             continue
         if node.pad == (0, 0):
             # A halo is as wide on all sides, and copies no more pixels than the shorter side has.
-            most = min(graph.shapes[source.inputs[0]][2:]) + {"reflect": -1, "circular": 0}.get(
-                source.padding_mode, 1 << 20
-            )
-            if max(source.pads) > most:
+            shorter = min(graph.shapes[source.inputs[0]][2:])
+            if max(source.pads) > widest(shorter, source.padding_mode):
                 continue
             node.attributes |= {"pad": source.pads, "padding_mode": source.padding_mode}
         elif node.padding_mode == source.padding_mode == "zeros":

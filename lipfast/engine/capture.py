@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from lipfast.errors import InputError
 from lipfast.locks import lock
+from lipfast.ops._padding import MODES, widest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -445,9 +446,10 @@ def _resized(
 def _padded(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor | None:
     if input.dim() != 4 or len(pad) != 4 or min(pad) < 0:
         return None
-    widest = {"constant": math.inf, "replicate": math.inf, "reflect": -1, "circular": 0}.get(mode, -math.inf)
     rows, columns = input.shape[2:]
-    if max(pad[:2]) > columns + widest or max(pad[2:]) > rows + widest or min(input.shape) < 1:
+    if mode not in MODES.values() or min(input.shape) < 1:
+        return None
+    if max(pad[:2]) > widest(columns, mode) or max(pad[2:]) > widest(rows, mode):
         return None
     return input.new_empty(*input.shape[:2], rows + pad[2] + pad[3], columns + pad[0] + pad[1])
 

@@ -14,7 +14,7 @@ where they changed.
 import collections
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -153,7 +153,8 @@ class _CompiledGraph:
         masks, sources, products = _masks_in_graph(recording, tensors)
         zeros = {} if training else _zeros(recording, tensors)
         lowered = lower(recording, {**zeros, **masks})
-        _give_back(products, lowered)
+        # Layers that stay in torch know of no masks: they read the product.
+        _exchange_weights((item for item in lowered.items if isinstance(item, Call)), products)
         masks = _read_in_lanes(lowered, {**zeros, **masks})
         sources = {name: source for name, source in sources.items() if name in masks}
         for refused in lowered.refused:
@@ -212,19 +213,16 @@ def _masks_in_graph(
         products[product.number] = Ref(count, product.shape, product.dtype), product
         recording.leaves[count] = weight
         count += 1
-    for call in recording.calls:
-        if _reads_weight(call):
-            parameter, _ = products.get(call.args[1].number, (call.args[1], None))
-            call.args = (call.args[0], parameter, *call.args[2:])
+    _exchange_weights(recording.calls, {number: parameter for number, (parameter, _) in products.items()})
     masks = {weight: tensors[mask] != 0 for weight, mask in sources.items()}
-    return masks, sources, {ref.number: product for ref, product in products.values()}
+    return masks, sources, {parameter.number: product for parameter, product in products.values()}
 
 
-def _give_back(products: Mapping[int, Ref], lowered: Lowered) -> None:
-    """Layers that stay in torch know of no masks: they read the product."""
-    for item in lowered.items:
-        if isinstance(item, Call) and _reads_weight(item):
-            item.args = (item.args[0], products.get(item.args[1].number, item.args[1]), *item.args[2:])
+def _exchange_weights(calls: Iterable[Call], others: Mapping[int, Ref]) -> None:
+    """Let layers read other tensors as their weights; ``others``: number of the weight -> what takes its place."""
+    for call in calls:
+        if _reads_weight(call):
+            call.args = (call.args[0], others.get(call.args[1].number, call.args[1]), *call.args[2:])
 
 
 def _is_mask(tensor: Tensor) -> bool:

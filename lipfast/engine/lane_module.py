@@ -201,9 +201,9 @@ class LaneModule(nn.Module):
         )
         with self._lock:  # while another thread records, parameters are exchanged for stand-ins
             tensors, states = self._survey()
-            types = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors.values())
+            forms = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors.values())
             modes = (torch.is_grad_enabled(), *(state[0].training for state in states))
-            key = (shapes, str(structure), modes, types)
+            key = (shapes, str(structure), modes, forms)
             try:
                 known = self._compiled.get(key)
             except TypeError as failure:

@@ -32,9 +32,8 @@ def check_padding(op: str, size: Sequence[int], padding: Sequence[int], padding_
     """A map of ``size`` (rows, columns) has the pixels that its padding copies."""
     if padding_mode not in _padding.MODES:
         raise InputError(f"{op}: padding_mode {padding_mode!r} is unknown; use {', '.join(_padding.MODES)}")
-    limit = {"reflect": -1, "circular": 0}.get(padding_mode)
     for side, pad in zip(size, padding, strict=True):
-        if limit is not None and pad > side + limit:
+        if pad > _padding.widest(side, padding_mode):
             raise InputError(f"{op}: {padding_mode} padding of {pad} is too large for a side of {side} pixels")
 
 

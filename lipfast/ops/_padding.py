@@ -1,11 +1,18 @@
 """Padding of maps and its adjoint, for backends whose kernels read an already padded map."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from lipfast.ops import _dispatch
 
 MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+
+def widest(side: int, mode: str) -> float:
+    """How many pixels a padding mode of `MODES` can put beside a side: those it copies must be there."""
+    return {"reflect": side - 1, "circular": side}.get(mode, math.inf)
 
 
 def pad(x: Tensor, padding: tuple[int, int], mode: str) -> Tensor:

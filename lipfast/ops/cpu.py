@@ -169,18 +169,6 @@ def _plan(positions: Tensor, shape: torch.Size, x_shape: torch.Size, form: ConvF
     return plan
 
 
-def _form(
-    shape: torch.Size,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    padding_mode: str,
-    dilation: int,
-    groups: int,
-) -> ConvForm:
-    kernel = (shape[2], shape[3])
-    return ConvForm(shape[0], shape[1] * groups, kernel, stride[0], padding, padding_mode, dilation, groups)
-
-
 def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
@@ -198,7 +186,7 @@ def sparse_conv2d_forward(
     groups: int = 1,
 ) -> Tensor:
     """See ``lipfast.ops.reference.sparse_conv2d_forward``."""
-    plan = _plan(positions, shape, x.shape, _form(shape, stride, padding, padding_mode, dilation, groups))
+    plan = _plan(positions, shape, x.shape, ConvForm.of(shape, stride, padding, padding_mode, dilation, groups))
     with plan.lock:
         y = plan.map("y")
         plan.conv.forward(values, None if bias is None else bias.contiguous(), plan.load("x", x), y)
@@ -218,7 +206,7 @@ def sparse_conv2d_input_gradient(
     groups: int = 1,
 ) -> Tensor:
     """See ``lipfast.ops.reference.sparse_conv2d_input_gradient``."""
-    plan = _plan(positions, shape, input_size, _form(shape, stride, padding, padding_mode, dilation, groups))
+    plan = _plan(positions, shape, input_size, ConvForm.of(shape, stride, padding, padding_mode, dilation, groups))
     with plan.lock:
         dx = plan.map("dx")
         plan.conv.input_gradient(values, plan.load("dy", dy), dx)
@@ -237,7 +225,7 @@ def sparse_conv2d_weight_gradient(
     groups: int = 1,
 ) -> Tensor:
     """See ``lipfast.ops.reference.sparse_conv2d_weight_gradient``."""
-    plan = _plan(positions, shape, x.shape, _form(shape, stride, padding, padding_mode, dilation, groups))
+    plan = _plan(positions, shape, x.shape, ConvForm.of(shape, stride, padding, padding_mode, dilation, groups))
     gradient = _empty(positions.shape)
     with plan.lock:
         plan.conv.weight_gradient(plan.load("x", x), plan.load("dy", dy), gradient, None)

@@ -1,7 +1,6 @@
 """One convolution on maps that stay in the lane layout."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +36,20 @@ class ConvForm:
     dilation: int = 1
     groups: int = 1
 
+    @classmethod
+    def of(
+        cls,
+        shape: torch.Size,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        padding_mode: str,
+        dilation: int,
+        groups: int,
+    ) -> "ConvForm":
+        """Of a weight of that shape; the stride is that of the rows."""
+        kernel = (shape[2], shape[3])
+        return cls(shape[0], shape[1] * groups, kernel, stride[0], padding, padding_mode, dilation, groups)
+
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """Pixels of the output for an input of ``height`` x ``width``."""
         rows, columns = (
@@ -56,21 +69,19 @@ _MOST_OF_A_PICTURE = 16
 _FEW_FLOATS = 4096
 
 
-def fits_lanes(size: Sequence[int], kernel: Sequence[int], stride: int, padding: Sequence[int], dilation: int) -> bool:
-    """Whether a channel of a map of ``size`` takes a reasonable amount of memory as input of a layer."""
-    floats = _lane_floats(size, kernel, stride, padding, dilation)
-    return floats <= max(_FEW_FLOATS, _MOST_OF_A_PICTURE * size[0] * size[1])
+def fits_lanes(form: ConvForm, height: int, width: int) -> bool:
+    """Whether a channel of ``height`` x ``width`` pixels takes a reasonable amount of memory as input of a layer."""
+    return _lane_floats(form, height, width) <= max(_FEW_FLOATS, _MOST_OF_A_PICTURE * height * width)
 
 
-def _lane_floats(size: Sequence[int], kernel: Sequence[int], stride: int, padding: Sequence[int], dilation: int) -> int:
+def _lane_floats(form: ConvForm, height: int, width: int) -> int:
     """Floats of a channel. A block is no smaller than the stride, and as much as taps reach beyond lies around each."""
-    reach = [dilation * (taps - 1) for taps in kernel]
-    halo = max(0, *padding, *(r - pad - stride + 1 for r, pad in zip(reach, padding, strict=True)))
-    floats = LANES
-    for side, pad, beyond in zip(size, padding, reach, strict=True):
-        out_side = (side + 2 * pad - beyond - 1) // stride + 1
-        floats *= stride * _block(side, out_side, stride) + 2 * halo
-    return floats
+    stride = form.stride
+    behind = [form.dilation * (k - 1) - pad - stride + 1 for k, pad in zip(form.kernel, form.padding, strict=True)]
+    halo = max(0, *form.padding, *behind)
+    sides = zip((height, width), form.out_size(height, width), strict=True)
+    rows, columns = (stride * _block(side, out_side, stride) + 2 * halo for side, out_side in sides)
+    return LANES * rows * columns
 
 
 class LaneConv:
@@ -112,7 +123,7 @@ class LaneConv:
         self.out_height, self.out_width = form.out_size(height, width)
         if min(batch, self.out_height, self.out_width) < 1:
             raise InputError(f"conv: {batch} pictures of {height} x {width} pixels leave no output with {form}")
-        floats = form.in_channels * _lane_floats((height, width), form.kernel, form.stride, form.padding, form.dilation)
+        floats = form.in_channels * _lane_floats(form, height, width)
         if floats >= 1 << 31:
             raise InputError(f"conv: a picture of {height} x {width} pixels takes {floats} floats in lanes with {form}")
         self.out_block = (

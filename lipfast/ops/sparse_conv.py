@@ -11,7 +11,7 @@ from lipfast.errors import InputError
 from lipfast.ops import _dispatch, _padding
 from lipfast.ops._autograd import refuse_double_backward, refuse_tangents, register_gradient
 from lipfast.ops._checks import check_window, pair, whole_number
-from lipfast.ops.lane_conv import fits_lanes
+from lipfast.ops.lane_conv import ConvForm, fits_lanes
 
 
 @dataclass(frozen=True)
@@ -106,20 +106,19 @@ def sparse_conv2d(
     refuse_tangents("sparse_conv2d", x, weight.values, bias)
     if padding_mode != "zeros" and padding[0] != padding[1]:
         x, padding, padding_mode = _padding.pad(x, padding, padding_mode), (0, 0), "zeros"
-    if backend is None and not _has_kernel(x, weight, stride, padding, dilation):
+    layer = ConvForm.of(weight.shape, stride, padding, padding_mode, dilation, groups)
+    if backend is None and (stride[0] != stride[1] or not _has_kernel(x, layer)):
         backend = "reference"
     form = (list(weight.shape), list(stride), list(padding), padding_mode, dilation, groups)
     y: Tensor = _conv(x, weight.values, weight.positions, bias, *form, backend)
     return y
 
 
-def _has_kernel(
-    x: Tensor, weight: SparseWeight, stride: tuple[int, int], padding: tuple[int, int], dilation: int
-) -> bool:
+def _has_kernel(x: Tensor, layer: ConvForm) -> bool:
     """Whether there is a kernel for a layer that is worth its while."""
-    if x.dtype != torch.float32 or stride[0] != stride[1] or 0 in x.shape:
+    if x.dtype != torch.float32 or 0 in x.shape:
         return False
-    return x.device.type != "cpu" or fits_lanes(x.shape[2:], weight.shape[2:], stride[0], padding, dilation)
+    return x.device.type != "cpu" or fits_lanes(layer, x.shape[2], x.shape[3])
 
 
 def _check_weight(x: Tensor, weight: SparseWeight, bias: Tensor | None, groups: int) -> None:

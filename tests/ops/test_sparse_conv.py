@@ -1,7 +1,5 @@
 """Sparse convolution: every instruction set and kernel against torch in float64."""
 
-import os
-import signal
 import threading
 from types import SimpleNamespace
 
@@ -207,18 +205,19 @@ def test_winograd_with_a_stride_reads_no_more_than_it_needs(isa):
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_child_computes_the_same():
+def test_a_forked_child_computes_the_same(exit_code_of_a_child):
     conv_form = form(20, 18, 3)
     x, weight, mask, bias = draw(conv_form, (33, 40), 1, 0.1)
     dy = torch.randn(1, 20, 33, 40)
     (want, *_) = on_lanes(x, weight, mask, bias, conv_form, dy, "sparse")[1]
     conv = LaneConv(conv_form, mask, 1, 33, 40, kernel="sparse")
     xs, ys = LaneMap.from_tensor(x, conv.in_halo, block=conv.in_block), conv.output_map(halo=1)
-    child = os.fork()
-    if child == 0:  # the pool's threads stayed with the parent; torch's own are not asked
+
+    def same() -> bool:  # the pool's threads stayed with the parent; torch's own are not asked
         conv.forward(weight[mask], bias, xs, ys)
-        os._exit(0 if torch.equal(ys.to_tensor(), want) else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        return torch.equal(ys.to_tensor(), want)
+
+    assert exit_code_of_a_child(same) == 0
 
 
 @pytest.mark.parametrize("density", [0.1, 1.0])
@@ -474,7 +473,7 @@ def test_another_default_dtype(request):
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_child_forked_beside_a_thread_computes_the_same():
+def test_a_child_forked_beside_a_thread_computes_the_same(exit_code_of_a_child):
     x, weight = torch.randn(1, 4, 300, 300), packed()
     expected = sparse_conv2d(x, weight)
     stop = threading.Event()
@@ -485,14 +484,11 @@ def test_a_child_forked_beside_a_thread_computes_the_same():
 
     thread = threading.Thread(target=run)
     thread.start()
-    codes = []
-    for _ in range(5):
-        child = os.fork()
-        if child == 0:
-            signal.alarm(20)
-            # numpy compares: torch's own threads stayed with the parent.
-            os._exit(0 if np.array_equal(sparse_conv2d(x, weight).numpy(), expected.numpy()) else 1)
-        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    def same() -> bool:  # numpy compares: torch's own threads stayed with the parent
+        return np.array_equal(sparse_conv2d(x, weight).numpy(), expected.numpy())
+
+    codes = [exit_code_of_a_child(same) for _ in range(5)]
     stop.set()
     thread.join()
     assert codes == [0] * 5
