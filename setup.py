@@ -30,9 +30,14 @@ TARGETS: dict[str, tuple[int, list[str]]] = {"plain": (0, [])}
 if platform.machine() in ("x86_64", "AMD64"):
     TARGETS["avx2"] = (1, ["-mavx2", "-mfma"])
     # The prefer-vector-width flag is about the compiler's own loops; 512-bit intrinsics are used either way.
+    # GCC 12 turns `b ? x + y : x` of vectors in a loop into a masked addition and takes the bool for the mask of all
+    # lanes, so that lane 0 alone is added.
     TARGETS["avx512"] = (
         2,
-        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+        [
+            *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+            *("-mprefer-vector-width=512", "-fno-tree-loop-if-convert"),
+        ],
     )
 ONCE = {
     "isa.cc",
