@@ -1,5 +1,7 @@
 #include "cpu/isa.h"
 
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -47,6 +49,16 @@ Isa ActiveIsa() {
     active.store(isa, std::memory_order_release);
   }
   return static_cast<Isa>(isa);
+}
+
+int64_t FirstLevelBytes() {
+  constexpr int64_t kUsual = 32 << 10;
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const int64_t told = IsaAvailable(Isa::kAvx512) ? sysconf(_SC_LEVEL1_DCACHE_SIZE) : 0;
+  return told > 0 ? told : kUsual;
+#else
+  return kUsual;
+#endif
 }
 
 void SetIsa(Isa isa) {

@@ -5,6 +5,8 @@
 //   const ConvKernels& k = Kernels<ConvKernels>();
 #pragma once
 
+#include <cstdint>
+
 namespace lipfast {
 
 enum class Isa { kPlain = 0, kAvx2 = 1, kAvx512 = 2 };
@@ -21,6 +23,11 @@ Isa ActiveIsa();
 
 // Changes it, for tests that loop over all. Not while a kernel runs.
 void SetIsa(Isa isa);
+
+// Bytes of a core's first data cache, of which blocks of work are cut, and so the order of sums. The system is
+// asked where there is AVX-512; elsewhere a CPU may have cores of two kinds, and the answer would depend on which
+// of them is asked: 32 KB.
+int64_t FirstLevelBytes();
 
 // Each family specialises this in its .cc, once per target built.
 template <class Table>

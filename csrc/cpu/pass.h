@@ -203,7 +203,7 @@ class Pass {
   // keep the tile of a range in the first cache level.
   int64_t Blocks(int64_t channels, int64_t tile_rows, double taps_per_output) const {
     const double bytes = static_cast<double>(TileVectors(tile_rows) * kVector * sizeof(float) * channels);
-    const double level = static_cast<double>(Kernels<TapKernels>().first_level);
+    const double level = static_cast<double>(FirstLevelBytes());
     int64_t best = 1;
     double least = 0;
     for (int64_t blocks = 1; blocks <= channels; ++blocks) {

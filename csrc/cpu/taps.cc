@@ -18,7 +18,6 @@ constexpr int kTileVectors = kRegisters >= 32 ? 16 : kRegisters >= 8 ? 7 : 3;
 // A tile of weight gradients leaves room for two chains of products.
 constexpr int kDotTileVectors = kParts == 2 ? 6 : kTileVectors;
 constexpr int kTileRows = 2, kTileCols = 8;  // at most, where they fit
-constexpr int64_t kFirstLevel = (LIPFAST_TARGET == 2 ? 48 : 32) << 10;
 
 struct TileSize {
   int64_t rows, cols;
@@ -722,10 +721,16 @@ void ChannelSums(const Region* regions, int64_t count, int64_t channels, float* 
 }  // namespace
 
 extern const TapKernels tap_kernels;
-const TapKernels tap_kernels = {SparseAccumulate, SparseDot,    DotChunks,
-                                DenseAccumulate,  DenseDot,     DenseDotChunks,
-                                ChannelSums,      kTileVectors, Least(kTileVectors, kTileCols),
-                                kFirstLevel,      kGroup};
+const TapKernels tap_kernels = {SparseAccumulate,
+                                SparseDot,
+                                DotChunks,
+                                DenseAccumulate,
+                                DenseDot,
+                                DenseDotChunks,
+                                ChannelSums,
+                                kTileVectors,
+                                Least(kTileVectors, kTileCols),
+                                kGroup};
 
 }  // namespace LIPFAST_NS
 }  // namespace lipfast

@@ -84,7 +84,6 @@ struct TapKernels {
   void (*channel_sums)(const Region* regions, int64_t count, int64_t channels, float* sums, int threads);
   int64_t tile_vectors;  // output vectors that the sparse kernels hold in registers, at most
   int64_t tile_cols;     // and how many of them side by side
-  int64_t first_level;   // bytes of the first cache level of the machines that run this target
   int64_t dense_group;   // output channels that dense weights are interleaved by
 };
 

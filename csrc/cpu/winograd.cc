@@ -2,6 +2,7 @@
 
 #include "cpu/activation.h"
 #include "cpu/halo.h"
+#include "cpu/isa.h"
 #include "cpu/pool.h"
 #include "cpu/transpose.h"
 #include "cpu/vec.h"
@@ -16,9 +17,9 @@ namespace {
 // The register block of the matrix products: kRows scalars times kCols vectors.
 constexpr int kCols = kRegisters >= 32 ? 4 : 1;
 constexpr int kRows = kRegisters >= 8 ? 6 : 3;
-constexpr int64_t kDepth = 160;               // longest inner product at once: kDepth x kCols vectors stay in L1
-constexpr int64_t kOutChannels = 22 * kRows;  // output channels multiplied before their inverse transform
-constexpr int64_t kSkew = 5 * kLanes;         // floats between frequencies, so that they fall into different cache sets
+constexpr int64_t kSkew = 5 * kLanes;  // floats between frequencies, so that they fall into different cache sets
+// Output channels multiplied before their inverse transform.
+constexpr int64_t kOutChannels = (kRegisters >= 32 ? 11 : 22) * kRows;
 
 int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -34,6 +35,9 @@ void ForEachItem(int threads, int64_t items, const Body& body) {
     for (int64_t item; (item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < items;) body(slot, item);
   });
 }
+
+// Longest inner product at once: its kCols vectors stay in L1, with room for what else passes by.
+int64_t Depth() { return AtMost(160, FirstLevelBytes() * 3 / 4 / (kCols * kLanes * sizeof(float))); }
 
 // ---- tiles -------------------------------------------------------------------
 
@@ -295,15 +299,15 @@ class Forward {
   // Output channels first .. first + count - 1 of a block; m [frequency][channel][column].
   void OutputChannels(int64_t block, int64_t first, int64_t count, const float* u, const float* bias, const float* v,
                       float* m) const {
-    const int64_t tiles = TilesIn(block), in = x_.channels;
+    const int64_t tiles = TilesIn(block), in = x_.channels, depth = Depth();
     for (int f = 0; f < kFrequencies; ++f) {
       const float* rows = u + f * WinogradWeightStep(y_.channels, in) + first * in;
       const int64_t columns = tiles * Form::Instances(f), m_stride = tiles_ * Form::Instances(f) * kLanes;
-      for (int64_t k = 0; k < in; k += kDepth) {
+      for (int64_t k = 0; k < in; k += depth) {
         for (int64_t t = 0; t < columns; t += kCols) {
           const int cols = static_cast<int>(AtMost(kCols, columns - t));
           MultiplyPanel(rows + k, in, count, v + v_start_[f] + (t * (in + 1) + k * cols) * kLanes, cols,
-                        m + m_start_[f] + t * kLanes, m_stride, AtMost(kDepth, in - k), k > 0);
+                        m + m_start_[f] + t * kLanes, m_stride, AtMost(depth, in - k), k > 0);
         }
       }
     }
@@ -422,7 +426,7 @@ class WeightGradient {
     const int64_t first = part * part_channels_, count = AtMost(part_channels_, dy_.channels - first);
     float* a = scratch;              // dM [frequency][out][value of a tile][lane]
     float* b = scratch + AFloats();  // V^T [frequency][panel][value of a tile][lane][in of the panel]
-    const int64_t begin = blocks_ * split / splits_, end = blocks_ * (split + 1) / splits_;
+    const int64_t begin = blocks_ * split / splits_, end = blocks_ * (split + 1) / splits_, depth = Depth();
     for (int64_t block = begin; block < end; ++block) {
       const int64_t tiles = AtMost(kTiles, grid_.count - block * kTiles);
       TilePosition at[kTiles];
@@ -431,14 +435,14 @@ class WeightGradient {
       TransformInput<kGroup>(at, tiles, b);
       for (int f = 0; f < kFrequencies; ++f) {
         if (Form::GroupOf(f) != kGroup) continue;
-        const int64_t values = Form::Instances(f), depth = tiles * values * kLanes;
+        const int64_t values = Form::Instances(f), length = tiles * values * kLanes;
         float* sum = sums + f * sum_step_ + first * in_;
         for (int64_t c = 0; c < in_; c += kCols * kLanes) {
           const int cols = static_cast<int>(AtMost(kCols, (in_ - c) / kLanes));
-          for (int64_t k = 0; k < depth; k += kDepth) {
+          for (int64_t k = 0; k < length; k += depth) {
             MultiplyPanel(a + a_start_[f] + k, kTiles * values * kLanes, count,
-                          b + b_start_[f] + c * depth + k * cols * kLanes, cols, sum + c, in_,
-                          AtMost(kDepth, depth - k), block > begin || k > 0);
+                          b + b_start_[f] + c * length + k * cols * kLanes, cols, sum + c, in_,
+                          AtMost(depth, length - k), block > begin || k > 0);
           }
         }
       }
