@@ -457,7 +457,7 @@ void SparseDot(const Region* regions, int64_t count, const TapList& taps, float*
 
 constexpr int kGroup = kParts == 2 ? 6 : 4;                   // output channels that share a load of the input
 constexpr int kDenseCols = kRegisters >= 32 ? 6 : 1;          // kGroup * kDenseCols sums in registers
-constexpr int64_t kDenseBlock = kRegisters >= 32 ? 72 : 144;  // taps between two visits of a sum to memory
+constexpr int64_t kDenseBlock = kRegisters >= 32 ? 64 : 144;  // taps between two visits of a sum to memory
 constexpr int kDotGroup = 4;                        // output channels that share a load in the weight gradient
 constexpr int kDotTaps = kRegisters >= 32 ? 6 : 3;  // kDotGroup * kDotTaps sums in registers
 

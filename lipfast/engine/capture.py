@@ -96,14 +96,8 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mappi
     """
     recorder = _Recorder()
     grad = torch.is_grad_enabled()
-    # Tensors made in inference mode count no writes; leaving it enables gradients. Random tensors on a device that the
-    # code names are drawn here, too: the numbers are left to the run.
-    with (
-        torch.inference_mode(False),
-        torch.set_grad_enabled(grad),
-        _functions_noted(recorder),
-        torch.random.fork_rng([]),
-    ):
+    # Tensors made in inference mode count no writes; leaving it enables gradients.
+    with torch.inference_mode(False), torch.set_grad_enabled(grad), _functions_noted(recorder):
         stand_ins = {name: recorder.leaf(name, tensor) for name, tensor in leaves.items()}
         refs = [recorder.input(tensor) for tensor in inputs]
         with recorder, torch.device("meta"):
@@ -200,7 +194,7 @@ class _Recorder(TorchFunctionMode):
         copies = [new for new, old in zip(pytree.tree_leaves((args, kwargs)), given, strict=True) if new is not old]
         versions = {id(leaf): leaf._version for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = _stand_in(func, args, kwargs)
-        result = func(*args, **kwargs) if result is None else result
+        result = _undrawn(func, args, kwargs) if result is None else result
         if any(isinstance(copy, Tensor) and copy._version > 0 for copy in copies):
             raise InputError("engine: the module writes into a tensor that it made on a device that it named")
         written = [t for t in self._alive if id(t) in versions and t._version != versions[id(t)]]
@@ -227,7 +221,9 @@ class _Recorder(TorchFunctionMode):
             raise InputError(f"engine: the module's forward uses {name}, which cannot be recorded")
         counted = {name for name, _ in self.counted}
         if counted and any(self.leaves.get(ref.number) in counted for ref in refs_in(noted)):
-            raise InputError("engine: the module reads a counter that it changed while it runs")
+            raise InputError(
+                "engine: the module reads a counter that it changed while it runs, as BatchNorm with momentum=None does"
+            )
 
     def _written(self, value: Any) -> Any:
         return self._new(value) if isinstance(value, Tensor) else value
@@ -331,6 +327,20 @@ def _restore(module: nn.Module, state: Mapping[str, Any]) -> None:
     for name, value in state.items():
         held = next((held for held in (module._parameters, module._buffers) if name in held), vars(module))
         held[name] = value
+
+
+def _undrawn(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The function's result. What it draws on a device or from a generator that the code names is left to the run."""
+    given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Generator)]
+    generators = [torch.default_generator, *given]
+    states = [generator.get_state() for generator in generators]
+    result = func(*args, **kwargs)
+    real = any(isinstance(leaf, Tensor) and leaf.device.type != "meta" for leaf in pytree.tree_leaves(result))
+    if real or given:
+        for generator, state in zip(generators, states, strict=True):
+            if not torch.equal(generator.get_state(), state):
+                generator.set_state(state)
+    return result
 
 
 def _stand_in(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

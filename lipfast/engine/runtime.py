@@ -99,7 +99,7 @@ def _forms(graph: Graph, values: Sequence[int], tensors: Sequence[Ref]) -> list[
 
 
 def _as_maps(tensors: Sequence[Tensor], forms: Sequence[_Form]) -> list[Tensor]:
-    return [form.as_map(tensor) for tensor, form in zip(tensors, forms, strict=True)]
+    return [form.as_map(tensor.resolve_neg()) for tensor, form in zip(tensors, forms, strict=True)]
 
 
 class Arrays:

@@ -401,6 +401,38 @@ def test_recording_draws_no_random_numbers_of_torch():
     assert torch.allclose(*results, atol=1e-5)
 
 
+def test_recording_draws_nothing_from_generators_of_the_code():
+    generator = torch.Generator()
+    model = Written(lambda self, x: self.layer(x) + torch.randn(6, generator=generator, device="cpu"), layer=conv())
+    fast, x = lipfast.accelerate(model), picture()
+    results = []
+    for module in model, fast:
+        generator.manual_seed(3)
+        results.append(module(x))
+    assert torch.allclose(*results, atol=1e-5)
+
+
+def test_recording_leaves_what_other_threads_draw():
+    drawn = []
+
+    def forward(self, x):
+        thread = threading.Thread(target=lambda: drawn.append(torch.rand(4)))
+        thread.start()
+        thread.join()
+        return self.layer(x)
+
+    lipfast.accelerate(Written(forward, layer=conv()))(picture())
+    assert not torch.equal(drawn[0], torch.rand(4))
+
+
+def test_a_picture_whose_negative_bit_is_set():
+    z = torch.randn(2, CHANNELS, 9, 7, dtype=torch.complex64)
+    x = z.conj().imag
+    assert x.is_neg()
+    model = conv()
+    assert torch.allclose(lipfast.accelerate(model)(x), model(x), atol=1e-5)
+
+
 def test_statistics_that_the_module_computes():
     def forward(self, x):
         return self.last(F.batch_norm(self.layer(x), self.mean * 2, self.variance.exp()))
