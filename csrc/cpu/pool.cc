@@ -152,26 +152,21 @@ class Pool {
   std::condition_variable wake_;
 };
 
-// Never destroyed: workers may outlive static destructors. A forked child has
-// none of the parent's threads, so it gets a new pool and leaves the old one.
-Pool* pool = nullptr;
-
-Pool& ThePool() {
-  static std::once_flag once;
-  std::call_once(once, [] {
+// Never destroyed: workers may outlive static destructors. Made when the library is loaded, before a thread of ours
+// runs: a fork while another thread makes it would leave it half made. A forked child has none of the parent's
+// threads, so it gets a new pool and leaves the old one.
+Pool* pool = [] {
+  pthread_atfork(nullptr, nullptr, [] {
     pool = new Pool;
-    pthread_atfork(nullptr, nullptr, [] {
-      pool = new Pool;
-      inside_chunk = false;
-    });
+    inside_chunk = false;
   });
-  return *pool;
-}
+  return new Pool;
+}();
 
 }  // namespace
 
 void RunChunks(int threads, int64_t chunks, ChunkFunction body, void* context) {
-  ThePool().Run(threads, chunks, body, context);
+  pool->Run(threads, chunks, body, context);
 }
 
 }  // namespace lipfast
