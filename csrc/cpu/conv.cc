@@ -224,8 +224,7 @@ Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* 
   m.tile = WinogradTile(geometry.out_block_h, geometry.out_block_w, shape.stride);
   m.BuildForward(&m.forward_pass, placed, m.forward != ConvKernel::kWinograd, m.forward == ConvKernel::kDense);
   m.weight_pass.two_rows = kTwoRowsOfGradient;
-  // Two sparse passes differ only where tiles may have one full row or two.
-  const bool alike = m.forward == ConvKernel::kDense || !Pass::FullRowsFit();
+  const bool alike = m.forward == ConvKernel::kDense || m.forward_pass.SameTiles(kTwoRowsOfGradient);
   m.shares_taps = m.forward == m.weight_gradient && m.forward != ConvKernel::kWinograd && alike;
   const bool dense = m.weight_gradient == ConvKernel::kDense;
   m.BuildForward(&m.weight_pass, placed, m.weight_gradient != ConvKernel::kWinograd && !m.shares_taps, dense);

@@ -103,8 +103,8 @@ class Pass {
   const int32_t* indices() const { return index_.data(); }  // unless in order
   bool complete() const { return complete_; }               // no index is -1
   bool in_order() const { return in_order_; }               // the packed values are those of the taps, output by output
-  // Whether two rows of full width fit a tile, so that `two_rows` decides.
-  static bool FullRowsFit() { return Kernels<TapKernels>().tile_vectors >= 2 * Kernels<TapKernels>().tile_cols; }
+  // Whether tiles, and so the list of taps, would be the same with another `two_rows`.
+  bool SameTiles(double other) const { return TileRows(two_rows) == TileRows(other); }
   int64_t outputs() const { return outputs_; }
   int64_t taps() const { return static_cast<int64_t>(sources_.size()); }
   bool empty() const { return rows <= 0 || cols <= 0; }
@@ -201,14 +201,14 @@ class Pass {
 
   // Ranges to cut the input channels into: few send few partial sums to memory, many
   // keep the tile of a range in the first cache level.
-  int64_t Blocks(int64_t channels, int64_t tile_rows, double taps_per_output) const {
+  int64_t Blocks(int64_t channels, int64_t tile_rows) const {
     const double bytes = static_cast<double>(TileVectors(tile_rows) * kVector * sizeof(float) * channels);
     const double level = static_cast<double>(FirstLevelBytes());
     int64_t best = 1;
     double least = 0;
     for (int64_t blocks = 1; blocks <= channels; ++blocks) {
       const double far = std::clamp((bytes / static_cast<double>(blocks) / level - 0.85) / 3.3, 0.0, 1.0);
-      const double cost = kPartialSum * static_cast<double>(blocks) + kFarOperand * taps_per_output * far;
+      const double cost = kPartialSum * static_cast<double>(blocks) + kFarOperand * TapsPerOutput() * far;
       if (blocks == 1 || cost < least) {
         best = blocks;
         least = cost;
@@ -217,11 +217,17 @@ class Pass {
     return best;
   }
 
-  int64_t TileRows(double taps_per_output) const {
-    if (rows < 2 || 2 * TileCols() > Kernels<TapKernels>().tile_vectors) return 1;
-    if (!FullRowsFit()) return 2;  // one short row would leave half the registers empty
+  double TapsPerOutput() const {
+    return static_cast<double>(taps()) / static_cast<double>(std::max<int64_t>(1, outputs_));
+  }
+
+  // `least`: taps that pay for a second row of full width.
+  int64_t TileRows(double least) const {
+    const TapKernels& kernels = Kernels<TapKernels>();
+    if (rows < 2 || 2 * TileCols() > kernels.tile_vectors) return 1;
+    if (2 * kernels.tile_cols > kernels.tile_vectors) return 2;  // one short row would leave half the registers empty
     const double more = static_cast<double>(TileVectors(2)) / static_cast<double>(TileVectors(1)) - 1;
-    return taps_per_output > two_rows * more ? 2 : 1;
+    return TapsPerOutput() > least * more ? 2 : 1;
   }
 
   std::shared_ptr<const BoundTaps> MakeBound(const LaneMap& in) const {
@@ -234,9 +240,8 @@ class Pass {
       bound->dense = {outputs_, taps(), bound->offsets.data()};
       return bound;
     }
-    const double taps_per_output = static_cast<double>(taps()) / static_cast<double>(std::max<int64_t>(1, outputs_));
-    const int64_t tile_rows = TileRows(taps_per_output);
-    const int64_t per_block = CeilDiv(in.channels, Blocks(in.channels, tile_rows, taps_per_output));
+    const int64_t tile_rows = TileRows(two_rows);
+    const int64_t per_block = CeilDiv(in.channels, Blocks(in.channels, tile_rows));
     const int64_t blocks = CeilDiv(in.channels, per_block);
     OrderByBlock(per_block, blocks, bound.get());
     bound->fresh = Fresh(in, per_block, tile_rows);
