@@ -83,8 +83,11 @@ class Pass {
       sources_.reserve(count);
       index_.reserve(count);
       for (const auto& row : taps) {
+        for (const Tap& tap : row) NotePlace(tap.source);
+      }
+      for (const auto& row : taps) {
         for (const Tap& tap : row) {
-          sources_.push_back(tap.source);
+          sources_.push_back(Encode(tap.source));
           index_.push_back(tap.index);
         }
         ends_.push_back(static_cast<int32_t>(sources_.size()));
@@ -134,25 +137,42 @@ class Pass {
  private:
   // The sources of all outputs together: mostly those of the first.
   void SetDense(const std::vector<std::vector<Tap>>& taps) {
-    std::vector<Source> row, both;
+    std::vector<Source> all, row, both;
     for (const auto& output : taps) {
       row.clear();
       for (const Tap& tap : output) row.push_back(tap.source);
-      if (std::includes(sources_.begin(), sources_.end(), row.begin(), row.end())) continue;
+      if (std::includes(all.begin(), all.end(), row.begin(), row.end())) continue;
       both.clear();
-      std::set_union(sources_.begin(), sources_.end(), row.begin(), row.end(), std::back_inserter(both));
-      sources_.swap(both);
+      std::set_union(all.begin(), all.end(), row.begin(), row.end(), std::back_inserter(both));
+      all.swap(both);
     }
-    index_.assign(outputs_ * sources_.size(), -1);
+    for (const Source& source : all) NotePlace(source);
+    for (const Source& source : all) sources_.push_back(Encode(source));
+    index_.assign(outputs_ * all.size(), -1);
     complete_ = true;
     for (int64_t o = 0; o < outputs_; ++o) {
-      complete_ = complete_ && taps[o].size() == sources_.size();
+      complete_ = complete_ && taps[o].size() == all.size();
       size_t at = 0;
       for (const Tap& tap : taps[o]) {
-        while (sources_[at] < tap.source) ++at;
-        index_[o * sources_.size() + at] = tap.index;
+        while (all[at] < tap.source) ++at;
+        index_[o * all.size() + at] = tap.index;
       }
     }
+  }
+
+  // Sources are kept as channel * number of places + place: half the memory, in the same order.
+  struct Place {
+    int16_t row, col;
+    bool operator<(const Place& b) const { return std::tie(row, col) < std::tie(b.row, b.col); }
+  };
+  void NotePlace(const Source& source) {
+    const Place place = {source.row, source.col};
+    const auto at = std::lower_bound(places_.begin(), places_.end(), place);
+    if (at == places_.end() || place < *at) places_.insert(at, place);
+  }
+  int32_t Encode(const Source& source) const {
+    const auto at = std::lower_bound(places_.begin(), places_.end(), Place{source.row, source.col});
+    return static_cast<int32_t>(source.channel * places_.size() + (at - places_.begin()));
   }
 
   // Rows and columns, relative to a position, between which the taps read.
@@ -161,11 +181,11 @@ class Pass {
   };
   Window Reach() const {
     Window w;
-    for (const Source& s : sources_) {
-      w.low = std::min(w.low, s.row);
-      w.high = std::max(w.high, s.row);
-      w.left = std::min(w.left, s.col);
-      w.right = std::max(w.right, s.col);
+    for (const Place& p : places_) {
+      w.low = std::min(w.low, p.row);
+      w.high = std::max(w.high, p.row);
+      w.left = std::min(w.left, p.col);
+      w.right = std::max(w.right, p.col);
     }
     return w;
   }
@@ -232,9 +252,12 @@ class Pass {
 
   std::shared_ptr<const BoundTaps> MakeBound(const LaneMap& in) const {
     auto bound = std::make_shared<BoundTaps>();
-    for (const Source& s : sources_) {
+    const int32_t places = static_cast<int32_t>(places_.size());
+    bound->offsets.reserve(sources_.size());
+    for (int32_t source : sources_) {
+      const Place& p = places_[source % places];
       bound->offsets.push_back(
-          static_cast<int32_t>(s.channel * in.channel_stride + s.row * in.row_stride + s.col * kVector));
+          static_cast<int32_t>(source / places * in.channel_stride + p.row * in.row_stride + p.col * kVector));
     }
     if (dense) {
       bound->dense = {outputs_, taps(), bound->offsets.data()};
@@ -261,13 +284,14 @@ class Pass {
   void OrderByBlock(int64_t per_block, int64_t blocks, BoundTaps* bound) const {
     std::vector<int32_t> next(outputs_), offsets;  // the first tap of each output that no block has taken
     for (int64_t o = 1; o < outputs_; ++o) next[o] = ends_[o - 1];
-    offsets.reserve(sources_.size());
+    const int64_t places = static_cast<int64_t>(places_.size());
+    offsets.reserve(sources_.size() + 1);
     bound->order.reserve(sources_.size());
     bound->starts.push_back(0);
     for (int64_t block = 1; block <= blocks; ++block) {
       for (int64_t o = 0; o < outputs_; ++o) {
         int32_t& t = next[o];
-        for (; t < ends_[o] && sources_[t].channel < block * per_block; ++t) {
+        for (; t < ends_[o] && sources_[t] < block * per_block * places; ++t) {
           offsets.push_back(bound->offsets[t]);
           bound->order.push_back(Index(t));
         }
@@ -279,7 +303,8 @@ class Pass {
   }
 
   int64_t outputs_ = 0;
-  std::vector<Source> sources_;
+  std::vector<int32_t> sources_;       // encoded
+  std::vector<Place> places_;          // that any tap reads, ascending
   std::vector<int32_t> index_, ends_;  // packed value of each tap, or of each (output, tap) where dense
   bool complete_ = false;              // dense: every output has every tap
   bool in_order_ = false;              // index_ is empty and would count from 0
