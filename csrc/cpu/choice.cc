@@ -82,7 +82,7 @@ ConvKernel ChooseKernel(ConvKernel asked, const ConvShape& shape, const ConvGeom
       (ActiveIsa() == Isa::kAvx512 ? kCostsOfAvx512 : kCostsOfAvx2)[static_cast<int>(direction)];  // plain: as AVX2
   const Work work = WorkOf(shape, geometry, kept, direction);
   const double sparse = SparseCost(costs, work), dense = DenseCost(costs, work);
-  // A list of all weights would take 20 bytes for each in each direction, whatever time it saves on a tiny map.
+  // A list of all weights would take 12 to 16 bytes for each in each direction, whatever time it saves on a tiny map.
   const bool mostly = work.kept == work.filters || dense < sparse;
   if (winograd && WinogradCost(costs, work) < (mostly ? dense : sparse)) return ConvKernel::kWinograd;
   return mostly ? ConvKernel::kDense : ConvKernel::kSparse;

@@ -165,14 +165,17 @@ class Pass {
     int16_t row, col;
     bool operator<(const Place& b) const { return std::tie(row, col) < std::tie(b.row, b.col); }
   };
+  std::vector<Place>::const_iterator FirstFrom(const Place& place) const {
+    return std::lower_bound(places_.begin(), places_.end(), place);
+  }
   void NotePlace(const Source& source) {
     const Place place = {source.row, source.col};
-    const auto at = std::lower_bound(places_.begin(), places_.end(), place);
+    const auto at = FirstFrom(place);
     if (at == places_.end() || place < *at) places_.insert(at, place);
   }
   int32_t Encode(const Source& source) const {
-    const auto at = std::lower_bound(places_.begin(), places_.end(), Place{source.row, source.col});
-    return static_cast<int32_t>(source.channel * places_.size() + (at - places_.begin()));
+    return static_cast<int32_t>(source.channel * places_.size() +
+                                (FirstFrom({source.row, source.col}) - places_.begin()));
   }
 
   // Rows and columns, relative to a position, between which the taps read.
@@ -223,12 +226,12 @@ class Pass {
   // keep the tile of a range in the first cache level.
   int64_t Blocks(int64_t channels, int64_t tile_rows) const {
     const double bytes = static_cast<double>(TileVectors(tile_rows) * kVector * sizeof(float) * channels);
-    const double level = static_cast<double>(FirstLevelBytes());
+    const double level = static_cast<double>(FirstLevelBytes()), taps_per_output = TapsPerOutput();
     int64_t best = 1;
     double least = 0;
     for (int64_t blocks = 1; blocks <= channels; ++blocks) {
       const double far = std::clamp((bytes / static_cast<double>(blocks) / level - 0.85) / 3.3, 0.0, 1.0);
-      const double cost = kPartialSum * static_cast<double>(blocks) + kFarOperand * TapsPerOutput() * far;
+      const double cost = kPartialSum * static_cast<double>(blocks) + kFarOperand * taps_per_output * far;
       if (blocks == 1 || cost < least) {
         best = blocks;
         least = cost;
