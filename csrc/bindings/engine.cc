@@ -15,13 +15,15 @@ namespace {
 constexpr int kVector = kGrid * kGrid;
 
 std::string SizeOf(const LaneMap& m) {
-  return "(" + std::to_string(m.batch) + ", " + std::to_string(m.channels) + ", " + std::to_string(m.height) + ", " +
-         std::to_string(m.width) + ") in blocks of " + std::to_string(m.block_h) + " x " + std::to_string(m.block_w) +
-         " with halo " + std::to_string(m.halo);
+  return "(" + std::to_string(m.pictures()) + ", " + std::to_string(m.channels) + ", " + std::to_string(m.height) +
+         ", " + std::to_string(m.width) + ") in " + std::to_string(m.grid * m.grid) + " blocks of " +
+         std::to_string(m.block_h) + " x " + std::to_string(m.block_w) + " with halo " + std::to_string(m.halo);
 }
 
+bool SameSheets(const LaneMap& a, const LaneMap& b) { return a.batch == b.batch && a.grid == b.grid; }
+
 bool SameSize(const LaneMap& a, const LaneMap& b) {
-  return a.batch == b.batch && a.channels == b.channels && a.height == b.height && a.width == b.width;
+  return SameSheets(a, b) && a.channels == b.channels && a.height == b.height && a.width == b.width;
 }
 
 bool SameBlocks(const LaneMap& a, const LaneMap& b) { return a.block_h == b.block_h && a.block_w == b.block_w; }
@@ -48,15 +50,17 @@ class CheckedProgram {
     program_.Allocate(map_floats, value_count, statistic_count);
   }
 
-  int AddMap(int64_t offset, const std::vector<int64_t>& shape, int64_t block_h, int64_t block_w, int64_t halo,
-             int64_t plane) {
+  int AddMap(int64_t offset, const std::vector<int64_t>& shape, int64_t grid, int64_t block_h, int64_t block_w,
+             int64_t halo, int64_t plane) {
     Check(shape.size() == 4, "map: a shape has 4 sides");
+    const int64_t sheets = Sheets(shape[0], grid);
     for (int64_t side : shape) Check(side >= 1 && side < (int64_t{1} << 31), "map: a side below 1 or above 2^31");
     Check(block_h >= 1 && block_w >= 1 && halo >= 0 && block_h < (1 << 24) && block_w < (1 << 24) && halo < (1 << 16) &&
-              kGrid * block_h >= shape[2] && kGrid * block_w >= shape[3],
+              grid * block_h >= shape[2] && grid * block_w >= shape[3],
           "map: blocks too small for the picture");
     LaneMap m = {};
-    m.batch = shape[0], m.channels = shape[1], m.height = shape[2], m.width = shape[3];
+    m.grid = grid;
+    m.batch = sheets, m.channels = shape[1], m.height = shape[2], m.width = shape[3];
     m.block_h = block_h, m.block_w = block_w, m.halo = halo;
     m.row_stride = (block_w + 2 * halo) * kVector;
     Check(plane >= (block_h + 2 * halo) * (block_w + 2 * halo) && plane < (int64_t{1} << 40),
@@ -77,10 +81,10 @@ class CheckedProgram {
 
   int AddConv(const std::vector<int64_t>& s, const std::vector<int64_t>& g, int padding, const py::object& mask,
               int kernel, bool exact) {
-    Check(s.size() == 9 && g.size() == 7, "conv: a shape has 9 numbers and a geometry 7");
+    Check(s.size() == 9 && g.size() == 8, "conv: a shape has 9 numbers and a geometry 8");
     Check(padding >= 0 && padding <= 3 && kernel >= 0 && kernel <= 3, "conv: unknown padding or kernel");
     const ConvShape shape = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], static_cast<Padding>(padding)};
-    const ConvGeometry geometry = {g[0], g[1], g[2], g[3], g[4], g[5], g[6]};
+    const ConvGeometry geometry = {Sheets(g[0], g[7]), g[1], g[2], g[3], g[4], g[5], g[6], g[7]};
     for (int i = 0; i < 7; ++i) Check(s[i] >= 1 && s[i] < (1 << 24) && g[i] >= 1, "conv: a size below 1");
     Check(shape.in_channels % shape.groups == 0 && shape.out_channels % shape.groups == 0,
           "conv: groups must divide the channels");
@@ -128,7 +132,7 @@ class CheckedProgram {
 
   void Flatten(int where, int map, int rows, bool to_map) {
     const LaneMap &m = Map(map), &r = Map(rows);
-    Check(r.batch == 1 && r.channels == m.channels * m.height * m.width && r.height * r.width == m.batch,
+    Check(r.batch == 1 && r.channels == m.channels * m.height * m.width && r.height * r.width == m.pictures(),
           "flatten: the second map does not hold the first one's items as pixels");
     program_.Flatten(AsSection(where), map, rows, to_map);
   }
@@ -170,7 +174,7 @@ class CheckedProgram {
     CheckPair(x, y);
     const NormOffsets at = AsOffsets(offsets, spec.channels, 2 * spec.channels);
     Check(training || at.running_mean >= 0, "norm: evaluation needs running statistics");
-    Check(!training || Map(x).batch * Map(x).height * Map(x).width > 1, "norm: one value has no variance");
+    Check(!training || Map(x).pixels() > 1, "norm: one value has no variance");
     const HaloSpec halo = AsHalo(fill, mode, pad, y);
     if (recover) {
       CheckUndoable(spec);
@@ -336,7 +340,7 @@ class CheckedProgram {
       plains.push_back(AsPlainMap(tensors[i], "run"));
       const LaneMap& m = program_.plain_map(section, i);
       const PlainMap& p = plains.back();
-      if (p.batch != m.batch || p.channels != m.channels || p.height != m.height || p.width != m.width) {
+      if (p.batch != m.pictures() || p.channels != m.channels || p.height != m.height || p.width != m.width) {
         Refuse("run: tensor " + std::to_string(i) + " is " + Describe(tensors[i]) + ", planned for " + SizeOf(m));
       }
     }
@@ -377,6 +381,14 @@ class CheckedProgram {
     return program_.map(index);
   }
 
+  // Of so many pictures.
+  static int64_t Sheets(int64_t pictures, int64_t grid) {
+    Check(grid == 1 || grid == 2 || grid == 4, "a grid of " + std::to_string(grid) + " is not 1, 2 or 4");
+    const int64_t each = kGrid * kGrid / (grid * grid);
+    Check(pictures % each == 0, std::to_string(pictures) + " pictures do not fill sheets of " + std::to_string(each));
+    return pictures / each;
+  }
+
   void CheckPair(int a, int b) const {
     Check(SameSize(Map(a), Map(b)) && SameBlocks(Map(a), Map(b)),
           "maps differ: " + SizeOf(Map(a)) + " and " + SizeOf(Map(b)));
@@ -384,16 +396,16 @@ class CheckedProgram {
 
   // y holds one number for each plane of x.
   void CheckOnePixel(int x, int y) const {
-    Check(Map(x).batch == Map(y).batch && Map(x).channels == Map(y).channels && Map(y).height == 1 && Map(y).width == 1,
+    Check(SameSheets(Map(x), Map(y)) && Map(x).channels == Map(y).channels && Map(y).height == 1 && Map(y).width == 1,
           SizeOf(Map(y)) + " is not one pixel for each plane of " + SizeOf(Map(x)));
   }
 
   // channels: of x, for each of y
   void CheckDouble(int x, int y, int channels = 1) const {
     const LaneMap &small = Map(x), &large = Map(y);
-    Check(small.batch == large.batch && small.channels == channels * large.channels &&
-              2 * small.height == large.height && 2 * small.width == large.width &&
-              2 * small.block_h == large.block_h && 2 * small.block_w == large.block_w,
+    Check(SameSheets(small, large) && small.channels == channels * large.channels && 2 * small.height == large.height &&
+              2 * small.width == large.width && 2 * small.block_h == large.block_h &&
+              2 * small.block_w == large.block_w,
           "upsample: " + SizeOf(large) + " is not twice " + SizeOf(small));
   }
 
@@ -413,12 +425,12 @@ class CheckedProgram {
     const ConvShape& s = program_.shape(conv);
     const ConvGeometry& g = program_.geometry(conv);
     const LaneMap &in = Map(x), &out = Map(y);
-    Check(in.batch == g.batch && in.channels == s.in_channels && in.height == g.height && in.width == g.width &&
-              in.block_h == g.in_block_h && in.block_w == g.in_block_w,
+    Check(in.batch == g.batch && in.grid == g.grid && in.channels == s.in_channels && in.height == g.height &&
+              in.width == g.width && in.block_h == g.in_block_h && in.block_w == g.in_block_w,
           "conv: its input was planned differently from " + SizeOf(in));
-    Check(out.batch == g.batch && out.channels == s.out_channels && out.height == program_.conv(conv).out_height() &&
-              out.width == program_.conv(conv).out_width() && out.block_h == g.out_block_h &&
-              out.block_w == g.out_block_w,
+    Check(out.batch == g.batch && out.grid == g.grid && out.channels == s.out_channels &&
+              out.height == program_.conv(conv).out_height() && out.width == program_.conv(conv).out_width() &&
+              out.block_h == g.out_block_h && out.block_w == g.out_block_w,
           "conv: its output was planned differently from " + SizeOf(out));
     CheckValues(values, program_.conv(conv).kept());
     if (bias >= 0) CheckValues(bias, s.out_channels);
@@ -475,6 +487,7 @@ class CheckedProgram {
   // gamma, beta, saved
   NormOffsets AsGroupOffsets(const std::vector<int64_t>& at, int x, int64_t groups) const {
     Check(at.size() == 3, "group norm: expected 3 offsets");
+    Check(Map(x).grid == kGrid, "group norm: pictures must not share lanes");
     return AsOffsets({at[0], at[1], -1, -1, at[2]}, Map(x).channels, 2 * Map(x).batch * groups);
   }
 
@@ -488,7 +501,7 @@ class CheckedProgram {
   }
 
   static void CheckTaps(const LaneMap& x, const LaneMap& y, const AxisTable& rows, const AxisTable& columns) {
-    Check(x.batch == y.batch && x.channels == y.channels, "resample: the maps differ in channels");
+    Check(SameSheets(x, y) && x.channels == y.channels, "resample: the maps differ in channels");
     CheckAxis(rows, x.height, y.height);
     CheckAxis(columns, x.width, y.width);
   }
@@ -497,7 +510,7 @@ class CheckedProgram {
     const LaneMap &in = Map(x), &out = Map(y);
     Check(kernel >= 1 && kernel < (1 << 16) && stride >= 1 && stride < (1 << 16) && pad >= 0 && 2 * pad <= kernel,
           "pool: kernel, stride or padding out of range");
-    Check(in.batch == out.batch && in.channels == out.channels && in.block_h == stride * out.block_h &&
+    Check(SameSheets(in, out) && in.channels == out.channels && in.block_h == stride * out.block_h &&
               in.block_w == stride * out.block_w && out.height == (in.height + 2 * pad - kernel) / stride + 1 &&
               out.width == (in.width + 2 * pad - kernel) / stride + 1,
           "pool: " + SizeOf(out) + " does not follow from " + SizeOf(in));
@@ -553,8 +566,8 @@ void BindEngine(py::module_& m) {
              return View(self, p.statistics(), p.statistic_count());
            })
       .def("bytes", [](P& self) { return self.program().bytes(); })
-      .def("add_map", &P::AddMap, py::arg("offset"), py::arg("shape"), py::arg("block_h"), py::arg("block_w"),
-           py::arg("halo"), py::arg("plane"))
+      .def("add_map", &P::AddMap, py::arg("offset"), py::arg("shape"), py::arg("grid"), py::arg("block_h"),
+           py::arg("block_w"), py::arg("halo"), py::arg("plane"))
       .def("add_channels", &P::AddChannels, py::arg("whole"), py::arg("first"), py::arg("last"))
       .def("add_conv", &P::AddConv, py::arg("shape"), py::arg("geometry"), py::arg("padding"), py::arg("mask"),
            py::arg("kernel"), py::arg("exact"))

@@ -73,10 +73,13 @@ void Conv::Impl::CheckSizes() {
     throw std::invalid_argument("conv: kernel and padding may reach " + std::to_string(kFarthest) + " pixels");
   }
   if (geometry.in_block_h != shape.stride * geometry.out_block_h ||
-      geometry.in_block_w != shape.stride * geometry.out_block_w || kGrid * geometry.out_block_h < out_h ||
-      kGrid * geometry.out_block_w < out_w) {
+      geometry.in_block_w != shape.stride * geometry.out_block_w || geometry.grid * geometry.out_block_h < out_h ||
+      geometry.grid * geometry.out_block_w < out_w) {
     throw std::invalid_argument(
         "conv: input blocks must be stride times output blocks, and those must hold the output");
+  }
+  if (geometry.grid != kGrid && shape.padding != Padding::kZero) {
+    throw std::invalid_argument("conv: pictures that share lanes take zero padding only");
   }
 }
 
@@ -151,6 +154,7 @@ LaneMap Conv::Impl::Sketch(bool input) const {
   map.width = input ? geometry.width : out_w;
   map.block_h = input ? geometry.in_block_h : geometry.out_block_h;
   map.block_w = input ? geometry.in_block_w : geometry.out_block_w;
+  map.grid = geometry.grid;
   return map;
 }
 

@@ -26,9 +26,10 @@ struct ConvShape {
 
 // The maps a convolution runs on; two geometries need two Conv objects.
 struct ConvGeometry {
-  int64_t batch, height, width;    // of the input, in pixels
+  int64_t batch, height, width;    // sheets, pixels of the input
   int64_t in_block_h, in_block_w;  // stride * out_block exactly
   int64_t out_block_h, out_block_w;
+  int64_t grid = kGrid;  // other grids: zero padding only
 };
 
 class Conv {

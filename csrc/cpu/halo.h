@@ -11,19 +11,24 @@
 namespace lipfast {
 namespace LIPFAST_NS {
 
-// Where one position along one axis takes its pixels from, for each of the four
-// blocks along that axis: block `from[g]` at position `source[g]`; from[g] < 0
-// means zero.
+// One axis of a map: how many blocks lie along it, their pixels, those of the picture.
+struct Axis {
+  int64_t grid, block, side;
+};
+
+// Where one position along an axis takes its pixels from, for each of the blocks
+// along that axis: block `from[g]` at position `source[g]`; from[g] < 0 means zero.
 struct AxisRule {
   int64_t source[kGrid];
   int from[kGrid];
-  bool identity;  // the position already holds all four blocks' own pixels
+  bool identity;  // the position already holds all blocks' own pixels
 };
 
-static inline AxisRule RuleAt(int64_t position, int64_t block, int64_t side, Padding mode, int64_t pad) {
+static inline AxisRule RuleAt(int64_t position, const Axis& axis, Padding mode, int64_t pad) {
+  const auto [grid, block, side] = axis;
   AxisRule rule;
   rule.identity = position >= 0 && position < block;
-  for (int g = 0; g < kGrid; ++g) {
+  for (int g = 0; g < grid; ++g) {
     const int64_t at = g * block + position;
     const bool outside = at < 0 || at >= side;
     const int64_t source = outside ? PaddingSource(at, side, mode, pad) : at;
@@ -43,20 +48,18 @@ struct LaneRule {
   uint16_t mask[kGrid];
 };
 
-static inline int LaneOf(int g, int other, bool rows) { return rows ? g * kGrid + other : other * kGrid + g; }
-
-static inline LaneRule ToLanes(const AxisRule& axis, bool rows) {
+static inline LaneRule ToLanes(const AxisRule& axis, int64_t grid, bool rows) {
   LaneRule rule = {};
-  for (int g = 0; g < kGrid; ++g) {
-    if (axis.from[g] < 0) continue;
+  for (int l = 0; l < kLanes; ++l) {
+    const LanePlace& place = PlaceOf(l, grid);
+    const int g = rows ? place.row : place.col, from = axis.from[g];
+    if (from < 0) continue;
     int k = 0;
     while (k < rule.count && rule.source[k] != axis.source[g]) ++k;
     if (k == rule.count) rule.source[rule.count++] = axis.source[g];
-    for (int other = 0; other < kGrid; ++other) {
-      const int l = LaneOf(g, other, rows);
-      rule.lane[k][l] = LaneOf(axis.from[g], other, rows);
-      rule.mask[k] = static_cast<uint16_t>(rule.mask[k] | 1u << l);
-    }
+    rule.lane[k][l] =
+        static_cast<int32_t>(LaneAt(place.picture, rows ? from : place.row, rows ? place.col : from, grid));
+    rule.mask[k] = static_cast<uint16_t>(rule.mask[k] | 1u << l);
   }
   return rule;
 }
@@ -109,14 +112,15 @@ struct Edge {
 };
 
 // The positions along an axis that filling must write: the halo, and dead pixels.
-static inline std::vector<Edge> Edges(int64_t block, int64_t side, int64_t halo, Padding mode, int64_t pad, bool rows) {
+static inline std::vector<Edge> Edges(const Axis& axis, int64_t halo, Padding mode, int64_t pad, bool rows) {
   std::vector<Edge> edges;
-  const int64_t first_dead = side - (kGrid - 1) * block;  // of the last block
+  const auto [grid, block, side] = axis;
+  const int64_t first_dead = side - (grid - 1) * block;  // of the last block
   for (int64_t position = -halo; position < block + halo; ++position) {
     if (position == 0 && first_dead >= block) position = block;  // no dead pixels
     if (position >= block + halo) break;
-    const AxisRule axis = RuleAt(position, block, side, mode, pad);
-    if (!axis.identity) edges.push_back({position, ToLanes(axis, rows)});
+    const AxisRule rule = RuleAt(position, axis, mode, pad);
+    if (!rule.identity) edges.push_back({position, ToLanes(rule, grid, rows)});
   }
   return edges;
 }
@@ -128,8 +132,8 @@ class HaloFiller {
   HaloFiller(const LaneMap& m, Padding mode, int64_t pad) : HaloFiller(m, m.halo, mode, pad) {}
   // Of the halo only the innermost `reach` vectors; 0 fills dead pixels alone.
   HaloFiller(const LaneMap& m, int64_t reach, Padding mode, int64_t pad)
-      : rows_(Edges(m.block_h, m.height, reach, mode, pad, true)),
-        columns_(Edges(m.block_w, m.width, reach, mode, pad, false)),
+      : rows_(Edges({m.grid, m.block_h, m.height}, reach, mode, pad, true)),
+        columns_(Edges({m.grid, m.block_w, m.width}, reach, mode, pad, false)),
         block_h_(m.block_h),
         block_w_(m.block_w),
         reach_(reach),
@@ -179,8 +183,7 @@ class HaloFiller {
 class ZeroHalo {
  public:
   // halo 0: nothing is written.
-  ZeroHalo(int64_t block_h, int64_t block_w, int64_t height, int64_t width, int64_t halo)
-      : block_h_(block_h), block_w_(block_w), height_(height), width_(width), halo_(halo) {}
+  ZeroHalo(const Axis& rows, const Axis& columns, int64_t halo) : rows_(rows), columns_(columns), halo_(halo) {}
 
   // Pixels [row, row + rows) x [col, col + cols) of some planes were written; `plane` is
   // pixel (0, 0) of the first. Their copies go to the halo, dead ones of them become zero.
@@ -207,17 +210,16 @@ class ZeroHalo {
   void AddMoves(int64_t r, int64_t c, int64_t row_stride, std::vector<Move>* moves) const {
     constexpr int kSteps[] = {-1, 1, 0};
     for (int down : kSteps) {
-      if (!Reaches(r, block_h_, down)) continue;
+      if (!Reaches(r, rows_.block, down)) continue;
       for (int right : kSteps) {
-        if (!Reaches(c, block_w_, right)) continue;
-        Move m = {r * row_stride + c * kLanes + down * kGrid + right,
-                  (r + down * block_h_) * row_stride + (c + right * block_w_) * kLanes,
+        if (!Reaches(c, columns_.block, right)) continue;
+        Move m = {r * row_stride + c * kLanes + down * columns_.grid + right,
+                  (r + down * rows_.block) * row_stride + (c + right * columns_.block) * kLanes,
                   {}};
         int live = 0;
         for (int l = 0; l < kLanes; ++l) {
-          const int y = l / kGrid + down, x = l % kGrid + right;  // the block whose pixel comes here
-          const bool inside =
-              y >= 0 && y < kGrid && x >= 0 && x < kGrid && y * block_h_ + r < height_ && x * block_w_ + c < width_;
+          const LanePlace& place = PlaceOf(l, columns_.grid);
+          const bool inside = Holds(rows_, place.row + down, r) && Holds(columns_, place.col + right, c);
           m.live[l] = inside ? -1 : 0;
           live += inside;
         }
@@ -226,12 +228,18 @@ class ZeroHalo {
     }
   }
 
+  // Whether a pixel of a block is one of the picture.
+  static bool Holds(const Axis& axis, int64_t block, int64_t at) {
+    return block >= 0 && block < axis.grid && block * axis.block + at < axis.side;
+  }
+
   // Whether a pixel `step` blocks on is in the halo, or the pixel itself.
   bool Reaches(int64_t at, int64_t block, int step) const {
     return step == 0 || (step < 0 ? at >= block - halo_ : at < halo_);
   }
 
-  int64_t block_h_, block_w_, height_, width_, halo_;
+  Axis rows_, columns_;
+  int64_t halo_;
 };
 
 }  // namespace LIPFAST_NS

@@ -1,8 +1,10 @@
 #include "cpu/lanes.h"
 
 #include <cstdlib>
+#include <cstring>
 
 #include "cpu/halo.h"
+#include "cpu/pixel_offsets.h"
 #include "cpu/pool.h"
 #include "cpu/transpose.h"
 #include "cpu/vec.h"
@@ -16,13 +18,20 @@ int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
 // How many of the pixels (row, col), (row, col + 1), .. up to `most` of block
 // `lane` lie in the picture; 0 where the whole row is dead.
 int64_t LivePixels(const LaneMap& m, int lane, int64_t row, int64_t col, int64_t most) {
-  if (lane / kGrid * m.block_h + row >= m.height) return 0;
-  const int64_t live = m.width - (lane % kGrid * m.block_w + col);
+  const LanePlace& place = PlaceOf(lane, m.grid);
+  if (place.row * m.block_h + row >= m.height) return 0;
+  const int64_t live = m.width - (place.col * m.block_w + col);
   return live < 0 ? 0 : AtMost(live, most);
 }
 
+// The first picture of sheet n.
+float* SheetOf(const PlainMap& p, const LaneMap& m, int64_t n) { return p.data + n * m.sheet() * p.batch_stride; }
+
+// From there to pixel (row, col) of block `lane`.
 int64_t PlainOffset(const PlainMap& p, const LaneMap& m, int lane, int64_t row, int64_t col) {
-  return (lane / kGrid * m.block_h + row) * p.row_stride + (lane % kGrid * m.block_w + col) * p.col_stride;
+  const LanePlace& place = PlaceOf(lane, m.grid);
+  return place.picture * p.batch_stride + (place.row * m.block_h + row) * p.row_stride +
+         (place.col * m.block_w + col) * p.col_stride;
 }
 
 // Square blocks between the pixels of the 16 lanes, which lie apart, and lane vectors: `count` columns or channels of a
@@ -32,7 +41,7 @@ int64_t PlainOffset(const PlainMap& p, const LaneMap& m, int lane, int64_t row, 
 constexpr int64_t kSquare = 8;
 
 bool RowIsWhole(const LaneMap& m, int64_t row) {
-  return (kGrid - 1) * m.block_h + row < m.height && kGrid * m.block_w == m.width;
+  return (m.grid - 1) * m.block_h + row < m.height && m.grid * m.block_w == m.width;
 }
 
 // pixels[lane] + i and vectors + i * stride hold the same number for each i < count.
@@ -72,7 +81,7 @@ bool CrossPixels(const PlainMap& p, const LaneMap& m, int64_t n, int64_t row) {
     const int64_t first = AtMost(c, m.channels - kSquare), count = AtMost(kLanes, m.channels - first);
     float* pixels[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
-      pixels[lane] = p.data + n * p.batch_stride + first + PlainOffset(p, m, lane, row, 0);
+      pixels[lane] = SheetOf(p, m, n) + first + PlainOffset(p, m, lane, row, 0);
     }
     for (int64_t col = 0; col < m.block_w; ++col) {
       CrossSquares<kToLanes>(pixels, m.At(n, first, row, col), m.channel_stride, count);
@@ -112,7 +121,7 @@ void RowToLanes(float* plane, const PlainMap& p, const LaneMap& m, float* out, i
 
 void RowFromLanes(float* in, const LaneMap& m, const PlainMap& p, float* plane, int64_t row) {
   if (CrossRow<false>(plane, p, m, in, row)) return;
-  if (m.height == 1 && m.width == 1) {  // what a classifier ends with
+  if (m.grid == kGrid && m.height == 1 && m.width == 1) {  // what a classifier ends with
     if (row == 0) *plane = *in;
     return;
   }
@@ -137,7 +146,7 @@ void PixelsToLanes(const PlainMap& p, const LaneMap& m, int64_t n, int64_t row) 
       V v[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
         v[lane] = LivePixels(m, lane, row, col, 1)
-                      ? LoadPart(p.data + n * p.batch_stride + c + PlainOffset(p, m, lane, row, col), count)
+                      ? LoadPart(SheetOf(p, m, n) + c + PlainOffset(p, m, lane, row, col), count)
                       : Zero();
       }
       Transpose16(v);
@@ -156,7 +165,7 @@ void PixelsFromLanes(const LaneMap& m, const PlainMap& p, int64_t n, int64_t row
       Transpose16(v);
       for (int lane = 0; lane < kLanes; ++lane) {
         if (LivePixels(m, lane, row, col, 1)) {
-          StorePart(p.data + n * p.batch_stride + c + PlainOffset(p, m, lane, row, col), v[lane], count);
+          StorePart(SheetOf(p, m, n) + c + PlainOffset(p, m, lane, row, col), v[lane], count);
         }
       }
     }
@@ -188,7 +197,7 @@ void FromPlain(const PlainMap& from, const LaneMap& to, int threads) {
   }
   ParallelFor(threads, to.batch * to.channels, [&](int64_t i) {
     const int64_t n = i / to.channels, c = i % to.channels;
-    float* plane = from.data + n * from.batch_stride + c * from.channel_stride;
+    float* plane = SheetOf(from, to, n) + c * from.channel_stride;
     for (int64_t row = 0; row < to.block_h; ++row) {
       if (from.col_stride == 1) {
         RowToLanes(plane, from, to, to.At(n, c, row), row);
@@ -207,7 +216,7 @@ void ToPlain(const LaneMap& from, const PlainMap& to, int threads) {
   }
   ParallelFor(threads, from.batch * from.channels, [&](int64_t i) {
     const int64_t n = i / from.channels, c = i % from.channels;
-    float* plane = to.data + n * to.batch_stride + c * to.channel_stride;
+    float* plane = SheetOf(to, from, n) + c * to.channel_stride;
     for (int64_t row = 0; row < from.block_h; ++row) {
       if (to.col_stride == 1) {
         RowFromLanes(from.At(n, c, row), from, to, plane, row);
@@ -228,15 +237,25 @@ void FillHalo(const LaneMap& m, Padding mode, int64_t pad, int threads) {
   });
 }
 
+// Where a picture is not cut, its rows are the same vectors in both.
+void CopyRows(const LaneMap& from, const LaneMap& to, int64_t n, int64_t c) {
+  for (int64_t y = 0; y < to.height; ++y) {
+    std::memcpy(to.At(n, c, y), from.At(n, c, y), static_cast<size_t>(to.width * kLanes) * sizeof(float));
+  }
+}
+
 void Reblock(const LaneMap& from, const LaneMap& to, int threads) {
+  const PixelOffsets in_at(from), out_at(to);
   ParallelFor(threads, to.batch * to.channels, [&](int64_t i) {
-    const float* in = from.At(i / to.channels, i % to.channels);
-    float* out = to.At(i / to.channels, i % to.channels);
-    for (int64_t y = 0; y < to.height; ++y) {
-      const float* in_row = in + y % from.block_h * from.row_stride + y / from.block_h * kGrid;
-      float* out_row = out + y % to.block_h * to.row_stride + y / to.block_h * kGrid;
-      for (int64_t x = 0; x < to.width; ++x) {
-        out_row[x % to.block_w * kLanes + x / to.block_w] = in_row[x % from.block_w * kLanes + x / from.block_w];
+    const int64_t n = i / to.channels, c = i % to.channels;
+    if (to.grid == 1) return CopyRows(from, to, n, c);
+    for (int64_t picture = 0; picture < to.sheet(); ++picture) {
+      const float* in = from.At(n, c) + in_at.picture(picture);
+      float* out = to.At(n, c) + out_at.picture(picture);
+      for (int64_t y = 0; y < to.height; ++y) {
+        const float* in_row = in + in_at.row(y);
+        float* out_row = out + out_at.row(y);
+        for (int64_t x = 0; x < to.width; ++x) out_row[out_at.col(x)] = in_row[in_at.col(x)];
       }
     }
   });

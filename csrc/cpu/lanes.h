@@ -27,26 +27,63 @@
 // When a side is not 4 * block, the last blocks hold dead pixels (y >= height or
 // x >= width). Kernels may write anything finite there; FillHalo turns them into
 // padding or zeros. Sums over pixels want them zero.
+//
+// Small pictures of a batch share the lanes: cut into 2 x 2 blocks, four of them lie in
+// one vector, and uncut sixteen. What shares vectors is a sheet; kernels that know
+// blocks and halos only run sheet by sheet, whatever it holds.
 #pragma once
 
 #include <cstdint>
 
 namespace lipfast {
 
-constexpr int kGrid = 4;  // blocks along each side; kGrid * kGrid lanes
+constexpr int kGrid = 4;  // blocks along each side of a picture that has all lanes; kGrid * kGrid lanes
 
 // A map in the lane layout, or a range of its channels. Strides in floats.
 struct LaneMap {
-  float* data;                             // pixel (0, 0) of every block, image 0, channel 0; 64-byte aligned
-  int64_t batch, channels, height, width;  // in pixels
-  int64_t block_h, block_w;                // pixels of a block; 4 * block >= side
+  float* data;                             // pixel (0, 0) of every block, sheet 0, channel 0; 64-byte aligned
+  int64_t batch, channels, height, width;  // sheets, channels, pixels of a picture
+  int64_t block_h, block_w;                // pixels of a block; grid * block >= side
   int64_t halo;                            // vectors around each block
   int64_t batch_stride, channel_stride, row_stride;
+  int64_t grid = kGrid;  // blocks along each side of a picture: 1, 2 or 4
 
   float* At(int64_t n, int64_t c, int64_t row = 0, int64_t col = 0) const {
     return data + n * batch_stride + c * channel_stride + row * row_stride + col * kGrid * kGrid;
   }
+  int64_t sheet() const { return kGrid * kGrid / (grid * grid); }  // pictures
+  int64_t pictures() const { return batch * sheet(); }
+  int64_t pixels() const { return pictures() * height * width; }                      // of a channel
+  bool whole() const { return grid * block_h == height && grid * block_w == width; }  // no dead pixels
 };
+
+// Where a lane lies: in which picture of its sheet, and in which of its blocks.
+struct LanePlace {
+  int8_t picture, row, col;
+};
+
+struct LanePlaces {
+  LanePlace at[kGrid * kGrid];
+};
+
+constexpr LanePlaces PlacesOnGrid(int grid) {
+  LanePlaces places = {};
+  for (int lane = 0; lane < kGrid * kGrid; ++lane) {
+    const int block = lane % (grid * grid);
+    places.at[lane] = {static_cast<int8_t>(lane / (grid * grid)), static_cast<int8_t>(block / grid),
+                       static_cast<int8_t>(block % grid)};
+  }
+  return places;
+}
+
+constexpr LanePlaces kPlaces[] = {PlacesOnGrid(1), PlacesOnGrid(2), PlacesOnGrid(4)};
+
+static inline const LanePlace& PlaceOf(int64_t lane, int64_t grid) { return kPlaces[grid >> 1].at[lane]; }
+
+// The lane of block (row, col) of a picture.
+static inline int64_t LaneAt(int64_t picture, int64_t row, int64_t col, int64_t grid) {
+  return (picture * grid + row) * grid + col;
+}
 
 // Which lanes of a row and of a column of vectors are pixels of the picture: 1 or 0
 // each. rows [block_h][16], columns [block_w][16]; both null where all are.
@@ -86,7 +123,7 @@ struct LaneKernels {
   // gets the padding, everything farther out zero. pad <= halo; kReflect needs
   // pad < side, kCircular pad <= side.
   void (*fill_halo)(const LaneMap& map, Padding mode, int64_t pad, int threads);
-  // Copies pixels between maps of equal size whose blocks differ.
+  // Copies pixels between maps of equal size and grid whose blocks differ.
   void (*reblock)(const LaneMap& from, const LaneMap& to, int threads);
 };
 

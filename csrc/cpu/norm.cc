@@ -50,7 +50,7 @@ void Finish(const LaneMap& x, const LaneMap& y, int64_t c, const NormSpec& spec,
 
 void Train(const LaneMap& x, const LaneMap& y, const NormSpec& spec, const NormState& state, HaloSpec halo,
            int threads) {
-  const double count = static_cast<double>(x.batch * x.height * x.width);
+  const double count = static_cast<double>(x.pixels());
   const ChannelHalos halos(y, halo);
   ParallelFor(threads, spec.channels, [&](int64_t c) {
     const Moments moments = ChannelMoments(x, c, spec.live);
@@ -109,7 +109,7 @@ void BackwardChannel(const LaneMap& source, const LaneMap& dy, const LaneMap* dy
                                             recover};
   };
   SumGradients(source, spec.live, row_gradient, sums);
-  const double count = batch_statistics ? static_cast<double>(dy.batch * dy.height * dy.width) : 0.0;
+  const double count = batch_statistics ? static_cast<double>(dy.pixels()) : 0.0;
   const V scale = Set(AffineOf(state, c).scale);
   const V constant = Set(count > 0 ? static_cast<float>(sums[0] / count) : 0.0f);
   const V along = Set(count > 0 ? static_cast<float>(-sums[1] / count) : 0.0f);

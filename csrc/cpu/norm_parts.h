@@ -69,7 +69,7 @@ struct Moments {
 };
 
 inline Moments ChannelMoments(const LaneMap& x, int64_t c, const LivePixelMask& live) {
-  const double count = static_cast<double>(x.batch * x.height * x.width);
+  const double count = static_cast<double>(x.pixels());
   double sum = 0;
   SumChannel<1>(
       x, live,

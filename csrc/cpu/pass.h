@@ -398,7 +398,7 @@ inline void Accumulate(const Pass& pass, const float* packed, const float* bias,
   const auto taps = pass.Bind(in);
   const TapKernels& kernels = Kernels<TapKernels>();
   const int64_t count = static_cast<int64_t>(regions.size());
-  const TapEnd stored = {end.act, end.halo.fill ? out.halo : 0, out.height, out.width};
+  const TapEnd stored = {end.act, end.halo.fill ? out.halo : 0, out.height, out.width, out.grid};
   if (pass.dense) {
     kernels.dense_accumulate(regions.data(), count, taps->dense, packed, bias, stored, threads);
   } else {

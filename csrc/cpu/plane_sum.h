@@ -1,4 +1,4 @@
-// The sum over the pixels of one plane; for kernel sources only.
+// Sums over the pixels of the pictures of one plane, and the way back; for kernel sources only.
 #pragma once
 
 #include "cpu/lanes.h"
@@ -7,10 +7,10 @@
 namespace lipfast {
 namespace LIPFAST_NS {
 
-// term(row, i): what the vector at float i of a row of blocks adds. Line by line, as ChannelSums in taps.cc; dead
-// pixels do not count.
+// The sum of each lane. term(row, i): what the vector at float i of a row of blocks adds. Line by line, as ChannelSums
+// in taps.cc; dead pixels do not count.
 template <class Term>
-static inline float SumPlane(const LaneMap& m, const LivePixelMask& live, const Term& term) {
+static inline V SumLanes(const LaneMap& m, const LivePixelMask& live, const Term& term) {
   V total = Zero();
   for (int64_t row = 0; row < m.block_h; ++row) {
     V line = Zero();
@@ -20,7 +20,25 @@ static inline float SumPlane(const LaneMap& m, const LivePixelMask& live, const 
     }
     total = Add(total, live.rows ? Mul(line, LoadU(live.rows + row * kLanes)) : line);
   }
-  return Sum(total);
+  return total;
+}
+
+// One number for each picture is a map of one pixel: in the lane of the picture's first block, 0 in the others.
+static inline V SumPictures(V lanes, int64_t grid) {
+  alignas(64) float each[kLanes], sums[kLanes] = {};
+  const int64_t blocks = grid * grid;
+  Store(each, lanes);
+  if (blocks == kLanes) sums[0] = Sum(lanes);
+  for (int64_t l = 0; blocks < kLanes && l < kLanes; ++l) sums[l - l % blocks] += each[l];
+  return Load(sums);
+}
+
+// The number of each picture in all its lanes.
+static inline V SpreadPictures(const float* pixel, int64_t grid) {
+  const int64_t blocks = grid * grid;
+  alignas(64) float lanes[kLanes];
+  for (int64_t l = 0; l < kLanes; ++l) lanes[l] = pixel[l - l % blocks];
+  return Load(lanes);
 }
 
 }  // namespace LIPFAST_NS

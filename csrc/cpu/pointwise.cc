@@ -74,7 +74,7 @@ void Multiply(const LaneMap& a, const LaneMap& b, const LaneMap& y, bool accumul
   ForEachRow(a, threads, [&](int64_t n, int64_t c, int64_t row) {
     const float* first = a.At(n, c, row);
     const float* second = b.At(n, c, factor ? 0 : row);
-    const V same = Set(*second);
+    const V same = factor ? SpreadPictures(second, a.grid) : Zero();
     float* out = y.At(n, c, row);
     for (int64_t i = 0; i < a.block_w * kLanes; i += kLanes) {
       const V product = Mul(Load(first + i), factor ? same : Load(second + i));
@@ -87,12 +87,9 @@ void DotPlanes(const LaneMap& a, const LaneMap& b, const LaneMap& y, const LiveP
                int threads) {
   ParallelFor(threads, a.batch * a.channels, [&](int64_t i) {
     const int64_t n = i / a.channels, c = i % a.channels;
-    const float dot = SumPlane(
+    const V products = SumLanes(
         a, live, [&](int64_t row, int64_t i) { return Mul(Load(a.At(n, c, row) + i), Load(b.At(n, c, row) + i)); });
-    float* out = y.At(n, c);
-    const float sum = dot + (accumulate ? *out : 0.0f);
-    Store(out, Zero());
-    *out = sum;
+    Put(y.At(n, c), SumPictures(products, a.grid), accumulate);
   });
 }
 

@@ -1,6 +1,7 @@
 #include "cpu/pool2d.h"
 
 #include "cpu/halo.h"
+#include "cpu/pixel_offsets.h"
 #include "cpu/plane_sum.h"
 #include "cpu/pool.h"
 #include "cpu/vec.h"
@@ -77,8 +78,57 @@ void Forward(const LaneMap& x, const LaneMap& y, const PoolSpec& spec, HaloSpec 
   });
 }
 
-int64_t Offset(const LaneMap& m, int64_t y, int64_t x) {
-  return y % m.block_h * m.row_stride + x % m.block_w * kLanes + y / m.block_h * kGrid + x / m.block_w;
+// Windows that lie apart and within blocks: vector by vector.
+constexpr int64_t kMostApart = 4;  // pixels of a window's side
+
+bool LieApart(const LaneMap& x, const LaneMap& dy, const PoolSpec& spec) {
+  // Where sides are multiples, dead windows hold dead pixels alone.
+  return spec.pad == 0 && spec.kernel <= spec.stride && spec.kernel <= kMostApart &&
+         x.height == spec.stride * dy.height && x.width == spec.stride * dy.width;
+}
+
+// Sides and halo of the maps may differ, so each has strides of its own.
+void AddToMaximum(const float* in, int64_t in_row, V gradient, float* out, int64_t out_row, int64_t kernel) {
+  V before[kMostApart * kMostApart];  // the largest pixel before each
+  V largest = Load(in);
+  for (int64_t i = 1; i < kernel * kernel; ++i) {
+    const V pixel = Load(in + i / kernel * in_row + i % kernel * kLanes);
+    before[i] = largest;
+    largest = IfLarger(pixel, largest, pixel, largest);
+  }
+  for (int64_t i = kernel * kernel - 1; i > 0; --i) {
+    const V pixel = Load(in + i / kernel * in_row + i % kernel * kLanes);
+    float* to = out + i / kernel * out_row + i % kernel * kLanes;
+    Store(to, Add(Load(to), IfLarger(pixel, before[i], gradient, Zero())));
+    gradient = IfLarger(pixel, before[i], Zero(), gradient);
+  }
+  Store(out, Add(Load(out), gradient));
+}
+
+void AddToAll(V gradient, float* out, int64_t out_row, int64_t kernel) {
+  for (int64_t i = 0; i < kernel * kernel; ++i) {
+    float* to = out + i / kernel * out_row + i % kernel * kLanes;
+    Store(to, Add(Load(to), gradient));
+  }
+}
+
+void BackwardApart(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const PoolSpec& spec, int threads) {
+  const V share = Set(1.0f / static_cast<float>(spec.kernel * spec.kernel));
+  ParallelFor(threads, dy.batch * dy.channels, [&](int64_t i) {
+    const int64_t n = i / dy.channels, c = i % dy.channels;
+    for (int64_t row = 0; row < dy.block_h; ++row) {
+      for (int64_t col = 0; col < dy.block_w; ++col) {
+        const V gradient = Load(dy.At(n, c, row, col));
+        float* out = dx.At(n, c, row * spec.stride, col * spec.stride);
+        if (spec.maximum) {
+          const float* in = x.At(n, c, row * spec.stride, col * spec.stride);
+          AddToMaximum(in, x.row_stride, gradient, out, dx.row_stride, spec.kernel);
+        } else {
+          AddToAll(Mul(gradient, share), out, dx.row_stride, spec.kernel);
+        }
+      }
+    }
+  });
 }
 
 // The pixels of the window of output (row, col) that lie in the picture.
@@ -93,61 +143,70 @@ Window WindowAt(const LaneMap& x, const PoolSpec& spec, int64_t row, int64_t col
           right > x.width ? x.width : right};
 }
 
-int64_t FirstMaximum(const float* in, const LaneMap& x, const Window& w) {
-  int64_t best = Offset(x, w.top, w.left);
+struct Pixel {
+  int64_t row, col;
+};
+
+Pixel FirstMaximum(const float* in, const PixelOffsets& at, const Window& w) {
+  Pixel best = {w.top, w.left};
+  float largest = in[at.row(w.top) + at.col(w.left)];
   for (int64_t row = w.top; row < w.bottom; ++row) {
     for (int64_t col = w.left; col < w.right; ++col) {
-      const int64_t at = Offset(x, row, col);
-      if (in[at] > in[best] || in[at] != in[at]) best = at;
+      const float pixel = in[at.row(row) + at.col(col)];
+      if (pixel > largest || pixel != pixel) {
+        largest = pixel;
+        best = {row, col};
+      }
     }
   }
   return best;
 }
 
 // Pixel by pixel: windows may overlap across blocks.
-void Backward(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const PoolSpec& spec, int threads) {
+void BackwardPixels(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const PoolSpec& spec, int threads) {
   const float share = 1.0f / static_cast<float>(spec.kernel * spec.kernel);
-  ParallelFor(threads, dy.batch * dy.channels, [&](int64_t i) {
-    const int64_t n = i / dy.channels, c = i % dy.channels;
-    const float* in = x.At(n, c);
-    const float* gradient = dy.At(n, c);
-    float* out = dx.At(n, c);
+  const PixelOffsets in_at(x), gradient_at(dy), out_at(dx);
+  ParallelFor(threads, dy.batch * dy.channels * dy.sheet(), [&](int64_t i) {
+    const int64_t plane = i / dy.sheet(), picture = i % dy.sheet();
+    const int64_t n = plane / dy.channels, c = plane % dy.channels;
+    const float* in = x.At(n, c) + in_at.picture(picture);
+    const float* gradient = dy.At(n, c) + gradient_at.picture(picture);
+    float* out = dx.At(n, c) + out_at.picture(picture);
     for (int64_t row = 0; row < dy.height; ++row) {
       for (int64_t col = 0; col < dy.width; ++col) {
         const Window w = WindowAt(x, spec, row, col);
-        const float g = gradient[Offset(dy, row, col)];
+        const float g = gradient[gradient_at.row(row) + gradient_at.col(col)];
         if (spec.maximum) {
-          // x and dx may differ in halo, so an offset holds for one map only.
-          const int64_t at = FirstMaximum(in, x, w);
-          const int64_t lane = at % kLanes, vector = at - lane;
-          const int64_t vy = vector / x.row_stride, vx = vector % x.row_stride;
-          out[vy * dx.row_stride + vx + lane] += g;
+          const Pixel best = FirstMaximum(in, in_at, w);
+          out[out_at.row(best.row) + out_at.col(best.col)] += g;
           continue;
         }
         for (int64_t r = w.top; r < w.bottom; ++r) {
-          for (int64_t q = w.left; q < w.right; ++q) out[Offset(dx, r, q)] += g * share;
+          for (int64_t q = w.left; q < w.right; ++q) out[out_at.row(r) + out_at.col(q)] += g * share;
         }
       }
     }
   });
 }
 
+void Backward(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const PoolSpec& spec, int threads) {
+  (LieApart(x, dy, spec) ? BackwardApart : BackwardPixels)(x, dy, dx, spec, threads);
+}
+
 void Mean(const LaneMap& x, const LaneMap& y, const LivePixelMask& live, int threads) {
-  const float share = 1.0f / static_cast<float>(x.height * x.width);
+  const V share = Set(1.0f / static_cast<float>(x.height * x.width));
   ParallelFor(threads, x.batch * x.channels, [&](int64_t i) {
     const int64_t n = i / x.channels, c = i % x.channels;
-    const float sum = SumPlane(x, live, [&](int64_t row, int64_t i) { return Load(x.At(n, c, row) + i); });
-    float* out = y.At(n, c);
-    Store(out, Zero());
-    *out = sum * share;
+    const V sums = SumLanes(x, live, [&](int64_t row, int64_t i) { return Load(x.At(n, c, row) + i); });
+    Store(y.At(n, c), Mul(SumPictures(sums, x.grid), share));
   });
 }
 
 void MeanBackward(const LaneMap& dy, const LaneMap& dx, int threads) {
-  const float share = 1.0f / static_cast<float>(dx.height * dx.width);
+  const V share = Set(1.0f / static_cast<float>(dx.height * dx.width));
   ParallelFor(threads, dx.batch * dx.channels, [&](int64_t i) {
     const int64_t n = i / dx.channels, c = i % dx.channels;
-    const V change = Set(dy.At(n, c)[0] * share);
+    const V change = Mul(SpreadPictures(dy.At(n, c), dx.grid), share);
     for (int64_t row = 0; row < dx.block_h; ++row) {
       float* out = dx.At(n, c, row);
       for (int64_t col = 0; col < dx.block_w; ++col) {

@@ -22,7 +22,7 @@ struct PoolKernels {
   void (*forward)(const LaneMap& x, const LaneMap& y, const PoolSpec& spec, HaloSpec halo, int threads);
   // The gradient is added to dx. Ties of a maximum go to the first pixel, as in torch.
   void (*backward)(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const PoolSpec& spec, int threads);
-  // y (n, c, 1, 1) = the mean over all pixels of x; y's other lanes become 0.
+  // y (n, c, 1, 1) = the mean over all pixels of each picture of x; y's other lanes become 0.
   void (*mean)(const LaneMap& x, const LaneMap& y, const LivePixelMask& live, int threads);
   // dx += dy / pixels
   void (*mean_backward)(const LaneMap& dy, const LaneMap& dx, int threads);

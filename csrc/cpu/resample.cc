@@ -109,8 +109,17 @@ void Bilinear2Backward(const LaneMap& dy, const LaneMap& dx, bool accumulate, in
 }
 
 // Where pixel y (or x) of a map lies, in floats from the plane's start.
-int64_t RowOffset(const LaneMap& m, int64_t y) { return y % m.block_h * m.row_stride + y / m.block_h * kGrid; }
+int64_t RowOffset(const LaneMap& m, int64_t y) { return y % m.block_h * m.row_stride + y / m.block_h * m.grid; }
 int64_t ColumnOffset(const LaneMap& m, int64_t x) { return x % m.block_w * kLanes + x / m.block_w; }
+
+// body(n, c, first lane) for each picture of each plane.
+template <class Body>
+void ForEachPicture(const LaneMap& m, int threads, const Body& body) {
+  ParallelFor(threads, m.channels * m.pictures(), [&](int64_t i) {
+    const int64_t plane = i / m.sheet();
+    body(plane / m.channels, plane % m.channels, i % m.sheet() * m.grid * m.grid);
+  });
+}
 
 // The taps of output position i: up to two input positions and their weights.
 struct Taps {
@@ -134,7 +143,7 @@ Taps TapsAt(const AxisTaps& axis, int64_t i, const LaneMap& m, const Offset& off
   return taps;
 }
 
-// body(row taps, column taps, offset of the output pixel) for every output pixel.
+// body(row taps, column taps, offset of the output pixel) for every output pixel of a picture.
 template <class Body>
 void ForEachTap(const LaneMap& x, const LaneMap& y, const AxisTaps& rows, const AxisTaps& columns, const Body& body) {
   for (int64_t row = 0; row < rows.count; ++row) {
@@ -147,9 +156,9 @@ void ForEachTap(const LaneMap& x, const LaneMap& y, const AxisTaps& rows, const 
 }
 
 void General(const LaneMap& x, const LaneMap& y, const AxisTaps& rows, const AxisTaps& columns, int threads) {
-  ForEachPlane(y, threads, [&](int64_t n, int64_t c) {
-    const float* in = x.At(n, c);
-    float* out = y.At(n, c);
+  ForEachPicture(y, threads, [&](int64_t n, int64_t c, int64_t lane) {
+    const float* in = x.At(n, c) + lane;
+    float* out = y.At(n, c) + lane;
     ForEachTap(x, y, rows, columns, [&](const Taps& vertical, const Taps& horizontal, int64_t at) {
       float sum = 0;
       for (int i = 0; i < vertical.count; ++i) {
@@ -163,9 +172,9 @@ void General(const LaneMap& x, const LaneMap& y, const AxisTaps& rows, const Axi
 }
 
 void GeneralBackward(const LaneMap& dy, const LaneMap& dx, const AxisTaps& rows, const AxisTaps& columns, int threads) {
-  ForEachPlane(dy, threads, [&](int64_t n, int64_t c) {
-    const float* in = dy.At(n, c);
-    float* out = dx.At(n, c);
+  ForEachPicture(dy, threads, [&](int64_t n, int64_t c, int64_t lane) {
+    const float* in = dy.At(n, c) + lane;
+    float* out = dx.At(n, c) + lane;
     ForEachTap(dx, dy, rows, columns, [&](const Taps& vertical, const Taps& horizontal, int64_t at) {
       for (int i = 0; i < vertical.count; ++i) {
         for (int j = 0; j < horizontal.count; ++j) {

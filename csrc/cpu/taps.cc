@@ -385,7 +385,9 @@ SparseTask TaskAt(const Region* regions, const TapList& taps, TileSize most, int
   return task;
 }
 
-ZeroHalo HaloOf(const Region& g, const TapEnd& end) { return {g.rows, g.cols, end.height, end.width, end.halo}; }
+ZeroHalo HaloOf(const Region& g, const TapEnd& end) {
+  return {{end.grid, g.rows, end.height}, {end.grid, g.cols, end.width}, end.halo};
+}
 
 void SparseAccumulate(const Region* regions, int64_t count, const TapList& taps, const float* values, const float* bias,
                       const TapEnd& end, int threads) {

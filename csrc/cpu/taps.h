@@ -56,10 +56,10 @@ struct DenseTaps {
 inline int64_t DotFloats(int64_t weights, int64_t outputs) { return (weights + 15) / 16 * 16 + 16 * outputs; }
 
 // What follows the sums. With a halo, regions are the blocks of a map of height x width
-// pixels, and zero padding is written around them, see ZeroHalo.
+// pixels on that grid, and zero padding is written around them, see ZeroHalo.
 struct TapEnd {
   ActivationSpec act = {};  // a simple one
-  int64_t halo = 0, height = 0, width = 0;
+  int64_t halo = 0, height = 0, width = 0, grid = 0;
 };
 
 struct TapKernels {

@@ -48,6 +48,11 @@ static inline V Fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 static inline V IfPositive(V a, V b, V c) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_GT_OQ), c, b);
 }
+// a > b, or a is NaN ? c : d, lane by lane.
+static inline V IfLarger(V a, V b, V c, V d) {
+  const auto larger = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  return _mm512_mask_blend_ps(static_cast<__mmask16>(larger), d, c);
+}
 // A register's worth of lanes, for loops in which whole vectors would not fit the registers.
 using R = V;
 static inline R LoadR(const float* p) { return Load(p); }
@@ -89,6 +94,11 @@ static inline V IfPositive(V x, V y, V z) {
   return {_mm256_blendv_ps(z.a, y.a, _mm256_cmp_ps(x.a, zero, _CMP_GT_OQ)),
           _mm256_blendv_ps(z.b, y.b, _mm256_cmp_ps(x.b, zero, _CMP_GT_OQ))};
 }
+static inline __m256 IfLarger(__m256 a, __m256 b, __m256 c, __m256 d) {
+  const __m256 larger = _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  return _mm256_blendv_ps(d, c, larger);
+}
+static inline V IfLarger(V a, V b, V c, V d) { return {IfLarger(a.a, b.a, c.a, d.a), IfLarger(a.b, b.b, c.b, d.b)}; }
 using R = __m256;
 static inline R LoadR(const float* p) { return _mm256_load_ps(p); }
 static inline R SetR(float x) { return _mm256_set1_ps(x); }
@@ -121,6 +131,7 @@ static inline R Min(R a, R b) { return a < b ? a : b; }
 // Two roundings here: a machine without FMA would emulate the single one slowly.
 static inline R Fma(R a, R b, R c) { return a * b + c; }
 static inline R IfPositive(R a, R b, R c) { return a > 0.0f ? b : c; }
+static inline R IfLarger(R a, R b, R c, R d) { return (a > b) | (a != a) ? c : d; }
 static inline R Sqrt(R x) { return R{std::sqrt(x[0]), std::sqrt(x[1]), std::sqrt(x[2]), std::sqrt(x[3])}; }
 
 static inline V Load(const float* p) { return {LoadR(p), LoadR(p + 4), LoadR(p + 8), LoadR(p + 12)}; }
@@ -160,6 +171,10 @@ LIPFAST_BINARY(Min)
 LIPFAST_TERNARY(Fma)
 LIPFAST_TERNARY(IfPositive)
 #undef LIPFAST_TERNARY
+static inline V IfLarger(V a, V b, V c, V d) {
+  return {IfLarger(a.a, b.a, c.a, d.a), IfLarger(a.b, b.b, c.b, d.b), IfLarger(a.c, b.c, c.c, d.c),
+          IfLarger(a.d, b.d, c.d, d.d)};
+}
 
 #endif
 

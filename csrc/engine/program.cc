@@ -153,10 +153,10 @@ void Program::Reblock(Section where, int from, int to) {
 void Program::Flatten(Section where, int map, int rows, bool to_map) {
   const LaneMap &m = maps_[map], &r = maps_[rows];
   const int64_t pixels = m.height * m.width, features = m.channels * pixels;
-  flattened_ = std::max(flattened_, m.batch * features);
+  flattened_ = std::max(flattened_, m.pictures() * features);
   Add(where, "flatten " + SizeLabel(m), [m, r, pixels, features, to_map](const RunContext& context) {
     float* memory = context.scratch;  // read in two ways
-    const PlainMap items = {memory, m.batch, m.channels, m.height, m.width, features, pixels, m.width, 1};
+    const PlainMap items = {memory, m.pictures(), m.channels, m.height, m.width, features, pixels, m.width, 1};
     const PlainMap by_feature = {memory, 1, features, r.height, r.width, 0, 1, r.width * features, features};
     const LaneKernels& kernels = Kernels<LaneKernels>();
     kernels.to_plain(to_map ? r : m, to_map ? by_feature : items, context.threads);
@@ -232,17 +232,18 @@ void Program::ConvWeightGradient(int conv, int64_t values, int64_t bias, int x, 
 }
 
 LivePixelMask Program::LiveMask(const LaneMap& m) {
-  if (kGrid * m.block_h == m.height && kGrid * m.block_w == m.width) return {nullptr, nullptr};
+  if (m.whole()) return {nullptr, nullptr};
   constexpr int kLaneCount = kGrid * kGrid;
   masks_.push_back(std::make_unique<std::vector<float>>((m.block_h + m.block_w) * kLaneCount));
   float* rows = masks_.back()->data();
   float* columns = rows + m.block_h * kLaneCount;
   for (int lane = 0; lane < kLaneCount; ++lane) {
+    const LanePlace& place = PlaceOf(lane, m.grid);
     for (int64_t y = 0; y < m.block_h; ++y) {
-      rows[y * kLaneCount + lane] = lane / kGrid * m.block_h + y < m.height ? 1.0f : 0.0f;
+      rows[y * kLaneCount + lane] = place.row * m.block_h + y < m.height ? 1.0f : 0.0f;
     }
     for (int64_t x = 0; x < m.block_w; ++x) {
-      columns[x * kLaneCount + lane] = lane % kGrid * m.block_w + x < m.width ? 1.0f : 0.0f;
+      columns[x * kLaneCount + lane] = place.col * m.block_w + x < m.width ? 1.0f : 0.0f;
     }
   }
   return {rows, columns};

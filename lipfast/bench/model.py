@@ -1,4 +1,5 @@
-"""Inference of whole pruned networks, by `accelerate` and by `torch.compile`, against dense torch and each other."""
+"""Whole pruned networks: inference by `accelerate` and by `torch.compile`, against dense torch and each other, and
+training steps against torch with the masks of `torch.nn.utils.prune`."""
 
 import copy
 import functools
@@ -7,9 +8,20 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lipfast.bench.harness import Case, Size, Timed
-from lipfast.bench.networks import Classifier, ConvStack, EfficientNetB0, MobileNetV2, ResNet18, UNet
+from lipfast.bench.networks import (
+    VGG16,
+    Classifier,
+    ConvStack,
+    EfficientNetB0,
+    LeNet5,
+    MobileNetV2,
+    ResNet18,
+    ResNet20,
+    UNet,
+)
 from lipfast.engine import dynamo
 from lipfast.engine.lane_module import accelerate
 
@@ -20,7 +32,7 @@ Door = Callable[[nn.Module], Callable[[Tensor], Tensor]]
 
 
 def cases(size: Size) -> list[Case]:
-    """Each network through each door."""
+    """Each network through each door, then the training steps of classifiers of small pictures."""
     networks: list[tuple[str, Build, tuple[int, ...]]] = [
         ("eight 128-channel 3x3 convs", ConvStack, (1, 128, 128, 128)),
         ("U-Net", UNet, (1, 3, 128, 128)),
@@ -30,6 +42,13 @@ def cases(size: Size) -> list[Case]:
         ("EfficientNet-B0", EfficientNetB0, (1, 3, 224, 224)),
         ("VGG-16's classifier", Classifier, (1, 512, 7, 7)),
         ("VGG-16's classifier", Classifier, (8, 512, 7, 7)),
+        ("ResNet-20", ResNet20, (128, 3, 32, 32)),
+        ("VGG-16 for 32 px", VGG16, (128, 3, 32, 32)),
+    ]
+    trained: list[tuple[str, Build, tuple[int, ...]]] = [
+        ("LeNet-5", LeNet5, (60, 1, 28, 28)),
+        ("ResNet-20", ResNet20, (128, 3, 32, 32)),
+        ("VGG-16 for 32 px", VGG16, (128, 3, 32, 32)),
     ]
     if size == "toy":
         networks = [
@@ -40,8 +59,13 @@ def cases(size: Size) -> list[Case]:
             ("EfficientNet-B0", lambda: EfficientNetB0(0.25), (1, 3, 64, 64)),
             ("VGG-16's classifier", lambda: Classifier(4, 24), (5, 4, 7, 7)),
         ]
+        trained = [
+            ("LeNet-5", LeNet5, (4, 1, 28, 28)),
+            ("ResNet-20", lambda: ResNet20(4), (16, 3, 16, 16)),
+            ("VGG-16 for 32 px", lambda: VGG16(4), (16, 3, 32, 32)),
+        ]
     doors: dict[str, Door] = {"accelerate": accelerate, "torch.compile": _compile}
-    return [
+    inference = [
         Case(
             op="inference",
             name=f"{name}, batch {shape[0]}, {door}",
@@ -52,6 +76,17 @@ def cases(size: Size) -> list[Case]:
         for name, build, shape in networks
         for door, function in doors.items()
     ]
+    training = [
+        Case(
+            op="training_step",
+            name=f"{name}, batch {shape[0]}, training",
+            shape=" x ".join(map(str, shape)),
+            density=DENSITY,
+            setup=functools.partial(_setup_training, build, shape),
+        )
+        for name, build, shape in trained
+    ]
+    return inference + training
 
 
 def _compile(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -93,3 +128,53 @@ def _setup(build: Build, shape: tuple[int, ...], door: Door) -> Timed:
         other = accelerate(model)
         baselines["accelerate"] = lambda: call(other, x)
     return Timed(ours=lambda: call(fast, x), baselines=baselines, check=check, backend="cpu")
+
+
+# At a kink of a ReLU or between two maxima, rounding decides where a gradient goes.
+_GRADIENTS_DIFFER = 0.05
+
+
+def _setup_training(build: Build, shape: tuple[int, ...]) -> Timed:
+    torch.manual_seed(0)
+    x, labels = torch.randn(shape), torch.randint(10, shape[:1])
+    fast = accelerate(_pruned(build))
+    hooked = _pruned(build)
+    last = _pruned(build).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x_last = x.contiguous(memory_format=torch.channels_last)
+
+    def stepper(model: nn.Module, x: Tensor) -> Callable[[], None]:
+        optimiser = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+        def step() -> None:
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(model(x), labels).backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+
+        return step
+
+    steps = [stepper(fast, x), stepper(hooked, x), stepper(last, x_last)]
+
+    def check() -> None:
+        for step in steps[:2]:
+            step()
+        for name, mask in fast.masks.items():
+            expected = hooked.get_parameter(f"{name}_orig").grad
+            got = fast.get_parameter(name).grad
+            assert expected is not None
+            assert got is not None
+            error = (got - expected[mask]).norm() / expected[mask].norm()
+            assert float(error) < _GRADIENTS_DIFFER, f"{name}: relative error {float(error)}"
+
+    return Timed(
+        ours=steps[0], baselines={"contiguous": steps[1], "channels_last": steps[2]}, check=check, backend="cpu"
+    )
+
+
+def _pruned(build: Build) -> nn.Module:
+    """The same network each time, with the hooks of `torch.nn.utils.prune`."""
+    torch.manual_seed(0)
+    model = build()
+    for module in model.modules():
+        if _is_prunable(module):
+            prune.l1_unstructured(module, "weight", amount=1 - DENSITY)  # type: ignore[no-untyped-call]
+    return model

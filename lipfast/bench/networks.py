@@ -1,4 +1,4 @@
-"""Networks of the inference benchmark, as people write them."""
+"""Networks of the benchmark of whole models, as people write them."""
 
 from collections.abc import Iterator
 
@@ -58,6 +58,41 @@ class ResNet18(nn.Module):
         x = self.blocks(self.stem(x))
         result: Tensor = self.head(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
         return result
+
+
+class LeNet5(nn.Sequential):
+    """LeCun's network for digits of 28 px."""
+
+    def __init__(self) -> None:
+        maps = [nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
+        rows = [nn.Linear(256, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)]
+        super().__init__(*maps, nn.Flatten(), *rows)
+
+
+class ResNet20(nn.Sequential):
+    """He's ResNet-20 for 10 classes of pictures of 32 px, shortcuts by 1x1 convolutions; ``width`` channels first."""
+
+    def __init__(self, width: int = 16) -> None:
+        widths = [width, width, 2 * width, 4 * width]
+        layers: list[nn.Module] = [_layer(3, width, 3, 1, 1, nn.ReLU)]
+        for stage in range(3):
+            layers.append(_Residual(widths[stage], widths[stage + 1], 2 if stage else 1))
+            layers += [_Residual(widths[stage + 1], widths[stage + 1], 1) for _ in range(2)]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10))
+
+
+class VGG16(nn.Sequential):
+    """Simonyan's VGG-16 with BatchNorm for 10 classes of pictures of 32 px; ``width`` channels first."""
+
+    def __init__(self, width: int = 64) -> None:
+        layers: list[nn.Module] = []
+        channels = 3
+        for widen, depth in ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3)):
+            for _ in range(depth):
+                layers.append(_layer(channels, widen * width, 3, 1, 1, nn.ReLU))
+                channels = widen * width
+            layers.append(nn.MaxPool2d(2))
+        super().__init__(*layers, nn.Flatten(), nn.Linear(channels, 10))
 
 
 class _Residual(nn.Module):

@@ -1,12 +1,13 @@
 """Rewriting a graph before it is planned: fusing operators, choosing how each map is cut into blocks."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from lipfast.engine.graph import Graph, Node
+from lipfast.engine.graph import CONV_KINDS, Graph, Node
 from lipfast.ops._padding import widest
+from lipfast.ops.lanes import GRID, LANES
 
-GRID = 4
 Block = tuple[int, int]  # rows, columns of pixels
 
 # A block may grow to fit a neighbour's stride if the map's memory grows by at most this much; else it is re-cut.
@@ -118,6 +119,51 @@ def _drop_unread(graph: Graph) -> None:
     graph.nodes = kept[::-1]
 
 
+# Pictures are cut into fewer blocks, so that others of the batch fill their lanes, where that saves this share.
+_LEAST_GAIN = 0.05
+_CUTS = (4, 2, 1)
+# What the cost is made of, in products of a weight and a vector: a weight is loaded for a tile of 2 x 8 vectors, and
+# each pass over a map takes time.
+_TILE_ROWS, _TILE_COLUMNS, _PER_TILE = 2, 8, 4
+_PER_VECTOR = 10
+
+
+def choose_grid(graph: Graph, weights: Sequence[Any]) -> int:
+    """Blocks along each side of the pictures: 4, or 2 or 1 where small ones fill the lanes better four or sixteen at a
+    time. ``weights``: by weight number, with their ``count``."""
+    batches = {shape[0] for value, shape in graph.shapes.items() if value not in graph.rows}
+    # Mirrored borders and the norms of single pictures are worked out for pictures that have all lanes.
+    alone = any(n.kind == "group_norm" or n.attributes.get("padding_mode", "zeros") != "zeros" for n in graph.nodes)
+    if alone or len(batches) != 1:
+        return GRID
+    fitting = [grid for grid in _CUTS if min(batches) % (LANES // grid**2) == 0]
+    costs = {grid: _cost(graph, weights, grid) for grid in fitting}
+    best = min(fitting, key=costs.__getitem__)
+    return best if costs[best] < (1 - _LEAST_GAIN) * costs[GRID] else GRID
+
+
+def _cost(graph: Graph, weights: Sequence[Any], grid: int) -> float:
+    """Of a forward pass, for each sheet of a batch and times the sheets of a picture."""
+    total = 0.0
+    for node in graph.nodes:
+        written = node.inputs[0] if node.kind == "conv_transpose" else node.output  # by the convolution that it undoes
+        if node.kind in CONV_KINDS and written not in graph.rows:
+            rows, columns = _blocks_of(graph, written, grid)
+            tiles = -(-rows // _TILE_ROWS) * -(-columns // _TILE_COLUMNS)
+            total += weights[node.weight].count * (rows * columns + _PER_TILE * tiles)
+    for value, shape in graph.shapes.items():
+        if value not in graph.rows:
+            rows, columns = _blocks_of(graph, value, grid)
+            total += _PER_VECTOR * shape[1] * (rows + 2) * (columns + 2)  # with a halo
+    return total * grid**2
+
+
+def _blocks_of(graph: Graph, value: int, grid: int) -> Block:
+    """The smallest blocks that hold a value."""
+    height, width = graph.shapes[value][2:]
+    return -(-height // grid), -(-width // grid)
+
+
 @dataclasses.dataclass
 class _Edge:
     """Blocks of value ``large`` must be ``factor`` times those of ``small`` where ``node`` runs."""
@@ -166,9 +212,9 @@ class _Classes:
     """Values that must have equal blocks."""
 
     def __init__(self, graph: Graph) -> None:
-        self._shapes = graph.shapes
+        self._graph, self._shapes, self._side = graph, graph.shapes, graph.side
         self._parent = {value: value for value in graph.shapes}
-        self._block = {value: [-(-side // GRID) for side in shape[2:]] for value, shape in graph.shapes.items()}
+        self._block = {value: list(_blocks_of(graph, value, graph.side(value))) for value in graph.shapes}
 
     def root(self, value: int) -> int:
         while self._parent[value] != value:
@@ -189,7 +235,7 @@ class _Classes:
         """A window may leave pixels out: 9 px become 4, whose blocks of 1 px times 2 would not hold all 9."""
         small = self._block[self.root(edge.small)]
         for axis in (0, 1):
-            natural = -(-self._shapes[edge.large][2 + axis] // GRID)
+            natural = _blocks_of(self._graph, edge.large, self._side(edge.large))[axis]
             small[axis] = max(small[axis], -(-natural // edge.factor))
 
     def agree(self, edge: _Edge) -> bool:
@@ -205,7 +251,7 @@ class _Classes:
         return changed
 
     def _cheap(self, value: int, axis: int, block: int) -> bool:
-        return GRID * block <= _MOST_WASTE * self._shapes[value][2 + axis]
+        return self._side(value) * block <= _MOST_WASTE * self._shapes[value][2 + axis]
 
 
 def _reblock(graph: Graph, edge: _Edge, blocks: dict[int, Block]) -> None:

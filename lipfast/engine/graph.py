@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lipfast.ops.lanes import GRID
+
 Shape = tuple[int, int, int, int]  # batch, channels, height, width
 
 # Numbers of csrc/cpu/pointwise.h's Activation.
@@ -94,6 +96,11 @@ class Graph:
     nodes: list[Node]
     shapes: dict[int, Shape]
     rows: set[int] = field(default_factory=set)  # values that are rows of features
+    grid: int = GRID  # blocks along each side of a picture; below 4, pictures of a batch share the lanes
+
+    def side(self, value: int) -> int:
+        """Blocks along each side of a value's pictures."""
+        return GRID if value in self.rows else self.grid
 
     def consumers(self) -> dict[int, list[int]]:
         """For each value the positions in ``nodes`` that read it, in order."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import lipfast._C as _C
-from lipfast.engine.blocks import Block, choose_blocks, fuse
+from lipfast.engine.blocks import Block, choose_blocks, choose_grid, fuse
 from lipfast.engine.graph import ACTIVATIONS, CONV_KINDS, Graph, Node, Shape, Taps
 from lipfast.ops.lane_conv import KERNELS, asked_kernel
 from lipfast.ops.lanes import LANES, PADDING_MODES, plane_vectors
@@ -85,6 +85,7 @@ class Storage:
 
     shape: Shape
     block: Block
+    grid: int
     halo: int = 0
     first: int = -1
     last: int = -1
@@ -98,7 +99,8 @@ class Storage:
     @property
     def floats(self) -> int:
         """Size of the whole map."""
-        return self.shape[0] * self.shape[1] * self.plane * LANES
+        pictures = LANES // self.grid**2  # of a sheet
+        return self.shape[0] // pictures * self.shape[1] * self.plane * LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,13 +148,10 @@ def plan(graph: Graph, weights: Sequence[Weight], statistics: Sequence[int], opt
     return _Planner(copy.deepcopy(graph), weights, statistics, options).build()
 
 
-def _own(shape: Shape, block: Block) -> Slot:
-    return Slot(Storage(shape, block), 0, shape[1])
-
-
 class _Planner:
     def __init__(self, graph: Graph, weights: Sequence[Weight], statistics: Sequence[int], options: Options) -> None:
         fuse(graph, options.backward)
+        graph.grid = choose_grid(graph, weights)
         self.blocks = choose_blocks(graph)
         self.graph, self.weights, self.options = graph, weights, options
         self.readers = graph.consumers()
@@ -194,7 +193,7 @@ class _Planner:
         overwritten: set[int] = set()  # values that do not outlive their reader
         for node in reversed(self.graph.nodes):
             if node.output not in home:
-                home[node.output] = _own(self.graph.shapes[node.output], self.blocks[node.output])
+                home[node.output] = self.fresh(node.output)
             if node.kind == "cat":
                 start = 0
                 for value in node.inputs:
@@ -206,8 +205,13 @@ class _Planner:
                 overwritten.update(self._parts(node.inputs[0]))
         for value in self.graph.inputs:
             if value not in home:
-                home[value] = _own(self.graph.shapes[value], self.blocks[value])
+                home[value] = self.fresh(value)
         return home
+
+    def fresh(self, value: int) -> Slot:
+        """Memory that a value fits."""
+        shape = self.graph.shapes[value]
+        return Slot(Storage(shape, self.blocks[value], self.graph.side(value)), 0, shape[1])
 
     def _may_overwrite(self, node: Node, overwritten: set[int]) -> bool:
         parts = self._parts(node.inputs[0])
@@ -299,7 +303,7 @@ class _Planner:
     def has_dead_pixels(self, value: int) -> bool:
         """Whether the blocks cover more than the picture."""
         return any(
-            GRID_SIDE * block != side
+            self.graph.side(value) * block != side
             for block, side in zip(self.blocks[value], self.graph.shapes[value][2:], strict=True)
         )
 
@@ -516,7 +520,7 @@ class _Planner:
         whole = Slot(arg.storage, 0, arg.storage.shape[1])
         if whole not in maps:
             s = arg.storage
-            maps[whole] = self.program.add_map(s.offset, list(s.shape), *s.block, s.halo, s.plane)
+            maps[whole] = self.program.add_map(s.offset, list(s.shape), s.grid, *s.block, s.halo, s.plane)
         if arg not in maps:
             maps[arg] = self.program.add_channels(maps[whole], arg.first, arg.last)
         return maps[arg]
@@ -529,14 +533,11 @@ class _Planner:
         if node.kind == "conv_transpose":  # of which the convolution makes the input
             read, written = written, read
         n, _, height, width = self.graph.shapes[read]
-        geometry = [n, height, width, *self.blocks[read], *self.blocks[written]]
+        geometry = [n, height, width, *self.blocks[read], *self.blocks[written], self.graph.side(read)]
         mask = None if weight.mask is None else weight.mask.contiguous().view(torch.uint8).numpy()
         padding = PADDING_MODES[node.attributes.get("padding_mode", "zeros")]
         conv: int = self.program.add_conv(shape, geometry, padding, mask, KERNELS[asked_kernel()], self.options.exact)
         return conv
-
-
-GRID_SIDE = 4
 
 
 def _slices(counts: Sequence[int]) -> list[slice]:
@@ -641,7 +642,7 @@ class _Backward:
         return self.homes[value]
 
     def _temporary(self, value: int) -> Slot:
-        return _own(self.graph.shapes[value], self.planner.blocks[value])
+        return self.planner.fresh(value)
 
     def _wrote(self, value: int) -> None:
         self.written.add(value)

@@ -181,8 +181,11 @@ inline __m128i SetBytes(Mask mask, int8_t x) {
 #define _mm512_movepi32_mask(x) emulated::Bits([&, x_ = x](size_t i) { return emulated::I(x_, i) < 0; })
 #define _mm512_cmplt_epi32_mask(a, b) \
   emulated::Bits([&, a_ = a, b_ = b](size_t i) { return emulated::I(a_, i) < emulated::I(b_, i); })
-#define _mm512_cmp_ps_mask(a, b, greater) \
-  emulated::Bits([&, a_ = a, b_ = b](size_t i) { return emulated::F(a_, i) > emulated::F(b_, i); })
+#define _mm512_cmp_ps_mask(a, b, how)                           \
+  emulated::Bits([&, a_ = a, b_ = b](size_t i) {                \
+    const float x = emulated::F(a_, i), y = emulated::F(b_, i); \
+    return (how) == _CMP_UNORD_Q ? x != x || y != y : x > y;    \
+  })
 #define _mm512_castps_pd(x) reinterpret_cast<__m512d>(x)
 #define _mm512_castpd_ps(x) reinterpret_cast<__m512>(x)
 #define _mm512_castps_si512(x) reinterpret_cast<__m512i>(x)

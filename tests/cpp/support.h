@@ -32,10 +32,13 @@ struct Floats {
 };
 
 struct Map {
-  Map(int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t block_h, int64_t block_w, int64_t halo)
-      : floats(batch * channels * (block_h + 2 * halo) * (block_w + 2 * halo) * 16) {
+  // batch: pictures that fill their sheets
+  Map(int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t block_h, int64_t block_w, int64_t halo,
+      int64_t grid = kGrid)
+      : floats(batch * grid * grid * channels * (block_h + 2 * halo) * (block_w + 2 * halo)) {
     const int64_t row = (block_w + 2 * halo) * 16, plane = (block_h + 2 * halo) * row;
-    lanes = {floats.data, batch, channels, height, width, block_h, block_w, halo, channels * plane, plane, row};
+    lanes = {floats.data, batch * grid * grid / 16, channels, height, width, block_h, block_w,
+             halo,        channels * plane,         plane,    row,    grid};
     lanes.data = lanes.At(0, 0, halo, halo);
   }
   Floats floats;

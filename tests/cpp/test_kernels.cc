@@ -21,6 +21,7 @@ struct Case {
   int64_t batch, in, out, height, width, kernel, stride, pad;
   Padding padding;
   double density;
+  int64_t grid = kGrid;
 };
 
 // Where padding takes pixel `at` from; -1 is zero.
@@ -43,7 +44,8 @@ void RunCase(const Case& c, ConvKernel kernel, int threads, const std::string& n
   const int64_t out_h = (c.height + 2 * c.pad - c.kernel) / c.stride + 1;
   const int64_t out_w = (c.width + 2 * c.pad - c.kernel) / c.stride + 1;
   const auto block = [&](int64_t side, int64_t out_side) {
-    return std::max((out_side + 3) / 4, (side + 4 * c.stride - 1) / (4 * c.stride));
+    const int64_t covered = c.grid * c.stride;
+    return std::max((out_side + c.grid - 1) / c.grid, (side + covered - 1) / covered);
   };
   const int64_t block_h = block(c.height, out_h), block_w = block(c.width, out_w);
   const int64_t weight_count = c.out * c.in * c.kernel * c.kernel;
@@ -84,13 +86,20 @@ void RunCase(const Case& c, ConvKernel kernel, int threads, const std::string& n
     }
   }
   const ConvShape shape = {c.out, c.in, 1, c.kernel, c.kernel, c.stride, 1, c.pad, c.pad, c.padding};
-  const ConvGeometry geometry = {c.batch, c.height, c.width, c.stride * block_h, c.stride * block_w, block_h, block_w};
+  const ConvGeometry geometry = {c.batch * c.grid * c.grid / 16,
+                                 c.height,
+                                 c.width,
+                                 c.stride * block_h,
+                                 c.stride * block_w,
+                                 block_h,
+                                 block_w,
+                                 c.grid};
   const Conv conv(shape, geometry, mask.data(), kernel, false);
   const int64_t in_halo = std::max(c.pad, c.kernel - 1 - c.pad);
-  Map xs(c.batch, c.in, c.height, c.width, c.stride * block_h, c.stride * block_w, in_halo);
-  Map dxs(c.batch, c.in, c.height, c.width, c.stride * block_h, c.stride * block_w, in_halo);
-  Map ys(c.batch, c.out, out_h, out_w, block_h, block_w, 0);
-  Map dys(c.batch, c.out, out_h, out_w, block_h, block_w, conv.gradient_halo());
+  Map xs(c.batch, c.in, c.height, c.width, c.stride * block_h, c.stride * block_w, in_halo, c.grid);
+  Map dxs(c.batch, c.in, c.height, c.width, c.stride * block_h, c.stride * block_w, in_halo, c.grid);
+  Map ys(c.batch, c.out, out_h, out_w, block_h, block_w, 0, c.grid);
+  Map dys(c.batch, c.out, out_h, out_w, block_h, block_w, conv.gradient_halo(), c.grid);
   const LaneKernels& lanes = Kernels<LaneKernels>();
   Floats scratch(conv.scratch_floats(threads));
   lanes.from_plain(Plain(x, c.batch, c.in, c.height, c.width), xs.lanes, threads);
@@ -124,8 +133,8 @@ void RunCase(const Case& c, ConvKernel kernel, int threads, const std::string& n
   // Halos of two widths, one of them wider than most blocks; to the last bit what a pass of its own fills in.
   for (int64_t halo : {1, 3}) {
     for (const HaloSpec& spec : {HaloSpec{true, Padding::kZero, 0}, {true, Padding::kReplicate, 1}}) {
-      Map along(c.batch, c.out, out_h, out_w, block_h, block_w, halo);
-      Map behind(c.batch, c.out, out_h, out_w, block_h, block_w, halo);
+      Map along(c.batch, c.out, out_h, out_w, block_h, block_w, halo, c.grid);
+      Map behind(c.batch, c.out, out_h, out_w, block_h, block_w, halo, c.grid);
       std::fill(along.floats.data, along.floats.data + along.floats.size, 7.0f);
       conv.Forward(packed.data(), bias.data(), xs.lanes, along.lanes, scratch.data, threads,
                    {{}, nullptr, nullptr, spec});
@@ -152,6 +161,9 @@ constexpr Case kCases[] = {
     {1, 4, 6, 16, 17, 3, 2, 1, Padding::kReflect, 0.5}, {1, 9, 5, 8, 20, 1, 1, 0, Padding::kZero, 0.4},
     {1, 2, 3, 1, 1, 3, 1, 1, Padding::kReplicate, 1.0}, {1, 3, 5, 12, 33, 5, 1, 2, Padding::kCircular, 0.2},
     {1, 3, 2, 7, 6, 2, 2, 0, Padding::kZero, 0.0},      {3, 2, 9, 33, 5, 3, 3, 1, Padding::kReplicate, 0.7},
+    {4, 3, 5, 7, 6, 3, 1, 1, Padding::kZero, 0.5, 2},   {16, 5, 3, 5, 4, 3, 1, 1, Padding::kZero, 0.4, 1},
+    {8, 2, 4, 9, 8, 3, 2, 1, Padding::kZero, 1.0, 2},   {32, 3, 2, 6, 7, 3, 2, 1, Padding::kZero, 0.6, 1},
+    {16, 4, 6, 1, 1, 1, 1, 0, Padding::kZero, 0.5, 1},  {16, 2, 3, 8, 5, 5, 1, 0, Padding::kZero, 0.3, 1},
 };
 
 }  // namespace

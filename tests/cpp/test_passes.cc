@@ -21,13 +21,14 @@ constexpr double kTolerance = 1e-5;
 
 // A map, its tensor and its sizes. Blocks larger than the picture needs have dead pixels.
 struct Picture {
-  Picture(int64_t n, int64_t c, int64_t h, int64_t w, int64_t block_h, int64_t block_w, int64_t halo, std::mt19937& r)
-      : map(n, c, h, w, block_h, block_w, halo), tensor(Draw(n * c * h * w, r)) {
+  Picture(int64_t n, int64_t c, int64_t h, int64_t w, int64_t block_h, int64_t block_w, int64_t halo, std::mt19937& r,
+          int64_t grid = kGrid)
+      : map(n, c, h, w, block_h, block_w, halo, grid), tensor(Draw(n * c * h * w, r)) {
     Write();
   }
   PlainMap plain() {
     const LaneMap& m = map.lanes;
-    return Plain(tensor, m.batch, m.channels, m.height, m.width);
+    return Plain(tensor, m.pictures(), m.channels, m.height, m.width);
   }
   void Write() { Kernels<LaneKernels>().from_plain(plain(), map.lanes, 1); }
   // What the map holds now.
@@ -242,38 +243,97 @@ void RunFinish(int threads, const std::string& name) {
   Expect(Error(y.Read(), want) < kTolerance, name + " finish");
 }
 
-void RunPool(int threads, const std::string& name) {
-  for (bool maximum : {false, true}) {
-    std::mt19937 random(6);
-    const int64_t out_h = 5, out_w = 7;  // of 9 x 14 by windows of 3 every 2 pixels, padded by 1
-    Picture x(kBatch, kChannels, kHeight, kWidth, 4, 4, 1, random),
-        dx(kBatch, kChannels, kHeight, kWidth, 4, 4, 0, random);
-    Picture y(kBatch, kChannels, out_h, out_w, 2, 2, 1, random), dy(kBatch, kChannels, out_h, out_w, 2, 2, 0, random);
-    const PoolSpec spec = {3, 2, 1, maximum};
-    std::vector<double> want(y.tensor.size()), dx_want(dx.tensor.begin(), dx.tensor.end());
-    for (size_t i = 0; i < want.size(); ++i) {
-      const int64_t plane = i / (out_h * out_w), row = i / out_w % out_h, col = i % out_w;
-      int64_t best = -1;
-      for (int64_t k = 0; k < 9; ++k) {
-        const int64_t r = 2 * row + k / 3 - 1, c = 2 * col + k % 3 - 1;
-        if (r < 0 || c < 0 || r >= kHeight || c >= kWidth) continue;
-        const int64_t at = plane * kHeight * kWidth + r * kWidth + c;
-        if (!maximum) want[i] += x.tensor[at] / 9, dx_want[at] += dy.tensor[i] / 9;
-        if (best < 0 || x.tensor[at] > x.tensor[best]) best = at;
-      }
-      if (maximum) want[i] = x.tensor[best], dx_want[best] += dy.tensor[i];
+// Windows on pictures of a batch that fills its sheets.
+struct Pooling {
+  int64_t kernel, stride, pad, height, grid;
+};
+
+void RunPooling(const Pooling& c, bool maximum, int threads, const std::string& name) {
+  std::mt19937 random(6);
+  const int64_t batch = 32 / (c.grid * c.grid), height = c.height, block_h = 2 * ((height + 1) / (2 * c.grid) + 1);
+  const int64_t block_w = 2 * (kWidth / (2 * c.grid) + 1);
+  const int64_t out_h = (height + 2 * c.pad - c.kernel) / c.stride + 1;
+  const int64_t out_w = (kWidth + 2 * c.pad - c.kernel) / c.stride + 1;
+  Picture x(batch, kChannels, height, kWidth, block_h, block_w, 1, random, c.grid),
+      dx(batch, kChannels, height, kWidth, block_h, block_w, 0, random, c.grid);
+  Picture y(batch, kChannels, out_h, out_w, block_h / 2, block_w / 2, 1, random, c.grid),
+      dy(batch, kChannels, out_h, out_w, block_h / 2, block_w / 2, 0, random, c.grid);
+  for (size_t i = 0; i < x.tensor.size(); i += 3) x.tensor[i] = 1.0f;  // equal ones
+  x.Write();
+  const PoolSpec spec = {c.kernel, c.stride, c.pad, maximum};
+  const int64_t places = c.kernel * c.kernel;
+  std::vector<double> want(y.tensor.size()), dx_want(dx.tensor.begin(), dx.tensor.end());
+  for (size_t i = 0; i < want.size(); ++i) {
+    const int64_t plane = i / (out_h * out_w), row = i / out_w % out_h, col = i % out_w;
+    int64_t best = -1;
+    for (int64_t k = 0; k < places; ++k) {
+      const int64_t r = c.stride * row + k / c.kernel - c.pad, q = c.stride * col + k % c.kernel - c.pad;
+      if (r < 0 || q < 0 || r >= height || q >= kWidth) continue;
+      const int64_t at = plane * height * kWidth + r * kWidth + q;
+      const double share = 1.0 / static_cast<double>(places);
+      if (!maximum) want[i] += x.tensor[at] * share, dx_want[at] += dy.tensor[i] * share;
+      if (best < 0 || x.tensor[at] > x.tensor[best]) best = at;
     }
-    Kernels<LaneKernels>().fill_halo(x.map.lanes, maximum ? Padding::kReplicate : Padding::kZero, 1, threads);
-    const PoolKernels& kernels = Kernels<PoolKernels>();
-    kernels.forward(x.map.lanes, y.map.lanes, spec, {true, Padding::kZero, 0}, threads);
-    kernels.backward(x.map.lanes, dy.map.lanes, dx.map.lanes, spec, threads);
-    const std::string what = name + (maximum ? " maximum" : " average");
-    Expect(Error(y.Read(), want) < kTolerance, what);
-    const Floats& floats = y.map.floats;
-    const std::vector<float> with_halo(floats.data, floats.data + floats.size);
-    Kernels<LaneKernels>().fill_halo(y.map.lanes, Padding::kZero, 0, threads);
-    Expect(std::equal(with_halo.begin(), with_halo.end(), floats.data), what + " with its halo");
-    Expect(Error(dx.Read(), dx_want) < kTolerance, what + " backward");
+    if (maximum) want[i] = x.tensor[best], dx_want[best] += dy.tensor[i];
+  }
+  Kernels<LaneKernels>().fill_halo(x.map.lanes, maximum ? Padding::kReplicate : Padding::kZero, 1, threads);
+  const PoolKernels& kernels = Kernels<PoolKernels>();
+  kernels.forward(x.map.lanes, y.map.lanes, spec, {true, Padding::kZero, 0}, threads);
+  kernels.backward(x.map.lanes, dy.map.lanes, dx.map.lanes, spec, threads);
+  Expect(Error(y.Read(), want) < kTolerance, name);
+  const Floats& floats = y.map.floats;
+  const std::vector<float> with_halo(floats.data, floats.data + floats.size);
+  Kernels<LaneKernels>().fill_halo(y.map.lanes, Padding::kZero, 0, threads);
+  Expect(std::equal(with_halo.begin(), with_halo.end(), floats.data), name + " with its halo");
+  Expect(Error(dx.Read(), dx_want) < kTolerance, name + " backward");
+}
+
+void RunPool(int threads, const std::string& name) {
+  for (int64_t grid : {1, 2, 4}) {
+    // Windows that overlap; that lie apart; that leave a row out.
+    for (const Pooling& c : {Pooling{3, 2, 1, 9, grid}, {2, 2, 0, 8, grid}, {2, 2, 0, 9, grid}}) {
+      for (bool maximum : {false, true}) {
+        RunPooling(c, maximum, threads,
+                   name + (maximum ? " maximum of " : " average of ") + std::to_string(c.kernel) + " on " +
+                       std::to_string(c.height) + " rows, grid " + std::to_string(grid));
+      }
+    }
+  }
+}
+
+// One picture of a batch after the other, whatever lanes they share.
+void RunSheets(int threads, const std::string& name) {
+  const LaneKernels& lanes = Kernels<LaneKernels>();
+  for (int64_t grid : {1, 2}) {
+    for (Padding mode : {Padding::kZero, Padding::kReflect, Padding::kReplicate, Padding::kCircular}) {
+      const std::string what =
+          name + " sheets, grid " + std::to_string(grid) + ", padding " + std::to_string(static_cast<int>(mode));
+      std::mt19937 random(3);
+      const int64_t batch = 32 / (grid * grid), side = 8 / grid, halo = 2;
+      Picture x(batch, 3, 7, 6, side, side, halo, random, grid), y(batch, 3, 7, 6, side + 1, side, 0, random, grid);
+      const Tensor before = x.tensor;
+      Expect(x.Read() == before, what + " there and back");
+      lanes.reblock(x.map.lanes, y.map.lanes, threads);
+      Expect(y.Read() == before, what + " in other blocks");
+      lanes.fill_halo(x.map.lanes, mode, halo, threads);
+      const LaneMap& m = x.map.lanes;
+      bool right = true;
+      for (int64_t i = 0; i < 16 * m.batch * m.channels; ++i) {
+        const LanePlace& place = PlaceOf(i % 16, grid);
+        const int64_t plane = i / 16, n = plane / m.channels, c = plane % m.channels;
+        const int64_t picture = n * m.sheet() + place.picture;
+        for (int64_t row = -halo; row < side + halo; ++row) {
+          for (int64_t col = -halo; col < side + halo; ++col) {
+            int64_t r = place.row * side + row, q = place.col * side + col;
+            if (r < 0 || r >= 7) r = PaddingSource(r, 7, mode, halo);
+            if (q < 0 || q >= 6) q = PaddingSource(q, 6, mode, halo);
+            const float want = r < 0 || q < 0 ? 0.0f : before[((picture * m.channels + c) * 7 + r) * 6 + q];
+            right = right && m.At(n, c, row, col)[i % 16] == want;
+          }
+        }
+      }
+      Expect(right, what + " halo");
+    }
   }
 }
 
@@ -413,7 +473,8 @@ void RunSteps(int threads, const std::string& name) {
 }  // namespace
 
 void RunPasses(int threads, const std::string& name) {
-  for (const auto& run : {RunNorm, RunGroupNorm, RunPointwise, RunFinish, RunPool, RunResample, RunPruning, RunSteps}) {
+  for (const auto& run :
+       {RunNorm, RunGroupNorm, RunPointwise, RunFinish, RunPool, RunSheets, RunResample, RunPruning, RunSteps}) {
     run(threads, name);
   }
 }
