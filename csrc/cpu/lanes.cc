@@ -1,10 +1,8 @@
 #include "cpu/lanes.h"
 
 #include <cstdlib>
-#include <cstring>
 
 #include "cpu/halo.h"
-#include "cpu/pixel_offsets.h"
 #include "cpu/pool.h"
 #include "cpu/transpose.h"
 #include "cpu/vec.h"
@@ -14,6 +12,13 @@ namespace LIPFAST_NS {
 namespace {
 
 int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
+
+struct Vectors {
+  explicit Vectors(int64_t count) : data(static_cast<float*>(std::aligned_alloc(64, count * kLanes * sizeof(float)))) {}
+  ~Vectors() { std::free(data); }
+  Vectors(const Vectors&) = delete;
+  float* data;
+};
 
 // How many of the pixels (row, col), (row, col + 1), .. up to `most` of block
 // `lane` lie in the picture; 0 where the whole row is dead.
@@ -237,25 +242,40 @@ void FillHalo(const LaneMap& m, Padding mode, int64_t pad, int threads) {
   });
 }
 
-// Where a picture is not cut, its rows are the same vectors in both.
-void CopyRows(const LaneMap& from, const LaneMap& to, int64_t n, int64_t c) {
-  for (int64_t y = 0; y < to.height; ++y) {
-    std::memcpy(to.At(n, c, y), from.At(n, c, y), static_cast<size_t>(to.width * kLanes) * sizeof(float));
+// What lies at each position of a block once an axis is cut anew; dead pixels become zero.
+std::vector<LaneRule> Recut(const Axis& from, int64_t block, bool rows) {
+  std::vector<LaneRule> rules;
+  for (int64_t position = 0; position < block; ++position) {
+    AxisRule rule = {};
+    for (int64_t g = 0; g < from.grid; ++g) {
+      const int64_t at = g * block + position;
+      rule.from[g] = at < from.side ? static_cast<int>(at / from.block) : -1;
+      rule.source[g] = at % from.block;
+    }
+    rules.push_back(ToLanes(rule, from.grid, rows));
   }
+  return rules;
 }
 
+// First along rows, into a strip of columns as they shall be, then along columns.
 void Reblock(const LaneMap& from, const LaneMap& to, int threads) {
-  const PixelOffsets in_at(from), out_at(to);
+  const std::vector<LaneRule> rows = Recut({from.grid, from.block_h, from.height}, to.block_h, true);
+  const std::vector<LaneRule> columns = Recut({from.grid, from.block_w, from.width}, to.block_w, false);
+  constexpr int64_t kStrip = 8;  // columns
   ParallelFor(threads, to.batch * to.channels, [&](int64_t i) {
     const int64_t n = i / to.channels, c = i % to.channels;
-    if (to.grid == 1) return CopyRows(from, to, n, c);
-    for (int64_t picture = 0; picture < to.sheet(); ++picture) {
-      const float* in = from.At(n, c) + in_at.picture(picture);
-      float* out = to.At(n, c) + out_at.picture(picture);
-      for (int64_t y = 0; y < to.height; ++y) {
-        const float* in_row = in + in_at.row(y);
-        float* out_row = out + out_at.row(y);
-        for (int64_t x = 0; x < to.width; ++x) out_row[out_at.col(x)] = in_row[in_at.col(x)];
+    Vectors strip(kStrip * from.block_h);
+    for (int64_t first = 0; first < to.block_w; first += kStrip) {
+      const int64_t count = AtMost(kStrip, to.block_w - first);
+      for (int64_t y = 0; y < from.block_h; ++y) {
+        for (int64_t x = 0; x < count; ++x) {
+          Gather(columns[first + x], from.At(n, c, y), kLanes, strip.data + (y * kStrip + x) * kLanes);
+        }
+      }
+      for (int64_t y = 0; y < to.block_h; ++y) {
+        for (int64_t x = 0; x < count; ++x) {
+          Gather(rows[y], strip.data + x * kLanes, kStrip * kLanes, to.At(n, c, y, first + x));
+        }
       }
     }
   });

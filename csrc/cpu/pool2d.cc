@@ -10,6 +10,8 @@ namespace lipfast {
 namespace LIPFAST_NS {
 namespace {
 
+int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // The larger, NaN if either is NaN.
 V Larger(V a, V b) {
   const V half = Set(0.5f);  // Max returns its second operand where either is NaN
@@ -78,58 +80,84 @@ void Forward(const LaneMap& x, const LaneMap& y, const PoolSpec& spec, HaloSpec 
   });
 }
 
-// Windows that lie apart and within blocks: vector by vector.
-constexpr int64_t kMostApart = 4;  // pixels of a window's side
+// The output positions of a block whose windows lie within the block: they go vector by vector.
+struct Inner {
+  int64_t row, last_row, col, last_col;
 
-bool LieApart(const LaneMap& x, const LaneMap& dy, const PoolSpec& spec) {
-  // Where sides are multiples, dead windows hold dead pixels alone.
-  return spec.pad == 0 && spec.kernel <= spec.stride && spec.kernel <= kMostApart &&
-         x.height == spec.stride * dy.height && x.width == spec.stride * dy.width;
+  bool HoldsRow(int64_t r) const { return r >= row && r < last_row; }
+  bool HoldsCol(int64_t c) const { return c >= col && c < last_col; }
+  bool HoldsAll(const LaneMap& dy) const {
+    return row == 0 && last_row == dy.block_h && col == 0 && last_col == dy.block_w;
+  }
+};
+
+Inner InnerWindows(const LaneMap& x, const LaneMap& dy, const PoolSpec& spec) {
+  // Where sides are multiples, windows that do not overlap are either alive or dead as a whole.
+  const bool multiples = x.height == spec.stride * dy.height && x.width == spec.stride * dy.width;
+  const bool apart = spec.pad == 0 && spec.kernel <= spec.stride;
+  if (!multiples || !(apart || x.whole())) return {};
+  const int64_t first = (spec.pad + spec.stride - 1) / spec.stride;
+  const auto last = [&](int64_t block, int64_t most) {
+    const int64_t inside = block + spec.pad < spec.kernel ? 0 : (block + spec.pad - spec.kernel) / spec.stride + 1;
+    return inside < most ? inside : most;
+  };
+  return {first, last(x.block_h, dy.block_h), first, last(x.block_w, dy.block_w)};
 }
 
-// Sides and halo of the maps may differ, so each has strides of its own.
-void AddToMaximum(const float* in, int64_t in_row, V gradient, float* out, int64_t out_row, int64_t kernel) {
-  V before[kMostApart * kMostApart];  // the largest pixel before each
+// One window of each lane. Sides and halo of the maps may differ, so each has strides of its own.
+template <int kKernel>
+void AddToMaximum(const float* in, int64_t in_row, V gradient, float* out, int64_t out_row) {
+  V before[kKernel * kKernel];  // the largest pixel before each
   V largest = Load(in);
-  for (int64_t i = 1; i < kernel * kernel; ++i) {
-    const V pixel = Load(in + i / kernel * in_row + i % kernel * kLanes);
+  LIPFAST_UNROLL
+  for (int i = 1; i < kKernel * kKernel; ++i) {
+    const V pixel = Load(in + i / kKernel * in_row + i % kKernel * kLanes);
     before[i] = largest;
     largest = IfLarger(pixel, largest, pixel, largest);
   }
-  for (int64_t i = kernel * kernel - 1; i > 0; --i) {
-    const V pixel = Load(in + i / kernel * in_row + i % kernel * kLanes);
-    float* to = out + i / kernel * out_row + i % kernel * kLanes;
+  LIPFAST_UNROLL
+  for (int i = kKernel * kKernel - 1; i > 0; --i) {
+    const V pixel = Load(in + i / kKernel * in_row + i % kKernel * kLanes);
+    float* to = out + i / kKernel * out_row + i % kKernel * kLanes;
     Store(to, Add(Load(to), IfLarger(pixel, before[i], gradient, Zero())));
     gradient = IfLarger(pixel, before[i], Zero(), gradient);
   }
   Store(out, Add(Load(out), gradient));
 }
 
-void AddToAll(V gradient, float* out, int64_t out_row, int64_t kernel) {
-  for (int64_t i = 0; i < kernel * kernel; ++i) {
-    float* to = out + i / kernel * out_row + i % kernel * kLanes;
+template <int kKernel>
+void AddToAll(V gradient, float* out, int64_t out_row) {
+  LIPFAST_UNROLL
+  for (int i = 0; i < kKernel * kKernel; ++i) {
+    float* to = out + i / kKernel * out_row + i % kKernel * kLanes;
     Store(to, Add(Load(to), gradient));
   }
 }
 
-void BackwardApart(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const PoolSpec& spec, int threads) {
-  const V share = Set(1.0f / static_cast<float>(spec.kernel * spec.kernel));
+template <int kKernel>
+void BackwardInner(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const PoolSpec& spec, const Inner& inner,
+                   int threads) {
+  const V share = Set(1.0f / static_cast<float>(kKernel * kKernel));
   ParallelFor(threads, dy.batch * dy.channels, [&](int64_t i) {
     const int64_t n = i / dy.channels, c = i % dy.channels;
-    for (int64_t row = 0; row < dy.block_h; ++row) {
-      for (int64_t col = 0; col < dy.block_w; ++col) {
+    for (int64_t row = inner.row; row < inner.last_row; ++row) {
+      for (int64_t col = inner.col; col < inner.last_col; ++col) {
         const V gradient = Load(dy.At(n, c, row, col));
-        float* out = dx.At(n, c, row * spec.stride, col * spec.stride);
+        const int64_t top = row * spec.stride - spec.pad, left = col * spec.stride - spec.pad;
+        float* out = dx.At(n, c, top, left);
         if (spec.maximum) {
-          const float* in = x.At(n, c, row * spec.stride, col * spec.stride);
-          AddToMaximum(in, x.row_stride, gradient, out, dx.row_stride, spec.kernel);
+          AddToMaximum<kKernel>(x.At(n, c, top, left), x.row_stride, gradient, out, dx.row_stride);
         } else {
-          AddToAll(Mul(gradient, share), out, dx.row_stride, spec.kernel);
+          AddToAll<kKernel>(Mul(gradient, share), out, dx.row_stride);
         }
       }
     }
   });
 }
+
+using InnerFunction = void (*)(const LaneMap&, const LaneMap&, const LaneMap&, const PoolSpec&, const Inner&, int);
+constexpr InnerFunction kBackwardInner[] = {BackwardInner<1>, BackwardInner<2>, BackwardInner<3>, BackwardInner<4>};
+constexpr int64_t kMostInner = 4;
 
 // The pixels of the window of output (row, col) that lie in the picture.
 struct Window {
@@ -162,8 +190,9 @@ Pixel FirstMaximum(const float* in, const PixelOffsets& at, const Window& w) {
   return best;
 }
 
-// Pixel by pixel: windows may overlap across blocks.
-void BackwardPixels(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const PoolSpec& spec, int threads) {
+// The others pixel by pixel: windows may overlap across blocks.
+void BackwardOthers(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const PoolSpec& spec, const Inner& inner,
+                    int threads) {
   const float share = 1.0f / static_cast<float>(spec.kernel * spec.kernel);
   const PixelOffsets in_at(x), gradient_at(dy), out_at(dx);
   ParallelFor(threads, dy.batch * dy.channels * dy.sheet(), [&](int64_t i) {
@@ -172,17 +201,28 @@ void BackwardPixels(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, cons
     const float* in = x.At(n, c) + in_at.picture(picture);
     const float* gradient = dy.At(n, c) + gradient_at.picture(picture);
     float* out = dx.At(n, c) + out_at.picture(picture);
+    const auto add = [&](int64_t row, int64_t col) {
+      const Window w = WindowAt(x, spec, row, col);
+      const float g = gradient[gradient_at.row(row) + gradient_at.col(col)];
+      if (spec.maximum) {
+        const Pixel best = FirstMaximum(in, in_at, w);
+        out[out_at.row(best.row) + out_at.col(best.col)] += g;
+        return;
+      }
+      for (int64_t r = w.top; r < w.bottom; ++r) {
+        for (int64_t q = w.left; q < w.right; ++q) out[out_at.row(r) + out_at.col(q)] += g * share;
+      }
+    };
     for (int64_t row = 0; row < dy.height; ++row) {
-      for (int64_t col = 0; col < dy.width; ++col) {
-        const Window w = WindowAt(x, spec, row, col);
-        const float g = gradient[gradient_at.row(row) + gradient_at.col(col)];
-        if (spec.maximum) {
-          const Pixel best = FirstMaximum(in, in_at, w);
-          out[out_at.row(best.row) + out_at.col(best.col)] += g;
-          continue;
-        }
-        for (int64_t r = w.top; r < w.bottom; ++r) {
-          for (int64_t q = w.left; q < w.right; ++q) out[out_at.row(r) + out_at.col(q)] += g * share;
+      const bool inner_row = inner.HoldsRow(row % dy.block_h);
+      for (int64_t block = 0; block < dy.width; block += dy.block_w) {
+        const int64_t last = AtMost(dy.block_w, dy.width - block);
+        for (int64_t col = 0; col < last; ++col) {
+          if (inner_row && inner.HoldsCol(col)) {
+            col = inner.last_col - 1;  // and on behind them
+          } else {
+            add(row, block + col);
+          }
         }
       }
     }
@@ -190,7 +230,9 @@ void BackwardPixels(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, cons
 }
 
 void Backward(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const PoolSpec& spec, int threads) {
-  (LieApart(x, dy, spec) ? BackwardApart : BackwardPixels)(x, dy, dx, spec, threads);
+  const Inner inner = spec.kernel <= kMostInner ? InnerWindows(x, dy, spec) : Inner{};
+  if (spec.kernel <= kMostInner) kBackwardInner[spec.kernel - 1](x, dy, dx, spec, inner, threads);
+  if (!inner.HoldsAll(dy)) BackwardOthers(x, dy, dx, spec, inner, threads);
 }
 
 void Mean(const LaneMap& x, const LaneMap& y, const LivePixelMask& live, int threads) {

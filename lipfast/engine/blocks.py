@@ -119,45 +119,6 @@ def _drop_unread(graph: Graph) -> None:
     graph.nodes = kept[::-1]
 
 
-# Pictures are cut into fewer blocks, so that others of the batch fill their lanes, where that saves this share.
-_LEAST_GAIN = 0.05
-_CUTS = (4, 2, 1)
-# What the cost is made of, in products of a weight and a vector: a weight is loaded for a tile of 2 x 8 vectors, and
-# each pass over a map takes time.
-_TILE_ROWS, _TILE_COLUMNS, _PER_TILE = 2, 8, 4
-_PER_VECTOR = 10
-
-
-def choose_grid(graph: Graph, weights: Sequence[Any]) -> int:
-    """Blocks along each side of the pictures: 4, or 2 or 1 where small ones fill the lanes better four or sixteen at a
-    time. ``weights``: by weight number, with their ``count``."""
-    batches = {shape[0] for value, shape in graph.shapes.items() if value not in graph.rows}
-    # Mirrored borders and the norms of single pictures are worked out for pictures that have all lanes.
-    alone = any(n.kind == "group_norm" or n.attributes.get("padding_mode", "zeros") != "zeros" for n in graph.nodes)
-    if alone or len(batches) != 1:
-        return GRID
-    fitting = [grid for grid in _CUTS if min(batches) % (LANES // grid**2) == 0]
-    costs = {grid: _cost(graph, weights, grid) for grid in fitting}
-    best = min(fitting, key=costs.__getitem__)
-    return best if costs[best] < (1 - _LEAST_GAIN) * costs[GRID] else GRID
-
-
-def _cost(graph: Graph, weights: Sequence[Any], grid: int) -> float:
-    """Of a forward pass, for each sheet of a batch and times the sheets of a picture."""
-    total = 0.0
-    for node in graph.nodes:
-        written = node.inputs[0] if node.kind == "conv_transpose" else node.output  # by the convolution that it undoes
-        if node.kind in CONV_KINDS and written not in graph.rows:
-            rows, columns = _blocks_of(graph, written, grid)
-            tiles = -(-rows // _TILE_ROWS) * -(-columns // _TILE_COLUMNS)
-            total += weights[node.weight].count * (rows * columns + _PER_TILE * tiles)
-    for value, shape in graph.shapes.items():
-        if value not in graph.rows:
-            rows, columns = _blocks_of(graph, value, grid)
-            total += _PER_VECTOR * shape[1] * (rows + 2) * (columns + 2)  # with a halo
-    return total * grid**2
-
-
 def _blocks_of(graph: Graph, value: int, grid: int) -> Block:
     """The smallest blocks that hold a value."""
     height, width = graph.shapes[value][2:]
@@ -172,22 +133,107 @@ class _Edge:
     large: int
     small: int
     factor: int
+    classes: tuple[int, int] = (-1, -1)  # of large and small: edges between the same two agree together
+
+    def wanted(self, blocks: dict[int, Block]) -> Block:
+        """The blocks of ``large`` that fit those of ``small``."""
+        rows, columns = blocks[self.small]
+        return self.factor * rows, self.factor * columns
 
 
-def choose_blocks(graph: Graph) -> dict[int, Block]:
-    """The blocks of every value; inserts a ``reblock`` where two neighbours cannot agree."""
+# Pictures are cut into fewer blocks, so that others of the batch fill their lanes, where that saves this share.
+_LEAST_GAIN = 0.05
+_CUTS = (4, 2, 1)
+# What a forward pass costs, in products of a weight and a vector: a weight is loaded for a tile of 2 x 8 vectors, and
+# each pass over a map takes time.
+_TILE_ROWS, _TILE_COLUMNS, _PER_TILE = 2, 8, 4
+_PER_VECTOR, _PER_VECTOR_RECUT = 10, 20
+
+
+def choose_grid(graph: Graph, weights: Sequence[Any]) -> int:
+    """Blocks along each side of the pictures: 4, or 2 or 1 where small ones fill the lanes better four or sixteen at a
+    time. ``weights``: by weight number, with their ``count``."""
+    batches = {shape[0] for value, shape in graph.shapes.items() if value not in graph.rows}
+    # Mirrored borders and the norms of single pictures are worked out for pictures that have all lanes.
+    alone = any(n.kind == "group_norm" or n.attributes.get("padding_mode", "zeros") != "zeros" for n in graph.nodes)
+    if alone or len(batches) != 1:
+        return GRID
+    fitting = [grid for grid in _CUTS if min(batches) % (LANES // grid**2) == 0]
+    if fitting == [GRID]:
+        return GRID
+    costs = {grid: _agree(dataclasses.replace(graph, grid=grid), weights).cost * grid**2 for grid in fitting}
+    best = min(fitting, key=costs.__getitem__)
+    return best if costs[best] < (1 - _LEAST_GAIN) * costs[GRID] else GRID
+
+
+def choose_blocks(graph: Graph, weights: Sequence[Any]) -> dict[int, Block]:
+    """The blocks of every value; inserts a ``reblock`` where two neighbours do not agree."""
+    found = _agree(graph, weights)
+    for edge in found.edges:
+        _reblock(graph, edge, found.blocks)
+    return found.blocks
+
+
+@dataclasses.dataclass
+class _Agreement:
+    """Blocks for all values, and what a forward pass of one sheet costs with them."""
+
+    blocks: dict[int, Block]
+    edges: list[_Edge]
+    cost: float
+
+
+def _agree(graph: Graph, weights: Sequence[Any]) -> _Agreement:
+    """Blocks that neighbours agree on, but where growing to agree costs more than cutting a map anew."""
+    best = _agree_but(graph, weights, set())
+    recut: set[tuple[int, int]] = set()
+    while True:
+        apart = {edge.classes for edge in best.edges} - recut
+        found = [(_agree_but(graph, weights, recut | {pair}), pair) for pair in sorted(apart)]
+        better = [(agreement, pair) for agreement, pair in found if agreement.cost < best.cost]
+        if not better:
+            return best
+        best, pair = min(better, key=lambda each: each[0].cost)
+        recut.add(pair)
+
+
+def _agree_but(graph: Graph, weights: Sequence[Any], recut: set[tuple[int, int]]) -> _Agreement:
+    """Blocks that neighbours agree on where that is cheap, but for these pairs of classes."""
     classes = _Classes(graph)
     edges = _edges(graph, classes)
     for edge in edges:
+        edge.classes = classes.root(edge.large), classes.root(edge.small)
         classes.cover(edge)
+    agreeing = [edge for edge in edges if edge.classes not in recut]
     for _ in range(len(edges)):
-        changed = [classes.agree(edge) for edge in edges]
+        changed = [classes.agree(edge) for edge in agreeing]
         if not any(changed):
             break
     blocks = {value: classes.block(value) for value in graph.shapes}
+    return _Agreement(blocks, edges, _cost(graph, weights, blocks, edges))
+
+
+def _cost(graph: Graph, weights: Sequence[Any], blocks: dict[int, Block], edges: list[_Edge]) -> float:
+    """Of one sheet; rows of features, which need not agree, do not count."""
+    total = 0.0
+    for node in graph.nodes:
+        written = node.inputs[0] if node.kind == "conv_transpose" else node.output  # by the convolution that it undoes
+        if node.kind in CONV_KINDS and written not in graph.rows:
+            rows, columns = blocks[written]
+            tiles = -(-rows // _TILE_ROWS) * -(-columns // _TILE_COLUMNS)
+            total += weights[node.weight].count * (rows * columns + _PER_TILE * tiles)
+    for value, block in blocks.items():
+        if value not in graph.rows:
+            total += _PER_VECTOR * _vectors(graph, value, block)
     for edge in edges:
-        _reblock(graph, edge, blocks)
-    return blocks
+        if blocks[edge.large] != edge.wanted(blocks):
+            total += _PER_VECTOR_RECUT * _vectors(graph, edge.large, blocks[edge.large])
+    return total
+
+
+def _vectors(graph: Graph, value: int, block: Block) -> int:
+    """Of one sheet, with a halo."""
+    return graph.shapes[value][1] * (block[0] + 2) * (block[1] + 2)
 
 
 def _edges(graph: Graph, classes: "_Classes") -> list[_Edge]:
@@ -255,8 +301,7 @@ class _Classes:
 
 
 def _reblock(graph: Graph, edge: _Edge, blocks: dict[int, Block]) -> None:
-    rows, columns = blocks[edge.small]
-    wanted = (edge.factor * rows, edge.factor * columns)
+    wanted = edge.wanted(blocks)
     if blocks[edge.large] == wanted:
         return
     copy = graph.fresh(graph.shapes[edge.large])

@@ -8,6 +8,7 @@ without data, and says so.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -397,7 +398,14 @@ def _normalised_by_group(
 
 
 def _activated(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor | None:
-    return input.new_empty(input.shape) if input.is_floating_point() and not inplace else None
+    if not input.is_floating_point():
+        return None
+    return _overwritten(input) if inplace else input.new_empty(input.shape)
+
+
+def _overwritten(input: Tensor) -> Tensor:
+    """The very tensor, newer by a write; which one does not matter here."""
+    return torch.relu_(input)
 
 
 def _rectified(input: Tensor, inplace: bool = False) -> Tensor | None:
@@ -422,6 +430,135 @@ def _convolved(
     alike = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None} == {input.dtype}
     fits = bias is None or bias.shape == (out,)
     return input.new_empty(len(input), out, *size) if whole and alike and fits and input.is_floating_point() else None
+
+
+def _transposed(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor | None:
+    if not input.dim() == weight.dim() == 4 or min(input.shape) < 1 or len(weight) != input.shape[1]:
+        return None
+    _, per_group, *kernel = weight.shape
+    axes = list(
+        zip(input.shape[2:], kernel, *(pair(v) for v in (stride, padding, output_padding, dilation)), strict=True)
+    )
+    size = [
+        (side - 1) * step - 2 * pad + spread * (taps - 1) + more + 1 for side, taps, step, pad, more, spread in axes
+    ]
+    sound = all(0 <= more < max(step, spread) and pad >= 0 for _, _, step, pad, more, spread in axes)
+    whole = groups >= 1 and len(weight) % groups == 0 and min(size) > 0
+    alike = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None} == {input.dtype}
+    fits = bias is None or bias.shape == (per_group * groups,)
+    good = sound and whole and alike and fits and input.is_floating_point()
+    return input.new_empty(len(input), per_group * groups, *size) if good else None
+
+
+def _maxima(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | None:
+    return None if return_indices else _pooled(input, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def _averages(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor | None:
+    return None if divisor_override == 0 else _pooled(input, kernel_size, stride, padding, 1, ceil_mode)
+
+
+def _pooled(input: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Tensor | None:
+    if ceil_mode or input.dim() != 4 or min(input.shape) < 1 or not input.is_floating_point():
+        return None
+    steps = kernel if stride is None or stride in ((), []) else stride
+    axes = list(zip(input.shape[2:], *(pair(v) for v in (kernel, steps, padding, dilation)), strict=True))
+    if any(min(taps, step, spread) < 1 or not 0 <= 2 * pad <= taps for _, taps, step, pad, spread in axes):
+        return None
+    size = [(side + 2 * pad - spread * (taps - 1) - 1) // step + 1 for side, taps, step, pad, spread in axes]
+    return input.new_empty(*input.shape[:2], *size) if min(size) > 0 else None
+
+
+def _pooled_to(input: Tensor, output_size: Any) -> Tensor | None:
+    size = pair(output_size)
+    if input.dim() != 4 or min(input.shape) < 1 or not input.is_floating_point() or min(size) < 1:
+        return None
+    return input.new_empty(*input.shape[:2], *size)
+
+
+def _averaged(input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor | None:
+    axes = [dim] if isinstance(dim, int) else list(dim or ())
+    if dtype is not None or not axes or not input.is_floating_point() or not all(_is_axis(a, input) for a in axes):
+        return None
+    dropped = {axis % input.dim() for axis in axes}
+    if len(dropped) != len(axes):
+        return None
+    sides = [(axis in dropped, side) for axis, side in enumerate(input.shape)]
+    return input.new_empty([1 if drop else side for drop, side in sides if keepdim or not drop])
+
+
+def _is_axis(axis: int, input: Tensor) -> bool:
+    return -input.dim() <= axis < input.dim()
+
+
+def _shared_out(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor | None:
+    known = dim is not None and dtype is None and input.is_floating_point() and _is_axis(dim, input)
+    return input.new_empty(input.shape) if known else None
+
+
+def _thinned(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
+    known = training and not inplace and 0 <= p <= 1 and input.is_floating_point()
+    return input.new_empty(input.shape) if known else None
+
+
+def _shuffled(input: Tensor, upscale_factor: int) -> Tensor | None:
+    r, (n, c, height, width) = upscale_factor, input.shape
+    return input.new_empty(n, c // r**2, r * height, r * width) if r > 0 and c % r**2 == 0 else None
+
+
+def _unshuffled(input: Tensor, downscale_factor: int) -> Tensor | None:
+    r, (n, c, height, width) = downscale_factor, input.shape
+    whole = r > 0 and height % r == width % r == 0
+    return input.new_empty(n, c * r**2, height // r, width // r) if whole else None
+
+
+def _element_by_element(*args: Any, inplace: bool = False, **kwargs: Any) -> Tensor | None:
+    """Of functions of the elements of tensors that are broadcast to one shape."""
+    given = [*args, *kwargs.values()]
+    tensors = [value for value in given if isinstance(value, Tensor)]
+    first = tensors[0]
+    plain = all(isinstance(value, (Tensor, int, float, str, type(None))) and value is not True for value in given)
+    alike = all(tensor.dtype == first.dtype for tensor in tensors)
+    if not plain or not alike or not first.is_floating_point() or "dtype" in kwargs or "out" in kwargs:
+        return None
+    if inplace:
+        return _overwritten(first) if len(tensors) == 1 else None
+    return first.new_empty(_broadcast([tensor.shape for tensor in tensors]))
+
+
+def _broadcast(shapes: Sequence[Sequence[int]]) -> list[int]:
+    sides = []
+    for column in itertools.zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1):
+        sizes = {size for size in column if size != 1}
+        if len(sizes) > 1:
+            raise ValueError("shapes that do not broadcast")
+        sides.append(sizes.pop() if sizes else 1)
+    return sides[::-1]
 
 
 def _transformed(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -482,6 +619,12 @@ def pair(value: Any) -> tuple[Any, Any]:
     return down, across
 
 
+# By name, in torch and as methods.
+_ELEMENT_BY_ELEMENT = (
+    "add", "sub", "mul", "div", "neg", "square", "sqrt", "rsqrt", "pow", "exp", "log", "abs", "clamp", "clip",
+    "sigmoid", "tanh", "relu", "minimum", "maximum",
+)  # fmt: skip
+
 _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.batch_norm: _normalised,
     F.instance_norm: _normalised_by_item,
@@ -490,12 +633,31 @@ _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.relu: _rectified,
     F.silu: _rectified,
     torch.conv2d: _convolved,
+    torch.conv_transpose2d: _transposed,
     F.linear: _transformed,
     F.interpolate: _resized,
     F.pad: _padded,
     torch.cat: _joined,
-    torch.sigmoid: _rectified,
-    torch.tanh: _rectified,
+    F.max_pool2d: _maxima,
+    torch.max_pool2d: _maxima,
+    F.avg_pool2d: _averages,
+    F.adaptive_avg_pool2d: _pooled_to,
+    torch.mean: _averaged,
+    Tensor.mean: _averaged,
+    F.softmax: _shared_out,
+    F.log_softmax: _shared_out,
+    Tensor.softmax: _shared_out,
+    Tensor.log_softmax: _shared_out,
+    F.dropout: _thinned,
+    F.dropout2d: _thinned,
+    torch.pixel_shuffle: _shuffled,
+    torch.pixel_unshuffle: _unshuffled,
+    **dict.fromkeys(
+        (F.hardtanh, F.relu6, F.hardswish, F.hardsigmoid, F.gelu, F.elu, F.mish, F.softplus), _element_by_element
+    ),
+    **{getattr(owner, name): _element_by_element for owner in (torch, Tensor) for name in _ELEMENT_BY_ELEMENT},
+    Tensor.__rsub__: _element_by_element,
+    Tensor.__rdiv__: _element_by_element,
 }
 
 

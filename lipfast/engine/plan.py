@@ -152,7 +152,7 @@ class _Planner:
     def __init__(self, graph: Graph, weights: Sequence[Weight], statistics: Sequence[int], options: Options) -> None:
         fuse(graph, options.backward)
         graph.grid = choose_grid(graph, weights)
-        self.blocks = choose_blocks(graph)
+        self.blocks = choose_blocks(graph, weights)
         self.graph, self.weights, self.options = graph, weights, options
         self.readers = graph.consumers()
         self.steps: list[tuple[str, tuple[Any, ...]]] = []

@@ -36,6 +36,30 @@ KNOWN = {
     "pad, around": (F.pad, (X, (5, 0, 7, 7)), {"mode": "circular"}),
     "cat": (torch.cat, ([X, X[:, :3], X],), {"dim": 1}),
     "cat, from behind": (torch.cat, ((X, X[..., :2]), -1), {}),
+    "transposed": (torch.conv_transpose2d, (X, torch.randn(4, 3, 2, 3), torch.randn(6), (2, 1), 1, (1, 0), 2), {}),
+    "transposed, spread": (torch.conv_transpose2d, (X, torch.randn(4, 3, 3, 3)), {"dilation": 2}),
+    "largest": (F.max_pool2d, (X, 3, 2, 1), {"ceil_mode": False, "return_indices": False}),
+    "largest, apart": (F.max_pool2d, (X, (2, 3)), {"dilation": (3, 1)}),
+    "largest, below the dispatch": (torch.max_pool2d, (X, 2, []), {}),
+    "average": (F.avg_pool2d, (X, 2, 1, 1, False, True, None), {}),
+    "average to a size": (F.adaptive_avg_pool2d, (X, (3, 2)), {}),
+    "average to one": (F.adaptive_avg_pool2d, (X, 1), {}),
+    "mean": (Tensor.mean, (X, (2, 3)), {"keepdim": True}),
+    "mean, from behind": (torch.mean, (X, -1), {}),
+    "softmax": (F.softmax, (X, -3), {}),
+    "log softmax": (F.log_softmax, (X,), {"dim": 1, "_stacklevel": 5, "dtype": None}),
+    "dropout": (F.dropout, (X,), {"p": 0.3, "training": True}),
+    "pixel shuffle": (torch.pixel_shuffle, (X, 2), {}),
+    "pixel unshuffle": (torch.pixel_unshuffle, (X[:, :, :6, :4], 2), {}),
+    "sum": (Tensor.add, (X, X[:1, :, :1]), {"alpha": 2}),
+    "sum with a number": (torch.add, (X, 1), {}),
+    "a number less": (Tensor.__rsub__, (X, 1.5), {}),
+    "product with a factor": (Tensor.mul, (X[0], X[:, :, :1, :1]), {}),
+    "quotient": (torch.div, (X, 3), {"rounding_mode": "floor"}),
+    "power": (torch.pow, (2, X), {}),
+    "bounds": (Tensor.clamp, (X,), {"min": X[0], "max": ROW.view(4, 1, 1)}),
+    "relu6": (F.hardtanh, (X,), {"min_val": 0.0, "max_val": 6.0, "inplace": False}),
+    "gelu": (F.gelu, (X,), {"approximate": "tanh"}),
 }
 REFUSED = {
     "conv of other channels": (torch.conv2d, (X, W[:, :3]), {}),
@@ -59,6 +83,21 @@ REFUSED = {
     "cat of other rows": (torch.cat, ([X, X[:, :, :3]], 1), {}),
     "cat of nothing": (torch.cat, ([],), {}),
     "no such argument": (F.relu, (X,), {"slope": 1}),
+    "transposed to nothing": (torch.conv_transpose2d, (X, torch.randn(4, 3, 1, 1), None, 1, 4), {}),
+    "more output than steps": (torch.conv_transpose2d, (X, torch.randn(4, 3, 2, 2), None, 2, 0, 2), {}),
+    "transposed of other channels": (torch.conv_transpose2d, (X, torch.randn(3, 3, 2, 2)), {}),
+    "window above the map": (F.max_pool2d, (X, 8), {}),
+    "padding above half a window": (F.max_pool2d, (X, 3, 1, 2), {}),
+    "no window": (F.avg_pool2d, (X, 0), {}),
+    "average over nothing": (F.avg_pool2d, (X, 2), {"divisor_override": 0}),
+    "average to a size below 0": (F.adaptive_avg_pool2d, (X, -1), {}),
+    "mean over no such axis": (torch.mean, (X, 4), {}),
+    "mean over an axis twice": (torch.mean, (X, (1, -3)), {}),
+    "softmax over no such axis": (F.softmax, (X, 4), {}),
+    "dropout of more than all": (F.dropout, (X, 1.5), {}),
+    "shuffle of other channels": (torch.pixel_shuffle, (X, 3), {}),
+    "unshuffle of another size": (torch.pixel_unshuffle, (X, 2), {}),
+    "sum of other sizes": (torch.add, (X, X[:, :3]), {}),
 }
 
 
@@ -81,18 +120,27 @@ def test_rules_know_what_torch_returns(name):
 def test_what_torch_refuses_is_left_to_torch(name):
     function, args, kwargs = REFUSED[name]
     assert capture._stand_in(function, on_meta(args), kwargs) is None
-    with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
+    with pytest.raises((RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)):
         function(*args, **kwargs)
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        (F.relu, (X,), {"inplace": True}),  # the very tensor comes back
         (F.interpolate, (X,), {"size": (3, 3), "mode": "bicubic"}),
         (torch.conv2d, (X, W), {"padding": "same"}),
         (F.pad, (X, (-1, 1, 0, 0)), {}),
         (torch.relu, (X.int(),), {}),
+        (F.hardtanh, (X, 0.0, 6.0, True), {}),
+        (F.dropout, (X,), {"training": False}),  # the very tensor
+        (F.max_pool2d, (X, 2), {"ceil_mode": True}),
+        (F.max_pool2d, (X, 2), {"return_indices": True}),
+        (F.adaptive_avg_pool2d, (X, (None, 2)), {}),
+        (F.softmax, (X, 1), {"dtype": torch.float64}),
+        (torch.mean, (X,), {}),
+        (Tensor.mul, (X, X > 0), {}),
+        (Tensor.add, (X, X.double()), {}),
+        (torch.add, (X, X), {"out": torch.empty(2, 4, 7, 5)}),
     ],
 )
 def test_what_no_rule_is_sure_of_is_left_to_torch(call):
@@ -100,17 +148,36 @@ def test_what_no_rule_is_sure_of_is_left_to_torch(call):
     assert capture._stand_in(function, on_meta(args), kwargs) is None
 
 
-def test_recording_the_papers_network_imports_nothing_more():
+@pytest.mark.parametrize("function", [F.relu, F.leaky_relu, F.silu, F.hardtanh, F.hardswish])
+def test_a_function_in_place_gives_the_very_tensor_newer_by_a_write(function):
+    x = X.to("meta")
+    assert capture._stand_in(function, (x,), {"inplace": True}) is x
+    assert x._version == 1
+
+
+@pytest.mark.parametrize(
+    ("network", "size"),
+    [
+        ("priors.build('skip', {}, 0)", (1, 32, 64, 64)),
+        ("networks.ResNet18(8)", (2, 3, 64, 64)),
+        ("networks.VGG16(4)", (2, 3, 32, 32)),
+        ("networks.MobileNetV2(0.25)", (2, 3, 64, 64)),
+        ("networks.EfficientNetB0(0.25)", (2, 3, 64, 64)),
+        ("networks.Classifier(4, 24)", (2, 4, 7, 7)),
+    ],
+)
+def test_recording_common_networks_imports_nothing_more(network, size):
     """torch's own shapes of these functions import sympy and more on first use: two seconds of every process."""
-    program = """
+    program = f"""
 import sys, torch
 from lipfast import priors
+from lipfast.bench import networks
 from lipfast.engine.capture import record
 
-network = priors.build("skip", {}, 0)
-leaves = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+network = {network}
+leaves = {{**dict(network.named_parameters()), **dict(network.named_buffers())}}
 before = set(sys.modules)
-record(lambda leaves, x: torch.func.functional_call(network, leaves, (x,)), [torch.rand(1, 32, 64, 64)], leaves)
+record(lambda leaves, x: torch.func.functional_call(network, leaves, (x,)), [torch.rand({size})], leaves)
 assert "sympy" not in before, "torch imports it by itself now: this test tells nothing"
 print(len(set(sys.modules) - before))
 """
