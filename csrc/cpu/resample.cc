@@ -1,5 +1,6 @@
 #include "cpu/resample.h"
 
+#include "cpu/pixel_offsets.h"
 #include "cpu/pool.h"
 #include "cpu/vec.h"
 
@@ -108,81 +109,74 @@ void Bilinear2Backward(const LaneMap& dy, const LaneMap& dx, bool accumulate, in
   });
 }
 
-// Where pixel y (or x) of a map lies, in floats from the plane's start.
-int64_t RowOffset(const LaneMap& m, int64_t y) { return y % m.block_h * m.row_stride + y / m.block_h * m.grid; }
-int64_t ColumnOffset(const LaneMap& m, int64_t x) { return x % m.block_w * kLanes + x / m.block_w; }
-
-// body(n, c, first lane) for each picture of each plane.
-template <class Body>
-void ForEachPicture(const LaneMap& m, int threads, const Body& body) {
-  ParallelFor(threads, m.channels * m.pictures(), [&](int64_t i) {
-    const int64_t plane = i / m.sheet();
-    body(plane / m.channels, plane % m.channels, i % m.sheet() * m.grid * m.grid);
-  });
-}
-
-// The taps of output position i: up to two input positions and their weights.
+// The taps of an output position: up to two input positions and their weights.
 struct Taps {
   int count;
   int64_t at[2];
   float weight[2];
 };
 
+// offset(i): where input position i lies.
 template <class Offset>
-Taps TapsAt(const AxisTaps& axis, int64_t i, const LaneMap& m, const Offset& offset) {
-  Taps taps = {};
-  if (axis.first[i] < 0) return taps;
-  taps.count = 1;
-  taps.at[0] = offset(m, axis.first[i]);
-  taps.weight[0] = axis.weight ? 1.0f - axis.weight[i] : 1.0f;
-  if (axis.weight && axis.weight[i] != 0.0f) {
-    taps.count = 2;
-    taps.at[1] = offset(m, axis.second[i]);
-    taps.weight[1] = axis.weight[i];
-  }
-  return taps;
-}
-
-// body(row taps, column taps, offset of the output pixel) for every output pixel of a picture.
-template <class Body>
-void ForEachTap(const LaneMap& x, const LaneMap& y, const AxisTaps& rows, const AxisTaps& columns, const Body& body) {
-  for (int64_t row = 0; row < rows.count; ++row) {
-    const Taps vertical = TapsAt(rows, row, x, RowOffset);
-    const int64_t out = RowOffset(y, row);
-    for (int64_t col = 0; col < columns.count; ++col) {
-      body(vertical, TapsAt(columns, col, x, ColumnOffset), out + ColumnOffset(y, col));
+std::vector<Taps> TapsOf(const AxisTaps& axis, const Offset& offset) {
+  std::vector<Taps> all(axis.count);
+  for (int64_t i = 0; i < axis.count; ++i) {
+    Taps& taps = all[i];
+    if (axis.first[i] < 0) continue;
+    taps.count = 1;
+    taps.at[0] = offset(axis.first[i]);
+    taps.weight[0] = axis.weight ? 1.0f - axis.weight[i] : 1.0f;
+    if (axis.weight && axis.weight[i] != 0.0f) {
+      taps.count = 2;
+      taps.at[1] = offset(axis.second[i]);
+      taps.weight[1] = axis.weight[i];
     }
   }
+  return all;
+}
+
+// body(picture of `tapped`, pixel of `each`, row taps, column taps) for every pixel of every picture of `each`.
+template <class Body>
+void ForEachTap(const LaneMap& tapped, const LaneMap& each, const AxisTaps& rows, const AxisTaps& columns, int threads,
+                const Body& body) {
+  const PixelOffsets in(tapped), out(each);
+  const std::vector<Taps> vertical = TapsOf(rows, [&](int64_t y) { return in.row(y); });
+  const std::vector<Taps> horizontal = TapsOf(columns, [&](int64_t x) { return in.col(x); });
+  ParallelFor(threads, each.channels * each.pictures(), [&](int64_t i) {
+    const int64_t plane = i / each.sheet(), picture = i % each.sheet();
+    const int64_t n = plane / each.channels, c = plane % each.channels;
+    float* from = tapped.At(n, c) + in.picture(picture);
+    float* to = each.At(n, c) + out.picture(picture);
+    for (int64_t row = 0; row < rows.count; ++row) {
+      for (int64_t col = 0; col < columns.count; ++col) {
+        body(from, to + out.row(row) + out.col(col), vertical[row], horizontal[col]);
+      }
+    }
+  });
 }
 
 void General(const LaneMap& x, const LaneMap& y, const AxisTaps& rows, const AxisTaps& columns, int threads) {
-  ForEachPicture(y, threads, [&](int64_t n, int64_t c, int64_t lane) {
-    const float* in = x.At(n, c) + lane;
-    float* out = y.At(n, c) + lane;
-    ForEachTap(x, y, rows, columns, [&](const Taps& vertical, const Taps& horizontal, int64_t at) {
-      float sum = 0;
-      for (int i = 0; i < vertical.count; ++i) {
-        for (int j = 0; j < horizontal.count; ++j) {
-          sum += vertical.weight[i] * horizontal.weight[j] * in[vertical.at[i] + horizontal.at[j]];
-        }
-      }
-      out[at] = sum;
-    });
-  });
+  ForEachTap(x, y, rows, columns, threads,
+             [](const float* in, float* out, const Taps& vertical, const Taps& horizontal) {
+               float sum = 0;
+               for (int i = 0; i < vertical.count; ++i) {
+                 for (int j = 0; j < horizontal.count; ++j) {
+                   sum += vertical.weight[i] * horizontal.weight[j] * in[vertical.at[i] + horizontal.at[j]];
+                 }
+               }
+               *out = sum;
+             });
 }
 
 void GeneralBackward(const LaneMap& dy, const LaneMap& dx, const AxisTaps& rows, const AxisTaps& columns, int threads) {
-  ForEachPicture(dy, threads, [&](int64_t n, int64_t c, int64_t lane) {
-    const float* in = dy.At(n, c) + lane;
-    float* out = dx.At(n, c) + lane;
-    ForEachTap(dx, dy, rows, columns, [&](const Taps& vertical, const Taps& horizontal, int64_t at) {
-      for (int i = 0; i < vertical.count; ++i) {
-        for (int j = 0; j < horizontal.count; ++j) {
-          out[vertical.at[i] + horizontal.at[j]] += vertical.weight[i] * horizontal.weight[j] * in[at];
-        }
-      }
-    });
-  });
+  ForEachTap(dx, dy, rows, columns, threads,
+             [](float* out, const float* in, const Taps& vertical, const Taps& horizontal) {
+               for (int i = 0; i < vertical.count; ++i) {
+                 for (int j = 0; j < horizontal.count; ++j) {
+                   out[vertical.at[i] + horizontal.at[j]] += vertical.weight[i] * horizontal.weight[j] * *in;
+                 }
+               }
+             });
 }
 
 }  // namespace

@@ -122,7 +122,7 @@ def _command(family: str) -> Callable[..., None]:
 
         if not raw and not harness.keeps_malloc():
             arguments = [family, "--threads", str(threads), "--seconds", str(seconds), "--only", only]
-            raise typer.Exit(harness.rerun_with_keep_malloc(arguments + ["--json"] * json_lines + ["--toy"] * toy))
+            harness.become_one_that_keeps_malloc(arguments + ["--json"] * json_lines + ["--toy"] * toy)
         run(
             family,
             json_lines=json_lines,

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 
@@ -288,10 +288,8 @@ def keeps_malloc() -> bool:
     return all(os.environ.get(name) == value for name, value in KEEP_MALLOC.items())
 
 
-def rerun_with_keep_malloc(arguments: list[str]) -> int:
-    """Run ``lipfast bench`` with these arguments in a child that keeps its buffers; returns its exit status.
-
-    A child, because malloc reads its settings only when a process starts.
-    """
+def become_one_that_keeps_malloc(arguments: list[str]) -> NoReturn:
+    """Go on as ``lipfast bench`` with these arguments: malloc reads its settings only when a program starts."""
     command = [sys.executable, "-m", "lipfast", "bench", *arguments]
-    return subprocess.run(command, env={**os.environ, **KEEP_MALLOC}, check=False).returncode
+    sys.stdout.flush()
+    os.execve(sys.executable, command, {**os.environ, **KEEP_MALLOC})
