@@ -384,9 +384,9 @@ class CheckedProgram {
   // Of so many pictures.
   static int64_t Sheets(int64_t pictures, int64_t grid) {
     Check(grid == 1 || grid == 2 || grid == 4, "a grid of " + std::to_string(grid) + " is not 1, 2 or 4");
-    const int64_t each = kGrid * kGrid / (grid * grid);
-    Check(pictures % each == 0, std::to_string(pictures) + " pictures do not fill sheets of " + std::to_string(each));
-    return pictures / each;
+    const int64_t sheet = SheetOn(grid);
+    Check(pictures % sheet == 0, std::to_string(pictures) + " pictures do not fill sheets of " + std::to_string(sheet));
+    return pictures / sheet;
   }
 
   void CheckPair(int a, int b) const {

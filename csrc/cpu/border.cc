@@ -17,14 +17,14 @@ struct Rectangle {
   int64_t top, bottom, left, right;
 };
 
-// A side of a map: pixels, and pixels of a block.
+// A side of a map: pixels, pixels of a block, and how many blocks.
 struct Side {
-  int64_t size, block;
+  int64_t size, block, grid;
 };
 
-// Floats from a channel's pixel (0, 0) to pixel (row, col).
+// Floats from a picture's pixel (0, 0) to pixel (row, col).
 int64_t PixelOffset(int64_t row, int64_t col, Side rows, Side cols, int64_t row_stride) {
-  const int64_t lane = row / rows.block * kGrid + col / cols.block;
+  const int64_t lane = row / rows.block * cols.grid + col / cols.block;
   return row % rows.block * row_stride + col % cols.block * kVector + lane;
 }
 
@@ -69,12 +69,17 @@ std::vector<std::vector<Tap>> GradientTaps(const ConvShape& shape, const std::ve
 
 namespace {
 
-float* Plane(const LaneMap& map, int64_t plane) { return map.At(plane / map.channels, plane % map.channels); }
+// One channel of one picture; they are counted picture by picture.
+float* Plane(const LaneMap& map, int64_t plane) {
+  const int64_t picture = plane / map.channels;
+  const int64_t lane = LaneAt(picture % map.sheet(), 0, 0, map.grid);
+  return map.At(picture / map.sheet(), plane % map.channels) + lane;
+}
 
-// body(first, last) for ranges of planes, of all channels of all items.
+// body(first, last) for ranges of planes.
 template <class Body>
 void ForPlanes(const LaneMap& map, int threads, const Body& body) {
-  const int64_t planes = map.batch * map.channels;
+  const int64_t planes = map.pictures() * map.channels;
   ParallelFor(threads, CeilDiv(planes, kPlanesPerTask),
               [&](int64_t task) { body(task * kPlanesPerTask, std::min((task + 1) * kPlanesPerTask, planes)); });
 }
@@ -103,10 +108,10 @@ class Border::Strip {
     length_ = col_to - col_from;
     pass_.rows = row_to - row_from;
     pass_.cols = CeilDiv(length_, kVector);
-    in_rows_ = {geometry.height, geometry.in_block_h};
-    in_cols_ = {geometry.width, geometry.in_block_w};
-    out_rows_ = {OutSide(geometry.height, shape.pad_h, shape.kernel_h, shape), geometry.out_block_h};
-    out_cols_ = {OutSide(geometry.width, shape.pad_w, shape.kernel_w, shape), geometry.out_block_w};
+    in_rows_ = {geometry.height, geometry.in_block_h, geometry.grid};
+    in_cols_ = {geometry.width, geometry.in_block_w, geometry.grid};
+    out_rows_ = {OutSide(geometry.height, shape.pad_h, shape.kernel_h, shape), geometry.out_block_h, geometry.grid};
+    out_cols_ = {OutSide(geometry.width, shape.pad_w, shape.kernel_w, shape), geometry.out_block_w, geometry.grid};
   }
 
   bool empty() const { return pass_.empty() || pass_.taps() == 0; }
@@ -133,8 +138,8 @@ class Border::Strip {
     pass_.SetTaps(GradientTaps(shape_, weights, readings));
   }
 
-  int64_t ScratchFloats(int64_t batch) const {
-    return PackedAligned() + batch * (shape_.out_channels * InFloats() + shape_.in_channels * OutFloats());
+  int64_t ScratchFloats(int64_t pictures) const {
+    return PackedAligned() + pictures * (shape_.out_channels * InFloats() + shape_.in_channels * OutFloats());
   }
 
   // The strip's gradients, into `scratch`.
@@ -191,7 +196,7 @@ class Border::Strip {
   static LaneMap Map(float* data, const LaneMap& like, int64_t rows, int64_t cols, int64_t first) {
     LaneMap map = {};
     map.data = data + first * kVector;
-    map.batch = like.batch;
+    map.batch = like.pictures();
     map.channels = like.channels;
     map.row_stride = cols * kVector;
     map.channel_stride = rows * map.row_stride;
@@ -200,7 +205,8 @@ class Border::Strip {
   }
 
   LaneMap Result(const LaneMap& dx, float* scratch) const {
-    return Map(scratch + PackedAligned() + dx.batch * shape_.out_channels * InFloats(), dx, pass_.rows, pass_.cols, 0);
+    return Map(scratch + PackedAligned() + dx.pictures() * shape_.out_channels * InFloats(), dx, pass_.rows, pass_.cols,
+               0);
   }
 
   std::shared_ptr<const Offsets> OffsetsFor(int64_t dy_row_stride, int64_t dx_row_stride) const {
@@ -253,7 +259,7 @@ class Border::Strip {
 };
 
 Border::Border(const ConvShape& shape, const ConvGeometry& geometry, const std::vector<Weight>& weights, bool dense)
-    : batch_(geometry.batch) {
+    : pictures_(geometry.pictures()) {
   if (shape.padding == Padding::kZero) return;
   const int64_t h = geometry.height, w = geometry.width, pad_h = shape.pad_h, pad_w = shape.pad_w;
   const std::pair<Rectangle, bool> sides[] = {{{-pad_h, 0, -pad_w, w + pad_w}, false},
@@ -274,7 +280,7 @@ Border::~Border() = default;
 
 int64_t Border::scratch_floats() const {
   int64_t floats = 0;
-  for (const auto& strip : strips_) floats += strip->ScratchFloats(batch_);
+  for (const auto& strip : strips_) floats += strip->ScratchFloats(pictures_);
   return floats;
 }
 
@@ -284,7 +290,7 @@ void Border::AddTo(const float* values, const LaneMap& dy, const LaneMap& dx, fl
   std::vector<float*> parts;
   for (const auto& strip : strips_) {
     parts.push_back(scratch);
-    scratch += strip->ScratchFloats(batch_);
+    scratch += strip->ScratchFloats(pictures_);
   }
   const int64_t count = static_cast<int64_t>(strips_.size());
   if (threads <= count) {

@@ -59,7 +59,7 @@ class Border {
 
  private:
   class Strip;
-  int64_t batch_;
+  int64_t pictures_;
   std::vector<std::unique_ptr<Strip>> strips_;  // for each side and phase of the stride
 };
 

@@ -78,9 +78,6 @@ void Conv::Impl::CheckSizes() {
     throw std::invalid_argument(
         "conv: input blocks must be stride times output blocks, and those must hold the output");
   }
-  if (geometry.grid != kGrid && shape.padding != Padding::kZero) {
-    throw std::invalid_argument("conv: pictures that share lanes take zero padding only");
-  }
 }
 
 std::vector<Weight> Conv::Impl::ListWeights(const uint8_t* mask) {

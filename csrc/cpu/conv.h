@@ -29,7 +29,9 @@ struct ConvGeometry {
   int64_t batch, height, width;    // sheets, pixels of the input
   int64_t in_block_h, in_block_w;  // stride * out_block exactly
   int64_t out_block_h, out_block_w;
-  int64_t grid = kGrid;  // other grids: zero padding only
+  int64_t grid = kGrid;
+
+  int64_t pictures() const { return batch * SheetOn(grid); }
 };
 
 class Conv {

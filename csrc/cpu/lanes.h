@@ -39,6 +39,9 @@ namespace lipfast {
 
 constexpr int kGrid = 4;  // blocks along each side of a picture that has all lanes; kGrid * kGrid lanes
 
+// Pictures of a sheet.
+constexpr int64_t SheetOn(int64_t grid) { return kGrid * kGrid / (grid * grid); }
+
 // A map in the lane layout, or a range of its channels. Strides in floats.
 struct LaneMap {
   float* data;                             // pixel (0, 0) of every block, sheet 0, channel 0; 64-byte aligned
@@ -51,7 +54,7 @@ struct LaneMap {
   float* At(int64_t n, int64_t c, int64_t row = 0, int64_t col = 0) const {
     return data + n * batch_stride + c * channel_stride + row * row_stride + col * kGrid * kGrid;
   }
-  int64_t sheet() const { return kGrid * kGrid / (grid * grid); }  // pictures
+  int64_t sheet() const { return SheetOn(grid); }
   int64_t pictures() const { return batch * sheet(); }
   int64_t pixels() const { return pictures() * height * width; }                      // of a channel
   bool whole() const { return grid * block_h == height && grid * block_w == width; }  // no dead pixels

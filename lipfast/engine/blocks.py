@@ -154,9 +154,7 @@ def choose_grid(graph: Graph, weights: Sequence[Any]) -> int:
     """Blocks along each side of the pictures: 4, or 2 or 1 where small ones fill the lanes better four or sixteen at a
     time. ``weights``: by weight number, with their ``count``."""
     batches = {shape[0] for value, shape in graph.shapes.items() if value not in graph.rows}
-    # Mirrored borders and the norms of single pictures are worked out for pictures that have all lanes.
-    alone = any(n.kind == "group_norm" or n.attributes.get("padding_mode", "zeros") != "zeros" for n in graph.nodes)
-    if alone or len(batches) != 1:
+    if len(batches) != 1 or any(node.kind == "group_norm" for node in graph.nodes):  # it sums over a picture's lanes
         return GRID
     fitting = [grid for grid in _CUTS if min(batches) % (LANES // grid**2) == 0]
     if fitting == [GRID]:

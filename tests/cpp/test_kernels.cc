@@ -157,13 +157,15 @@ void RunCase(const Case& c, ConvKernel kernel, int threads, const std::string& n
 }
 
 constexpr Case kCases[] = {
-    {1, 5, 7, 9, 13, 3, 1, 1, Padding::kReflect, 0.3},  {2, 3, 4, 16, 16, 3, 1, 1, Padding::kZero, 1.0},
-    {1, 4, 6, 16, 17, 3, 2, 1, Padding::kReflect, 0.5}, {1, 9, 5, 8, 20, 1, 1, 0, Padding::kZero, 0.4},
-    {1, 2, 3, 1, 1, 3, 1, 1, Padding::kReplicate, 1.0}, {1, 3, 5, 12, 33, 5, 1, 2, Padding::kCircular, 0.2},
-    {1, 3, 2, 7, 6, 2, 2, 0, Padding::kZero, 0.0},      {3, 2, 9, 33, 5, 3, 3, 1, Padding::kReplicate, 0.7},
-    {4, 3, 5, 7, 6, 3, 1, 1, Padding::kZero, 0.5, 2},   {16, 5, 3, 5, 4, 3, 1, 1, Padding::kZero, 0.4, 1},
-    {8, 2, 4, 9, 8, 3, 2, 1, Padding::kZero, 1.0, 2},   {32, 3, 2, 6, 7, 3, 2, 1, Padding::kZero, 0.6, 1},
-    {16, 4, 6, 1, 1, 1, 1, 0, Padding::kZero, 0.5, 1},  {16, 2, 3, 8, 5, 5, 1, 0, Padding::kZero, 0.3, 1},
+    {1, 5, 7, 9, 13, 3, 1, 1, Padding::kReflect, 0.3},      {2, 3, 4, 16, 16, 3, 1, 1, Padding::kZero, 1.0},
+    {1, 4, 6, 16, 17, 3, 2, 1, Padding::kReflect, 0.5},     {1, 9, 5, 8, 20, 1, 1, 0, Padding::kZero, 0.4},
+    {1, 2, 3, 1, 1, 3, 1, 1, Padding::kReplicate, 1.0},     {1, 3, 5, 12, 33, 5, 1, 2, Padding::kCircular, 0.2},
+    {1, 3, 2, 7, 6, 2, 2, 0, Padding::kZero, 0.0},          {3, 2, 9, 33, 5, 3, 3, 1, Padding::kReplicate, 0.7},
+    {4, 3, 5, 7, 6, 3, 1, 1, Padding::kZero, 0.5, 2},       {16, 5, 3, 5, 4, 3, 1, 1, Padding::kZero, 0.4, 1},
+    {8, 2, 4, 9, 8, 3, 2, 1, Padding::kZero, 1.0, 2},       {32, 3, 2, 6, 7, 3, 2, 1, Padding::kZero, 0.6, 1},
+    {16, 4, 6, 1, 1, 1, 1, 0, Padding::kZero, 0.5, 1},      {16, 2, 3, 8, 5, 5, 1, 0, Padding::kZero, 0.3, 1},
+    {8, 3, 2, 7, 6, 3, 1, 1, Padding::kReflect, 0.5, 2},    {16, 2, 3, 6, 5, 5, 2, 2, Padding::kCircular, 0.6, 1},
+    {16, 2, 2, 5, 7, 3, 1, 1, Padding::kReplicate, 1.0, 1},
 };
 
 }  // namespace

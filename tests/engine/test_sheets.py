@@ -76,14 +76,25 @@ def batch(grid: int, *size: int) -> Tensor:
         nn.Conv2d(3, 6, 5, padding=(2, 3), groups=3),
         nn.Conv2d(3, 4, 3, padding=2, dilation=2),
         nn.ConvTranspose2d(3, 4, 2, stride=2),
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="replicate"),
+        nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode="circular"),
     ],
-    ids=range(6),
+    ids=range(8),
 )
 @pytest.mark.parametrize("density", [0.4, 1.0])
 def test_convolutions(compare, grid, size, conv, density):
     masks = {"0.weight": torch.rand(conv.weight.shape) < density}
     masks["0.weight"].view(-1)[0] = True
     compare(nn.Sequential(conv, nn.Tanh(), nn.Conv2d(conv.out_channels, 2, 3, padding=1)), batch(grid, *size), masks)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (6, 11)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_mirrored_borders(compare, grid, size, stride):
+    first = nn.Conv2d(3, 5, 5, padding=2, padding_mode="reflect")
+    second = nn.Conv2d(5, 4, 3, stride, padding=1, padding_mode="reflect")
+    masks = {"0.weight": torch.rand(first.weight.shape) < 0.3}
+    compare(nn.Sequential(first, nn.Tanh(), second), batch(grid, *size), masks)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 10)])
@@ -179,11 +190,10 @@ def test_the_batch_decides_how_many_share_lanes(monkeypatch, size, expected):
 @pytest.mark.parametrize(
     "module",
     [
-        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
         nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8)),
         nn.Sequential(nn.Flatten(), nn.Linear(192, 4)),
     ],
-    ids=["reflect", "group norm", "rows alone"],
+    ids=["group norm", "rows alone"],
 )
 def test_what_needs_all_lanes_of_a_picture_has_them(monkeypatch, module):
     assert grid_of(module, torch.randn(16, 3, 8, 8), monkeypatch) == 4
