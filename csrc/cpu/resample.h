@@ -31,7 +31,7 @@ struct ResampleKernels {
   // (`large` or `many`) takes the values, or they are added to it.
   void (*shuffle2)(const LaneMap& many, const LaneMap& large, bool to_large, bool accumulate, int threads);
   // Any resampling along both axes: cropping, padding, flipping, other factors,
-  // align_corners. Pixel by pixel, so an order of magnitude slower. Dead pixels of
+  // align_corners. Pixel by pixel, so several times slower. Dead pixels of
   // the output are left alone.
   void (*general)(const LaneMap& x, const LaneMap& y, const AxisTaps& rows, const AxisTaps& columns, int threads);
   // Its gradient is added to dx.
