@@ -66,27 +66,26 @@ def cases(size: Size) -> list[Case]:
         ]
     doors: dict[str, Door] = {"accelerate": accelerate, "torch.compile": _compile}
     inference = [
-        Case(
-            op="inference",
-            name=f"{name}, batch {shape[0]}, {door}",
-            shape=" x ".join(map(str, shape)),
-            density=DENSITY,
-            setup=functools.partial(_setup, build, shape, function),
+        _case(
+            "inference", f"{name}, batch {shape[0]}, {door}", shape, functools.partial(_setup, build, shape, function)
         )
         for name, build, shape in networks
         for door, function in doors.items()
     ]
     training = [
-        Case(
-            op="training_step",
-            name=f"{name}, batch {shape[0]}, training",
-            shape=" x ".join(map(str, shape)),
-            density=DENSITY,
-            setup=functools.partial(_setup_training, build, shape),
+        _case(
+            "training_step",
+            f"{name}, batch {shape[0]}, training",
+            shape,
+            functools.partial(_setup_training, build, shape),
         )
         for name, build, shape in trained
     ]
     return inference + training
+
+
+def _case(op: str, name: str, shape: tuple[int, ...], setup: Callable[[], Timed]) -> Case:
+    return Case(op=op, name=name, shape=" x ".join(map(str, shape)), density=DENSITY, setup=setup)
 
 
 def _compile(model: nn.Module) -> Callable[[Tensor], Tensor]:

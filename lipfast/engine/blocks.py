@@ -119,10 +119,10 @@ def _drop_unread(graph: Graph) -> None:
     graph.nodes = kept[::-1]
 
 
-def _blocks_of(graph: Graph, value: int, grid: int) -> Block:
+def _smallest(graph: Graph, value: int) -> Block:
     """The smallest blocks that hold a value."""
     height, width = graph.shapes[value][2:]
-    return -(-height // grid), -(-width // grid)
+    return -(-height // graph.side(value)), -(-width // graph.side(value))
 
 
 @dataclasses.dataclass
@@ -150,26 +150,30 @@ _TILE_ROWS, _TILE_COLUMNS, _PER_TILE = 2, 8, 4
 _PER_VECTOR, _PER_VECTOR_RECUT = 10, 20
 
 
-def choose_grid(graph: Graph, weights: Sequence[Any]) -> int:
-    """Blocks along each side of the pictures: 4, or 2 or 1 where small ones fill the lanes better four or sixteen at a
-    time. ``weights``: by weight number, with their ``count``."""
+def grids_for(graph: Graph) -> list[int]:
+    """Into how many blocks a side may be cut: 4, and 2 or 1 where others of the batch fill the lanes."""
     batches = {shape[0] for value, shape in graph.shapes.items() if value not in graph.rows}
     if len(batches) != 1 or any(node.kind == "group_norm" for node in graph.nodes):  # it sums over a picture's lanes
-        return GRID
-    fitting = [grid for grid in _CUTS if min(batches) % (LANES // grid**2) == 0]
-    if fitting == [GRID]:
-        return GRID
-    costs = {grid: _agree(dataclasses.replace(graph, grid=grid), weights).cost * grid**2 for grid in fitting}
-    best = min(fitting, key=costs.__getitem__)
-    return best if costs[best] < (1 - _LEAST_GAIN) * costs[GRID] else GRID
+        return [GRID]
+    return [grid for grid in _CUTS if min(batches) % (LANES // grid**2) == 0]
 
 
 def choose_blocks(graph: Graph, weights: Sequence[Any]) -> dict[int, Block]:
-    """The blocks of every value; inserts a ``reblock`` where two neighbours do not agree."""
-    found = _agree(graph, weights)
-    for edge in found.edges:
-        _reblock(graph, edge, found.blocks)
-    return found.blocks
+    """The blocks of every value; sets the graph's grid and inserts a ``reblock`` where two neighbours do not agree.
+
+    ``weights``: by weight number, with their ``count``.
+    """
+    found = {grid: _agree(dataclasses.replace(graph, grid=grid), weights) for grid in grids_for(graph)}
+
+    def cost(grid: int) -> float:
+        of_a_picture = found[grid].cost * grid**2
+        return of_a_picture if grid == GRID else of_a_picture / (1 - _LEAST_GAIN)
+
+    graph.grid = min(found, key=cost)
+    best = found[graph.grid]
+    for edge in best.edges:
+        _reblock(graph, edge, best.blocks)
+    return best.blocks
 
 
 @dataclasses.dataclass
@@ -256,9 +260,9 @@ class _Classes:
     """Values that must have equal blocks."""
 
     def __init__(self, graph: Graph) -> None:
-        self._graph, self._shapes, self._side = graph, graph.shapes, graph.side
+        self._graph = graph
         self._parent = {value: value for value in graph.shapes}
-        self._block = {value: list(_blocks_of(graph, value, graph.side(value))) for value in graph.shapes}
+        self._block = {value: list(_smallest(graph, value)) for value in graph.shapes}
 
     def root(self, value: int) -> int:
         while self._parent[value] != value:
@@ -279,7 +283,7 @@ class _Classes:
         """A window may leave pixels out: 9 px become 4, whose blocks of 1 px times 2 would not hold all 9."""
         small = self._block[self.root(edge.small)]
         for axis in (0, 1):
-            natural = _blocks_of(self._graph, edge.large, self._side(edge.large))[axis]
+            natural = _smallest(self._graph, edge.large)[axis]
             small[axis] = max(small[axis], -(-natural // edge.factor))
 
     def agree(self, edge: _Edge) -> bool:
@@ -295,7 +299,7 @@ class _Classes:
         return changed
 
     def _cheap(self, value: int, axis: int, block: int) -> bool:
-        return self._side(value) * block <= _MOST_WASTE * self._shapes[value][2 + axis]
+        return self._graph.side(value) * block <= _MOST_WASTE * self._graph.shapes[value][2 + axis]
 
 
 def _reblock(graph: Graph, edge: _Edge, blocks: dict[int, Block]) -> None:

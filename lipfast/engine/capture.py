@@ -427,9 +427,13 @@ def _convolved(
     axes = zip(input.shape[2:], kernel, *(pair(v) for v in (stride, padding, dilation)), strict=True)
     size = [(side + 2 * pad - spread * (taps - 1) - 1) // step + 1 for side, taps, step, pad, spread in axes]
     whole = input.shape[1] == per_group * groups and out % groups == 0 and min(size) > 0
+    return input.new_empty(len(input), out, *size) if whole and _weighs(input, weight, bias, out) else None
+
+
+def _weighs(input: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> bool:
+    """Whether types and the bias are such that a layer takes them."""
     alike = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None} == {input.dtype}
-    fits = bias is None or bias.shape == (out,)
-    return input.new_empty(len(input), out, *size) if whole and alike and fits and input.is_floating_point() else None
+    return alike and input.is_floating_point() and (bias is None or bias.shape == (outputs,))
 
 
 def _transposed(
@@ -453,10 +457,9 @@ def _transposed(
     ]
     sound = all(0 <= more < max(step, spread) and pad >= 0 for _, _, step, pad, more, spread in axes)
     whole = groups >= 1 and len(weight) % groups == 0 and min(size) > 0
-    alike = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None} == {input.dtype}
-    fits = bias is None or bias.shape == (per_group * groups,)
-    good = sound and whole and alike and fits and input.is_floating_point()
-    return input.new_empty(len(input), per_group * groups, *size) if good else None
+    out = per_group * groups
+    good = sound and whole and _weighs(input, weight, bias, out)
+    return input.new_empty(len(input), out, *size) if good else None
 
 
 def _maxima(
@@ -564,9 +567,8 @@ def _broadcast(shapes: Sequence[Sequence[int]]) -> list[int]:
 def _transformed(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     if input.dim() < 1 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
         return None
-    alike = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None} == {input.dtype}
-    fits = bias is None or bias.shape == weight.shape[:1]
-    return input.new_empty(*input.shape[:-1], len(weight)) if alike and fits and input.is_floating_point() else None
+    fits = _weighs(input, weight, bias, len(weight))
+    return input.new_empty(*input.shape[:-1], len(weight)) if fits else None
 
 
 def _resized(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import lipfast._C as _C
-from lipfast.engine.blocks import Block, choose_blocks, choose_grid, fuse
+from lipfast.engine.blocks import Block, choose_blocks, fuse
 from lipfast.engine.graph import ACTIVATIONS, CONV_KINDS, Graph, Node, Shape, Taps
 from lipfast.ops.lane_conv import KERNELS, asked_kernel
 from lipfast.ops.lanes import LANES, PADDING_MODES, plane_vectors
@@ -151,7 +151,6 @@ def plan(graph: Graph, weights: Sequence[Weight], statistics: Sequence[int], opt
 class _Planner:
     def __init__(self, graph: Graph, weights: Sequence[Weight], statistics: Sequence[int], options: Options) -> None:
         fuse(graph, options.backward)
-        graph.grid = choose_grid(graph, weights)
         self.blocks = choose_blocks(graph, weights)
         self.graph, self.weights, self.options = graph, weights, options
         self.readers = graph.consumers()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lipfast
-from lipfast.engine import plan
+from lipfast.engine import blocks, plan
 
 PICTURES = {2: 4, 1: 16}  # of a sheet, by grid
 SIZES = [(8, 8), (7, 6), (3, 5), (1, 1)]
@@ -46,15 +46,21 @@ def classifier() -> nn.Module:
 @pytest.fixture(params=[2, 1])
 def grid(request, monkeypatch) -> int:
     torch.manual_seed(0)
-    monkeypatch.setattr(plan, "choose_grid", lambda graph, weights: request.param)
+    monkeypatch.setattr(blocks, "grids_for", lambda graph: [request.param])
     return request.param
 
 
 def grid_of(module: nn.Module, x: Tensor, monkeypatch) -> int:
     """What the planner chooses for a pruned module."""
     chosen = []
-    choose = plan.choose_grid
-    monkeypatch.setattr(plan, "choose_grid", lambda *given: chosen.append(choose(*given)) or chosen[-1])
+    choose = plan.choose_blocks
+
+    def note(graph, weights):
+        found = choose(graph, weights)
+        chosen.append(graph.grid)
+        return found
+
+    monkeypatch.setattr(plan, "choose_blocks", note)
     torch.manual_seed(0)
     masks = {name: torch.rand(p.shape) < 0.2 for name, p in module.named_parameters() if p.dim() > 1}
     with torch.no_grad():
