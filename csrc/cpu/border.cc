@@ -17,13 +17,8 @@ struct Rectangle {
   int64_t top, bottom, left, right;
 };
 
-// A side of a map: pixels, pixels of a block, and how many blocks.
-struct Side {
-  int64_t size, block, grid;
-};
-
 // Floats from a picture's pixel (0, 0) to pixel (row, col).
-int64_t PixelOffset(int64_t row, int64_t col, Side rows, Side cols, int64_t row_stride) {
+int64_t PixelOffset(int64_t row, int64_t col, const Axis& rows, const Axis& cols, int64_t row_stride) {
   const int64_t lane = row / rows.block * cols.grid + col / cols.block;
   return row % rows.block * row_stride + col % cols.block * kVector + lane;
 }
@@ -108,10 +103,10 @@ class Border::Strip {
     length_ = col_to - col_from;
     pass_.rows = row_to - row_from;
     pass_.cols = CeilDiv(length_, kVector);
-    in_rows_ = {geometry.height, geometry.in_block_h, geometry.grid};
-    in_cols_ = {geometry.width, geometry.in_block_w, geometry.grid};
-    out_rows_ = {OutSide(geometry.height, shape.pad_h, shape.kernel_h, shape), geometry.out_block_h, geometry.grid};
-    out_cols_ = {OutSide(geometry.width, shape.pad_w, shape.kernel_w, shape), geometry.out_block_w, geometry.grid};
+    in_rows_ = {geometry.grid, geometry.in_block_h, geometry.height};
+    in_cols_ = {geometry.grid, geometry.in_block_w, geometry.width};
+    out_rows_ = {geometry.grid, geometry.out_block_h, OutSide(geometry.height, shape.pad_h, shape.kernel_h, shape)};
+    out_cols_ = {geometry.grid, geometry.out_block_w, OutSide(geometry.width, shape.pad_w, shape.kernel_w, shape)};
   }
 
   bool empty() const { return pass_.empty() || pass_.taps() == 0; }
@@ -182,7 +177,7 @@ class Border::Strip {
 
   // Whether no position's source lies in the gradient.
   bool ReadsZeros(const Reading& reading) const {
-    const int64_t out_across = (turned_ ? out_cols_ : out_rows_).size;
+    const int64_t out_across = (turned_ ? out_cols_ : out_rows_).side;
     return across_ + pass_.rows + reading.row <= 0 || across_ + reading.row >= out_across;
   }
 
@@ -217,7 +212,7 @@ class Border::Strip {
     ForPositions(InRows(), InCols(), [&](int64_t row, int64_t col, int64_t lane) {
       int64_t y = across_ + low_row_ + row, x = along_ + low_col_ + lane * pass_.cols + col;
       if (turned_) std::swap(y, x);
-      const bool inside = y >= 0 && y < out_rows_.size && x >= 0 && x < out_cols_.size;
+      const bool inside = y >= 0 && y < out_rows_.side && x >= 0 && x < out_cols_.side;
       made->gather.push_back(inside ? static_cast<int32_t>(PixelOffset(y, x, out_rows_, out_cols_, dy_row_stride))
                                     : -1);
     });
@@ -225,8 +220,8 @@ class Border::Strip {
       int64_t y = across_ + row, x = along_ + lane * pass_.cols + col;
       const bool inside = lane * pass_.cols + col < length_;
       if (turned_) std::swap(y, x);
-      y = Copied(shape_.stride * y + phase_row_, in_rows_.size, shape_.pad_h);
-      x = Copied(shape_.stride * x + phase_col_, in_cols_.size, shape_.pad_w);
+      y = Copied(shape_.stride * y + phase_row_, in_rows_.side, shape_.pad_h);
+      x = Copied(shape_.stride * x + phase_col_, in_cols_.side, shape_.pad_w);
       made->scatter.push_back(inside ? static_cast<int32_t>(PixelOffset(y, x, in_rows_, in_cols_, dx_row_stride)) : -1);
     });
     offsets = made;
@@ -251,7 +246,7 @@ class Border::Strip {
   bool turned_;
   int64_t phase_row_, phase_col_;
   int64_t across_, along_, length_;  // the first position, and how many lie along the strip
-  Side in_rows_, in_cols_, out_rows_, out_cols_;
+  Axis in_rows_, in_cols_, out_rows_, out_cols_;
   int64_t low_row_ = 0, high_row_ = 0, low_col_ = 0, high_col_ = 0;  // what taps reach
   Pass pass_;
   mutable std::mutex mutex_;

@@ -11,11 +11,6 @@
 namespace lipfast {
 namespace LIPFAST_NS {
 
-// One axis of a map: how many blocks lie along it, their pixels, those of the picture.
-struct Axis {
-  int64_t grid, block, side;
-};
-
 // Where one position along an axis takes its pixels from, for each of the blocks
 // along that axis: block `from[g]` at position `source[g]`; from[g] < 0 means zero.
 struct AxisRule {
@@ -132,8 +127,8 @@ class HaloFiller {
   HaloFiller(const LaneMap& m, Padding mode, int64_t pad) : HaloFiller(m, m.halo, mode, pad) {}
   // Of the halo only the innermost `reach` vectors; 0 fills dead pixels alone.
   HaloFiller(const LaneMap& m, int64_t reach, Padding mode, int64_t pad)
-      : rows_(Edges({m.grid, m.block_h, m.height}, reach, mode, pad, true)),
-        columns_(Edges({m.grid, m.block_w, m.width}, reach, mode, pad, false)),
+      : rows_(Edges(m.rows(), reach, mode, pad, true)),
+        columns_(Edges(m.columns(), reach, mode, pad, false)),
         block_h_(m.block_h),
         block_w_(m.block_w),
         reach_(reach),

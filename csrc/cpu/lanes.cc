@@ -13,11 +13,8 @@ namespace {
 
 int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
 
-struct Vectors {
-  explicit Vectors(int64_t count) : data(static_cast<float*>(std::aligned_alloc(64, count * kLanes * sizeof(float)))) {}
-  ~Vectors() { std::free(data); }
-  Vectors(const Vectors&) = delete;
-  float* data;
+struct alignas(64) Vector {
+  float lanes[kLanes];
 };
 
 // How many of the pixels (row, col), (row, col + 1), .. up to `most` of block
@@ -259,22 +256,22 @@ std::vector<LaneRule> Recut(const Axis& from, int64_t block, bool rows) {
 
 // First along rows, into a strip of columns as they shall be, then along columns.
 void Reblock(const LaneMap& from, const LaneMap& to, int threads) {
-  const std::vector<LaneRule> rows = Recut({from.grid, from.block_h, from.height}, to.block_h, true);
-  const std::vector<LaneRule> columns = Recut({from.grid, from.block_w, from.width}, to.block_w, false);
+  const std::vector<LaneRule> rows = Recut(from.rows(), to.block_h, true);
+  const std::vector<LaneRule> columns = Recut(from.columns(), to.block_w, false);
   constexpr int64_t kStrip = 8;  // columns
   ParallelFor(threads, to.batch * to.channels, [&](int64_t i) {
     const int64_t n = i / to.channels, c = i % to.channels;
-    Vectors strip(kStrip * from.block_h);
+    std::vector<Vector> strip(kStrip * from.block_h);
     for (int64_t first = 0; first < to.block_w; first += kStrip) {
       const int64_t count = AtMost(kStrip, to.block_w - first);
       for (int64_t y = 0; y < from.block_h; ++y) {
         for (int64_t x = 0; x < count; ++x) {
-          Gather(columns[first + x], from.At(n, c, y), kLanes, strip.data + (y * kStrip + x) * kLanes);
+          Gather(columns[first + x], from.At(n, c, y), kLanes, strip[y * kStrip + x].lanes);
         }
       }
       for (int64_t y = 0; y < to.block_h; ++y) {
         for (int64_t x = 0; x < count; ++x) {
-          Gather(rows[y], strip.data + x * kLanes, kStrip * kLanes, to.At(n, c, y, first + x));
+          Gather(rows[y], strip[x].lanes, kStrip * kLanes, to.At(n, c, y, first + x));
         }
       }
     }

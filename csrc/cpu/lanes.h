@@ -42,6 +42,11 @@ constexpr int kGrid = 4;  // blocks along each side of a picture that has all la
 // Pictures of a sheet.
 constexpr int64_t SheetOn(int64_t grid) { return kGrid * kGrid / (grid * grid); }
 
+// One axis of a map: how many blocks lie along it, their pixels, those of the picture.
+struct Axis {
+  int64_t grid, block, side;
+};
+
 // A map in the lane layout, or a range of its channels. Strides in floats.
 struct LaneMap {
   float* data;                             // pixel (0, 0) of every block, sheet 0, channel 0; 64-byte aligned
@@ -54,6 +59,8 @@ struct LaneMap {
   float* At(int64_t n, int64_t c, int64_t row = 0, int64_t col = 0) const {
     return data + n * batch_stride + c * channel_stride + row * row_stride + col * kGrid * kGrid;
   }
+  Axis rows() const { return {grid, block_h, height}; }
+  Axis columns() const { return {grid, block_w, width}; }
   int64_t sheet() const { return SheetOn(grid); }
   int64_t pictures() const { return batch * sheet(); }
   int64_t pixels() const { return pictures() * height * width; }                      // of a channel

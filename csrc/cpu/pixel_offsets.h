@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/lanes.h"
+#include "cpu/pool.h"
 #include "cpu/vec.h"
 
 namespace lipfast {
@@ -28,6 +29,15 @@ class PixelOffsets {
   int64_t blocks_;
   std::vector<Offset> rows_, cols_;
 };
+
+// body(n, c, i) for picture i of sheet n, in each channel.
+template <class Body>
+void ForEachPicture(const LaneMap& m, int threads, const Body& body) {
+  ParallelFor(threads, m.channels * m.pictures(), [&](int64_t at) {
+    const int64_t plane = at / m.sheet();
+    body(plane / m.channels, plane % m.channels, at % m.sheet());
+  });
+}
 
 }  // namespace LIPFAST_NS
 }  // namespace lipfast

@@ -28,8 +28,11 @@ static inline V SumPictures(V lanes, int64_t grid) {
   alignas(64) float each[kLanes], sums[kLanes] = {};
   const int64_t blocks = grid * grid;
   Store(each, lanes);
-  if (blocks == kLanes) sums[0] = Sum(lanes);
-  for (int64_t l = 0; blocks < kLanes && l < kLanes; ++l) sums[l - l % blocks] += each[l];
+  if (blocks == kLanes) {
+    sums[0] = Sum(lanes);
+  } else {
+    for (int64_t l = 0; l < kLanes; ++l) sums[l - l % blocks] += each[l];
+  }
   return Load(sums);
 }
 

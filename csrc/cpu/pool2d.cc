@@ -80,10 +80,13 @@ void Forward(const LaneMap& x, const LaneMap& y, const PoolSpec& spec, HaloSpec 
   });
 }
 
+constexpr int64_t kMostInner = 4;  // pixels of a window's side
+
 // The output positions of a block whose windows lie within the block: they go vector by vector.
 struct Inner {
   int64_t row, last_row, col, last_col;
 
+  bool empty() const { return row >= last_row || col >= last_col; }
   bool HoldsRow(int64_t r) const { return r >= row && r < last_row; }
   bool HoldsCol(int64_t c) const { return c >= col && c < last_col; }
   bool HoldsAll(const LaneMap& dy) const {
@@ -95,11 +98,11 @@ Inner InnerWindows(const LaneMap& x, const LaneMap& dy, const PoolSpec& spec) {
   // Where sides are multiples, windows that do not overlap are either alive or dead as a whole.
   const bool multiples = x.height == spec.stride * dy.height && x.width == spec.stride * dy.width;
   const bool apart = spec.pad == 0 && spec.kernel <= spec.stride;
-  if (!multiples || !(apart || x.whole())) return {};
+  if (spec.kernel > kMostInner || !multiples || !(apart || x.whole())) return {};
   const int64_t first = (spec.pad + spec.stride - 1) / spec.stride;
   const auto last = [&](int64_t block, int64_t most) {
     const int64_t inside = block + spec.pad < spec.kernel ? 0 : (block + spec.pad - spec.kernel) / spec.stride + 1;
-    return inside < most ? inside : most;
+    return AtMost(inside, most);
   };
   return {first, last(x.block_h, dy.block_h), first, last(x.block_w, dy.block_w)};
 }
@@ -157,8 +160,6 @@ void BackwardInner(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const
 
 using InnerFunction = void (*)(const LaneMap&, const LaneMap&, const LaneMap&, const PoolSpec&, const Inner&, int);
 constexpr InnerFunction kBackwardInner[] = {BackwardInner<1>, BackwardInner<2>, BackwardInner<3>, BackwardInner<4>};
-constexpr int64_t kMostInner = 4;
-
 // The pixels of the window of output (row, col) that lie in the picture.
 struct Window {
   int64_t top, bottom, left, right;
@@ -195,9 +196,7 @@ void BackwardOthers(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, cons
                     int threads) {
   const float share = 1.0f / static_cast<float>(spec.kernel * spec.kernel);
   const PixelOffsets in_at(x), gradient_at(dy), out_at(dx);
-  ParallelFor(threads, dy.batch * dy.channels * dy.sheet(), [&](int64_t i) {
-    const int64_t plane = i / dy.sheet(), picture = i % dy.sheet();
-    const int64_t n = plane / dy.channels, c = plane % dy.channels;
+  ForEachPicture(dy, threads, [&](int64_t n, int64_t c, int64_t picture) {
     const float* in = x.At(n, c) + in_at.picture(picture);
     const float* gradient = dy.At(n, c) + gradient_at.picture(picture);
     float* out = dx.At(n, c) + out_at.picture(picture);
@@ -230,8 +229,8 @@ void BackwardOthers(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, cons
 }
 
 void Backward(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const PoolSpec& spec, int threads) {
-  const Inner inner = spec.kernel <= kMostInner ? InnerWindows(x, dy, spec) : Inner{};
-  if (spec.kernel <= kMostInner) kBackwardInner[spec.kernel - 1](x, dy, dx, spec, inner, threads);
+  const Inner inner = InnerWindows(x, dy, spec);
+  if (!inner.empty()) kBackwardInner[spec.kernel - 1](x, dy, dx, spec, inner, threads);
   if (!inner.HoldsAll(dy)) BackwardOthers(x, dy, dx, spec, inner, threads);
 }
 

@@ -142,9 +142,7 @@ void ForEachTap(const LaneMap& tapped, const LaneMap& each, const AxisTaps& rows
   const PixelOffsets in(tapped), out(each);
   const std::vector<Taps> vertical = TapsOf(rows, [&](int64_t y) { return in.row(y); });
   const std::vector<Taps> horizontal = TapsOf(columns, [&](int64_t x) { return in.col(x); });
-  ParallelFor(threads, each.channels * each.pictures(), [&](int64_t i) {
-    const int64_t plane = i / each.sheet(), picture = i % each.sheet();
-    const int64_t n = plane / each.channels, c = plane % each.channels;
+  ForEachPicture(each, threads, [&](int64_t n, int64_t c, int64_t picture) {
     float* from = tapped.At(n, c) + in.picture(picture);
     float* to = each.At(n, c) + out.picture(picture);
     for (int64_t row = 0; row < rows.count; ++row) {

@@ -202,7 +202,7 @@ class Forward {
         small_(Form::kOutStep == 1 ? y : x),
         grid_(small_, kTile),
         end_(end),
-        halo_({y.grid, y.block_h, y.height}, {y.grid, y.block_w, y.width}, end.halo.fill ? y.halo : 0),
+        halo_(y.rows(), y.columns(), end.halo.fill ? y.halo : 0),
         threads_(threads) {
     // Few tiles: threads share the transformed input and divide the output channels.
     shared_ = grid_.count < 2 * threads * Form::kTiles;
