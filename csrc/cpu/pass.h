@@ -277,6 +277,7 @@ class Pass {
                      bound->starts.data(),
                      bound->offsets.data(),
                      bound->order.data(),
+                     places_.size() > 1,
                      bound->fresh.data(),
                      static_cast<int64_t>(bound->fresh.size()),
                      per_block * in.channel_stride};

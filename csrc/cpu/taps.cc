@@ -63,16 +63,22 @@ struct SparseTask {
   const float* next_residual;
 };
 
+constexpr int64_t kLinesAtOnce = 32;
+
 // Brings the next tile into the second cache level, a few lines with every output
 // channel: its lines lie in as many pages as there are channels, where no hardware
-// prefetcher finds them.
+// prefetcher finds them. A line on its way occupies one of the few places that loads
+// from the second level need, too, so this is for tiles of which every line is new, or
+// for `always`.
 template <int kVectors>
 class Upcoming {
  public:
-  Upcoming(const SparseTask& task, int64_t block) {
+  Upcoming(const SparseTask& task, int64_t block, bool always) {
     const Region& g = *task.region;
     const TapList& taps = *task.taps;
-    if (!task.next_out) return;
+    step_ = Parts(taps.fresh_count, task.last - task.first);
+    wanted_ = task.next_out && (always || !taps.overlap) && step_ <= kLinesAtOnce;
+    if (!wanted_) return;
     out_ = task.next_out + task.first * g.out_channel;
     out_channel_ = g.out_channel;
     const int64_t first = kVectors * block / taps.blocks, last = kVectors * (block + 1) / taps.blocks;
@@ -87,8 +93,9 @@ class Upcoming {
     in_ = task.next_in + block * taps.block_stride;
     fresh_ = taps.fresh;
     fresh_end_ = taps.fresh + taps.fresh_count;
-    step_ = Parts(taps.fresh_count, task.last - task.first);
   }
+
+  bool wanted() const { return wanted_; }
 
   // Out of line: its variables would push the caller's out of their registers.
   __attribute__((noinline)) void Step() {
@@ -107,6 +114,7 @@ class Upcoming {
   int64_t out_channel_ = 0, residual_channel_ = 0, step_ = 0;
   const int32_t *fresh_ = nullptr, *fresh_end_ = nullptr;
   int count_ = 0;
+  bool wanted_;
   int64_t lines_[kVectors], residual_lines_[kVectors];
 };
 
@@ -151,9 +159,9 @@ void AccumulateTile(const SparseTask& task) {
     float* out = g.out + task.tile.row * out_row + task.tile.col * out_col + task.first * g.out_channel;
     float* waiting = partial;
     const int32_t* start = task.taps->starts + b * task.taps->outputs + task.first;
-    Upcoming<kVectors> upcoming(task, b);
+    Upcoming<kVectors> upcoming(task, b, false);
     for (int64_t o = task.first; o < last; ++o, ++start, out += g.out_channel, waiting += kVectors * kLanes) {
-      upcoming.Step();
+      if (upcoming.wanted()) upcoming.Step();
       int32_t t = start[0];
       const int32_t end = start[1];
       V sum[kChains][kRows][kCols];
@@ -242,9 +250,9 @@ void DotTile(const SparseTask& task) {
     const int32_t* start = task.taps->starts + b * task.taps->outputs + task.first;
     float* to = task.partial + *start;
     int waiting = 0;
-    Upcoming<kVectors> upcoming(task, b);
+    Upcoming<kVectors> upcoming(task, b, kRegisters < 32);
     for (int64_t o = task.first; o < last; ++o, ++start, out += g.out_channel, copy += kVectors * kLanes) {
-      upcoming.Step();
+      if (upcoming.wanted()) upcoming.Step();
       V d[kRows][kCols];
       if (b == 0) {
         LIPFAST_UNROLL
@@ -457,9 +465,9 @@ void SparseDot(const Region* regions, int64_t count, const TapList& taps, float*
 
 // --- dense ---------------------------------------------------------------------
 
-constexpr int kGroup = kParts == 2 ? 6 : 4;                   // output channels that share a load of the input
-constexpr int kDenseCols = kRegisters >= 32 ? 6 : 1;          // kGroup * kDenseCols sums in registers
-constexpr int64_t kDenseBlock = kRegisters >= 32 ? 64 : 144;  // taps between two visits of a sum to memory
+constexpr int kGroup = kRegisters >= 8 ? 6 : 4;               // output channels that share a load of the input
+constexpr int kDenseVectors = kRegisters >= 32 ? 4 : 1;       // kGroup * kDenseVectors sums in registers
+constexpr int64_t kDenseBlock = kRegisters >= 32 ? 96 : 144;  // taps between two visits of a sum to memory
 constexpr int kDotGroup = 4;                        // output channels that share a load in the weight gradient
 constexpr int kDotTaps = kRegisters >= 32 ? 6 : 3;  // kDotGroup * kDotTaps sums in registers
 
@@ -471,101 +479,106 @@ struct DenseTask {
   const float* weights;
   const float* bias;
   ActivationSpec end;
-  int64_t row, col;
+  int64_t at;           // the tile's first position of the region, which are counted row by row
   int64_t first, last;  // groups of output channels
 };
 
-template <int kCols, int kIn, int kOut>
+// kVectors positions, of one row or several. The input of a block of taps is copied side by side: in its map it
+// lies in more pages than a core finds at once, and is read again for each group of outputs.
+template <int kVectors>
 void DenseTile(const DenseTask& task) {
   const Region& g = *task.region;
-  const int64_t in_col = kIn ? kIn * kLanes : g.in_col, out_col = kOut ? kOut * kLanes : g.out_col;
   const int64_t count = task.taps->taps, outputs = task.taps->outputs;
   const int32_t* offsets = task.taps->offsets;
-  const float* in = g.in + task.row * g.in_row + task.col * in_col;
-  float* tile_out = g.out + task.row * g.out_row + task.col * out_col;
+  alignas(4096) float packed[kDenseBlock * kVectors * kLanes];
+  const float* in[kVectors];
+  int64_t out_at[2 * kVectors], residual_at[kVectors];  // the tile's and, of the output, the next one's
+  int64_t row = task.at / g.cols, col = task.at % g.cols;
+  for (int i = 0; i < 2 * kVectors; ++i) {
+    out_at[i] = row * g.out_row + col * g.out_col;
+    if (i < kVectors) {
+      in[i] = g.in + row * g.in_row + col * g.in_col;
+      residual_at[i] = row * g.residual_row + col * g.out_col;
+    }
+    if (++col == g.cols) {
+      col = 0;
+      ++row;
+    }
+  }
   for (int64_t begin = 0; begin == 0 || begin < count; begin += kDenseBlock) {
     const int64_t end = Least(begin + kDenseBlock, count);
     const ActivationSpec stored = end == count ? task.end : ActivationSpec{};
+    for (int64_t t = begin; t < end; ++t) {
+      LIPFAST_UNROLL
+      for (int i = 0; i < kVectors; ++i)
+        Store(packed + ((t - begin) * kVectors + i) * kLanes, Load(in[i] + offsets[t]));
+    }
     for (int64_t group = task.first; group < task.last; ++group) {
-      float* out = tile_out + group * kGroup * g.out_channel;
+      float* out = g.out + group * kGroup * g.out_channel;
       const int live = static_cast<int>(Least(kGroup, outputs - group * kGroup));
-      V sum[kGroup][kCols];
+      V sum[kGroup][kVectors];
       LIPFAST_UNROLL
       for (int k = 0; k < kGroup; ++k) {
         LIPFAST_UNROLL
-        for (int c = 0; c < kCols; ++c) sum[k][c] = Zero();
+        for (int i = 0; i < kVectors; ++i) sum[k][i] = Zero();
       }
       if (begin > 0 || task.bias) {
         LIPFAST_UNROLL
         for (int k = 0; k < kGroup; ++k) {
           if (k >= live) continue;
-          const float* row = Row(out + k * g.out_channel);
+          const float* from = Row(out + k * g.out_channel);
           LIPFAST_UNROLL
-          for (int c = 0; c < kCols; ++c) {
-            sum[k][c] = begin ? Load(row + c * out_col) : Set(task.bias[group * kGroup + k]);
+          for (int i = 0; i < kVectors; ++i) {
+            sum[k][i] = begin ? Load(from + out_at[i]) : Set(task.bias[group * kGroup + k]);
           }
         }
       }
-      // The next tile, a share of its input and its own outputs with every group: their lines come from far away.
-      const int64_t share = task.last - task.first;
-      const int64_t ahead = begin + (end - begin) * (group - task.first + 1) / share;
-      for (int64_t t = begin + (end - begin) * (group - task.first) / share; t < ahead; ++t) {
-        LIPFAST_UNROLL
-        for (int c = 0; c < kCols; ++c) PrefetchFar(in + offsets[t] + (kCols + c) * in_col);
-      }
+      // The next tile's outputs: their lines come from far away.
       for (int k = 0; k < live && end == count; ++k) {
         LIPFAST_UNROLL
-        for (int c = 0; c < kCols; ++c) PrefetchFar(out + k * g.out_channel + (kCols + c) * out_col);
+        for (int i = 0; i < kVectors; ++i) PrefetchFar(out + k * g.out_channel + out_at[kVectors + i]);
       }
       const float* w = task.weights + (group * count + begin) * kGroup;
-      for (int64_t t = begin; t < end; ++t, w += kGroup) {
-        const float* x = Row(in + offsets[t]);
-        V v[kCols];
+      const float* x = packed;
+      _Pragma("GCC unroll 4") for (int64_t t = begin; t < end; ++t, w += kGroup, x += kVectors * kLanes) {
+        V v[kVectors];
         LIPFAST_UNROLL
-        for (int c = 0; c < kCols; ++c) v[c] = Load(x + c * in_col);
+        for (int i = 0; i < kVectors; ++i) v[i] = Load(x + i * kLanes);
         LIPFAST_UNROLL
         for (int k = 0; k < kGroup; ++k) {
           const V weight = Set(w[k]);
           LIPFAST_UNROLL
-          for (int c = 0; c < kCols; ++c) sum[k][c] = Fma(weight, v[c], sum[k][c]);
+          for (int i = 0; i < kVectors; ++i) sum[k][i] = Fma(weight, v[i], sum[k][i]);
         }
       }
       LIPFAST_UNROLL
       for (int k = 0; k < kGroup; ++k) {
         if (k >= live) continue;
         if (end == count && g.residual) {
-          const float* add = Row(g.residual + (group * kGroup + k) * g.residual_channel + task.row * g.residual_row);
+          const float* add = Row(g.residual + (group * kGroup + k) * g.residual_channel);
           LIPFAST_UNROLL
-          for (int c = 0; c < kCols; ++c) sum[k][c] = Add(sum[k][c], Load(add + (task.col + c) * out_col));
+          for (int i = 0; i < kVectors; ++i) sum[k][i] = Add(sum[k][i], Load(add + residual_at[i]));
         }
-        float* row = Row(out + k * g.out_channel);
+        float* to = Row(out + k * g.out_channel);
+        const ActivationSpec& act = *Row(&stored);  // its constants would stay in registers that the sums need
         LIPFAST_UNROLL
-        for (int c = 0; c < kCols; ++c) Store(row + c * out_col, SimpleAct(sum[k][c], stored));
+        for (int i = 0; i < kVectors; ++i) Store(to + out_at[i], SimpleAct(sum[k][i], act));
       }
     }
   }
 }
 
-using DenseFunction = void (*)(const DenseTask&);
-
-template <int kIn, int kOut>
-DenseFunction DenseWithCols(int64_t cols) {
-  static const DenseFunction table[] = {
-      DenseTile<1, kIn, kOut>,
-#if LIPFAST_TARGET == 2
-      DenseTile<2, kIn, kOut>, DenseTile<3, kIn, kOut>, DenseTile<4, kIn, kOut>,
-      DenseTile<5, kIn, kOut>, DenseTile<6, kIn, kOut>,
-#endif
-  };
-  return table[cols - 1];
+// The tile of `vectors` <= kVectors.
+template <int kVectors>
+void RunDenseTile(const DenseTask& task, int64_t vectors) {
+  if constexpr (kVectors > 1) {
+    if (vectors < kVectors) return RunDenseTile<kVectors - 1>(task, vectors);
+  }
+  DenseTile<kVectors>(task);
 }
 
-DenseFunction ForColumns(int64_t cols, const Region& g) {
-  if (g.in_col == kLanes && g.out_col == kLanes) return DenseWithCols<1, 1>(cols);
-  if (g.in_col == 2 * kLanes && g.out_col == kLanes) return DenseWithCols<2, 1>(cols);
-  if (g.in_col == kLanes && g.out_col == 2 * kLanes) return DenseWithCols<1, 2>(cols);
-  return DenseWithCols<0, 0>(cols);
-}
+// Rows of a region that are cut into tiles together: several where they are short.
+int64_t StripRows(const Region& g) { return Parts(2 * kDenseVectors, g.cols); }
 
 int64_t RowCount(const Region* regions, int64_t count) {
   int64_t rows = 0;
@@ -580,29 +593,32 @@ const Region* RegionOfRow(const Region* regions, int64_t* row) {
 
 void DenseAccumulate(const Region* regions, int64_t count, const DenseTaps& taps, const float* weights,
                      const float* bias, const TapEnd& end, int threads) {
-  const int64_t rows = RowCount(regions, count), groups = Parts(taps.outputs, kGroup);
-  if (rows == 0) return;
-  const int64_t parts = Least(Parts(kEnoughChunks, rows), groups);
+  int64_t strips = 0;
+  for (int64_t i = 0; i < count; ++i) strips += Parts(regions[i].rows, StripRows(regions[i]));
+  if (strips == 0) return;
+  const int64_t groups = Parts(taps.outputs, kGroup), parts = Least(Parts(kEnoughChunks, strips), groups);
   const ZeroHalo halo = HaloOf(*regions, end);
-  ParallelFor(threads, rows * parts, [&](int64_t chunk) {
-    DenseTask task = {nullptr,
+  ParallelFor(threads, strips * parts, [&](int64_t chunk) {
+    int64_t strip = chunk / parts;
+    const Region* region = regions;
+    for (int64_t n; strip >= (n = Parts(region->rows, StripRows(*region))); ++region) strip -= n;
+    const Region& g = *region;
+    const int64_t row = strip * StripRows(g), rows = Least(StripRows(g), g.rows - row);
+    DenseTask task = {region,
                       &taps,
                       weights,
                       bias,
                       end.act,
-                      chunk / parts,
                       0,
                       groups * (chunk % parts) / parts,
                       groups * (chunk % parts + 1) / parts};
-    task.region = RegionOfRow(regions, &task.row);
-    const int64_t across = Parts(task.region->cols, kDenseCols);
-    for (int64_t i = 0; i < across; ++i) {
-      task.col = task.region->cols * i / across;
-      ForColumns(task.region->cols * (i + 1) / across - task.col, *task.region)(task);
+    const int64_t positions = rows * g.cols, tiles = Parts(positions, kDenseVectors);
+    for (int64_t i = 0; i < tiles; ++i) {
+      task.at = row * g.cols + positions * i / tiles;
+      RunDenseTile<kDenseVectors>(task, positions * (i + 1) / tiles - positions * i / tiles);
     }
-    const Region& g = *task.region;
     const int64_t first = task.first * kGroup, last = Least(task.last * kGroup, taps.outputs);
-    halo.Follow(g.out + first * g.out_channel, g.out_channel, last - first, g.out_row, task.row, 0, 1, g.cols);
+    halo.Follow(g.out + first * g.out_channel, g.out_channel, last - first, g.out_row, row, 0, rows, g.cols);
   });
 }
 

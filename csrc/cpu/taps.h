@@ -39,6 +39,7 @@ struct TapList {
   const int32_t* starts;   // [blocks * outputs + 1]
   const int32_t* offsets;  // [taps + 1], floats; the last is read ahead and not used
   const int32_t* order;    // [taps], place in the packed values
+  bool overlap;            // neighbouring outputs read the same vectors
   // What a tile reads and the tile before it did not: vectors of the first block's
   // channels, floats from the tile's first position; other blocks lie block_stride on.
   const int32_t* fresh;
