@@ -483,6 +483,28 @@ struct DenseTask {
   int64_t first, last;  // groups of output channels
 };
 
+// Where the vectors of a tile lie, and those of the output that follow them.
+template <int kVectors>
+struct DensePlaces {
+  const float* in[kVectors];
+  int64_t out[kVectors], next_out[kVectors], residual[kVectors];
+
+  DensePlaces(const Region& g, int64_t at) {
+    int64_t row = at / g.cols, col = at % g.cols;
+    for (int i = 0; i < 2 * kVectors; ++i) {
+      (i < kVectors ? out[i] : next_out[i - kVectors]) = row * g.out_row + col * g.out_col;
+      if (i < kVectors) {
+        in[i] = g.in + row * g.in_row + col * g.in_col;
+        residual[i] = row * g.residual_row + col * g.out_col;
+      }
+      if (++col == g.cols) {
+        col = 0;
+        ++row;
+      }
+    }
+  }
+};
+
 // kVectors positions, of one row or several. The input of a block of taps is copied side by side: in its map it
 // lies in more pages than a core finds at once, and is read again for each group of outputs.
 template <int kVectors>
@@ -491,27 +513,15 @@ void DenseTile(const DenseTask& task) {
   const int64_t count = task.taps->taps, outputs = task.taps->outputs;
   const int32_t* offsets = task.taps->offsets;
   alignas(4096) float packed[kDenseBlock * kVectors * kLanes];
-  const float* in[kVectors];
-  int64_t out_at[2 * kVectors], residual_at[kVectors];  // the tile's and, of the output, the next one's
-  int64_t row = task.at / g.cols, col = task.at % g.cols;
-  for (int i = 0; i < 2 * kVectors; ++i) {
-    out_at[i] = row * g.out_row + col * g.out_col;
-    if (i < kVectors) {
-      in[i] = g.in + row * g.in_row + col * g.in_col;
-      residual_at[i] = row * g.residual_row + col * g.out_col;
-    }
-    if (++col == g.cols) {
-      col = 0;
-      ++row;
-    }
-  }
+  const DensePlaces<kVectors> at(g, task.at);
   for (int64_t begin = 0; begin == 0 || begin < count; begin += kDenseBlock) {
     const int64_t end = Least(begin + kDenseBlock, count);
     const ActivationSpec stored = end == count ? task.end : ActivationSpec{};
     for (int64_t t = begin; t < end; ++t) {
       LIPFAST_UNROLL
-      for (int i = 0; i < kVectors; ++i)
-        Store(packed + ((t - begin) * kVectors + i) * kLanes, Load(in[i] + offsets[t]));
+      for (int i = 0; i < kVectors; ++i) {
+        Store(packed + ((t - begin) * kVectors + i) * kLanes, Load(at.in[i] + offsets[t]));
+      }
     }
     for (int64_t group = task.first; group < task.last; ++group) {
       float* out = g.out + group * kGroup * g.out_channel;
@@ -529,14 +539,14 @@ void DenseTile(const DenseTask& task) {
           const float* from = Row(out + k * g.out_channel);
           LIPFAST_UNROLL
           for (int i = 0; i < kVectors; ++i) {
-            sum[k][i] = begin ? Load(from + out_at[i]) : Set(task.bias[group * kGroup + k]);
+            sum[k][i] = begin ? Load(from + at.out[i]) : Set(task.bias[group * kGroup + k]);
           }
         }
       }
       // The next tile's outputs: their lines come from far away.
       for (int k = 0; k < live && end == count; ++k) {
         LIPFAST_UNROLL
-        for (int i = 0; i < kVectors; ++i) PrefetchFar(out + k * g.out_channel + out_at[kVectors + i]);
+        for (int i = 0; i < kVectors; ++i) PrefetchFar(out + k * g.out_channel + at.next_out[i]);
       }
       const float* w = task.weights + (group * count + begin) * kGroup;
       const float* x = packed;
@@ -557,12 +567,12 @@ void DenseTile(const DenseTask& task) {
         if (end == count && g.residual) {
           const float* add = Row(g.residual + (group * kGroup + k) * g.residual_channel);
           LIPFAST_UNROLL
-          for (int i = 0; i < kVectors; ++i) sum[k][i] = Add(sum[k][i], Load(add + residual_at[i]));
+          for (int i = 0; i < kVectors; ++i) sum[k][i] = Add(sum[k][i], Load(add + at.residual[i]));
         }
         float* to = Row(out + k * g.out_channel);
         const ActivationSpec& act = *Row(&stored);  // its constants would stay in registers that the sums need
         LIPFAST_UNROLL
-        for (int i = 0; i < kVectors; ++i) Store(to + out_at[i], SimpleAct(sum[k][i], act));
+        for (int i = 0; i < kVectors; ++i) Store(to + at.out[i], SimpleAct(sum[k][i], act));
       }
     }
   }

@@ -36,8 +36,18 @@ void ForEachItem(int threads, int64_t items, const Body& body) {
   });
 }
 
-// Longest inner product at once: its kCols vectors stay in L1, with room for what else passes by.
-int64_t Depth() { return AtMost(160, FirstLevelBytes() * 3 / 4 / (kCols * kLanes * sizeof(float))); }
+// Inner products of `all` are cut into parts of this many: their kCols vectors stay in L1, with room for what else
+// passes by.
+int64_t Depth(int64_t all) {
+  const int64_t most = AtMost(160, FirstLevelBytes() * 3 / 4 / (kCols * kLanes * sizeof(float)));
+  return RoundUp(CeilDiv(all, CeilDiv(all, most)), kLanes);
+}
+
+// Left matrices lie as the products read them: kRows rows at a time, kLanes of their numbers each. Where row `row`
+// of length `length`, a multiple of kLanes, has its number k, also one.
+int64_t LeftAt(int64_t row, int64_t k, int64_t length) {
+  return row / kRows * kRows * length + k * kRows + row % kRows * kLanes;
+}
 
 // ---- tiles -------------------------------------------------------------------
 
@@ -86,30 +96,35 @@ Patch PatchAt(const LaneMap& m, const TilePosition& p, int64_t c, int border, in
 // Into L2 only: there is no room to spare in L1.
 inline void PrefetchL2(const float* p) { __builtin_prefetch(p, 0, 2); }
 
-// c[r][..] (+)= sum over k < depth of a[r][k] b[k][..] for kR rows and kC vectors.
-// b is packed, [depth][kC]; `ahead` is where the rows of the next call's a begin.
+// c[r][..] (+)= sum over k < depth of a[r][k] b[k][..] for kR rows and kC vectors. a as LeftAt says; b is packed,
+// [depth][kC]. `rows_ahead` is where the next call's a begins, `panel_ahead` a part of the next b.
 template <int kR, int kC>
-void Multiply(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t depth, bool add,
-              const float* ahead) {
+void Multiply(const float* a, const float* b, float* c, int64_t c_stride, int64_t depth, bool add,
+              const float* rows_ahead, const float* panel_ahead) {
   V sum[kR][kC];
   LIPFAST_UNROLL
   for (int r = 0; r < kR; ++r) {
     LIPFAST_UNROLL
     for (int s = 0; s < kC; ++s) sum[r][s] = add ? Load(c + r * c_stride + s * kLanes) : Zero();
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    if (k % kLanes == 0) {
+  for (int64_t k = 0; k < depth; k += kLanes, a += kRows * kLanes) {
+    LIPFAST_UNROLL
+    for (int r = 0; r < kR; ++r) PrefetchL2(rows_ahead + k * kRows + r * kLanes);
+    if (kRegisters >= 32) {
       LIPFAST_UNROLL
-      for (int r = 0; r < kR; ++r) PrefetchL2(ahead + r * a_stride + k);
+      for (int r = 0; r < kRows; ++r) PrefetchL2(panel_ahead + k * kRows + r * kLanes);
     }
-    V v[kC];
-    LIPFAST_UNROLL
-    for (int s = 0; s < kC; ++s) v[s] = Load(b + (k * kC + s) * kLanes);
-    LIPFAST_UNROLL
-    for (int r = 0; r < kR; ++r) {
-      const V w = Set(a[r * a_stride + k]);
+    const int64_t steps = AtMost(kLanes, depth - k);
+    _Pragma("GCC unroll 4") for (int64_t i = 0; i < steps; ++i, b += kC * kLanes) {
+      V v[kC];
       LIPFAST_UNROLL
-      for (int s = 0; s < kC; ++s) sum[r][s] = Fma(w, v[s], sum[r][s]);
+      for (int s = 0; s < kC; ++s) v[s] = Load(b + s * kLanes);
+      LIPFAST_UNROLL
+      for (int r = 0; r < kR; ++r) {
+        const V w = Set(a[r * kLanes + i]);
+        LIPFAST_UNROLL
+        for (int s = 0; s < kC; ++s) sum[r][s] = Fma(w, v[s], sum[r][s]);
+      }
     }
   }
   LIPFAST_UNROLL
@@ -119,7 +134,8 @@ void Multiply(const float* a, int64_t a_stride, const float* b, float* c, int64_
   }
 }
 
-using MultiplyFunction = void (*)(const float*, int64_t, const float*, float*, int64_t, int64_t, bool, const float*);
+using MultiplyFunction = void (*)(const float*, const float*, float*, int64_t, int64_t, bool, const float*,
+                                  const float*);
 
 // The register block of `rows` <= kR and `cols` <= kC.
 template <int kR, int kC>
@@ -133,17 +149,15 @@ MultiplyFunction MultiplyFor(int rows, int cols) {
   return Multiply<kR, kC>;
 }
 
-// c [rows][c_stride] (+)= a [rows][a_stride] times b [depth][cols], cols <= kCols.
-void MultiplyPanel(const float* a, int64_t a_stride, int64_t rows, const float* b, int cols, float* c, int64_t c_stride,
-                   int64_t depth, bool add) {
-  const MultiplyFunction full = MultiplyFor<kRows, kCols>(kRows, cols);
-  int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) {
-    full(a + r * a_stride, a_stride, b, c + r * c_stride, c_stride, depth, add, a + (r + kRows) * a_stride);
-  }
-  if (r < rows) {
-    MultiplyFor<kRows, kCols>(static_cast<int>(rows - r), cols)(a + r * a_stride, a_stride, b, c + r * c_stride,
-                                                                c_stride, depth, add, a + r * a_stride);
+// c [rows][c_stride] (+)= a [rows][a_length] times b [depth][cols], cols <= kCols. `next` is the b that
+// follows, fetched meanwhile; where the sums come from far away, that would hold them up, and it is b itself.
+void MultiplyPanel(const float* a, int64_t a_length, int64_t rows, const float* b, int cols, float* c, int64_t c_stride,
+                   int64_t depth, bool add, const float* next) {
+  for (int64_t r = 0; r < rows; r += kRows) {
+    const MultiplyFunction multiply = MultiplyFor<kRows, kCols>(static_cast<int>(AtMost(kRows, rows - r)), cols);
+    const float* ahead = r + kRows < rows ? a + kRows * a_length : a;
+    multiply(a, b, c + r * c_stride, c_stride, depth, add, ahead, next + r * depth);
+    a += kRows * a_length;
   }
 }
 
@@ -154,7 +168,7 @@ void TransformWeights(const float* w, int64_t out, int64_t in, bool transposed, 
   constexpr int kSize = Form::kSize;
   // Rows and columns of the matrices U; the vector runs along a row.
   const int64_t rows = transposed ? in : out, cols = transposed ? out : in;
-  const int64_t step = WinogradWeightStep(out, in);
+  const int64_t step = WinogradWeightStep(out, in), length = RoundUp(cols, kLanes);
   const int64_t row_step = transposed ? 9 : 9 * in, col_step = transposed ? 9 * in : 9;
   ParallelFor(threads, rows, [&](int64_t row) {
     for (int64_t col = 0; col < cols; col += kLanes) {
@@ -174,7 +188,7 @@ void TransformWeights(const float* w, int64_t out, int64_t in, bool transposed, 
       for (int r = 0; r < kSize; ++r) {
         V line[kSize];
         Form::Weight(half[r], line);
-        for (int s = 0; s < kSize; ++s) StorePart(u + (r * kSize + s) * step + row * cols + col, line[s], n);
+        for (int s = 0; s < kSize; ++s) Store(u + (r * kSize + s) * step + LeftAt(row, col, length), line[s]);
       }
     }
   });
@@ -299,15 +313,19 @@ class Forward {
   // Output channels first .. first + count - 1 of a block; m [frequency][channel][column].
   void OutputChannels(int64_t block, int64_t first, int64_t count, const float* u, const float* bias, const float* v,
                       float* m) const {
-    const int64_t tiles = TilesIn(block), in = x_.channels, depth = Depth();
+    const int64_t tiles = TilesIn(block), in = x_.channels, length = RoundUp(in, kLanes), depth = Depth(in);
     for (int f = 0; f < kFrequencies; ++f) {
-      const float* rows = u + f * WinogradWeightStep(y_.channels, in) + first * in;
+      const float* rows = u + f * WinogradWeightStep(y_.channels, in) + LeftAt(first, 0, length);
       const int64_t columns = tiles * Form::Instances(f), m_stride = tiles_ * Form::Instances(f) * kLanes;
+      const auto width = [&](int64_t t) { return AtMost(kCols, columns - t); };
+      const auto panel = [&](int64_t t, int64_t k) { return v + v_start_[f] + (t * (in + 1) + k * width(t)) * kLanes; };
       for (int64_t k = 0; k < in; k += depth) {
         for (int64_t t = 0; t < columns; t += kCols) {
-          const int cols = static_cast<int>(AtMost(kCols, columns - t));
-          MultiplyPanel(rows + k, in, count, v + v_start_[f] + (t * (in + 1) + k * cols) * kLanes, cols,
-                        m + m_start_[f] + t * kLanes, m_stride, AtMost(depth, in - k), k > 0);
+          const float* next = t + kCols < columns ? panel(t + kCols, k)
+                              : k + depth < in    ? panel(0, k + depth)
+                                                  : v + v_start_[f + 1];
+          MultiplyPanel(rows + k * kRows, length, count, panel(t, k), static_cast<int>(width(t)),
+                        m + m_start_[f] + t * kLanes, m_stride, AtMost(depth, in - k), k > 0, next);
         }
       }
     }
@@ -424,9 +442,9 @@ class WeightGradient {
   template <int kGroup>
   void Task(int64_t split, int64_t part, float* sums, float* scratch) const {
     const int64_t first = part * part_channels_, count = AtMost(part_channels_, dy_.channels - first);
-    float* a = scratch;              // dM [frequency][out][value of a tile][lane]
+    float* a = scratch;              // dM [frequency][out][value of a tile][lane], see LeftAt
     float* b = scratch + AFloats();  // V^T [frequency][panel][value of a tile][lane][in of the panel]
-    const int64_t begin = blocks_ * split / splits_, end = blocks_ * (split + 1) / splits_, depth = Depth();
+    const int64_t begin = blocks_ * split / splits_, end = blocks_ * (split + 1) / splits_;
     for (int64_t block = begin; block < end; ++block) {
       const int64_t tiles = AtMost(kTiles, grid_.count - block * kTiles);
       TilePosition at[kTiles];
@@ -435,14 +453,14 @@ class WeightGradient {
       TransformInput<kGroup>(at, tiles, b);
       for (int f = 0; f < kFrequencies; ++f) {
         if (Form::GroupOf(f) != kGroup) continue;
-        const int64_t values = Form::Instances(f), length = tiles * values * kLanes;
+        const int64_t values = Form::Instances(f), length = tiles * values * kLanes, depth = Depth(length);
         float* sum = sums + f * sum_step_ + first * in_;
         for (int64_t c = 0; c < in_; c += kCols * kLanes) {
           const int cols = static_cast<int>(AtMost(kCols, (in_ - c) / kLanes));
           for (int64_t k = 0; k < length; k += depth) {
-            MultiplyPanel(a + a_start_[f] + k, kTiles * values * kLanes, count,
-                          b + b_start_[f] + c * length + k * cols * kLanes, cols, sum + c, in_,
-                          AtMost(depth, length - k), block > begin || k > 0);
+            const float* panel = b + b_start_[f] + c * length + k * cols * kLanes;
+            MultiplyPanel(a + a_start_[f] + k * kRows, kTiles * values * kLanes, count, panel, cols, sum + c, in_,
+                          AtMost(depth, length - k), block > begin || k > 0, panel);
           }
         }
       }
@@ -457,8 +475,8 @@ class WeightGradient {
         const Patch patch = PatchAt<kTile>(dy_, at[t], first + c, 0, 1, kTile, copy);
         for (int lane = 0; lane < kLanes; lane += kRegisterLanes) {
           Form::template Gradient<kGroup>(patch, lane, [&](int f, int instance, R value) {
-            const int64_t at_value = (c * kTiles + t) * Form::Instances(f) + instance;
-            Store(a + a_start_[f] + at_value * kLanes + lane, value);
+            const int64_t values = Form::Instances(f), at_value = (t * values + instance) * kLanes;
+            Store(a + a_start_[f] + LeftAt(c, at_value, kTiles * values * kLanes) + lane, value);
           });
         }
       }

@@ -39,9 +39,13 @@ inline int WinogradTile(int64_t block_h, int64_t block_w, int64_t stride) {
   return fours <= twos ? 4 : 2;
 }
 
-// Floats from frequency to frequency of the transformed weights: more than there are, so that
-// frequencies fall into different cache sets.
-inline int64_t WinogradWeightStep(int64_t out, int64_t in) { return out * in + 80; }
+// Floats from frequency to frequency of the transformed weights, in rows of either channels: more than there are,
+// for rows come six at a time and sixteen numbers of each, and so that frequencies fall into different cache sets.
+inline int64_t WinogradWeightStep(int64_t out, int64_t in) {
+  const auto up = [](int64_t n, int64_t to) { return (n + to - 1) / to * to; };
+  const int64_t forward = up(out, 6) * up(in, 16), transposed = up(in, 6) * up(out, 16);
+  return (forward > transposed ? forward : transposed) + 80;
+}
 
 // Floats of the transformed weights, with either stride.
 inline int64_t WinogradWeightFloats(int64_t out, int64_t in, int tile) {
@@ -50,7 +54,7 @@ inline int64_t WinogradWeightFloats(int64_t out, int64_t in, int tile) {
 
 // Pointers to floats of scratch and maps are 64-byte aligned. `tile` is 4 or 2.
 struct WinogradKernels {
-  // w [out][in][3][3], zeros where pruned -> u [(tile + 2)^2][out][in], frequencies
+  // w [out][in][3][3], zeros where pruned -> u [(tile + 2)^2][out][in] in the kernels' own order, frequencies
   // WinogradWeightStep apart. transposed: for the input gradient, w turned by 180 degrees
   // and u [(tile + 2)^2][in][out].
   void (*transform_weights)(const float* w, int64_t out, int64_t in, bool transposed, int tile, float* u, int threads);
