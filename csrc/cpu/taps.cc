@@ -63,7 +63,7 @@ struct SparseTask {
   const float* next_residual;
 };
 
-constexpr int64_t kLinesAtOnce = 32;
+constexpr int64_t kLinesAtOnce = 32;  // fetched ahead with an output; more would hold up its own loads
 
 // Brings the next tile into the second cache level, a few lines with every output
 // channel: its lines lie in as many pages as there are channels, where no hardware
