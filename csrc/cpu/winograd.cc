@@ -43,8 +43,8 @@ int64_t Depth(int64_t all) {
   return RoundUp(CeilDiv(all, CeilDiv(all, most)), kLanes);
 }
 
-// Left matrices lie as the products read them: kRows rows at a time, kLanes of their numbers each. Where row `row`
-// of length `length`, a multiple of kLanes, has its number k, also one.
+// Left matrices lie as the products read them: kRows rows at a time, kLanes of their numbers each. The place of
+// number k of a row; k and the rows' length are multiples of kLanes.
 int64_t LeftAt(int64_t row, int64_t k, int64_t length) {
   return row / kRows * kRows * length + k * kRows + row % kRows * kLanes;
 }
