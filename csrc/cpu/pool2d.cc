@@ -160,6 +160,7 @@ void BackwardInner(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const
 
 using InnerFunction = void (*)(const LaneMap&, const LaneMap&, const LaneMap&, const PoolSpec&, const Inner&, int);
 constexpr InnerFunction kBackwardInner[] = {BackwardInner<1>, BackwardInner<2>, BackwardInner<3>, BackwardInner<4>};
+
 // The pixels of the window of output (row, col) that lie in the picture.
 struct Window {
   int64_t top, bottom, left, right;

@@ -349,23 +349,31 @@ TileFunction ForTile(const Tile& tile, const Region& g) {
   return WithRows<Kernel, 0, 0>(tile);
 }
 
-// Finds which region the i-th tile of all regions lies in.
-SparseTask TaskAt(const Region* regions, TileSize most, int64_t i) {
-  SparseTask task = {};
-  task.region = regions;
-  Tiling tiling(*task.region, most);
-  while (i >= tiling.count()) {
-    i -= tiling.count();
-    tiling = Tiling(*++task.region, most);
-  }
-  task.tile = TileAt(*task.region, tiling, i);
-  return task;
+// Regions are cut into pieces, which are counted through all of them; pieces(region) is how many one has.
+template <class Pieces>
+int64_t Total(const Region* regions, int64_t count, const Pieces& pieces) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += pieces(regions[i]);
+  return total;
 }
 
-int64_t TileCount(const Region* regions, int64_t count, TileSize most) {
-  int64_t tiles = 0;
-  for (int64_t i = 0; i < count; ++i) tiles += Tiling(regions[i], most).count();
-  return tiles;
+// The region of piece *i; *i becomes its number there.
+template <class Pieces>
+const Region* RegionOf(const Region* regions, int64_t* i, const Pieces& pieces) {
+  for (int64_t n; *i >= (n = pieces(*regions)); ++regions) *i -= n;
+  return regions;
+}
+
+struct TilesOf {
+  TileSize most;
+  int64_t operator()(const Region& g) const { return Tiling(g, most).count(); }
+};
+
+SparseTask TaskAt(const Region* regions, TileSize most, int64_t i) {
+  SparseTask task = {};
+  task.region = RegionOf(regions, &i, TilesOf{most});
+  task.tile = TileAt(*task.region, Tiling(*task.region, most), i);
+  return task;
 }
 
 constexpr int64_t kEnoughChunks = 16;
@@ -400,7 +408,7 @@ ZeroHalo HaloOf(const Region& g, const TapEnd& end) {
 void SparseAccumulate(const Region* regions, int64_t count, const TapList& taps, const float* values, const float* bias,
                       const TapEnd& end, int threads) {
   const TileSize most = AccumulateSize(taps);
-  const int64_t tiles = TileCount(regions, count, most);
+  const int64_t tiles = Total(regions, count, TilesOf{most});
   if (tiles == 0) return;
   const int64_t parts = OutputParts(tiles, taps.outputs);
   const ZeroHalo halo = HaloOf(*regions, end);
@@ -435,13 +443,13 @@ void AddChunks(float* sums, int64_t chunks, int64_t size, int threads) {
 // Chunks of tiles with sums of their own: enough for many threads, few enough that
 // adding them up costs nothing.
 int64_t DotChunks(const Region* regions, int64_t count, const TapList& taps) {
-  return Most(1, Least(TileCount(regions, count, DotSize(taps)), kEnoughChunks));
+  return Most(1, Least(Total(regions, count, TilesOf{DotSize(taps)}), kEnoughChunks));
 }
 
 void SparseDot(const Region* regions, int64_t count, const TapList& taps, float* partial, float* d_values,
                float* d_bias, int threads) {
   const TileSize most = DotSize(taps);
-  const int64_t tiles = TileCount(regions, count, most), chunks = DotChunks(regions, count, taps);
+  const int64_t tiles = Total(regions, count, TilesOf{most}), chunks = DotChunks(regions, count, taps);
   const int64_t parts = OutputParts(chunks, taps.outputs), total = taps.starts[taps.outputs * taps.blocks];
   const int64_t size = DotFloats(total, taps.outputs), sums = size - kLanes * taps.outputs;
   std::memset(partial, 0, sizeof(float) * chunks * size);
@@ -589,39 +597,21 @@ void RunDenseTile(const DenseTask& task, int64_t vectors) {
 
 // Rows of a region that are cut into tiles together: several where they are short.
 int64_t StripRows(const Region& g) { return Parts(2 * kDenseVectors, g.cols); }
-
-int64_t RowCount(const Region* regions, int64_t count) {
-  int64_t rows = 0;
-  for (int64_t i = 0; i < count; ++i) rows += regions[i].rows;
-  return rows;
-}
-
-const Region* RegionOfRow(const Region* regions, int64_t* row) {
-  for (; *row >= regions->rows; ++regions) *row -= regions->rows;
-  return regions;
-}
+int64_t StripsOf(const Region& g) { return Parts(g.rows, StripRows(g)); }
+int64_t RowsOf(const Region& g) { return g.rows; }
 
 void DenseAccumulate(const Region* regions, int64_t count, const DenseTaps& taps, const float* weights,
                      const float* bias, const TapEnd& end, int threads) {
-  int64_t strips = 0;
-  for (int64_t i = 0; i < count; ++i) strips += Parts(regions[i].rows, StripRows(regions[i]));
+  const int64_t strips = Total(regions, count, StripsOf);
   if (strips == 0) return;
   const int64_t groups = Parts(taps.outputs, kGroup), parts = Least(Parts(kEnoughChunks, strips), groups);
   const ZeroHalo halo = HaloOf(*regions, end);
   ParallelFor(threads, strips * parts, [&](int64_t chunk) {
     int64_t strip = chunk / parts;
-    const Region* region = regions;
-    for (int64_t n; strip >= (n = Parts(region->rows, StripRows(*region))); ++region) strip -= n;
-    const Region& g = *region;
+    const Region& g = *RegionOf(regions, &strip, StripsOf);
     const int64_t row = strip * StripRows(g), rows = Least(StripRows(g), g.rows - row);
-    DenseTask task = {region,
-                      &taps,
-                      weights,
-                      bias,
-                      end.act,
-                      0,
-                      groups * (chunk % parts) / parts,
-                      groups * (chunk % parts + 1) / parts};
+    DenseTask task = {
+        &g, &taps, weights, bias, end.act, 0, groups * (chunk % parts) / parts, groups * (chunk % parts + 1) / parts};
     const int64_t positions = rows * g.cols, tiles = Parts(positions, kDenseVectors);
     for (int64_t i = 0; i < tiles; ++i) {
       task.at = row * g.cols + positions * i / tiles;
@@ -703,11 +693,11 @@ void DenseDotTaps(const Region& g, int64_t row, int64_t last_row, const DenseTap
 int64_t DenseDotChunks(const Region* regions, int64_t count) {
   int64_t positions = 0;
   for (int64_t i = 0; i < count; ++i) positions += regions[i].rows * regions[i].cols;
-  return Most(1, Least(Least(RowCount(regions, count), positions / kDotVectors), 8));
+  return Most(1, Least(Least(Total(regions, count, RowsOf), positions / kDotVectors), 8));
 }
 
 void DenseDot(const Region* regions, int64_t count, const DenseTaps& taps, float* partial, float* d_bias, int threads) {
-  const int64_t rows = RowCount(regions, count), chunks = DenseDotChunks(regions, count);
+  const int64_t rows = Total(regions, count, RowsOf), chunks = DenseDotChunks(regions, count);
   const int64_t groups = Parts(taps.outputs, kDotGroup), parts = OutputParts(chunks, taps.outputs);
   const int64_t size = DotFloats(taps.outputs * taps.taps, taps.outputs), sums = size - kLanes * taps.outputs;
   ParallelFor(threads, chunks * parts, [&](int64_t i) {
@@ -720,7 +710,7 @@ void DenseDot(const Region* regions, int64_t count, const DenseTaps& taps, float
     const int64_t line_end = rows * (chunk + 1) / chunks;
     for (int64_t line = rows * chunk / chunks; line < line_end;) {
       int64_t row = line;
-      const Region* region = RegionOfRow(regions, &row);
+      const Region* region = RegionOf(regions, &row, RowsOf);
       const int64_t count = Least(Least(Parts(kDotVectors, region->cols), region->rows - row), line_end - line);
       int64_t t = 0;
       for (; t + kDotTaps <= taps.taps; t += kDotTaps) {

@@ -17,6 +17,7 @@ namespace {
 // The register block of the matrix products: kRows scalars times kCols vectors.
 constexpr int kCols = kRegisters >= 32 ? 4 : 1;
 constexpr int kRows = kRegisters >= 8 ? 6 : 3;
+static_assert(kWinogradRows % kRows == 0 && kWinogradNumbers == kLanes, "the weights' step holds whole blocks");
 constexpr int64_t kSkew = 5 * kLanes;  // floats between frequencies, so that they fall into different cache sets
 // Output channels multiplied before their inverse transform.
 constexpr int64_t kOutChannels = (kRegisters >= 32 ? 11 : 22) * kRows;

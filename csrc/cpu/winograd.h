@@ -39,11 +39,14 @@ inline int WinogradTile(int64_t block_h, int64_t block_w, int64_t stride) {
   return fours <= twos ? 4 : 2;
 }
 
+constexpr int64_t kWinogradRows = 6, kWinogradNumbers = 16;  // rows of transformed weights, and their numbers, together
+
 // Floats from frequency to frequency of the transformed weights, in rows of either channels: more than there are,
-// for rows come six at a time and sixteen numbers of each, and so that frequencies fall into different cache sets.
+// for they come so many at a time, and so that frequencies fall into different cache sets.
 inline int64_t WinogradWeightStep(int64_t out, int64_t in) {
   const auto up = [](int64_t n, int64_t to) { return (n + to - 1) / to * to; };
-  const int64_t forward = up(out, 6) * up(in, 16), transposed = up(in, 6) * up(out, 16);
+  const int64_t forward = up(out, kWinogradRows) * up(in, kWinogradNumbers);
+  const int64_t transposed = up(in, kWinogradRows) * up(out, kWinogradNumbers);
   return (forward > transposed ? forward : transposed) + 80;
 }
 
