@@ -78,9 +78,14 @@ TilePosition TileAt(const LaneMap& m, const TileGrid& grid, int tile, int64_t in
 // The kSize x kSize vectors of channel c from `border` rows and columns before the tile on,
 // whose pixels are `step` apart in this map. A patch that a block's edge cuts is copied to
 // `copy`, with zeros outside, so nothing that the tile's own pixels do not need is read.
+// The next channel's patch is fetched, all but the columns that tiles share: planes lie
+// pages apart, where the hardware does not fetch ahead.
 template <int kSize>
 Patch PatchAt(const LaneMap& m, const TilePosition& p, int64_t c, int border, int step, int tile, float* copy) {
   const float* data = m.At(p.image, c, step * p.row - border, step * p.col - border);
+  for (int r = 0; r < kSize; ++r) {
+    for (int s = border; s < kSize - border; ++s) Prefetch(data + m.channel_stride + r * m.row_stride + s * kLanes);
+  }
   if (p.live_rows == tile && p.live_cols == tile) return {data, m.row_stride};
   const int64_t rows = kSize - step * (tile - p.live_rows), cols = kSize - step * (tile - p.live_cols);
   for (int r = 0; r < kSize; ++r) {
