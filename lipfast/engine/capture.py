@@ -5,12 +5,15 @@ and every torch function is seen as the user wrote it. Python that depends on th
 without data, and says so.
 """
 
+import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
 import math
 import threading
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -89,18 +92,19 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mappi
 
     Args:
         function: takes a dict of the leaves' stand-ins, then the inputs' stand-ins.
-        inputs: example tensors; only shape and dtype count.
+        inputs: example tensors; their values do not count. One that is given twice has one stand-in.
         leaves: parameters and buffers by name.
 
     Raises:
-        InputError: the code depends on the values of tensors or changes one through a view.
+        InputError: the code depends on the values of tensors, changes one through a view, or asks how tensors lie in
+            memory where not all that it was given are contiguous.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(all(tensor.is_contiguous() for tensor in (*inputs, *leaves.values())))
     grad = torch.is_grad_enabled()
     # Tensors made in inference mode count no writes; leaving it enables gradients.
     with torch.inference_mode(False), torch.set_grad_enabled(grad), _functions_noted(recorder):
         stand_ins = {name: recorder.leaf(name, tensor) for name, tensor in leaves.items()}
-        refs = [recorder.input(tensor) for tensor in inputs]
+        refs = [recorder.input(*given) for given in zip(inputs, same_as_before(inputs), strict=True)]
         with recorder, torch.device("meta"):
             try:
                 result = function(stand_ins, *recorder.input_tensors)
@@ -114,6 +118,13 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mappi
     recording.result = pytree.tree_map(recorder.known, result)
     _refuse_hidden(recording.result)
     return recording
+
+
+def same_as_before(tensors: Sequence[Tensor]) -> list[int | None]:
+    """For each tensor the place of the first one that is the same object; None: it is the first."""
+    first: dict[int, int] = {}
+    places = [first.setdefault(id(tensor), place) for place, tensor in enumerate(tensors)]
+    return [None if place == seen else seen for place, seen in enumerate(places)]
 
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, Tensor, Ref, torch.dtype, torch.device)
@@ -133,19 +144,28 @@ def _refuse_hidden(result: Any) -> None:
 
 # They act on something else than their result.
 _UNSEEN = (Tensor.data.__set__, Tensor.register_hook, Tensor.retain_grad)  # type: ignore[attr-defined]
+_ASKS_FOR_GRADIENTS = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_ASKS_FOR_LAYOUT = (Tensor.stride, Tensor.is_contiguous)
+_DETACHES = (torch.detach, Tensor.detach, Tensor.detach_, Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes each torch function; tensors are known by identity, so they are kept alive."""
+    """Notes each torch function; tensors are known by identity, so they are kept alive.
 
-    def __init__(self) -> None:
+    Args:
+        contiguous: whether all that the module is given is; stand-ins always are.
+    """
+
+    def __init__(self, contiguous: bool) -> None:
         super().__init__()
+        self._contiguous = contiguous
         self.calls: list[Call] = []
         self.leaves: dict[int, str] = {}
         self.constants: dict[int, Tensor] = {}
         self.counted: list[tuple[str, int]] = []
         self.input_tensors: list[Tensor] = []
         self._refs: dict[int, Ref] = {}
+        self._differentiable: set[int] = set()  # numbers of tensors that require gradients, whatever stand-ins do
         self._alive: list[Tensor] = []
         self._count = 0
         self._grad: bool | None = None
@@ -156,13 +176,24 @@ class _Recorder(TorchFunctionMode):
         stand_in = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         if isinstance(tensor, torch.nn.Parameter):
             stand_in = torch.nn.Parameter(stand_in, requires_grad=tensor.requires_grad)
-        self.leaves[self._new(stand_in).number] = name
+        self.leaves[self._given(tensor, stand_in).number] = name
         return stand_in
 
-    def input(self, tensor: Tensor) -> Ref:
+    def input(self, tensor: Tensor, same: int | None) -> Ref:
+        """The next input; ``same``: the number of the input that it is again."""
+        if same is not None:
+            stand_in = self.input_tensors[same]
+            self.input_tensors.append(stand_in)
+            return self._refs[id(stand_in)]
         stand_in = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         self.input_tensors.append(stand_in)
-        return self._new(stand_in)
+        return self._given(tensor, stand_in)
+
+    def _given(self, tensor: Tensor, stand_in: Tensor) -> Ref:
+        ref = self._new(stand_in)
+        if tensor.requires_grad:
+            self._differentiable.add(ref.number)
+        return ref
 
     def known(self, value: Any) -> Any:
         """The Ref of a tensor; anything else unchanged."""
@@ -182,6 +213,8 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.inside:
             return func(*args, **kwargs)
+        if func == _ASKS_FOR_GRADIENTS and id(args[0]) in self._refs:
+            return self._refs[id(args[0])].number in self._differentiable
         if func is torch._C._set_grad_enabled:
             self._grad = None if args[0] == self._outside else args[0]
             return func(*args)
@@ -207,8 +240,15 @@ class _Recorder(TorchFunctionMode):
         self._check_writes(written, results)
         if all(id(leaf) in versions and not written for leaf in results):
             return result  # no tensor, or the very tensor it was given, unchanged
-        self.calls.append(Call(func, noted[0], noted[1], pytree.tree_map(self._written, result), self._grad))
+        call = Call(func, noted[0], noted[1], pytree.tree_map(self._written, result), self._grad)
+        self.calls.append(call)
+        if self._differentiates(call):
+            self._differentiable |= {ref.number for ref in call.results() if ref.dtype.is_floating_point}
         return result
+
+    def _differentiates(self, call: Call) -> bool:
+        given = any(ref.number in self._differentiable for ref in call.refs())
+        return given and torch.is_grad_enabled() and call.function not in _DETACHES
 
     def _is_counter(self, args: tuple[Any, ...]) -> bool:
         target, amount = args[0], args[1]
@@ -220,6 +260,11 @@ class _Recorder(TorchFunctionMode):
         if func in _UNSEEN:
             name = getattr(func, "__qualname__", func.__name__)
             raise InputError(f"engine: the module's forward uses {name}, which cannot be recorded")
+        if func in _ASKS_FOR_LAYOUT and not self._contiguous:
+            raise InputError(
+                f"engine: the module's forward asks for {func.__name__} of a tensor, which is recorded for contiguous "
+                "inputs, parameters and buffers only"
+            )
         counted = {name for name, _ in self.counted}
         if counted and any(self.leaves.get(ref.number) in counted for ref in refs_in(noted)):
             raise InputError(
@@ -297,14 +342,13 @@ def call_with(
             for name, tensor in held.items():
                 if tensor is not None and first[id(tensor)] in tensors:
                     held[name] = tensors[first[id(tensor)]]
-    given = {path: _state(owner) for path, (owner, _) in own.items()}
+    given = {path: (_state(owner), snapshot(owner)) for path, (owner, _) in own.items()}
     try:
         result = module(*args, **(kwargs or {}))
         changed = [
             f"{path}.{name}" if path else name
             for path, (owner, _) in own.items()
-            for name, value in _state(owner).items()
-            if name not in given[path] or value is not given[path][name]
+            for name in _changes(owner, *given[path])
         ]
     finally:
         for owner, state in own.values():
@@ -320,6 +364,51 @@ def _state(module: nn.Module) -> dict[str, Any]:
     """What an assignment to an attribute of the module changes."""
     plain = {name: value for name, value in vars(module).items() if name not in ("_parameters", "_buffers", "_modules")}
     return {**plain, **module._parameters, **module._buffers}
+
+
+def _changes(module: nn.Module, state: Mapping[str, Any], inside: Mapping[str, Any]) -> Iterator[str]:
+    """Attributes that were assigned since, or whose entries were."""
+    now, now_inside = _state(module), snapshot(module)
+    for name, value in now.items():
+        kept = name in state and value is state[name]
+        if not kept or (name in inside and not equal([inside[name]], [now_inside[name]])):
+            yield name
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def snapshot(module: nn.Module) -> dict[str, Any]:
+    """The module's attributes as they are now: those that hold entries are unequal once an entry changed."""
+    return {name: value if name in _OF_EVERY_MODULE else _frozen(value) for name, value in vars(module).items()}
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _frozen(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_frozen, value))
+    if isinstance(value, (list, set, bytearray)):
+        return copy.copy(value)
+    if isinstance(value, (types.SimpleNamespace, argparse.Namespace)) or _compares_fields(value):
+        frozen = copy.copy(value)
+        for name, entry in vars(value).items():
+            object.__setattr__(frozen, name, _frozen(entry))
+        return frozen
+    return value
+
+
+def _compares_fields(value: Any) -> bool:
+    compares = dataclasses.is_dataclass(value) and type(value).__eq__ is not object.__eq__
+    return compares and not isinstance(value, type) and hasattr(value, "__dict__")
+
+
+def equal(known: Any, found: Any) -> bool:
+    """Whether attributes are those of before."""
+    try:
+        return bool(known == found)
+    except (RuntimeError, ValueError):  # tensors and arrays that differ
+        return False
 
 
 def _restore(module: nn.Module, state: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
-from lipfast.engine.capture import Call, Recording, Ref, call_with, record, refs_in
+from lipfast.engine.capture import Call, Recording, Ref, call_with, equal, record, refs_in, same_as_before, snapshot
 from lipfast.engine.lower import Lowered, Segment, lower
 from lipfast.engine.operators import dense_name, lower_to_operators
 from lipfast.engine.plan import Options, Weight
@@ -145,6 +145,13 @@ class LaneModule(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        """Likewise."""
+        if name not in self.__dict__ and name in self._source().__dict__:
+            delattr(self._source(), name)
+        else:
+            super().__delattr__(name)
+
     def _save_to_state_dict(self, *args: Any) -> None:
         self._source()._save_to_state_dict(*args)  # with its extra state
 
@@ -196,21 +203,21 @@ class LaneModule(nn.Module):
         """What runs such a call, and the tensors to run it with."""
         if self._source().training != self.training:
             self._source().training = self.training
-        shapes = tuple(
-            (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves
-        )
+        given = tuple(_form(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves)
         with self._lock:  # while another thread records, parameters are exchanged for stand-ins
             tensors, states = self._survey()
-            forms = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors.values())
-            modes = (torch.is_grad_enabled(), *(state[0].training for state in states))
-            key = (shapes, str(structure), modes, forms)
+            forms = tuple(
+                (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad) for tensor in tensors.values()
+            )
+            modes = (torch.is_grad_enabled(), _autocast(), *(state[0].training for state in states))
+            key = (given, _repeated(leaves), str(structure), modes, forms)
             try:
                 known = self._compiled.get(key)
             except TypeError as failure:
                 raise InputError(f"accelerate: an argument is neither a tensor nor hashable: {failure}") from failure
-            if known is None or not _equal(known.states, states):
+            if known is None or not equal(known.states, states):
                 known = self._compiled[key] = self._compile(leaves, structure)
-                known.states = states
+                known.states = [[module, *snapshot(module).values()] for module, *_ in states]
                 if len(self._compiled) > PLANS_KEPT:
                     self._say(f"more than {PLANS_KEPT} input sizes and modes: those used longest ago are planned anew")
                     self._compiled.popitem(last=False)
@@ -579,12 +586,20 @@ def _visit(
             _visit(child, f"{prefix}{name}.", parameters, buffers, states, seen)
 
 
-def _equal(known: list[list[Any]], found: list[list[Any]]) -> bool:
-    """Whether modules and their attributes are those of before."""
-    try:
-        return known == found
-    except (RuntimeError, ValueError):  # tensors and arrays that differ
-        return False
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    """What a recording may depend on of a tensor that it is given."""
+    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_contiguous()
+
+
+def _repeated(leaves: Sequence[Any]) -> Any:
+    """Which arguments are the same tensor."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return None if len(tensors) < 2 else tuple(same_as_before(tensors))
+
+
+def _autocast() -> tuple[Any, ...]:
+    """What code may ask of autocast."""
+    return tuple(torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind))
 
 
 def _make_dense(module: LaneModule, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import threading
 import time
+import types
 
 import pytest
 import torch
@@ -125,6 +126,16 @@ def _keeps(self, x):
     return self.conv(x)
 
 
+def _notes(self, x):
+    self.notes["calls"][0] += 1
+    return self.conv(x)
+
+
+def _caches(self, x):
+    self.notes.setdefault("grid", torch.zeros(x.shape[-1]))
+    return self.conv(x) + self.notes["grid"]
+
+
 def _averages(self, x):
     self.mean = 0.9 * self.mean + 0.1 * x.mean()
     return self.conv(x)
@@ -150,6 +161,8 @@ def _reads_its_counter(self, x):
     ("forward", "message"),
     [
         (_keeps, "forward assigns seen"),
+        (_notes, "forward assigns notes"),
+        (_caches, "forward assigns notes"),
         (_averages, "forward assigns mean"),
         (_averages_in_data, "cannot be recorded"),
         (_hooks, "hook"),
@@ -158,6 +171,7 @@ def _reads_its_counter(self, x):
 )
 def test_state_that_a_recording_would_lose_is_refused_and_left_alone(forward, message):
     model = Written(forward, conv=conv(), mean=torch.zeros(()), count=torch.tensor(0))
+    model.notes = {"calls": [0]}
     fast = lipfast.accelerate(model)
     with pytest.raises(InputError, match=message):
         fast(picture())
@@ -206,6 +220,83 @@ def test_what_changes_between_two_calls_is_seen():
     fast._modules["2"] = model[2] = nn.Tanh()
     assert torch.allclose(fast(x), model(x), atol=1e-5)
     assert not torch.equal(got, fast(x))
+
+
+@dataclasses.dataclass
+class _Factors:
+    of_channels: list[float]
+
+
+@pytest.mark.parametrize(
+    ("settings", "factor", "change"),
+    [
+        ({"a": [2.0]}, lambda held: held["a"][0], lambda held: held["a"].insert(0, 3.0)),
+        (_Factors([2.0]), lambda held: held.of_channels[0], lambda held: held.of_channels.insert(0, 3.0)),
+        (types.SimpleNamespace(a=2.0), lambda held: held.a, lambda held: setattr(held, "a", 3.0)),
+        ({1, 2}, lambda held: max(held), lambda held: held.add(3)),
+    ],
+)
+def test_what_changes_inside_an_attribute_is_seen(settings, factor, change):
+    model = Written(lambda self, x: factor(self.settings) * self.conv(x), conv=conv())
+    model.settings = settings
+    fast, x = lipfast.accelerate(model), picture()
+    before = fast(x)
+    assert len(fast._compiled) == 1
+    change(model.settings), change(fast.settings)
+    assert torch.allclose(fast(x), model(x), atol=1e-5)
+    assert not torch.equal(fast(x), before)
+    known = next(iter(fast._compiled.values()))
+    fast(x)
+    assert next(iter(fast._compiled.values())) is known  # an unchanged one is not recorded again
+
+
+def _by_gradients_of_inputs(self, x, y):
+    return self.conv(x) * (2 if x.requires_grad else 3)
+
+
+def _by_gradients_of_weights(self, x, y):
+    return self.conv(x) * (2 if self.conv.weight.requires_grad else 3)
+
+
+def _by_gradients_of_results(self, x, y):
+    features = F.relu(self.conv(x))
+    return features * (2 if features.requires_grad else 3) * (5 if features.detach().requires_grad else 1)
+
+
+def _by_identity(self, x, y):
+    return self.conv(x) * (2 if x is y else 3) + y
+
+
+def _by_autocast(self, x, y):
+    return torch.sin(self.conv(x).float()) * (2 if torch.is_autocast_enabled("cpu") else 3)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [_by_gradients_of_inputs, _by_gradients_of_weights, _by_gradients_of_results, _by_identity, _by_autocast],
+)
+def test_what_code_may_ask_of_its_arguments(forward):
+    model = Written(forward, conv=conv())
+    fast, x = lipfast.accelerate(model), picture()
+    for trained in True, False:
+        for network in model, fast:
+            network.get_submodule("conv").requires_grad_(trained)
+        for given in (x, x), (x, x.clone()), (x.clone().requires_grad_(), x):
+            for grad in True, False:
+                with torch.set_grad_enabled(grad):
+                    assert torch.allclose(fast(*given), model(*given), atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(fast(x, x).float(), model(x, x).float(), atol=0.1)
+
+
+@pytest.mark.parametrize("asked", [lambda x: x.is_contiguous(), lambda x: x.stride()[1] > 1])
+def test_a_layout_that_is_asked_for_must_be_contiguous(asked):
+    model = Written(lambda self, x: self.conv(x) * (2 if asked(x) else 3), conv=conv())
+    fast, x = lipfast.accelerate(model), picture()
+    assert torch.allclose(fast(x), model(x), atol=1e-5)
+    with pytest.raises(InputError, match="contiguous inputs, parameters and buffers only"):
+        fast(x.to(memory_format=torch.channels_last))
+    assert torch.allclose(fast(x), model(x), atol=1e-5)
 
 
 def test_hooks_that_come_later_are_refused():
@@ -491,6 +582,11 @@ def test_attributes_are_the_originals_and_methods_are_not():
     assert torch.allclose(fast(x), 3 * once + 3, atol=1e-5)
     with pytest.raises(AttributeError, match=r"'encode'.*to_dense\(\)"):
         fast.encode(x)
+    del fast.shift, fast.more
+    assert fast.to_dense().shift == Scaled.shift
+    assert not hasattr(fast, "more")
+    with pytest.raises(AttributeError, match="more"):
+        del fast.more
 
 
 def test_extra_state_and_hooks_of_state_dicts():
