@@ -23,9 +23,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --benchmark-disable
 
-# valgrind knows no AVX-512; emulated, those kernels run on CPUs without it, too.
+# Sanitizers' checks take longer to optimise than to run. valgrind knows no AVX-512; emulated, those kernels run on CPUs without it, too.
 sanitize: $(VENV)/installed
-	$(BIN)/python tests/cpp/build.py build/sanitize/kernels -fsanitize=address,undefined -fno-sanitize-recover=all
+	$(BIN)/python tests/cpp/build.py build/sanitize/kernels -fsanitize=address,undefined -fno-sanitize-recover=all -O0
 	build/sanitize/kernels
 	LIPFAST_ISA=avx512 $(BIN)/python tests/cpp/build.py build/valgrind/kernels --emulate-avx512
 	LIPFAST_ISA=avx512 valgrind -q --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=definite --show-leak-kinds=definite build/valgrind/kernels
