@@ -69,8 +69,9 @@ def build(sources: Path, output: Path, *flags: str) -> Path:
     return output
 
 
-_forks = multiprocessing.get_context("forkserver")  # which imports torch once, not every version's process
-_forks.set_forkserver_preload(["sparse_conv_cases"])
+# Which imports torch once, not every version's process. It has not this process's sys.path, so no module of the tests.
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["lipfast.ops._cuda_sparse_conv", "lipfast.ops.reference"])
 LONGEST = 300  # seconds
 
 
