@@ -23,7 +23,7 @@ SIZE = 96  # px
 SIGMA = 25.0  # grey levels of 255
 ROUNDS = 5
 PRUNE = 0.36  # of the remaining: each round does two of the paper's at once, 1 - 0.8^2; 89.26 % sparsity in the end
-CONTROLS = (3, 5)  # rounds compared with a random mask
+CONTROLS = (5,)  # rounds compared with a random mask
 AVERAGE = 0.9  # of outputs; the paper's 0.99 is for fits of thousands of steps
 SEARCHED, RESTORED = "astronaut", "coffee"  # inside scikit-image, no download
 
