@@ -1,6 +1,7 @@
 #include "bindings/checks.h"
 #include "cpu/adam.h"
 #include "cpu/isa.h"
+#include "cpu/noise.h"
 
 namespace lipfast {
 namespace {
@@ -30,6 +31,17 @@ void SgdStep(const py::array& values, const py::array& gradient, const py::array
   Kernels<StepKernels>().sgd(settings, step, value_data, gradient_data, buffer_data, n, threads);
 }
 
+void AddNoise(const py::array& base, double scale, int64_t seed, int64_t step, const py::array& to, int threads) {
+  const float* base_data = Flat<float>(base, -1, "base");
+  const int64_t n = base.size();
+  float* to_data = Flat<float>(to, n, "to");
+  Check(seed >= 0, "seed: expected 0 or more, got " + std::to_string(seed));
+  Check(step >= 0, "step: expected 0 or more, got " + std::to_string(step));
+  py::gil_scoped_release release;
+  Kernels<NoiseKernels>().add_noise(base_data, n, static_cast<float>(scale), static_cast<uint64_t>(seed),
+                                    static_cast<uint64_t>(step), to_data, threads);
+}
+
 }  // namespace
 
 void BindStep(py::module_& m) {
@@ -37,6 +49,8 @@ void BindStep(py::module_& m) {
         py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("threads"));
   m.def("sgd_step", &SgdStep, py::arg("values"), py::arg("gradient"), py::arg("momentum_buffer"), py::arg("step"),
         py::arg("lr"), py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"), py::arg("nesterov"),
+        py::arg("threads"));
+  m.def("add_noise", &AddNoise, py::arg("base"), py::arg("scale"), py::arg("seed"), py::arg("step"), py::arg("to"),
         py::arg("threads"));
 }
 

@@ -6,6 +6,7 @@
 #include "cpu/group_norm.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
+#include "cpu/noise.h"
 #include "cpu/norm.h"
 #include "cpu/pointwise.h"
 #include "cpu/pool2d.h"
@@ -25,6 +26,7 @@ LIPFAST_KERNEL_TABLE(WinogradKernels, winograd_kernels)
 LIPFAST_KERNEL_TABLE(StridedWinogradKernels, strided_winograd_kernels)
 LIPFAST_KERNEL_TABLE(SelectKernels, select_kernels)
 LIPFAST_KERNEL_TABLE(StepKernels, step_kernels)
+LIPFAST_KERNEL_TABLE(NoiseKernels, noise_kernels)
 LIPFAST_KERNEL_TABLE(NormKernels, norm_kernels)
 LIPFAST_KERNEL_TABLE(GroupNormKernels, group_norm_kernels)
 LIPFAST_KERNEL_TABLE(PointwiseKernels, pointwise_kernels)

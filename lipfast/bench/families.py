@@ -16,6 +16,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "layout": ("lipfast.bench.layout", "Conversion to lanes and back against copying."),
     "memory": ("lipfast.bench.memory", "Peak memory of a training step of the paper's network against torch's."),
     "model": ("lipfast.bench.model", "Inference of whole pruned networks against dense torch."),
+    "noise": ("lipfast.bench.noise", "Noise on a fit's input against torch's generator."),
     "search": ("lipfast.bench.search", "A whole search against the same search with torch's trainer, round by round."),
     "select": ("lipfast.bench.select", "A pruning round (select, prune, rewind, pack) against torch's own means."),
     "step": ("lipfast.bench.step", "A training step of the paper's network against torch's fastest forms."),

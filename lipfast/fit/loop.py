@@ -22,6 +22,7 @@ from lipfast.engine.trainer import (
 )
 from lipfast.errors import ConfigError, FitError, InputError
 from lipfast.fit.device import check_instruction_set
+from lipfast.fit.noise import InputNoise
 from lipfast.fit.state import FitState, grouped
 from lipfast.fit.stopping import MovingVariance, StopRule, WindowedVariance
 from lipfast.priors import as_prior
@@ -212,7 +213,7 @@ class _Run:
         batch = self.shape[0] if len(self.shape) == 4 else 1
         z_generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "fit/z"))
         self.z = (torch.rand(batch, channels, rows, columns, generator=z_generator) * INPUT_SCALE).to(self.device)
-        self.noise = torch.Generator(self.device).manual_seed(derive_seed(self.config.seed, "fit/noise"))
+        self.noise = InputNoise(self.z, self.config.input_noise, derive_seed(self.config.seed, "fit/noise"))
         self.identity = {
             **_settings(self.config),
             "engine": engine,
@@ -244,8 +245,7 @@ class _Run:
         """One step."""
         with on_one_torch_thread():
             self.backtracking.before(self.step)
-            noise = torch.randn(self.z.shape, generator=self.noise, device=self.device)
-            z = self.z + self.config.input_noise * noise
+        z = self.noise.added(self.step)
         loss, output = self.trainer.step(z, lambda output: self.task.loss(self._shaped(output), self.observed))
         with on_one_torch_thread():
             self._judge(float(loss), self._shaped(output))
@@ -296,7 +296,7 @@ class _Run:
         """A copy of everything that changes from step to step."""
         tensors = {
             **grouped("trainer", self.trainer.snapshot()),
-            "noise": self.noise.get_state(),
+            "noise": self.noise.state(),
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "psnrs": torch.tensor(self.psnrs, dtype=torch.float64),
             "reported": self._now().clone(),
@@ -322,7 +322,7 @@ class _Run:
         try:
             self._check_identity(state.scalars["identity"])
             self.trainer.restore(state.group("trainer"))
-            self._resume_noise(state.tensors["noise"].cpu())
+            self.noise.restore(state.tensors["noise"])
             self.losses = state.tensors["losses"].tolist()
             self.psnrs = state.tensors["psnrs"].tolist()
             self.reported = state.tensors["reported"].clone().to(self.device)
@@ -334,14 +334,6 @@ class _Run:
             self.step = state.step
         except KeyError as missing:
             raise InputError(f"fit: the state has no entry {missing}; it is damaged: start the fit anew") from None
-
-    def _resume_noise(self, state: Tensor) -> None:
-        try:
-            self.noise.set_state(state)
-        except RuntimeError as reason:  # each kind of device has a generator of its own
-            raise InputError(
-                f"fit: the state's noise cannot go on on {self.device} ({reason}); resume on the device it began on"
-            ) from reason
 
     def _take(self, output: Tensor) -> None:
         """Average the output, judge the average, show the raw output to the stop rule."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from lipfast import images
 from lipfast.errors import InputError
 
-_VERSION = 1  # raise when an entry's meaning changes
+_VERSION = 2  # raise when an entry's meaning changes
 _METADATA_KEY = "lipfast_fit"
 
 

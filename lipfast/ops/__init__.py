@@ -6,6 +6,7 @@ from lipfast.ops._dispatch import kernel
 from lipfast.ops.lane_conv import ConvForm, LaneConv
 from lipfast.ops.lanes import LaneMap
 from lipfast.ops.masked import apply_mask, masked_conv2d, normalise_activate, pack_mask
+from lipfast.ops.noise import add_noise
 from lipfast.ops.pack import gather_kept, scatter_kept
 from lipfast.ops.rewind import Rewound, prune_rewind_pack
 from lipfast.ops.select import prune_smallest
@@ -20,6 +21,7 @@ __all__ = [
     "Rewound",
     "SparseWeight",
     "adam_step",
+    "add_noise",
     "apply_mask",
     "gather_kept",
     "kernel",

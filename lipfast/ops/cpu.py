@@ -119,6 +119,13 @@ def sgd_step(
     _C.sgd_step(*arrays, step, lr, momentum, dampening, weight_decay, nesterov, torch.get_num_threads())
 
 
+def add_noise(base: Tensor, scale: float, seed: int, step: int) -> Tensor:
+    """See ``lipfast.ops.add_noise``."""
+    noisy = _empty(base.shape)
+    _C.add_noise(_array(base.contiguous()), scale, seed, step, _array(noisy), torch.get_num_threads())
+    return noisy
+
+
 class _ConvPlan:
     """A `LaneConv` with the maps that carry ordinary tensors through it, for one pattern of kept weights."""
 

@@ -376,3 +376,44 @@ def upsample_bilinear_backward(
     sizes = (dy.shape[2:], (*dy.shape[:2], *size))
     dx: Tensor = torch.ops.aten.upsample_bilinear2d_backward(dy, *sizes, align_corners, *(scales or (None, None)))
     return dx
+
+
+_WORD = 0xFFFFFFFF
+
+
+_ROTATIONS = ((10, 26), (11, 21), (13, 27), (23, 5), (6, 20), (17, 11), (25, 10), (18, 20))
+
+
+def _threefry(first: Tensor, key: Sequence[int]) -> list[Tensor]:
+    """The four words of counters with these first words: Threefry4x32 with twenty rounds, in int64."""
+    keys = [*key, 0x1BD11BDA ^ key[0] ^ key[1] ^ key[2] ^ key[3]]
+    x = [(word + keys[k]) & _WORD for k, word in enumerate([first, *[torch.zeros_like(first)] * 3])]
+    for turn in range(20):
+        for start, rotation in zip((0, 2), _ROTATIONS[turn % 8], strict=True):
+            other = 3 - start if turn % 2 else start + 1
+            x[start] = x[start] + x[other] & _WORD
+            x[other] = (x[other] << rotation & _WORD | x[other] >> 32 - rotation) ^ x[start]
+        if turn % 4 == 3:
+            count = turn // 4 + 1
+            x = [word + keys[(count + k) % 5] & _WORD for k, word in enumerate(x)]
+            x[3] = x[3] + count & _WORD
+    return x
+
+
+def _normals(for_radius: Tensor, for_angle: Tensor) -> list[Tensor]:
+    """Two normal numbers of two words, in float64: 24 bits of each word, and two for the quarter of the angle."""
+    radius = (-2 * (((for_radius >> 8) + 1).double() * 2.0**-24).log()).sqrt()
+    part = (for_angle >> 6 & 0xFFFFFF).double() * 2.0**-24 - 0.5
+    angle = (part + (for_angle >> 30)) * (math.pi / 2)
+    return [radius * angle.cos(), radius * angle.sin()]
+
+
+def add_noise(base: Tensor, scale: float, seed: int, step: int) -> Tensor:
+    """See ``lipfast.ops.add_noise``. Numbers come in groups of 64, those that sixteen counters give: the first of each,
+    the second of each, and so on."""
+    lanes, count = 16, base.numel()
+    counters = torch.arange(-(-count // (4 * lanes)) * lanes, device=base.device)  # below 2^32
+    words = _threefry(counters, (seed & _WORD, seed >> 32, step & _WORD, step >> 32))
+    numbers = torch.stack(_normals(words[0], words[1]) + _normals(words[2], words[3]))
+    flat = numbers.reshape(4, -1, lanes).transpose(0, 1).reshape(-1)[:count]
+    return base + scale * flat.float().reshape(base.shape)
