@@ -7,6 +7,7 @@
 #include "cpu/finish.h"
 #include "cpu/group_norm.h"
 #include "cpu/isa.h"
+#include "cpu/noise.h"
 #include "cpu/norm.h"
 #include "cpu/pointwise.h"
 #include "cpu/pool2d.h"
@@ -472,9 +473,17 @@ void RunSteps(int threads, const std::string& name) {
 
 }  // namespace
 
+// The first numbers of a draw, as the reference in Python has them, in memory of exactly its size.
+void RunNoise(int threads, const std::string& name) {
+  std::vector<float> base(77, 1.0f), noisy(77);
+  Kernels<NoiseKernels>().add_noise(base.data(), 77, 2.0f, 12345678901234, 7, noisy.data(), threads);
+  const std::vector<double> want = {1 + 2 * 0.39740881, 1 + 2 * 0.16797087};
+  Expect(Error({noisy[0], noisy[16]}, want) < kTolerance, name + " noise");
+}
+
 void RunPasses(int threads, const std::string& name) {
-  for (const auto& run :
-       {RunNorm, RunGroupNorm, RunPointwise, RunFinish, RunPool, RunSheets, RunResample, RunPruning, RunSteps}) {
+  for (const auto& run : {RunNorm, RunGroupNorm, RunPointwise, RunFinish, RunPool, RunSheets, RunResample, RunPruning,
+                          RunSteps, RunNoise}) {
     run(threads, name);
   }
 }
