@@ -4,8 +4,7 @@
 //
 // Threefry4x32 with twenty rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), which needs
 // sums and rotations of 32 bits only, gives four words for each counter, two of them a pair of normals (Box & Muller
-// 1958). The bits depend neither on the instruction set nor
-// on the number of threads.
+// 1958). The bits depend neither on the instruction set nor on the number of threads.
 #pragma once
 
 #include <cstdint>

@@ -379,8 +379,6 @@ def upsample_bilinear_backward(
 
 
 _WORD = 0xFFFFFFFF
-
-
 _ROTATIONS = ((10, 26), (11, 21), (13, 27), (23, 5), (6, 20), (17, 11), (25, 10), (18, 20))
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import lipfast._C as _C
 from lipfast import ops
 from lipfast.errors import BackendError, InputError
 from lipfast.ops import reference
@@ -17,9 +18,8 @@ def drawn(count, seed=0, step=0, **options):
 
 
 def test_the_references_words_are_those_of_its_authors():
-    for word, answer in ((0, "9c6ca96a e17eae66 fc10ecd4 5256a7d8"),):
-        found = reference._threefry(torch.tensor([word]), (0, 0, 0, 0))
-        assert " ".join(f"{int(w):08x}" for w in found) == answer
+    found = reference._threefry(torch.tensor([0]), (0, 0, 0, 0))
+    assert " ".join(f"{int(word):08x}" for word in found) == "9c6ca96a e17eae66 fc10ecd4 5256a7d8"
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -30,9 +30,7 @@ def test_equals_the_reference(isa, size, seed, step):
     torch.testing.assert_close(got, ops.add_noise(base, 0.3, seed, step, backend="reference"), rtol=1e-6, atol=1e-6)
 
 
-def test_equal_bits_on_every_instruction_set_and_for_any_number_of_threads(isa, request):
-    import lipfast._C as _C
-
+def test_equal_bits_on_every_instruction_set_and_for_any_number_of_threads(isa):
     here = drawn(100_003, 7, 9)
     before, threads = _C.isa(), torch.get_num_threads()
     try:
@@ -50,7 +48,7 @@ def test_a_longer_draw_begins_with_the_shorter_one():
 
 
 def test_is_normal():
-    """Moments and distribution within five standard errors; no number twice, no relation of neighbours."""
+    """Moments and distribution within five standard errors; no relation of neighbours."""
     n = 1 << 20
     x = drawn(n, 3, 1).double()
     for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
