@@ -599,6 +599,7 @@ void RunDenseTile(const DenseTask& task, int64_t vectors) {
 int64_t StripRows(const Region& g) { return Parts(2 * kDenseVectors, g.cols); }
 int64_t StripsOf(const Region& g) { return Parts(g.rows, StripRows(g)); }
 int64_t RowsOf(const Region& g) { return g.rows; }
+int64_t PositionsOf(const Region& g) { return g.rows * g.cols; }
 
 void DenseAccumulate(const Region* regions, int64_t count, const DenseTaps& taps, const float* weights,
                      const float* bias, const TapEnd& end, int threads) {
@@ -691,8 +692,7 @@ void DenseDotTaps(const Region& g, int64_t row, int64_t last_row, const DenseTap
 
 // Few enough that taking the sums across lanes, once a chunk and weight, costs little.
 int64_t DenseDotChunks(const Region* regions, int64_t count) {
-  int64_t positions = 0;
-  for (int64_t i = 0; i < count; ++i) positions += regions[i].rows * regions[i].cols;
+  const int64_t positions = Total(regions, count, PositionsOf);
   return Most(1, Least(Least(Total(regions, count, RowsOf), positions / kDotVectors), 8));
 }
 

@@ -368,10 +368,9 @@ def _state(module: nn.Module) -> dict[str, Any]:
 
 def _changes(module: nn.Module, state: Mapping[str, Any], inside: Mapping[str, Any]) -> Iterator[str]:
     """Attributes that were assigned since, or whose entries were."""
-    now, now_inside = _state(module), snapshot(module)
-    for name, value in now.items():
+    for name, value in _state(module).items():
         kept = name in state and value is state[name]
-        if not kept or (name in inside and not equal([inside[name]], [now_inside[name]])):
+        if not kept or (name in inside and not equal([inside[name]], [value])):
             yield name
 
 
