@@ -289,7 +289,7 @@ class Pass {
     std::vector<int32_t> next(outputs_), offsets;  // the first tap of each output that no block has taken
     for (int64_t o = 1; o < outputs_; ++o) next[o] = ends_[o - 1];
     const int64_t places = static_cast<int64_t>(places_.size());
-    offsets.reserve(sources_.size() + 1);
+    offsets.reserve(sources_.size() + kTapsAhead);
     bound->order.reserve(sources_.size());
     bound->starts.push_back(0);
     for (int64_t block = 1; block <= blocks; ++block) {
@@ -302,7 +302,7 @@ class Pass {
         bound->starts.push_back(static_cast<int32_t>(offsets.size()));
       }
     }
-    offsets.push_back(0);  // kernels look a tap ahead
+    offsets.insert(offsets.end(), kTapsAhead, 0);
     bound->offsets = std::move(offsets);
   }
 

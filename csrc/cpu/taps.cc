@@ -2,6 +2,7 @@
 
 #include "cpu/activation.h"
 #include "cpu/halo.h"
+#include "cpu/isa.h"
 #include "cpu/pool.h"
 #include "cpu/vec.h"
 
@@ -57,6 +58,7 @@ struct SparseTask {
   float* sums;  // of the gradients of each output, a vector; null: not wanted
   Tile tile;
   int64_t first, last;  // output channels
+  bool ahead;           // fetch the tile that follows even where it reads much of what this one does
   // The tile that the thread takes next; null: there is none.
   const float* next_in;
   const float* next_out;  // of channel 0
@@ -68,16 +70,16 @@ constexpr int64_t kLinesAtOnce = 32;  // fetched ahead with an output; more woul
 // Brings the next tile into the second cache level, a few lines with every output
 // channel: its lines lie in as many pages as there are channels, where no hardware
 // prefetcher finds them. A line on its way occupies one of the few places that loads
-// from the second level need, too, so this is for tiles of which every line is new, or
-// for `always`.
+// from the second level need, too, so this is for tiles of which every line is new, and
+// for those `ahead`.
 template <int kVectors>
 class Upcoming {
  public:
-  Upcoming(const SparseTask& task, int64_t block, bool always) {
+  Upcoming(const SparseTask& task, int64_t block) {
     const Region& g = *task.region;
     const TapList& taps = *task.taps;
     step_ = Parts(taps.fresh_count, task.last - task.first);
-    wanted_ = task.next_out && (always || !taps.overlap) && step_ <= kLinesAtOnce;
+    wanted_ = task.next_out && (task.ahead || !taps.overlap) && step_ <= kLinesAtOnce;
     if (!wanted_) return;
     out_ = task.next_out + task.first * g.out_channel;
     out_channel_ = g.out_channel;
@@ -137,6 +139,61 @@ inline __attribute__((always_inline)) void AddTap(V weight, const float* in, int
   }
 }
 
+// Two neighbours of a list by one load.
+class OffsetPair {
+ public:
+  explicit OffsetPair(const int32_t* at) { std::memcpy(&both_, at, sizeof(both_)); }
+  int64_t first() const { return kLittle ? static_cast<int32_t>(both_) : both_ >> 32; }
+  int64_t second() const { return kLittle ? both_ >> 32 : static_cast<int32_t>(both_); }
+
+ private:
+  static constexpr bool kLittle = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
+  int64_t both_;
+};
+
+// sum += taps [t, end), one after the other.
+template <int kRows, int kCols>
+inline __attribute__((always_inline)) void AddTaps(const int32_t* offsets, const float* values, int32_t t, int32_t end,
+                                                   const float* in, int64_t in_row, int64_t in_col,
+                                                   V (&sum)[kRows][kCols]) {
+  const auto add = [&](int32_t tap, int64_t offset) __attribute__((always_inline)) {
+    AddTap<kRows, kCols>(Set(values[tap]), in + offset, in_row, in_col, sum);
+  };
+  if constexpr (kRegisters >= 32) {
+    // Loads bound this loop: a multiply-add is one, so an offset should not be one more.
+    OffsetPair near(offsets + t), far(offsets + t + 2);
+    for (; t + 4 <= end; t += 4) {
+      const int64_t a = near.first(), b = near.second();
+      near = OffsetPair(offsets + t + 4);
+      add(t, a);
+      add(t + 1, b);
+      const int64_t c = far.first(), d = far.second();
+      far = OffsetPair(offsets + t + 6);
+      add(t + 2, c);
+      add(t + 3, d);
+    }
+    if (t + 2 <= end) {
+      add(t, near.first());
+      add(t + 1, near.second());
+      near = far;
+      t += 2;
+    }
+    if (t < end) add(t, near.first());
+  } else {
+    // Weight and offset are fetched a tap ahead: behind a full queue of loads they would hold up the sums.
+    V next = Set(values[t]);
+    int64_t offset = offsets[t];
+    while (t < end) {
+      const float* x = in + offset;
+      const V weight = next;
+      ++t;
+      next = Set(values[t]);
+      offset = offsets[t];
+      AddTap<kRows, kCols>(weight, x, in_row, in_col, sum);
+    }
+  }
+}
+
 // One tile, `first` to `last` output channels: sums stay in registers while the
 // taps of one block of input channels pass; the tile of the input stays in L1 while
 // the output channels pass over it. Between blocks the sums wait side by side in
@@ -159,7 +216,7 @@ void AccumulateTile(const SparseTask& task) {
     float* out = g.out + task.tile.row * out_row + task.tile.col * out_col + task.first * g.out_channel;
     float* waiting = partial;
     const int32_t* start = task.taps->starts + b * task.taps->outputs + task.first;
-    Upcoming<kVectors> upcoming(task, b, false);
+    Upcoming<kVectors> upcoming(task, b);
     for (int64_t o = task.first; o < last; ++o, ++start, out += g.out_channel, waiting += kVectors * kLanes) {
       if (upcoming.wanted()) upcoming.Step();
       int32_t t = start[0];
@@ -176,17 +233,7 @@ void AccumulateTile(const SparseTask& task) {
       LIPFAST_UNROLL
       for (int i = kVectors; i < kChains * kVectors; ++i) sum[i / kVectors][i % kVectors / kCols][i % kCols] = Zero();
       if (kChains == 1) {
-        // Weight and offset are fetched a tap ahead: behind a full queue of loads they would hold up the sums.
-        V next = Set(values[t]);
-        int64_t offset = offsets[t];
-        while (t < end) {
-          const float* x = in + offset;
-          const V weight = next;
-          ++t;
-          next = Set(values[t]);
-          offset = offsets[t];
-          AddTap<kRows, kCols>(weight, x, in_row, in_col, sum[0]);
-        }
+        AddTaps<kRows, kCols>(offsets, values, t, end, in, in_row, in_col, sum[0]);
       } else {
         for (; t + kChains <= end; t += kChains) {
           LIPFAST_UNROLL
@@ -224,6 +271,8 @@ void AccumulateTile(const SparseTask& task) {
   }
 }
 
+constexpr int kWaiting = 32;  // taps whose products wait, folded, for their sums: sixteen are taken together
+
 // Adds the sums of the first `count` of sixteen vectors to as many floats.
 inline __attribute__((always_inline)) void AddSums(float* vectors, int count, float* to) {
   for (int i = count; i < kLanes; ++i) StoreFolded(vectors + i * kFolded, Zero());
@@ -242,15 +291,16 @@ void DotTile(const SparseTask& task) {
   const int64_t in_row = g.in_row, out_row = g.out_row;
   const int64_t in_col = kIn ? kIn * kLanes : g.in_col, out_col = kOut ? kOut * kLanes : g.out_col;
   const float* in = g.in + task.tile.row * in_row + task.tile.col * in_col;
+  const bool next_ahead = kRegisters >= 32 && FetchesAhead();
   alignas(64) float near[kOutputsAtOnce * kVectors * kLanes];  // the gradients side by side; in their map a page apart
-  alignas(64) float vectors[kLanes * kFolded];                 // of the last taps; sixteen are summed up together
+  alignas(64) float vectors[kWaiting * kFolded];
   for (int64_t b = 0; b < blocks; ++b) {
     const float* out = g.out + task.tile.row * out_row + task.tile.col * out_col + task.first * g.out_channel;
     float* copy = near;
     const int32_t* start = task.taps->starts + b * task.taps->outputs + task.first;
     float* to = task.partial + *start;
     int waiting = 0;
-    Upcoming<kVectors> upcoming(task, b, kRegisters < 32);
+    Upcoming<kVectors> upcoming(task, b);
     for (int64_t o = task.first; o < last; ++o, ++start, out += g.out_channel, copy += kVectors * kLanes) {
       if (upcoming.wanted()) upcoming.Step();
       V d[kRows][kCols];
@@ -260,6 +310,8 @@ void DotTile(const SparseTask& task) {
           const float* row = Row(out + r * out_row);
           LIPFAST_UNROLL
           for (int c = 0; c < kCols; ++c) d[r][c] = Load(row + c * out_col);
+          LIPFAST_UNROLL
+          for (int c = 0; c < kCols && next_ahead; ++c) Prefetch(row + g.out_channel + c * out_col);
         }
         LIPFAST_UNROLL
         for (int i = 0; i < kVectors; ++i) {
@@ -275,15 +327,11 @@ void DotTile(const SparseTask& task) {
         LIPFAST_UNROLL
         for (int i = 0; i < kVectors; ++i) d[i / kCols][i % kCols] = Load(copy + i * kLanes);
       }
-      const int32_t end = start[1];
-      int64_t offset = offsets[start[0]];
-      for (int32_t t = start[0]; t < end; ++t) {
-        const float* x = in + offset;
-        offset = offsets[t + 1];  // early: see AccumulateTile
+      const auto dot = [&](int64_t offset, float* folded) __attribute__((always_inline)) {
         V sum[kChains];
         LIPFAST_UNROLL
         for (int r = 0; r < kRows; ++r) {
-          const float* row = Row(x + r * in_row);
+          const float* row = Row(in + offset + r * in_row);
           LIPFAST_UNROLL
           for (int c = 0; c < kCols; ++c) {
             const int i = r * kCols + c;
@@ -291,15 +339,31 @@ void DotTile(const SparseTask& task) {
             sum[i % kChains] = i < kChains ? Mul(d[r][c], v) : Fma(d[r][c], v, sum[i % kChains]);
           }
         }
-        StoreFolded(vectors + waiting * kFolded, kChains == 2 ? Add(sum[0], sum[kChains - 1]) : sum[0]);
-        if (++waiting == kLanes) {
-          StoreU(to, Add(LoadU(to), SumEach(vectors)));
-          to += kLanes;
-          waiting = 0;
+        StoreFolded(folded, kChains == 2 ? Add(sum[0], sum[kChains - 1]) : sum[0]);
+      };
+      const int32_t end = start[1];
+      for (int32_t t = start[0]; t < end;) {
+        const int32_t stop = static_cast<int32_t>(Least(end, t + kWaiting - waiting));
+        float* folded = vectors + waiting * kFolded;
+        waiting += stop - t;
+        OffsetPair pair(offsets + t);  // see AddTaps
+        for (; t + 2 <= stop; t += 2, folded += 2 * kFolded) {
+          const int64_t a = pair.first(), b = pair.second();
+          pair = OffsetPair(offsets + t + 2);
+          dot(a, folded);
+          dot(b, folded + kFolded);
         }
+        if (t < stop) dot(offsets[t++], folded);
+        if (waiting < kWaiting) continue;
+        _Pragma("GCC unroll 1") for (waiting = 0; waiting < kWaiting; waiting += kLanes, to += kLanes) {
+          StoreU(to, Add(LoadU(to), SumEach(vectors + waiting * kFolded)));
+        }
+        waiting = 0;
       }
     }
-    if (waiting) AddSums(vectors, waiting, to);
+    for (int at = 0; at < waiting; at += kLanes) {
+      AddSums(vectors + at * kFolded, static_cast<int>(Least(waiting - at, kLanes)), to + at);
+    }
   }
 }
 
@@ -384,6 +448,14 @@ int64_t OutputParts(int64_t tiles, int64_t outputs) {
   return Most(Least(Parts(kEnoughChunks, tiles), Parts(outputs, 8)), Parts(outputs, kOutputsAtOnce));
 }
 
+// Maps that together exceed what a core finds in the last cache level.
+constexpr int64_t kFarBytes = 32 << 20;
+
+bool WorthFetchingAhead(const Region* regions, int64_t count, const TapList& taps) {
+  const int64_t floats = taps.blocks * taps.block_stride + taps.outputs * regions->out_channel;
+  return kRegisters >= 32 && FetchesAhead() && count * floats * static_cast<int64_t>(sizeof(float)) > kFarBytes;
+}
+
 // The i-th of all tiles, with what follows it before tile `stop`, for one part of the outputs.
 SparseTask TaskAt(const Region* regions, const TapList& taps, TileSize most, int64_t i, int64_t stop, int64_t part,
                   int64_t parts) {
@@ -412,8 +484,10 @@ void SparseAccumulate(const Region* regions, int64_t count, const TapList& taps,
   if (tiles == 0) return;
   const int64_t parts = OutputParts(tiles, taps.outputs);
   const ZeroHalo halo = HaloOf(*regions, end);
+  const bool ahead = WorthFetchingAhead(regions, count, taps);
   ParallelFor(threads, tiles * parts, [&](int64_t chunk) {
     SparseTask task = TaskAt(regions, taps, most, chunk / parts, tiles, chunk % parts, parts);
+    task.ahead = ahead;
     task.values = values;
     task.bias = bias;
     task.end = end.act;
@@ -452,12 +526,14 @@ void SparseDot(const Region* regions, int64_t count, const TapList& taps, float*
   const int64_t tiles = Total(regions, count, TilesOf{most}), chunks = DotChunks(regions, count, taps);
   const int64_t parts = OutputParts(chunks, taps.outputs), total = taps.starts[taps.outputs * taps.blocks];
   const int64_t size = DotFloats(total, taps.outputs), sums = size - kLanes * taps.outputs;
+  const bool ahead = kRegisters < 32 || WorthFetchingAhead(regions, count, taps);
   std::memset(partial, 0, sizeof(float) * chunks * size);
   ParallelFor(threads, chunks * parts, [&](int64_t i) {
     const int64_t chunk = i / parts, part = i % parts;
     const int64_t stop = tiles * (chunk + 1) / chunks;
     for (int64_t tile = tiles * chunk / chunks; tile < stop; ++tile) {
       SparseTask task = TaskAt(regions, taps, most, tile, stop, part, parts);
+      task.ahead = ahead;
       task.partial = partial + chunk * size;
       if (d_bias) task.sums = task.partial + sums;
       ForTile<Dot>(task.tile, *task.region)(task);
@@ -473,9 +549,13 @@ void SparseDot(const Region* regions, int64_t count, const TapList& taps, float*
 
 // --- dense ---------------------------------------------------------------------
 
-constexpr int kGroup = kRegisters >= 8 ? 6 : 4;               // output channels that share a load of the input
-constexpr int kDenseVectors = kRegisters >= 32 ? 4 : 1;       // kGroup * kDenseVectors sums in registers
-constexpr int64_t kDenseBlock = kRegisters >= 32 ? 96 : 144;  // taps between two visits of a sum to memory
+constexpr int kGroup = kRegisters >= 8 ? 6 : 4;          // output channels that share a load of the input
+constexpr int kDenseVectors = kRegisters >= 32 ? 4 : 1;  // kGroup * kDenseVectors sums in registers
+
+// Taps between two visits of a sum to memory, whose input takes most of the first cache level.
+constexpr int64_t kMostDenseTaps = kRegisters >= 32 ? 128 : 144;
+int64_t DenseBlock() { return kRegisters >= 32 && FirstLevelBytes() < (48 << 10) ? 96 : kMostDenseTaps; }
+
 constexpr int kDotGroup = 4;                        // output channels that share a load in the weight gradient
 constexpr int kDotTaps = kRegisters >= 32 ? 6 : 3;  // kDotGroup * kDotTaps sums in registers
 
@@ -487,22 +567,24 @@ struct DenseTask {
   const float* weights;
   const float* bias;
   ActivationSpec end;
+  int64_t block;        // of taps
+  bool ahead;           // fetch the input of the tile that follows
   int64_t at;           // the tile's first position of the region, which are counted row by row
   int64_t first, last;  // groups of output channels
 };
 
-// Where the vectors of a tile lie, and those of the output that follow them.
+// Where the vectors of a tile lie, and those that follow them.
 template <int kVectors>
 struct DensePlaces {
-  const float* in[kVectors];
+  const float *in[kVectors], *next_in[kVectors];
   int64_t out[kVectors], next_out[kVectors], residual[kVectors];
 
   DensePlaces(const Region& g, int64_t at) {
     int64_t row = at / g.cols, col = at % g.cols;
     for (int i = 0; i < 2 * kVectors; ++i) {
       (i < kVectors ? out[i] : next_out[i - kVectors]) = row * g.out_row + col * g.out_col;
+      (i < kVectors ? in[i] : next_in[i - kVectors]) = g.in + row * g.in_row + col * g.in_col;
       if (i < kVectors) {
-        in[i] = g.in + row * g.in_row + col * g.in_col;
         residual[i] = row * g.residual_row + col * g.out_col;
       }
       if (++col == g.cols) {
@@ -520,10 +602,10 @@ void DenseTile(const DenseTask& task) {
   const Region& g = *task.region;
   const int64_t count = task.taps->taps, outputs = task.taps->outputs;
   const int32_t* offsets = task.taps->offsets;
-  alignas(4096) float packed[kDenseBlock * kVectors * kLanes];
+  alignas(4096) float packed[kMostDenseTaps * kVectors * kLanes];
   const DensePlaces<kVectors> at(g, task.at);
-  for (int64_t begin = 0; begin == 0 || begin < count; begin += kDenseBlock) {
-    const int64_t end = Least(begin + kDenseBlock, count);
+  for (int64_t begin = 0; begin == 0 || begin < count; begin += task.block) {
+    const int64_t end = Least(begin + task.block, count);
     const ActivationSpec stored = end == count ? task.end : ActivationSpec{};
     for (int64_t t = begin; t < end; ++t) {
       LIPFAST_UNROLL
@@ -549,6 +631,13 @@ void DenseTile(const DenseTask& task) {
           for (int i = 0; i < kVectors; ++i) {
             sum[k][i] = begin ? Load(from + at.out[i]) : Set(task.bias[group * kGroup + k]);
           }
+        }
+      }
+      if (task.ahead) {
+        const int64_t groups = task.last - task.first, done = group - task.first, last = count * (done + 1) / groups;
+        _Pragma("GCC unroll 1") for (int64_t t = count * done / groups; t < last; ++t) {
+          LIPFAST_UNROLL
+          for (int i = 0; i < kVectors; ++i) PrefetchFar(at.next_in[i] + offsets[t]);
         }
       }
       // The next tile's outputs: their lines come from far away.
@@ -607,12 +696,15 @@ void DenseAccumulate(const Region* regions, int64_t count, const DenseTaps& taps
   if (strips == 0) return;
   const int64_t groups = Parts(taps.outputs, kGroup), parts = Least(Parts(kEnoughChunks, strips), groups);
   const ZeroHalo halo = HaloOf(*regions, end);
+  const int64_t block = DenseBlock();
+  const bool ahead = kRegisters >= 32 && FetchesAhead() && taps.taps <= block;
   ParallelFor(threads, strips * parts, [&](int64_t chunk) {
     int64_t strip = chunk / parts;
     const Region& g = *RegionOf(regions, &strip, StripsOf);
     const int64_t row = strip * StripRows(g), rows = Least(StripRows(g), g.rows - row);
-    DenseTask task = {
-        &g, &taps, weights, bias, end.act, 0, groups * (chunk % parts) / parts, groups * (chunk % parts + 1) / parts};
+    DenseTask task = {&g, &taps, weights, bias, end.act, block, ahead, 0, 0, 0};
+    task.first = groups * (chunk % parts) / parts;
+    task.last = groups * (chunk % parts + 1) / parts;
     const int64_t positions = rows * g.cols, tiles = Parts(positions, kDenseVectors);
     for (int64_t i = 0; i < tiles; ++i) {
       task.at = row * g.cols + positions * i / tiles;

@@ -33,11 +33,12 @@ struct Region {
 // `blocks` ranges, every output takes its taps of a block before any takes those of
 // the next. The taps of output o and block b are starts[b * outputs + o] up to the
 // next start.
+constexpr int64_t kTapsAhead = 4;
 struct TapList {
   int64_t outputs, blocks;
   int64_t tile_rows;       // 1 or 2
   const int32_t* starts;   // [blocks * outputs + 1]
-  const int32_t* offsets;  // [taps + 1], floats; the last is read ahead and not used
+  const int32_t* offsets;  // [taps + kTapsAhead], floats; the last are read ahead and not used
   const int32_t* order;    // [taps], place in the packed values
   bool overlap;            // neighbouring outputs read the same vectors
   // What a tile reads and the tile before it did not: vectors of the first block's
