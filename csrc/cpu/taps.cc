@@ -595,18 +595,93 @@ struct DensePlaces {
   }
 };
 
+// Groups whose sums wait side by side from one block of taps to the next; in their map they would lie a page apart.
+constexpr int64_t kGroupsAtOnce = 22;
+
+// Taps [begin, end) of one group of outputs, of which kOutputs are computed, at kVectors positions; `packed` is
+// their input, `waiting` where their sums wait between blocks.
+template <int kVectors, int kOutputs>
+void DenseGroup(const DenseTask& task, const DensePlaces<kVectors>& at, const float* packed, int64_t begin, int64_t end,
+                int64_t group, float* waiting) {
+  const Region& g = *task.region;
+  const int64_t count = task.taps->taps, outputs = task.taps->outputs;
+  float* out = g.out + group * kGroup * g.out_channel;
+  const int live = static_cast<int>(Least(kOutputs, outputs - group * kGroup));
+  V sum[kOutputs][kVectors];
+  LIPFAST_UNROLL
+  for (int k = 0; k < kOutputs; ++k) {
+    LIPFAST_UNROLL
+    for (int i = 0; i < kVectors; ++i) sum[k][i] = Zero();
+  }
+  if (begin > 0 || task.bias) {
+    LIPFAST_UNROLL
+    for (int k = 0; k < kOutputs; ++k) {
+      if (k >= live) continue;
+      LIPFAST_UNROLL
+      for (int i = 0; i < kVectors; ++i) {
+        sum[k][i] = begin ? Load(waiting + (k * kVectors + i) * kLanes) : Set(task.bias[group * kGroup + k]);
+      }
+    }
+  }
+  // What the next tile reads and writes comes from far away.
+  if (task.ahead) {
+    const int64_t groups = task.last - task.first, done = group - task.first, last = count * (done + 1) / groups;
+    _Pragma("GCC unroll 1") for (int64_t t = count * done / groups; t < last; ++t) {
+      LIPFAST_UNROLL
+      for (int i = 0; i < kVectors; ++i) PrefetchFar(at.next_in[i] + task.taps->offsets[t]);
+    }
+  }
+  for (int k = 0; k < live && end == count; ++k) {
+    LIPFAST_UNROLL
+    for (int i = 0; i < kVectors; ++i) PrefetchFar(out + k * g.out_channel + at.next_out[i]);
+  }
+  const float* w = task.weights + (group * count + begin) * kGroup;
+  const float* x = packed;
+  _Pragma("GCC unroll 4") for (int64_t t = begin; t < end; ++t, w += kGroup, x += kVectors * kLanes) {
+    V v[kVectors];
+    LIPFAST_UNROLL
+    for (int i = 0; i < kVectors; ++i) v[i] = Load(x + i * kLanes);
+    LIPFAST_UNROLL
+    for (int k = 0; k < kOutputs; ++k) {
+      const V weight = Set(w[k]);
+      LIPFAST_UNROLL
+      for (int i = 0; i < kVectors; ++i) sum[k][i] = Fma(weight, v[i], sum[k][i]);
+    }
+  }
+  if (end < count) {
+    LIPFAST_UNROLL
+    for (int k = 0; k < kOutputs; ++k) {
+      LIPFAST_UNROLL
+      for (int i = 0; i < kVectors; ++i) Store(waiting + (k * kVectors + i) * kLanes, sum[k][i]);
+    }
+    return;
+  }
+  LIPFAST_UNROLL
+  for (int k = 0; k < kOutputs; ++k) {
+    if (k >= live) continue;
+    if (g.residual) {
+      const float* add = Row(g.residual + (group * kGroup + k) * g.residual_channel);
+      LIPFAST_UNROLL
+      for (int i = 0; i < kVectors; ++i) sum[k][i] = Add(sum[k][i], Load(add + at.residual[i]));
+    }
+    float* to = Row(out + k * g.out_channel);
+    const ActivationSpec& act = *Row(&task.end);  // its constants would stay in registers that the sums need
+    LIPFAST_UNROLL
+    for (int i = 0; i < kVectors; ++i) Store(to + at.out[i], SimpleAct(sum[k][i], act));
+  }
+}
+
 // kVectors positions, of one row or several. The input of a block of taps is copied side by side: in its map it
 // lies in more pages than a core finds at once, and is read again for each group of outputs.
 template <int kVectors>
 void DenseTile(const DenseTask& task) {
-  const Region& g = *task.region;
   const int64_t count = task.taps->taps, outputs = task.taps->outputs;
   const int32_t* offsets = task.taps->offsets;
   alignas(4096) float packed[kMostDenseTaps * kVectors * kLanes];
-  const DensePlaces<kVectors> at(g, task.at);
+  alignas(64) float waiting[kGroupsAtOnce * kGroup * kVectors * kLanes];
+  const DensePlaces<kVectors> at(*task.region, task.at);
   for (int64_t begin = 0; begin == 0 || begin < count; begin += task.block) {
     const int64_t end = Least(begin + task.block, count);
-    const ActivationSpec stored = end == count ? task.end : ActivationSpec{};
     for (int64_t t = begin; t < end; ++t) {
       LIPFAST_UNROLL
       for (int i = 0; i < kVectors; ++i) {
@@ -614,63 +689,12 @@ void DenseTile(const DenseTask& task) {
       }
     }
     for (int64_t group = task.first; group < task.last; ++group) {
-      float* out = g.out + group * kGroup * g.out_channel;
-      const int live = static_cast<int>(Least(kGroup, outputs - group * kGroup));
-      V sum[kGroup][kVectors];
-      LIPFAST_UNROLL
-      for (int k = 0; k < kGroup; ++k) {
-        LIPFAST_UNROLL
-        for (int i = 0; i < kVectors; ++i) sum[k][i] = Zero();
-      }
-      if (begin > 0 || task.bias) {
-        LIPFAST_UNROLL
-        for (int k = 0; k < kGroup; ++k) {
-          if (k >= live) continue;
-          const float* from = Row(out + k * g.out_channel);
-          LIPFAST_UNROLL
-          for (int i = 0; i < kVectors; ++i) {
-            sum[k][i] = begin ? Load(from + at.out[i]) : Set(task.bias[group * kGroup + k]);
-          }
-        }
-      }
-      if (task.ahead) {
-        const int64_t groups = task.last - task.first, done = group - task.first, last = count * (done + 1) / groups;
-        _Pragma("GCC unroll 1") for (int64_t t = count * done / groups; t < last; ++t) {
-          LIPFAST_UNROLL
-          for (int i = 0; i < kVectors; ++i) PrefetchFar(at.next_in[i] + offsets[t]);
-        }
-      }
-      // The next tile's outputs: their lines come from far away.
-      for (int k = 0; k < live && end == count; ++k) {
-        LIPFAST_UNROLL
-        for (int i = 0; i < kVectors; ++i) PrefetchFar(out + k * g.out_channel + at.next_out[i]);
-      }
-      const float* w = task.weights + (group * count + begin) * kGroup;
-      const float* x = packed;
-      _Pragma("GCC unroll 4") for (int64_t t = begin; t < end; ++t, w += kGroup, x += kVectors * kLanes) {
-        V v[kVectors];
-        LIPFAST_UNROLL
-        for (int i = 0; i < kVectors; ++i) v[i] = Load(x + i * kLanes);
-        LIPFAST_UNROLL
-        for (int k = 0; k < kGroup; ++k) {
-          const V weight = Set(w[k]);
-          LIPFAST_UNROLL
-          for (int i = 0; i < kVectors; ++i) sum[k][i] = Fma(weight, v[i], sum[k][i]);
-        }
-      }
-      LIPFAST_UNROLL
-      for (int k = 0; k < kGroup; ++k) {
-        if (k >= live) continue;
-        if (end == count && g.residual) {
-          const float* add = Row(g.residual + (group * kGroup + k) * g.residual_channel);
-          LIPFAST_UNROLL
-          for (int i = 0; i < kVectors; ++i) sum[k][i] = Add(sum[k][i], Load(add + at.residual[i]));
-        }
-        float* to = Row(out + k * g.out_channel);
-        const ActivationSpec& act = *Row(&stored);  // its constants would stay in registers that the sums need
-        LIPFAST_UNROLL
-        for (int i = 0; i < kVectors; ++i) Store(to + at.out[i], SimpleAct(sum[k][i], act));
-      }
+      const int64_t live = outputs - group * kGroup;  // of the last group, whose others would be computed for nothing
+      const auto run = live <= 2   ? DenseGroup<kVectors, 2>
+                       : live <= 4 ? DenseGroup<kVectors, 4>
+                                   : DenseGroup<kVectors, kGroup>;
+      const int64_t waits = count > task.block ? group - task.first : 0;
+      run(task, at, packed, begin, end, group, waiting + waits * kGroup * kVectors * kLanes);
     }
   }
 }
@@ -694,9 +718,10 @@ void DenseAccumulate(const Region* regions, int64_t count, const DenseTaps& taps
                      const float* bias, const TapEnd& end, int threads) {
   const int64_t strips = Total(regions, count, StripsOf);
   if (strips == 0) return;
-  const int64_t groups = Parts(taps.outputs, kGroup), parts = Least(Parts(kEnoughChunks, strips), groups);
+  const int64_t block = DenseBlock(), groups = Parts(taps.outputs, kGroup);
+  const int64_t at_once = taps.taps > block ? kGroupsAtOnce : groups;
+  const int64_t parts = Most(Least(Parts(kEnoughChunks, strips), groups), Parts(groups, at_once));
   const ZeroHalo halo = HaloOf(*regions, end);
-  const int64_t block = DenseBlock();
   const bool ahead = kRegisters >= 32 && FetchesAhead() && taps.taps <= block;
   ParallelFor(threads, strips * parts, [&](int64_t chunk) {
     int64_t strip = chunk / parts;
