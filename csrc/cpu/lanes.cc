@@ -46,9 +46,33 @@ bool RowIsWhole(const LaneMap& m, int64_t row) {
   return (m.grid - 1) * m.block_h + row < m.height && m.grid * m.block_w == m.width;
 }
 
-// pixels[lane] + i and vectors + i * stride hold the same number for each i < count.
+#if LIPFAST_TARGET == 2
+// CrossSquares where whole lines can be stored: sixteen lanes of four columns, or four lanes of sixteen.
 template <bool kToLanes>
-void CrossSquares(float* const* pixels, float* vectors, int64_t stride, int64_t count) {
+void CrossLines(float* const* pixels, float* vectors, int64_t stride, int64_t count) {
+  constexpr int64_t kWidth = kToLanes ? 4 : kLanes;
+  for (int64_t at = 0; at < count; at += kWidth) {
+    const int64_t first = AtMost(at, count - kWidth);
+    for (int64_t lane = 0; lane < kLanes; lane += kToLanes ? kLanes : 4) {
+      const float* from[kLanes];
+      float* to[4];
+      LIPFAST_UNROLL
+      for (int i = 0; i < kLanes; ++i) from[i] = kToLanes ? pixels[i] + first : vectors + (first + i) * stride + lane;
+      LIPFAST_UNROLL
+      for (int i = 0; i < 4; ++i) to[i] = kToLanes ? vectors + (first + i) * stride : pixels[lane + i] + first;
+      TransposeFour(from, to);
+    }
+  }
+}
+#endif
+
+// pixels[lane] + i and vectors + i * stride hold the same number for each i < count. `lines`: sixteen pixels mostly
+// are a line of the cache.
+template <bool kToLanes>
+void CrossSquares(float* const* pixels, float* vectors, int64_t stride, int64_t count, [[maybe_unused]] bool lines) {
+#if LIPFAST_TARGET == 2
+  if (kToLanes || (lines && count >= kLanes)) return CrossLines<kToLanes>(pixels, vectors, stride, count);
+#endif
   // Lanes lie powers of two apart, often in one set of the cache: eight at a time stay in it until their line is done.
   for (int half = 0; half < kLanes; half += kSquare) {
     for (int64_t at = 0; at < count; at += kSquare) {
@@ -69,7 +93,7 @@ bool CrossRow(float* plane, const PlainMap& p, const LaneMap& m, float* vectors,
   if (m.block_w < kSquare || !RowIsWhole(m, row)) return false;
   float* pixels[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) pixels[lane] = plane + PlainOffset(p, m, lane, row, 0);
-  CrossSquares<kToLanes>(pixels, vectors, kLanes, m.block_w);
+  CrossSquares<kToLanes>(pixels, vectors, kLanes, m.block_w, false);
   return true;
 }
 
@@ -86,7 +110,7 @@ bool CrossPixels(const PlainMap& p, const LaneMap& m, int64_t n, int64_t row) {
       pixels[lane] = SheetOf(p, m, n) + first + PlainOffset(p, m, lane, row, 0);
     }
     for (int64_t col = 0; col < m.block_w; ++col) {
-      CrossSquares<kToLanes>(pixels, m.At(n, first, row, col), m.channel_stride, count);
+      CrossSquares<kToLanes>(pixels, m.At(n, first, row, col), m.channel_stride, count, true);
       for (float*& pixel : pixels) {
         pixel += p.col_stride;
         Prefetch(pixel + kAhead * p.col_stride);

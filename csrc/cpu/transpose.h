@@ -28,30 +28,40 @@ static inline void Transpose8(const float* const* from, float* const* to) {
 }
 #endif
 
+#if LIPFAST_TARGET == 2
+// to[i][l] = from[l][i], sixteen rows of four: loads put the 4 x 4 blocks in place, and only the transposes inside
+// them occupy the shuffle unit.
+static inline void TransposeFour(const float* const* from, float* const* to) {
+  V v[4];
+  LIPFAST_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    V x = _mm512_castps128_ps512(_mm_loadu_ps(from[j]));
+    x = _mm512_insertf32x4(x, _mm_loadu_ps(from[j + 4]), 1);
+    x = _mm512_insertf32x4(x, _mm_loadu_ps(from[j + 8]), 2);
+    v[j] = _mm512_insertf32x4(x, _mm_loadu_ps(from[j + 12]), 3);
+  }
+  const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(v[0], v[1]));
+  const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(v[0], v[1]));
+  const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(v[2], v[3]));
+  const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(v[2], v[3]));
+  StoreU(to[0], _mm512_castpd_ps(_mm512_unpacklo_pd(a, c)));
+  StoreU(to[1], _mm512_castpd_ps(_mm512_unpackhi_pd(a, c)));
+  StoreU(to[2], _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)));
+  StoreU(to[3], _mm512_castpd_ps(_mm512_unpackhi_pd(b, d)));
+}
+#endif
+
 // to[i * stride + l] = from[l * 16 + i]; `from` and the rows of `to` are aligned.
-// With AVX-512 it is cheaper from memory than Transpose16: loads put the 4 x 4 blocks in place, and
-// only the transposes inside them occupy the shuffle unit.
+// With AVX-512 it is cheaper from memory than Transpose16.
 static inline void TransposeBlock(const float* from, float* to, int64_t stride) {
 #if LIPFAST_TARGET == 2
   for (int column = 0; column < kLanes; column += 4) {
-    V v[4];
+    const float* rows[kLanes];
     LIPFAST_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const float* p = from + j * kLanes + column;
-      V x = _mm512_castps128_ps512(_mm_load_ps(p));
-      x = _mm512_insertf32x4(x, _mm_load_ps(p + 4 * kLanes), 1);
-      x = _mm512_insertf32x4(x, _mm_load_ps(p + 8 * kLanes), 2);
-      v[j] = _mm512_insertf32x4(x, _mm_load_ps(p + 12 * kLanes), 3);
-    }
-    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(v[0], v[1]));
-    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(v[0], v[1]));
-    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(v[2], v[3]));
-    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(v[2], v[3]));
+    for (int l = 0; l < kLanes; ++l) rows[l] = from + l * kLanes + column;
     float* out = to + column * stride;
-    Store(out, _mm512_castpd_ps(_mm512_unpacklo_pd(a, c)));
-    Store(out + stride, _mm512_castpd_ps(_mm512_unpackhi_pd(a, c)));
-    Store(out + 2 * stride, _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)));
-    Store(out + 3 * stride, _mm512_castpd_ps(_mm512_unpackhi_pd(b, d)));
+    float* const columns[4] = {out, out + stride, out + 2 * stride, out + 3 * stride};
+    TransposeFour(rows, columns);
   }
 #elif LIPFAST_TARGET == 1
   for (int half = 0; half < kLanes; half += 8) {

@@ -55,6 +55,17 @@ def test_every_lane_is_its_block_with_its_neighbours_around(size, halo, width, m
         assert torch.equal(lanes.to_tensor(torch.channels_last), x)
 
 
+@pytest.mark.parametrize("width", [32, 36, 44, 64, 76])  # blocks of 8, 9, 11, 16 and 19 columns, none dead
+@pytest.mark.parametrize("channels", [7, 8, 11, 16, 21])
+def test_squares_of_columns_and_channels_that_overlap_at_the_end(channels, width):
+    x = torch.randn(2, channels, 8, width)
+    for view in (x, x.to(memory_format=torch.channels_last)):
+        lanes = LaneMap.from_tensor(view)
+        assert torch.equal(lanes.data, expected(x, 0, "zeros", 0, (2, width // GRID)))
+        assert torch.equal(lanes.to_tensor(), x)
+        assert torch.equal(lanes.to_tensor(torch.channels_last), x)
+
+
 def test_blocks_larger_than_a_quarter():
     x = torch.randn(1, 2, 9, 10)
     assert torch.equal(LaneMap.from_tensor(x, 1, "reflect", 1, (6, 4)).data, expected(x, 1, "reflect", 1, (6, 4)))
