@@ -21,7 +21,7 @@ constexpr Costs kCostsOfAvx2[] = {
 };
 constexpr Costs kCostsOfAvx512[] = {
     {0.275, 9.01, 1.21, 0.234, 3.09, 0.725, 0.237, 0.759},
-    {0.284, 8.72, 1.58, 0.224, 2.77, 0.896, 0.235, 2.85},
+    {0.270, 8.72, 1.58, 0.224, 2.77, 0.896, 0.235, 2.85},
     {0.322, 10.0, 2.02, 0.257, 4.75, 0.468, 0.259, 3.99},
 };
 // Filters in frequencies beyond this many bytes come from memory, every time.
