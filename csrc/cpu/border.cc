@@ -145,6 +145,7 @@ class Border::Strip {
       for (int64_t plane = first; plane < last; ++plane) {
         const float* from = Plane(dy, plane);
         float* to = Plane(in, plane) + (low_row_ * InCols() + low_col_) * kVector;
+        if (plane + 1 < last) Fetch(Plane(dy, plane + 1), offsets->gather_lines);
         for (size_t i = 0; i < offsets->gather.size(); ++i) {
           const int32_t at = offsets->gather[i];
           to[i] = at < 0 ? 0.0f : from[at];
@@ -162,6 +163,7 @@ class Border::Strip {
     for (int64_t plane = first; plane < last; ++plane) {
       const float* from = Plane(result, plane);
       float* to = Plane(dx, plane);
+      if (plane + 1 < last) Fetch(Plane(dx, plane + 1), offsets->scatter_lines);
       for (size_t i = 0; i < offsets->scatter.size(); ++i) {
         const int32_t at = offsets->scatter[i];
         if (at >= 0) to[at] += from[i];
@@ -173,7 +175,24 @@ class Border::Strip {
   // For each float of a strip the pixel that it comes from or goes to, -1 for none.
   struct Offsets {
     std::vector<int32_t> gather, scatter;
+    std::vector<int32_t> gather_lines, scatter_lines;  // the vectors that they lie in
   };
+
+  // The vectors that some offsets lie in, each once.
+  static std::vector<int32_t> Lines(const std::vector<int32_t>& offsets) {
+    std::vector<int32_t> lines;
+    for (int32_t at : offsets) {
+      if (at >= 0) lines.push_back(at / static_cast<int32_t>(kVector) * static_cast<int32_t>(kVector));
+    }
+    std::sort(lines.begin(), lines.end());
+    lines.erase(std::unique(lines.begin(), lines.end()), lines.end());
+    return lines;
+  }
+
+  // Brings a plane's vectors near: they lie in as many pages, where no hardware fetches ahead.
+  static void Fetch(const float* plane, const std::vector<int32_t>& lines) {
+    for (int32_t at : lines) __builtin_prefetch(plane + at, 0, 3);
+  }
 
   // Whether no position's source lies in the gradient.
   bool ReadsZeros(const Reading& reading) const {
@@ -224,6 +243,8 @@ class Border::Strip {
       x = Copied(shape_.stride * x + phase_col_, in_cols_.side, shape_.pad_w);
       made->scatter.push_back(inside ? static_cast<int32_t>(PixelOffset(y, x, in_rows_, in_cols_, dx_row_stride)) : -1);
     });
+    made->gather_lines = Lines(made->gather);
+    made->scatter_lines = Lines(made->scatter);
     offsets = made;
     return offsets;
   }
