@@ -94,6 +94,7 @@ class Pass {
       }
     }
     sources_.shrink_to_fit();
+    count_ = static_cast<int64_t>(sources_.size());
     // Where all kept weights come in their own order, as they do forward, no list is needed.
     in_order_ = true;
     for (size_t i = 0; i < index_.size(); ++i) in_order_ = in_order_ && index_[i] == static_cast<int32_t>(i);
@@ -109,7 +110,7 @@ class Pass {
   // Whether tiles, and so the list of taps, would be the same with another `two_rows`.
   bool SameTiles(double other) const { return TileRows(two_rows) == TileRows(other); }
   int64_t outputs() const { return outputs_; }
-  int64_t taps() const { return static_cast<int64_t>(sources_.size()); }
+  int64_t taps() const { return count_; }
   bool empty() const { return rows <= 0 || cols <= 0; }
 
   // A residual goes with passes that write every pixel.
@@ -129,12 +130,18 @@ class Pass {
 
   std::shared_ptr<const BoundTaps> Bind(const LaneMap& in) const {
     std::lock_guard<std::mutex> lock(mutex_);
-    auto& taps = bound_[{in.channel_stride, in.row_stride}];
-    if (!taps) taps = MakeBound(in);
+    const Strides strides = {in.channel_stride, in.row_stride};
+    const auto found = bound_.find(strides);
+    if (found != bound_.end()) return found->second;
+    if (sources_.empty()) FindSources();
+    const auto& taps = bound_[strides] = MakeBound(in);
+    if (Decodable(strides)) ForgetSources();
     return taps;
   }
 
  private:
+  using Strides = std::pair<int64_t, int64_t>;  // of channels and rows
+
   // The sources of all outputs together: mostly those of the first.
   void SetDense(const std::vector<std::vector<Tap>>& taps) {
     std::vector<Source> all, row, both;
@@ -253,6 +260,46 @@ class Pass {
     return TapsPerOutput() > least * more ? 2 : 1;
   }
 
+  int64_t OffsetOf(const Place& p, const Strides& strides) const { return p.row * strides.second + p.col * kVector; }
+
+  // Whether offsets tell channels and places apart: what is read of a channel lies within a plane, and of a row
+  // within a row.
+  bool Decodable(const Strides& strides) const {
+    const Window w = Reach();
+    const int64_t width = (w.right - w.left) * kVector, height = (w.high - w.low) * strides.second;
+    return !dense && width < strides.second && height + width < strides.first;
+  }
+
+  // Sources and indices are in the bound lists as well, so that a pass that is bound once, as nearly all are, takes
+  // half the memory.
+  void ForgetSources() const {
+    std::vector<int32_t>().swap(sources_);
+    std::vector<int32_t>().swap(index_);
+  }
+
+  // What ForgetSources dropped, from lists that it was dropped for.
+  void FindSources() const {
+    const auto found =
+        std::find_if(bound_.begin(), bound_.end(), [this](const auto& entry) { return Decodable(entry.first); });
+    if (found == bound_.end()) return;  // there are none
+    const Strides& strides = found->first;
+    const BoundTaps& bound = *found->second;
+    std::map<int64_t, int32_t> numbers;  // of places, by offset
+    for (size_t i = 0; i < places_.size(); ++i) numbers[OffsetOf(places_[i], strides)] = static_cast<int32_t>(i);
+    const int64_t low = numbers.begin()->first, places = static_cast<int64_t>(places_.size());
+    for (int64_t o = 0; o < outputs_; ++o) {
+      for (int64_t block = 0; block < bound.sparse.blocks; ++block) {
+        const int32_t* start = bound.starts.data() + block * outputs_ + o;
+        for (int32_t t = start[0]; t < start[1]; ++t) {
+          const int64_t channel = FloorDiv(bound.offsets[t] - low, strides.first);
+          const int32_t place = numbers.at(bound.offsets[t] - channel * strides.first);
+          sources_.push_back(static_cast<int32_t>(channel * places + place));
+          if (!in_order_) index_.push_back(bound.order[t]);
+        }
+      }
+    }
+  }
+
   std::shared_ptr<const BoundTaps> MakeBound(const LaneMap& in) const {
     auto bound = std::make_shared<BoundTaps>();
     const int32_t places = static_cast<int32_t>(places_.size());
@@ -307,13 +354,15 @@ class Pass {
   }
 
   int64_t outputs_ = 0;
-  std::vector<int32_t> sources_;       // encoded
-  std::vector<Place> places_;          // that any tap reads, ascending
-  std::vector<int32_t> index_, ends_;  // packed value of each tap, or of each (output, tap) where dense
-  bool complete_ = false;              // dense: every output has every tap
-  bool in_order_ = false;              // index_ is empty and would count from 0
+  int64_t count_ = 0;                     // of taps
+  mutable std::vector<int32_t> sources_;  // encoded; empty while ForgetSources holds
+  std::vector<Place> places_;             // that any tap reads, ascending
+  mutable std::vector<int32_t> index_;    // packed value of each tap, or of each (output, tap) where dense; likewise
+  std::vector<int32_t> ends_;             // of each output's taps
+  bool complete_ = false;                 // dense: every output has every tap
+  bool in_order_ = false;                 // index_ is empty and would count from 0
   mutable std::mutex mutex_;
-  mutable std::map<std::pair<int64_t, int64_t>, std::shared_ptr<const BoundTaps>> bound_;
+  mutable std::map<Strides, std::shared_ptr<const BoundTaps>> bound_;
 };
 
 // Dense weights as the kernels want them: [group of outputs][tap][output of the group],

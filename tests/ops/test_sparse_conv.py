@@ -515,3 +515,28 @@ def test_another_default_device():
     assert torch.allclose(y, expected, atol=1e-5)
     assert torch.equal(values, weight.values)
     assert {part.device.type for part in (rewound.masks[0], rewound.bits[0], rewound.values)} == {"cpu"}
+
+
+def test_maps_of_several_strides_for_one_convolution():
+    """The lists of taps are made anew for each, from what the first ones left."""
+    torch.manual_seed(0)
+    mask = torch.rand(20, 37, 3, 3) < 0.2
+    form = ConvForm(20, 37, (3, 3), 1, (1, 1), "reflect")
+    conv = LaneConv(form, mask, 1, 19, 26, kernel="sparse")
+    x = torch.randn(1, 37, 19, 26, requires_grad=True)
+    weight = (torch.randn(20, 37, 3, 3) * mask).requires_grad_()
+    y = functional.conv2d(functional.pad(x, [1] * 4, mode="reflect"), weight)
+    dy = torch.randn_like(y)
+    dx, dw = torch.autograd.grad(y, (x, weight), dy)
+    values = weight.detach()[mask]
+    for halo in (1, 3, 2, 1):
+        xs = LaneMap.from_tensor(x.detach(), halo, "reflect", 1)
+        dys = LaneMap.from_tensor(dy, max(conv.gradient_halo, halo))
+        ys, dxs = conv.output_map(), LaneMap.allocate(1, 37, 19, 26, halo)
+        dvalues = torch.empty_like(values)
+        conv.forward(values, None, xs, ys)
+        conv.input_gradient(values, dys, dxs)
+        conv.weight_gradient(xs, dys, dvalues, None)
+        torch.testing.assert_close(ys.to_tensor(), y.detach(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(dxs.to_tensor(), dx, rtol=0, atol=1e-4)
+        torch.testing.assert_close(dvalues, dw[mask], rtol=0, atol=1e-3)
