@@ -29,11 +29,12 @@ struct Region {
   int64_t residual_channel, residual_row;
 };
 
+constexpr int64_t kTapsAhead = 4;  // offsets that kernels read beyond the last tap's
+
 // Taps in the order in which the kernels take them: input channels are cut into
 // `blocks` ranges, every output takes its taps of a block before any takes those of
 // the next. The taps of output o and block b are starts[b * outputs + o] up to the
 // next start.
-constexpr int64_t kTapsAhead = 4;
 struct TapList {
   int64_t outputs, blocks;
   int64_t tile_rows;       // 1 or 2
