@@ -20,7 +20,7 @@ std::string SizeOf(const LaneMap& m) {
          std::to_string(m.block_h) + " x " + std::to_string(m.block_w) + " with halo " + std::to_string(m.halo);
 }
 
-bool SameSheets(const LaneMap& a, const LaneMap& b) { return a.batch == b.batch && a.grid == b.grid; }
+bool SameSheets(const LaneMap& a, const LaneMap& b) { return a.pictures() == b.pictures() && a.grid == b.grid; }
 
 bool SameSize(const LaneMap& a, const LaneMap& b) {
   return SameSheets(a, b) && a.channels == b.channels && a.height == b.height && a.width == b.width;
@@ -59,7 +59,7 @@ class CheckedProgram {
               grid * block_h >= shape[2] && grid * block_w >= shape[3],
           "map: blocks too small for the picture");
     LaneMap m = {};
-    m.grid = grid;
+    m.grid = grid, m.missing = sheets * SheetOn(grid) - shape[0];
     m.batch = sheets, m.channels = shape[1], m.height = shape[2], m.width = shape[3];
     m.block_h = block_h, m.block_w = block_w, m.halo = halo;
     m.row_stride = (block_w + 2 * halo) * kVector;
@@ -384,9 +384,7 @@ class CheckedProgram {
   // Of so many pictures.
   static int64_t Sheets(int64_t pictures, int64_t grid) {
     Check(grid == 1 || grid == 2 || grid == 4, "a grid of " + std::to_string(grid) + " is not 1, 2 or 4");
-    const int64_t sheet = SheetOn(grid);
-    Check(pictures % sheet == 0, std::to_string(pictures) + " pictures do not fill sheets of " + std::to_string(sheet));
-    return pictures / sheet;
+    return (pictures + SheetOn(grid) - 1) / SheetOn(grid);
   }
 
   void CheckPair(int a, int b) const {

@@ -31,7 +31,7 @@ struct ConvGeometry {
   int64_t out_block_h, out_block_w;
   int64_t grid = kGrid;
 
-  int64_t pictures() const { return batch * SheetOn(grid); }
+  int64_t pictures() const { return batch * SheetOn(grid); }  // at most
 };
 
 class Conv {

@@ -17,19 +17,31 @@ struct alignas(64) Vector {
   float lanes[kLanes];
 };
 
+// Sheet n and its pictures, as a map and a tensor of their own.
+LaneMap SheetOf(const LaneMap& m, int64_t n) {
+  LaneMap sheet = m;
+  sheet.data = m.At(n, 0);
+  sheet.batch = 1;
+  if (n + 1 < m.batch) sheet.missing = 0;
+  return sheet;
+}
+
+PlainMap SheetOf(const PlainMap& p, const LaneMap& m, int64_t n) {
+  PlainMap sheet = p;
+  sheet.data += n * m.sheet() * p.batch_stride;
+  return sheet;
+}
+
 // How many of the pixels (row, col), (row, col + 1), .. up to `most` of block
-// `lane` lie in the picture; 0 where the whole row is dead.
+// `lane` lie in the picture; 0 where the whole row is dead, or the picture missing.
 int64_t LivePixels(const LaneMap& m, int lane, int64_t row, int64_t col, int64_t most) {
   const LanePlace& place = PlaceOf(lane, m.grid);
-  if (place.row * m.block_h + row >= m.height) return 0;
+  if (place.picture >= m.pictures() || place.row * m.block_h + row >= m.height) return 0;
   const int64_t live = m.width - (place.col * m.block_w + col);
   return live < 0 ? 0 : AtMost(live, most);
 }
 
-// The first picture of sheet n.
-float* SheetOf(const PlainMap& p, const LaneMap& m, int64_t n) { return p.data + n * m.sheet() * p.batch_stride; }
-
-// From there to pixel (row, col) of block `lane`.
+// From a sheet's first picture to pixel (row, col) of block `lane`.
 int64_t PlainOffset(const PlainMap& p, const LaneMap& m, int lane, int64_t row, int64_t col) {
   const LanePlace& place = PlaceOf(lane, m.grid);
   return place.picture * p.batch_stride + (place.row * m.block_h + row) * p.row_stride +
@@ -43,7 +55,7 @@ int64_t PlainOffset(const PlainMap& p, const LaneMap& m, int lane, int64_t row, 
 constexpr int64_t kSquare = 8;
 
 bool RowIsWhole(const LaneMap& m, int64_t row) {
-  return (m.grid - 1) * m.block_h + row < m.height && m.grid * m.block_w == m.width;
+  return m.missing == 0 && (m.grid - 1) * m.block_h + row < m.height && m.grid * m.block_w == m.width;
 }
 
 #if LIPFAST_TARGET == 2
@@ -101,16 +113,16 @@ constexpr int64_t kAhead = 3;  // pixels: strides this long have no hardware tha
 
 // A few channels at a time: more planes than a core follows would be written at once.
 template <bool kToLanes>
-bool CrossPixels(const PlainMap& p, const LaneMap& m, int64_t n, int64_t row) {
+bool CrossPixels(const PlainMap& p, const LaneMap& m, int64_t row) {
   if (m.channels < kSquare || !RowIsWhole(m, row)) return false;
   for (int64_t c = 0; c < m.channels; c += kLanes) {
     const int64_t first = AtMost(c, m.channels - kSquare), count = AtMost(kLanes, m.channels - first);
     float* pixels[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
-      pixels[lane] = SheetOf(p, m, n) + first + PlainOffset(p, m, lane, row, 0);
+      pixels[lane] = p.data + first + PlainOffset(p, m, lane, row, 0);
     }
     for (int64_t col = 0; col < m.block_w; ++col) {
-      CrossSquares<kToLanes>(pixels, m.At(n, first, row, col), m.channel_stride, count, true);
+      CrossSquares<kToLanes>(pixels, m.At(0, first, row, col), m.channel_stride, count, true);
       for (float*& pixel : pixels) {
         pixel += p.col_stride;
         Prefetch(pixel + kAhead * p.col_stride);
@@ -125,7 +137,7 @@ bool CrossRow(float*, const PlainMap&, const LaneMap&, float*, int64_t) {
   return false;
 }
 template <bool kToLanes>
-bool CrossPixels(const PlainMap&, const LaneMap&, int64_t, int64_t) {
+bool CrossPixels(const PlainMap&, const LaneMap&, int64_t) {
   return false;
 }
 #endif
@@ -164,34 +176,33 @@ void RowFromLanes(float* in, const LaneMap& m, const PlainMap& p, float* plane, 
 }
 
 // Channel-contiguous tensors: 16 channels of 16 blocks' pixels, one transpose.
-void PixelsToLanes(const PlainMap& p, const LaneMap& m, int64_t n, int64_t row) {
-  if (CrossPixels<true>(p, m, n, row)) return;
+void PixelsToLanes(const PlainMap& p, const LaneMap& m, int64_t row) {
+  if (CrossPixels<true>(p, m, row)) return;
   for (int64_t col = 0; col < m.block_w; ++col) {
     for (int64_t c = 0; c < m.channels; c += kLanes) {
       const int64_t count = AtMost(kLanes, m.channels - c);
       V v[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
-        v[lane] = LivePixels(m, lane, row, col, 1)
-                      ? LoadPart(SheetOf(p, m, n) + c + PlainOffset(p, m, lane, row, col), count)
-                      : Zero();
+        v[lane] =
+            LivePixels(m, lane, row, col, 1) ? LoadPart(p.data + c + PlainOffset(p, m, lane, row, col), count) : Zero();
       }
       Transpose16(v);
-      for (int64_t i = 0; i < count; ++i) Store(m.At(n, c + i, row, col), v[i]);
+      for (int64_t i = 0; i < count; ++i) Store(m.At(0, c + i, row, col), v[i]);
     }
   }
 }
 
-void PixelsFromLanes(const LaneMap& m, const PlainMap& p, int64_t n, int64_t row) {
-  if (CrossPixels<false>(p, m, n, row)) return;
+void PixelsFromLanes(const LaneMap& m, const PlainMap& p, int64_t row) {
+  if (CrossPixels<false>(p, m, row)) return;
   for (int64_t col = 0; col < m.block_w; ++col) {
     for (int64_t c = 0; c < m.channels; c += kLanes) {
       const int64_t count = AtMost(kLanes, m.channels - c);
       V v[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) v[i] = i < count ? Load(m.At(n, c + i, row, col)) : Zero();
+      for (int64_t i = 0; i < kLanes; ++i) v[i] = i < count ? Load(m.At(0, c + i, row, col)) : Zero();
       Transpose16(v);
       for (int lane = 0; lane < kLanes; ++lane) {
         if (LivePixels(m, lane, row, col, 1)) {
-          StorePart(SheetOf(p, m, n) + c + PlainOffset(p, m, lane, row, col), v[lane], count);
+          StorePart(p.data + c + PlainOffset(p, m, lane, row, col), v[lane], count);
         }
       }
     }
@@ -216,38 +227,38 @@ void RowAnyStride(float* plane, const PlainMap& p, const LaneMap& m, float* vect
 }
 
 void FromPlain(const PlainMap& from, const LaneMap& to, int threads) {
-  if (from.channel_stride == 1 && from.col_stride != 1) {
-    ParallelFor(threads, to.batch * to.block_h,
-                [&](int64_t i) { PixelsToLanes(from, to, i / to.block_h, i % to.block_h); });
-    return;
-  }
-  ParallelFor(threads, to.batch * to.channels, [&](int64_t i) {
-    const int64_t n = i / to.channels, c = i % to.channels;
-    float* plane = SheetOf(from, to, n) + c * from.channel_stride;
-    for (int64_t row = 0; row < to.block_h; ++row) {
-      if (from.col_stride == 1) {
-        RowToLanes(plane, from, to, to.At(n, c, row), row);
+  const bool by_pixel = from.channel_stride == 1 && from.col_stride != 1;
+  const int64_t parts = by_pixel ? to.block_h : to.channels;
+  ParallelFor(threads, to.batch * parts, [&](int64_t i) {
+    const int64_t n = i / parts, part = i % parts;
+    const PlainMap p = SheetOf(from, to, n);
+    const LaneMap m = SheetOf(to, n);
+    if (by_pixel) return PixelsToLanes(p, m, part);
+    float* plane = p.data + part * p.channel_stride;
+    for (int64_t row = 0; row < m.block_h; ++row) {
+      if (p.col_stride == 1) {
+        RowToLanes(plane, p, m, m.At(0, part, row), row);
       } else {
-        RowAnyStride<true>(plane, from, to, to.At(n, c, row), row);
+        RowAnyStride<true>(plane, p, m, m.At(0, part, row), row);
       }
     }
   });
 }
 
 void ToPlain(const LaneMap& from, const PlainMap& to, int threads) {
-  if (to.channel_stride == 1 && to.col_stride != 1) {
-    ParallelFor(threads, from.batch * from.block_h,
-                [&](int64_t i) { PixelsFromLanes(from, to, i / from.block_h, i % from.block_h); });
-    return;
-  }
-  ParallelFor(threads, from.batch * from.channels, [&](int64_t i) {
-    const int64_t n = i / from.channels, c = i % from.channels;
-    float* plane = SheetOf(to, from, n) + c * to.channel_stride;
-    for (int64_t row = 0; row < from.block_h; ++row) {
-      if (to.col_stride == 1) {
-        RowFromLanes(from.At(n, c, row), from, to, plane, row);
+  const bool by_pixel = to.channel_stride == 1 && to.col_stride != 1;
+  const int64_t parts = by_pixel ? from.block_h : from.channels;
+  ParallelFor(threads, from.batch * parts, [&](int64_t i) {
+    const int64_t n = i / parts, part = i % parts;
+    const PlainMap p = SheetOf(to, from, n);
+    const LaneMap m = SheetOf(from, n);
+    if (by_pixel) return PixelsFromLanes(m, p, part);
+    float* plane = p.data + part * p.channel_stride;
+    for (int64_t row = 0; row < m.block_h; ++row) {
+      if (p.col_stride == 1) {
+        RowFromLanes(m.At(0, part, row), m, p, plane, row);
       } else {
-        RowAnyStride<false>(plane, to, from, from.At(n, c, row), row);
+        RowAnyStride<false>(plane, p, m, m.At(0, part, row), row);
       }
     }
   });

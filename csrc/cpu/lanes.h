@@ -30,7 +30,9 @@
 //
 // Small pictures of a batch share the lanes: cut into 2 x 2 blocks, four of them lie in
 // one vector, and uncut sixteen. What shares vectors is a sheet; kernels that know
-// blocks and halos only run sheet by sheet, whatever it holds.
+// blocks and halos only run sheet by sheet, whatever it holds. The last sheet may lack
+// pictures: for them black ones are computed, whose gradients are and stay zero. Only
+// sums over a batch need to leave them out.
 #pragma once
 
 #include <cstdint>
@@ -55,6 +57,7 @@ struct LaneMap {
   int64_t halo;                            // vectors around each block
   int64_t batch_stride, channel_stride, row_stride;
   int64_t grid = kGrid;  // blocks along each side of a picture: 1, 2 or 4
+  int64_t missing = 0;   // pictures that the last sheet lacks
 
   float* At(int64_t n, int64_t c, int64_t row = 0, int64_t col = 0) const {
     return data + n * batch_stride + c * channel_stride + row * row_stride + col * kGrid * kGrid;
@@ -62,7 +65,7 @@ struct LaneMap {
   Axis rows() const { return {grid, block_h, height}; }
   Axis columns() const { return {grid, block_w, width}; }
   int64_t sheet() const { return SheetOn(grid); }
-  int64_t pictures() const { return batch * sheet(); }
+  int64_t pictures() const { return batch * sheet() - missing; }
   int64_t pixels() const { return pictures() * height * width; }                      // of a channel
   bool whole() const { return grid * block_h == height && grid * block_w == width; }  // no dead pixels
 };
@@ -125,7 +128,7 @@ inline int64_t PaddingSource(int64_t at, int64_t side, Padding mode, int64_t pad
 }
 
 struct LaneKernels {
-  // Copies pixels in. Halo and dead pixels of `to` are left as they are.
+  // Copies pixels in; those of missing pictures are zero. The halo of `to` is left as it is.
   void (*from_plain)(const PlainMap& from, const LaneMap& to, int threads);
   // Copies pixels out.
   void (*to_plain)(const LaneMap& from, const PlainMap& to, int threads);

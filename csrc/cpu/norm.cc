@@ -111,10 +111,12 @@ void BackwardChannel(const LaneMap& source, const LaneMap& dy, const LaneMap* dy
   SumGradients(source, spec.live, row_gradient, sums);
   const double count = batch_statistics ? static_cast<double>(dy.pixels()) : 0.0;
   const V scale = Set(AffineOf(state, c).scale);
+  const V last_scale = Mul(scale, LastPictures(dy));  // gradients of missing pictures stay zero
   const V constant = Set(count > 0 ? static_cast<float>(sums[0] / count) : 0.0f);
   const V along = Set(count > 0 ? static_cast<float>(-sums[1] / count) : 0.0f);
   const Upcoming next_x(source, dy, c), next_dy(dy, dy, c);
   for (int64_t n = 0; n < dy.batch; ++n) {
+    const V by = n + 1 < dy.batch ? scale : last_scale;
     for (int64_t row = 0; row < dy.block_h; ++row) {
       const auto at = row_gradient(n, row);
       float* out = dx.At(n, c, row);
@@ -123,7 +125,7 @@ void BackwardChannel(const LaneMap& source, const LaneMap& dy, const LaneMap* dy
         next_x.Fetch(at.x + col * kLanes);
         next_dy.Fetch(at.dy + col * kLanes);
         at.At(col, &g, &normalised);
-        Store(out + col * kLanes, Mul(scale, Fma(along, normalised, Sub(g, constant))));
+        Store(out + col * kLanes, Mul(by, Fma(along, normalised, Sub(g, constant))));
       }
     }
   }

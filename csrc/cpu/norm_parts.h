@@ -16,6 +16,13 @@ namespace LIPFAST_NS {
 constexpr int64_t kFlush = 256;
 constexpr int kChains = 4;  // independent additions, to hide their latency
 
+// One in the lanes of pictures that the last sheet has, zero in those of missing ones.
+inline V LastPictures(const LaneMap& m) {
+  alignas(64) float lanes[kLanes];
+  for (int l = 0; l < kLanes; ++l) lanes[l] = PlaceOf(l, m.grid).picture < m.sheet() - m.missing ? 1.0f : 0.0f;
+  return Load(lanes);
+}
+
 // sums[k] += the sum over all live pixels of channel c of term k. at_row(n, row) gives
 // a callable (col, V* terms) that writes kSums terms.
 template <int kSums, class AtRow>
@@ -33,13 +40,15 @@ void SumChannel(const LaneMap& m, const LivePixelMask& live, const AtRow& at_row
     clear();
   };
   clear();
+  const V last = LastPictures(m);
   int64_t pending = 0;
   for (int64_t n = 0; n < m.batch; ++n) {
+    const bool partial = m.missing > 0 && n + 1 == m.batch;
     for (int64_t row = 0; row < m.block_h; ++row) {
       const auto at = at_row(n, row);
       V term[kSums];
       int64_t col = 0;
-      if (!live.rows) {
+      if (!live.rows && !partial) {
         for (; col + kChains <= m.block_w; col += kChains) {
           LIPFAST_UNROLL
           for (int j = 0; j < kChains; ++j) {
@@ -50,8 +59,8 @@ void SumChannel(const LaneMap& m, const LivePixelMask& live, const AtRow& at_row
       }
       for (; col < m.block_w; ++col) {
         at(col, term);
-        const V alive =
-            live.rows ? Mul(LoadU(live.rows + row * kLanes), LoadU(live.columns + col * kLanes)) : Set(1.0f);
+        V alive = partial ? last : Set(1.0f);
+        if (live.rows) alive = Mul(alive, Mul(LoadU(live.rows + row * kLanes), LoadU(live.columns + col * kLanes)));
         for (int k = 0; k < kSums; ++k) part[k][0] = Fma(term[k], alive, part[k][0]);
       }
       pending += m.block_w;

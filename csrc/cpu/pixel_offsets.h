@@ -30,10 +30,10 @@ class PixelOffsets {
   std::vector<Offset> rows_, cols_;
 };
 
-// body(n, c, i) for picture i of sheet n, in each channel.
+// body(n, c, i) for picture i of sheet n, missing ones included, in each channel.
 template <class Body>
 void ForEachPicture(const LaneMap& m, int threads, const Body& body) {
-  ParallelFor(threads, m.channels * m.pictures(), [&](int64_t at) {
+  ParallelFor(threads, m.batch * m.channels * m.sheet(), [&](int64_t at) {
     const int64_t plane = at / m.sheet();
     body(plane / m.channels, plane % m.channels, at % m.sheet());
   });

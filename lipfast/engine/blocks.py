@@ -155,7 +155,12 @@ def grids_for(graph: Graph) -> list[int]:
     batches = {shape[0] for value, shape in graph.shapes.items() if value not in graph.rows}
     if len(batches) != 1 or any(node.kind == "group_norm" for node in graph.nodes):  # it sums over a picture's lanes
         return [GRID]
-    return [grid for grid in _CUTS if min(batches) % (LANES // grid**2) == 0]
+    return list(_CUTS)
+
+
+def sheets(pictures: int, grid: int) -> int:
+    """What so many pictures take, each side cut into ``grid`` blocks."""
+    return -(-pictures * grid**2 // LANES)
 
 
 def choose_blocks(graph: Graph, weights: Sequence[Any]) -> dict[int, Block]:
@@ -164,10 +169,11 @@ def choose_blocks(graph: Graph, weights: Sequence[Any]) -> dict[int, Block]:
     ``weights``: by weight number, with their ``count``.
     """
     found = {grid: _agree(dataclasses.replace(graph, grid=grid), weights) for grid in grids_for(graph)}
+    batch = max(shape[0] for shape in graph.shapes.values())  # rows of features are one
 
     def cost(grid: int) -> float:
-        of_a_picture = found[grid].cost * grid**2
-        return of_a_picture if grid == GRID else of_a_picture / (1 - _LEAST_GAIN)
+        whole = found[grid].cost * sheets(batch, grid)
+        return whole if grid == GRID else whole / (1 - _LEAST_GAIN)
 
     graph.grid = min(found, key=cost)
     best = found[graph.grid]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import lipfast._C as _C
-from lipfast.engine.blocks import Block, choose_blocks, fuse
+from lipfast.engine.blocks import Block, choose_blocks, fuse, sheets
 from lipfast.engine.graph import ACTIVATIONS, CONV_KINDS, Graph, Node, Shape, Taps
 from lipfast.ops.lane_conv import KERNELS, asked_kernel
 from lipfast.ops.lanes import LANES, PADDING_MODES, plane_vectors
@@ -99,8 +99,7 @@ class Storage:
     @property
     def floats(self) -> int:
         """Size of the whole map."""
-        pictures = LANES // self.grid**2  # of a sheet
-        return self.shape[0] // pictures * self.shape[1] * self.plane * LANES
+        return sheets(self.shape[0], self.grid) * self.shape[1] * self.plane * LANES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,14 +31,26 @@ struct Floats {
   float* data;
 };
 
+inline int64_t Sheets(int64_t pictures, int64_t grid) { return (pictures + SheetOn(grid) - 1) / SheetOn(grid); }
+
 struct Map {
-  // batch: pictures that fill their sheets
   Map(int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t block_h, int64_t block_w, int64_t halo,
       int64_t grid = kGrid)
-      : floats(batch * grid * grid * channels * (block_h + 2 * halo) * (block_w + 2 * halo)) {
-    const int64_t row = (block_w + 2 * halo) * 16, plane = (block_h + 2 * halo) * row;
-    lanes = {floats.data, batch * grid * grid / 16, channels, height, width, block_h, block_w,
-             halo,        channels * plane,         plane,    row,    grid};
+      : floats(Sheets(batch, grid) * 16 * channels * (block_h + 2 * halo) * (block_w + 2 * halo)) {
+    const int64_t row = (block_w + 2 * halo) * 16, plane = (block_h + 2 * halo) * row, sheets = Sheets(batch, grid);
+    lanes = {floats.data,
+             sheets,
+             channels,
+             height,
+             width,
+             block_h,
+             block_w,
+             halo,
+             channels * plane,
+             plane,
+             row,
+             grid,
+             sheets * SheetOn(grid) - batch};
     lanes.data = lanes.At(0, 0, halo, halo);
   }
   Floats floats;

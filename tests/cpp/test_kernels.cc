@@ -86,14 +86,8 @@ void RunCase(const Case& c, ConvKernel kernel, int threads, const std::string& n
     }
   }
   const ConvShape shape = {c.out, c.in, 1, c.kernel, c.kernel, c.stride, 1, c.pad, c.pad, c.padding};
-  const ConvGeometry geometry = {c.batch * c.grid * c.grid / 16,
-                                 c.height,
-                                 c.width,
-                                 c.stride * block_h,
-                                 c.stride * block_w,
-                                 block_h,
-                                 block_w,
-                                 c.grid};
+  const ConvGeometry geometry = {Sheets(c.batch, c.grid), c.height, c.width, c.stride * block_h,
+                                 c.stride * block_w,      block_h,  block_w, c.grid};
   const Conv conv(shape, geometry, mask.data(), kernel, false);
   const int64_t in_halo = std::max(c.pad, c.kernel - 1 - c.pad);
   Map xs(c.batch, c.in, c.height, c.width, c.stride * block_h, c.stride * block_w, in_halo, c.grid);
@@ -165,7 +159,8 @@ constexpr Case kCases[] = {
     {8, 2, 4, 9, 8, 3, 2, 1, Padding::kZero, 1.0, 2},       {32, 3, 2, 6, 7, 3, 2, 1, Padding::kZero, 0.6, 1},
     {16, 4, 6, 1, 1, 1, 1, 0, Padding::kZero, 0.5, 1},      {16, 2, 3, 8, 5, 5, 1, 0, Padding::kZero, 0.3, 1},
     {8, 3, 2, 7, 6, 3, 1, 1, Padding::kReflect, 0.5, 2},    {16, 2, 3, 6, 5, 5, 2, 2, Padding::kCircular, 0.6, 1},
-    {16, 2, 2, 5, 7, 3, 1, 1, Padding::kReplicate, 1.0, 1},
+    {16, 2, 2, 5, 7, 3, 1, 1, Padding::kReplicate, 1.0, 1}, {7, 3, 5, 7, 6, 3, 1, 1, Padding::kZero, 0.5, 2},
+    {19, 3, 2, 6, 5, 3, 2, 1, Padding::kReflect, 0.6, 1},   {2, 4, 6, 9, 8, 3, 1, 1, Padding::kZero, 1.0, 2},
 };
 
 }  // namespace
