@@ -3,11 +3,12 @@
 A `Graph` is straight-line code over numbered values, each a ``(batch, channels, height, width)`` map. Weights are named
 by number, too: ``weights[k]`` says which tensor holds them.
 
-Rows of features, ``(batch, features)``, are maps of one item: ``(1, features, height, width)``, where each item of the
-batch is a pixel. So a linear layer is a 1x1 convolution whose lanes are items.
+Rows of features, ``(..., features)``, are maps of one item: ``(1, features, height, width)``, where each item is a
+pixel. So a linear layer is a 1x1 convolution whose lanes are items. Such a map may have more pixels than items.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +127,12 @@ class Graph:
         self.shapes[value] = shape
         return value
 
+    def forget(self, values: Iterable[int]) -> None:
+        """Drop values that no operator has."""
+        for value in values:
+            del self.shapes[value]
+        self.rows.difference_update(values)
+
     def fresh_rows(self, batch: int, features: int) -> int:
         """A new value for rows of features; the batch fills as many of the four rows of lanes as it divides into."""
         height = next(side for side in (4, 2, 1) if batch % side == 0)
@@ -133,7 +140,23 @@ class Graph:
         self.rows.add(value)
         return value
 
+    def pad_rows(self) -> None:
+        """Give rows of features more pixels than items, where that fills more lanes and nothing counts them."""
+        if any(node.kind == "flatten" or (node.kind == "norm" and node.training) for node in self.nodes):
+            return
+        for value in self.rows:
+            _, features, height, width = self.shapes[value]
+            padded = -(-height * width // GRID)
+            if -(-padded // GRID) < -(-width // GRID):
+                self.shapes[value] = 1, features, GRID, padded
+
     def flat_shape(self, value: int) -> tuple[int, int]:
         """(batch, features) of a value once it is flattened."""
         n, c, height, width = self.shapes[value]
         return (height * width, c) if value in self.rows else (n, c * height * width)
+
+    def holds(self, value: int, shape: Sequence[int]) -> bool:
+        """Whether a tensor of that shape has the numbers of a value in its order."""
+        if value in self.rows:
+            return (math.prod(shape[:-1]), shape[-1]) == self.flat_shape(value)
+        return tuple(shape) in (self.shapes[value], self.flat_shape(value))

@@ -18,7 +18,7 @@ from lipfast.engine.capture import Call, Recording, Ref, call_with, equal, recor
 from lipfast.engine.lower import Lowered, Segment, lower
 from lipfast.engine.operators import dense_name, lower_to_operators
 from lipfast.engine.plan import Options, Weight
-from lipfast.engine.runtime import Arrays, Running, has_hooks, hooked_module, layer_weights, pack, weights_of
+from lipfast.engine.runtime import Arrays, Running, has_hooks, hooked_module, layer_weights, pack, unpack, weights_of
 from lipfast.engine.watch import Watch
 from lipfast.errors import InputError
 from lipfast.locks import lock
@@ -610,7 +610,37 @@ def _make_dense(module: LaneModule, state: dict[str, Any], prefix: str, *_: Any)
 
 def _scatter(packed: Tensor, mask: Tensor) -> Tensor:
     """The dense tensor of packed values; differentiable."""
+    if packed.device == CPU and packed.dtype == torch.float32:
+        dense: Tensor = _Scatter.apply(packed, mask)  # type: ignore[no-untyped-call]
+        return dense
     return packed.new_zeros(mask.shape).masked_scatter(mask.to(packed.device), packed)
+
+
+class _Scatter(torch.autograd.Function):
+    """Packed values to a dense tensor, by a kernel that takes a third of masked_scatter's time."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, mask: Tensor) -> Tensor:
+        ctx.mask = mask
+        return unpack(packed, mask.shape, mask)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        kept: Tensor = _Gather.apply(gradient, ctx.mask)  # type: ignore[no-untyped-call]
+        return kept, None
+
+
+class _Gather(torch.autograd.Function):
+    """The other way, so that derivatives of any order are there."""
+
+    @staticmethod
+    def forward(ctx: Any, dense: Tensor, mask: Tensor) -> Tensor:
+        ctx.mask = mask
+        return pack(dense, mask)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _scatter(gradient, ctx.mask), None
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:

@@ -101,12 +101,16 @@ def _last_uses(recording: Recording) -> dict[int, int]:
     return uses
 
 
-def _check(tensor: Any, axes: int) -> None:
-    """Refuse what is no float32 tensor of so many axes, or is empty."""
-    if not isinstance(tensor, Ref) or len(tensor.shape) != axes or tensor.dtype != torch.float32:
-        raise Unsupported(f"an operand is not a {axes}-D float32 tensor")
+def _check(tensor: Any, fits: Callable[[int], bool], axes: str) -> None:
+    """Refuse what is no float32 tensor of as many axes as it should have, or is empty."""
+    if not isinstance(tensor, Ref) or not fits(len(tensor.shape)) or tensor.dtype != torch.float32:
+        raise Unsupported(f"an operand is not a {axes} float32 tensor")
     if 0 in tensor.shape:
         raise Unsupported("an operand is empty")
+
+
+def _check_map(tensor: Any) -> None:
+    _check(tensor, lambda axes: axes == 4, "4-D")
 
 
 class _Builder:
@@ -131,18 +135,19 @@ class _Builder:
         if not isinstance(call.result, Ref):
             raise Unsupported("it returns more than one tensor")
         before = len(self.graph.nodes), dict(self._values), len(self._inputs), len(self._weights), len(self._statistics)
+        known = set(self.graph.shapes)
         try:
             value = handler(self, *call.args, **call.kwargs)
-            shape = self.graph.shapes[value]
-            if 0 in shape:
+            if 0 in self.graph.shapes[value]:
                 raise Unsupported("an empty result")
-            if call.result.shape not in (shape, self.graph.flat_shape(value)):
+            if not self.graph.holds(value, call.result.shape):
                 raise Unsupported(f"a result of shape {call.result.shape}")
         except (Unsupported, TypeError) as reason:
             nodes, self._values, inputs, weights, statistics = before
             for made in (self.graph.nodes, nodes), (self._inputs, inputs), (self._weights, weights):
                 del made[0][made[1] :]
             del self.graph.inputs[inputs:], self._statistics[statistics:]
+            self.graph.forget(set(self.graph.shapes) - known)
             raise reason if isinstance(reason, Unsupported) else Unsupported(str(reason)) from reason
         self._values[call.result.number] = value
         self._made[call.result.number] = call.result
@@ -154,6 +159,7 @@ class _Builder:
             return list(self._calls)
         outputs = [ref for number, ref in self._made.items() if last_use.get(number, -1) >= position]
         self.graph.outputs = [self._values[ref.number] for ref in outputs]
+        self.graph.pad_rows()
         return [Segment(self.graph, self._inputs, outputs, self._weights, self._statistics, self._calls, self.grad)]
 
     def _repays(self, node: Node) -> bool:
@@ -170,7 +176,9 @@ class _Builder:
 
     def map(self, tensor: Any) -> int:
         """The value of a 4-D float32 tensor."""
-        _check(tensor, 4)
+        _check_map(tensor)
+        if self.has_rows(tensor):
+            raise Unsupported("an operand is no map but rows of features")
         if tensor.number not in self._values:
             self._values[tensor.number] = self._outside(tensor, self.graph.fresh(tensor.shape))
         return self._values[tensor.number]
@@ -185,21 +193,28 @@ class _Builder:
         """Whether a tensor has a value in this segment."""
         return isinstance(tensor, Ref) and tensor.number in self._values
 
+    def has_rows(self, tensor: Any) -> bool:
+        """Whether a tensor's value in this segment is rows of features."""
+        return self.knows(tensor) and self._values[tensor.number] in self.graph.rows
+
     def flattened(self, tensor: Any) -> int:
         """The value of a 4-D float32 tensor whose items are flattened. One from outside comes in as rows of features,
         which costs nothing."""
         if self.knows(tensor):
             return self.map(tensor)
-        _check(tensor, 4)
+        _check_map(tensor)
         return self._outside(tensor, self.graph.fresh_rows(tensor.shape[0], math.prod(tensor.shape[1:])))
 
     def rows(self, tensor: Any) -> int:
-        """The value of a (batch, features) float32 tensor as rows of features."""
-        _check(tensor, 2)
+        """The value of a (..., features) float32 tensor as rows of features."""
+        _check(tensor, lambda axes: axes >= 2, "2-D or larger")
         known = self._values.get(tensor.number)
         if known is None:
-            self._values[tensor.number] = self._outside(tensor, self.graph.fresh_rows(*tensor.shape))
+            rows = self.graph.fresh_rows(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+            self._values[tensor.number] = self._outside(tensor, rows)
         elif known not in self.graph.rows:
+            if len(tensor.shape) != 2:
+                raise Unsupported("an operand is a map, not rows of features")
             self._values[tensor.number] = self.node_of_rows("flatten", [known], self.graph.flat_shape(known))
         return self._values[tensor.number]
 
@@ -207,15 +222,9 @@ class _Builder:
         """Whether a linear layer keeps few enough weights to be faster than torch's."""
         return self.kept(weight) <= _MOST_KEPT_OF_LINEAR * math.prod(weight.shape)
 
-    def flat(self, tensor: Any) -> int:
-        """The value of a map that was flattened to (batch, channels * height * width)."""
-        if not self.knows(tensor) or len(tensor.shape) != 2:
-            raise Unsupported("an operand is neither a map nor a flattened one")
-        return self._values[tensor.number]
-
     def any(self, tensor: Any) -> int:
-        """The value of a map, flattened or not, for what works on each number alone."""
-        return self.flat(tensor) if isinstance(tensor, Ref) and len(tensor.shape) == 2 else self.map(tensor)
+        """The value of a map, flattened or not, or of rows of features, for what works on each number alone."""
+        return self._values[tensor.number] if self.knows(tensor) else self.map(tensor)
 
     def map_or_rows(self, tensor: Any) -> int:
         """The value of a map or of rows of features, for what works on each channel or feature."""
@@ -421,7 +430,7 @@ def _dropout(b: _Builder, input: Any, p: float = 0.5, training: bool = True, inp
 
 
 def _same_value(b: _Builder, input: Any, *, memory_format: Any = None) -> int:
-    return b.map(input)
+    return b.any(input)
 
 
 def _cat(b: _Builder, tensors: Any, dim: int = 0) -> int:
@@ -494,6 +503,8 @@ def _mean(b: _Builder, input: Any, dim: Any = None, keepdim: bool = False, *, dt
 
 
 def _flatten(b: _Builder, input: Any, start_dim: int = 0, end_dim: int = -1) -> int:
+    if b.has_rows(input):
+        return b.rows(input)
     if (start_dim, end_dim % 4) != (1, 3):
         raise Unsupported("flattening anything but channels, height and width")
     return b.flattened(input)
@@ -501,9 +512,11 @@ def _flatten(b: _Builder, input: Any, start_dim: int = 0, end_dim: int = -1) -> 
 
 def _reshape(b: _Builder, input: Any, *sizes: Any) -> int:
     wanted = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-    flat = isinstance(input, Ref) and len(input.shape) == 2
-    value = b.flat(input) if flat else b.flattened(input)
-    to_map = flat and value not in b.graph.rows and len(wanted) == 4
+    if b.has_rows(input):
+        return b.rows(input)  # whether that has the shape of the result is asked for each call
+    flat = b.knows(input) and len(input.shape) == 2
+    value = b.any(input) if flat else b.flattened(input)
+    to_map = flat and len(wanted) == 4
     result: tuple[int, ...] = b.graph.shapes[value] if to_map else b.graph.flat_shape(value)
     if len(wanted) != len(result) or any(size not in (-1, side) for size, side in zip(wanted, result, strict=True)):
         raise Unsupported(f"reshaping to {tuple(wanted)}")
@@ -662,7 +675,9 @@ def _linear(b: _Builder, first: Any, second: Any, first_scale: float, second_sca
         first, second, first_scale, second_scale = second, first, second_scale, first_scale
     if isinstance(second, (int, float)):
         return b.each("combine", first, a_scale=first_scale, b_scale=0.0, shift=second_scale * second)
-    values = b.map_or_rows(first), b.map_or_rows(second)
+    both = (first, second)
+    rows = len(first.shape) != 4 or any(b.has_rows(tensor) for tensor in both)
+    values = [b.rows(tensor) if rows else b.map(tensor) for tensor in both]
     if first.shape != second.shape:
         raise Unsupported(f"shapes {first.shape} and {second.shape} (broadcasting)")
     return b.like("combine", *values, a_scale=first_scale, b_scale=second_scale, shift=0.0)

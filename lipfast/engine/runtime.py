@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ class Running:
         outputs = [form.empty() for form in self._outputs]
         maps = [*_as_maps(inputs, self._inputs), *_as_maps(outputs, self._outputs)]
         self.program.run(0, [tensor.detach().numpy() for tensor in maps], threads)
-        return outputs
+        return _taken(outputs, maps[len(inputs) :], self._outputs)
 
     def backward(self, output_gradients: Sequence[Tensor | None], threads: int) -> list[Tensor]:
         """Gradients of the inputs that were asked for; those of the weights are in ``gradients`` afterwards.
@@ -66,7 +67,7 @@ class Running:
         given = [form.empty().zero_() if g is None else g for g, form in zip(found, wanted, strict=True)]
         maps = [*_as_maps(given, wanted), *_as_maps(inputs, forms)]
         self.program.run(1, [tensor.detach().numpy() for tensor in maps], threads)
-        return inputs
+        return _taken(inputs, maps[len(given) :], forms)
 
     def profile(self) -> list[tuple[str, str, float]]:
         """(section, step, seconds) since ``program.set_profile(True)``."""
@@ -91,7 +92,17 @@ class _Form:
         if not self.rows:
             return tensor.reshape(self.map)
         _, features, height, width = self.map
-        return tensor.reshape(height, width, features).permute(2, 0, 1).unsqueeze(0)
+        items = tensor.reshape(-1, features)
+        if len(items) < height * width:
+            items = F.pad(items, (0, 0, 0, height * width - len(items)))
+        return items.view(height, width, features).permute(2, 0, 1).unsqueeze(0)
+
+    def take(self, tensor: Tensor, map: Tensor) -> None:
+        """Copy a map's numbers to the tensor that it was made for, if it is no view of that."""
+        features, pixels = self.map[1], self.map[2] * self.map[3]
+        if self.rows and tensor.numel() < features * pixels:
+            items = tensor.view(-1, features)
+            items.copy_(map[0].permute(1, 2, 0).reshape(-1, features)[: len(items)])
 
 
 def _forms(graph: Graph, values: Sequence[int], tensors: Sequence[Ref]) -> list[_Form]:
@@ -100,6 +111,12 @@ def _forms(graph: Graph, values: Sequence[int], tensors: Sequence[Ref]) -> list[
 
 def _as_maps(tensors: Sequence[Tensor], forms: Sequence[_Form]) -> list[Tensor]:
     return [form.as_map(tensor.resolve_neg()) for tensor, form in zip(tensors, forms, strict=True)]
+
+
+def _taken(tensors: list[Tensor], maps: Sequence[Tensor], forms: Sequence[_Form]) -> list[Tensor]:
+    for tensor, map, form in zip(tensors, maps, forms, strict=True):
+        form.take(tensor, map)
+    return tensors
 
 
 class Arrays:

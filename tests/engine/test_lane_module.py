@@ -232,6 +232,69 @@ def test_a_layer_that_is_used_twice_learns_from_both(training, pruned):
     assert_learns_the_same(accelerated(model), model, torch.randn(2, 4, 9, 13))
 
 
+class Transformer(nn.Module):
+    """Patches, one block of attention and one of layers on each token, a head on the first token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.position = nn.Conv2d(3, 12, 4, 4), nn.Parameter(torch.randn(1, 15, 12))
+        self.norms = nn.ModuleList(nn.LayerNorm(12) for _ in range(2))
+        self.qkv, self.proj = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.up, self.down, self.head = nn.Linear(12, 48), nn.Linear(48, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2) + self.position
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(self.norms[0](x)).reshape(batch, tokens, 3, 2, width // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+        x = x + self.down(F.gelu(self.up(self.norms[1](x))))
+        return self.head(x[:, 0])
+
+
+class Pixelwise(nn.Module):
+    """A depthwise convolution, then linear layers on each pixel, as ConvNeXt has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 7, padding=3, groups=3), nn.LayerNorm(3)
+        self.up, self.down, self.last = nn.Linear(3, 12), nn.Linear(12, 3), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x).permute(0, 2, 3, 1))
+        y = self.down(F.gelu(self.up(y)))
+        return self.last(x + y.permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", [Transformer, Pixelwise])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_linear_layers_on_tokens_and_pixels(kind, training, batch):
+    torch.manual_seed(0)
+    model = kind().train(training)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data *= torch.rand_like(module.weight) < 0.2
+    fast = accelerated(model)
+    assert_learns_the_same(fast, model, torch.randn(batch, 3, 12, 20))
+    lanes = {name for name in fast.masks if name.endswith("weight")}
+    assert lanes == {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def test_tokens_may_lie_in_any_order_and_results_may_be_written():
+    torch.manual_seed(0)
+    model = prune.random_unstructured(nn.Linear(6, 8), "weight", 0.8)
+    fast = lipfast.accelerate(model)
+    x = torch.randn(6, 7, 5).permute(2, 1, 0)
+    expected, got = model(x), fast(x)
+    assert got.is_contiguous()
+    got.add_(1).mul_(2)
+    assert close(got, 2 * (expected + 1))
+    weight = torch.randn(8, 7, 5).permute(2, 1, 0)
+    got.backward(weight)
+    expected.backward(2 * weight)
+    assert close(fast.get_parameter("weight").grad, model.weight_orig.grad[fast.masks["weight"]])
+
+
 def test_a_module_in_two_places_is_left_as_it_was():
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 4, 3, padding=1)
@@ -380,6 +443,18 @@ def test_double_backward_is_refused():
     (gradient,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         gradient.sum().backward()
+
+
+def test_pruned_layers_in_torch_have_derivatives_of_any_order():
+    torch.manual_seed(0)
+    model = prune.random_unstructured(nn.Linear(6, 8), "weight", 0.3)
+    fast = lipfast.accelerate(model)
+    weights = model.weight_orig, fast.get_parameter("weight")
+    x = torch.randn(5, 6)
+    for module, weight in zip((model, fast), weights, strict=True):
+        (first,) = torch.autograd.grad(call(module, x).pow(3).sum(), weight, create_graph=True)
+        first.square().sum().backward()
+    assert close(weights[1].grad, weights[0].grad[fast.masks["weight"]])
 
 
 def test_changing_sizes_and_modes():

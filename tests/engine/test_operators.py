@@ -658,11 +658,48 @@ def test_pruned_layers_of_features(compare, batch, size, training):
     compare(module, torch.randn(batch, *size), masks)
 
 
-def recorded(model: nn.Module) -> Recording:
+class Tokens(nn.Module):
+    """Layers of features of tokens, and the forms in which networks hand them on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 33), nn.Linear(33, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.dropout(F.gelu(self.first(x)), training=False).contiguous()
+        y = x + 0.5 * self.second(y).flatten(0, 1).view(x.shape)
+        return self.last(torch.relu(y.reshape(-1, 1, 6))).view(*x.shape[:-1], 5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 1), (2, 5), (1, 197), (8, 25), (4, 64), (2, 3, 7), (2, 1, 3, 5)], ids=str)
+def test_pruned_layers_of_tokens(compare, size):
+    module = Tokens()
+    masks = {name: torch.rand(p.shape) < 0.2 for name, p in module.named_parameters() if p.dim() == 2}
+    compare(module, torch.randn(*size, 6), masks)
+
+
+def recorded(model: nn.Module, items: int = 4) -> Recording:
     def call(leaves, x):
         return call_with(model, leaves, (x,))
 
-    return record(call, [torch.randn(4, 8)], dict(model.named_parameters()))
+    return record(call, [torch.randn(items, 8)], {**dict(model.named_parameters()), **dict(model.named_buffers())})
+
+
+@pytest.mark.parametrize(
+    ("items", "behind", "expected"),
+    [
+        (197, nn.ReLU(), (4, 50)),
+        (197, nn.BatchNorm1d(6).eval(), (4, 50)),
+        (197, nn.BatchNorm1d(6), (1, 197)),  # its statistics count the items
+        (3, nn.ReLU(), (1, 3)),
+        (64, nn.ReLU(), (4, 16)),
+    ],
+    ids=str,
+)
+def test_rows_are_padded_where_that_fills_lanes(items, behind, expected):
+    model = nn.Sequential(nn.Linear(8, 6), behind)
+    (segment,) = lower(recorded(model, items), {"0.weight": torch.arange(48).view(6, 8) % 4 == 0}).items
+    assert {segment.graph.shapes[value][2:] for value in segment.graph.rows} == {expected}
 
 
 @pytest.mark.parametrize("masks", [{}, {"0.weight": torch.arange(48).view(6, 8) % 2 == 0}], ids=["dense", "half"])
