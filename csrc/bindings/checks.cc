@@ -30,9 +30,10 @@ std::string Describe(const py::array& array) {
 
 LaneMap AsLaneMap(const py::array& array, int64_t height, int64_t width, int64_t halo, const char* name) {
   float* data = FloatData(array, 5, name);
-  const std::string where = std::string(name) + ": ";
-  Check(array.shape(4) == kGrid * kGrid && StrideInFloats(array, 4) == 1 && StrideInFloats(array, 3) == kGrid * kGrid,
-        where + "a lane map ends in contiguous vectors of 16, got " + Describe(array));
+  const auto refuse = [name](const std::string& message) { Refuse(std::string(name) + ": " + message); };
+  if (array.shape(4) != kGrid * kGrid || StrideInFloats(array, 4) != 1 || StrideInFloats(array, 3) != kGrid * kGrid) {
+    refuse("a lane map ends in contiguous vectors of 16, got " + Describe(array));
+  }
   const LaneMap map = {data,
                        array.shape(0),
                        array.shape(1),
@@ -44,13 +45,15 @@ LaneMap AsLaneMap(const py::array& array, int64_t height, int64_t width, int64_t
                        StrideInFloats(array, 0),
                        StrideInFloats(array, 1),
                        StrideInFloats(array, 2)};
-  Check(height >= 1 && width >= 1 && halo >= 0 && map.block_h >= 1 && map.block_w >= 1 &&
-            kGrid * map.block_h >= height && kGrid * map.block_w >= width,
-        where + Describe(array) + " with halo " + std::to_string(halo) + " cannot hold " + std::to_string(height) +
-            " x " + std::to_string(width) + " pixels");
-  Check(reinterpret_cast<uintptr_t>(data) % 64 == 0 && map.row_stride % 16 == 0 && map.channel_stride % 16 == 0 &&
-            map.batch_stride % 16 == 0,
-        where + "vectors must be 64-byte aligned");
+  if (height < 1 || width < 1 || halo < 0 || map.block_h < 1 || map.block_w < 1 || kGrid * map.block_h < height ||
+      kGrid * map.block_w < width) {
+    refuse(Describe(array) + " with halo " + std::to_string(halo) + " cannot hold " + std::to_string(height) + " x " +
+           std::to_string(width) + " pixels");
+  }
+  if (reinterpret_cast<uintptr_t>(data) % 64 != 0 || map.row_stride % 16 != 0 || map.channel_stride % 16 != 0 ||
+      map.batch_stride % 16 != 0) {
+    refuse("vectors must be 64-byte aligned");
+  }
   LaneMap inside = map;
   inside.data = map.At(0, 0, halo, halo);
   return inside;
@@ -70,14 +73,17 @@ PlainMap AsPlainMap(const py::array& array, const char* name) {
 }
 
 Padding AsPadding(int mode, int64_t pad, const LaneMap& map) {
-  Check(mode >= 0 && mode <= 3, "padding mode " + std::to_string(mode) + " is not one of 0 .. 3");
-  Check(pad >= 0 && pad <= map.halo,
-        "padding of " + std::to_string(pad) + " pixels does not fit in a halo of " + std::to_string(map.halo));
+  if (mode < 0 || mode > 3) Refuse("padding mode " + std::to_string(mode) + " is not one of 0 .. 3");
+  if (pad < 0 || pad > map.halo) {
+    Refuse("padding of " + std::to_string(pad) + " pixels does not fit in a halo of " + std::to_string(map.halo));
+  }
   const auto padding = static_cast<Padding>(mode);
   const int64_t side = map.height < map.width ? map.height : map.width;
   const int64_t most = padding == Padding::kReflect ? side - 1 : padding == Padding::kCircular ? side : pad;
-  Check(pad <= most, "padding of " + std::to_string(pad) + " pixels is more than a picture of " +
-                         std::to_string(map.height) + " x " + std::to_string(map.width) + " allows");
+  if (pad > most) {
+    Refuse("padding of " + std::to_string(pad) + " pixels is more than a picture of " + std::to_string(map.height) +
+           " x " + std::to_string(map.width) + " allows");
+  }
   return padding;
 }
 

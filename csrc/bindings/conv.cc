@@ -90,16 +90,18 @@ class BoundConv {
   }
   static void CheckMap(const LaneMap& map, int64_t channels, int64_t block_h, int64_t block_w, int64_t halo,
                        const char* name, const py::array& array) {
-    Check(map.channels == channels && map.block_h == block_h && map.block_w == block_w && map.halo >= halo,
-          std::string(name) + ": expected " + std::to_string(channels) + " channels in blocks of " +
-              std::to_string(block_h) + " x " + std::to_string(block_w) + " with a halo of at least " +
-              std::to_string(halo) + ", got " + Describe(array) + " with halo " + std::to_string(map.halo));
-    Check(map.channels * map.channel_stride < int64_t{1} << 31,
-          std::string(name) + ": one image of the map has more than 2^31 floats; use smaller pictures");
+    if (map.channels != channels || map.block_h != block_h || map.block_w != block_w || map.halo < halo) {
+      Refuse(std::string(name) + ": expected " + std::to_string(channels) + " channels in blocks of " +
+             std::to_string(block_h) + " x " + std::to_string(block_w) + " with a halo of at least " +
+             std::to_string(halo) + ", got " + Describe(array) + " with halo " + std::to_string(map.halo));
+    }
+    if (map.channels * map.channel_stride >= int64_t{1} << 31) {
+      Refuse(std::string(name) + ": one image of the map has more than 2^31 floats; use smaller pictures");
+    }
   }
   static void CheckBatch(const LaneMap& a, const LaneMap& b) {
-    Check(a.batch == b.batch,
-          "conv: input and output hold " + std::to_string(a.batch) + " and " + std::to_string(b.batch) + " pictures");
+    if (a.batch == b.batch) return;
+    Refuse("conv: input and output hold " + std::to_string(a.batch) + " and " + std::to_string(b.batch) + " pictures");
   }
 
   ConvShape shape_;

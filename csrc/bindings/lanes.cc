@@ -6,12 +6,14 @@ namespace lipfast {
 namespace {
 
 void CheckSameSize(const LaneMap& lanes, const PlainMap& plain) {
-  Check(lanes.batch == plain.batch && lanes.channels == plain.channels && lanes.height == plain.height &&
-            lanes.width == plain.width,
-        "the lane map and the tensor differ in size: (" + std::to_string(lanes.batch) + ", " +
-            std::to_string(lanes.channels) + ", " + std::to_string(lanes.height) + ", " + std::to_string(lanes.width) +
-            ") and (" + std::to_string(plain.batch) + ", " + std::to_string(plain.channels) + ", " +
-            std::to_string(plain.height) + ", " + std::to_string(plain.width) + ")");
+  if (lanes.batch == plain.batch && lanes.channels == plain.channels && lanes.height == plain.height &&
+      lanes.width == plain.width) {
+    return;
+  }
+  Refuse("the lane map and the tensor differ in size: (" + std::to_string(lanes.batch) + ", " +
+         std::to_string(lanes.channels) + ", " + std::to_string(lanes.height) + ", " + std::to_string(lanes.width) +
+         ") and (" + std::to_string(plain.batch) + ", " + std::to_string(plain.channels) + ", " +
+         std::to_string(plain.height) + ", " + std::to_string(plain.width) + ")");
 }
 
 void LanesFromPlain(const py::array& plain, const py::array& lanes, int64_t halo, int threads) {

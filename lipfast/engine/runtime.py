@@ -17,6 +17,7 @@ from lipfast.engine.lower import Segment
 from lipfast.engine.memory import address, memory
 from lipfast.engine.plan import Options, Plan, Weight, plan
 from lipfast.engine.watch import Watch
+from lipfast.ops.lanes import with_lines
 
 
 class Running:
@@ -90,7 +91,7 @@ class _Form:
     def as_map(self, tensor: Tensor) -> Tensor:
         """A view in the map's shape, or where none can be a copy."""
         if not self.rows:
-            return tensor.reshape(self.map)
+            return with_lines(tensor.reshape(self.map))
         _, features, height, width = self.map
         items = tensor.reshape(-1, features)
         if len(items) < height * width:

@@ -14,7 +14,7 @@ from lipfast.locks import lock
 from lipfast.ops._checks import check_positions
 from lipfast.ops._padding import is_channels_last
 from lipfast.ops.lane_conv import ConvForm, LaneConv, asked_kernel
-from lipfast.ops.lanes import LaneMap
+from lipfast.ops.lanes import LaneMap, with_lines
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
@@ -150,7 +150,7 @@ class _ConvPlan:
     def load(self, name: str, tensor: Tensor) -> LaneMap:
         """Copy an ordinary tensor into a map; padding for ``x``, zeros around ``dy``."""
         lanes = self.map(name)
-        _C.lanes_from_plain(_array(tensor), _array(lanes.data), lanes.halo, torch.get_num_threads())
+        _C.lanes_from_plain(_array(with_lines(tensor)), _array(lanes.data), lanes.halo, torch.get_num_threads())
         if name == "x":
             self.conv.fill_input(lanes)
         else:

@@ -35,6 +35,12 @@ def plane_vectors(vectors: int) -> int:
     return vectors + 9 if vectors >= 64 and vectors % 16 == 0 else vectors
 
 
+def with_lines(x: Tensor) -> Tensor:
+    """A 4-D tensor whose rows or pixels are contiguous: a copy of others (expanded gradients, say), which the kernels
+    would convert number by number."""
+    return x if 1 in (x.stride(1), x.stride(3)) else x.contiguous()
+
+
 @dataclass(frozen=True)
 class LaneMap:
     """A batch of feature maps in lanes.
@@ -86,7 +92,7 @@ class LaneMap:
         _check_border(height, width, halo, padding_mode, pad)
         lanes = cls.allocate(batch, channels, height, width, halo, block)
         if x.numel():
-            _C.lanes_from_plain(x.detach().numpy(), lanes.data.numpy(), halo, torch.get_num_threads())
+            _C.lanes_from_plain(with_lines(x.detach()).numpy(), lanes.data.numpy(), halo, torch.get_num_threads())
             if halo or lanes.has_dead_pixels:
                 lanes.fill_halo(padding_mode, pad)
         return lanes
