@@ -209,6 +209,19 @@ class CheckedProgram {
     program_.GroupNormBackward(x, dy, dx, spec, AsGroupOffsets(offsets, x, groups));
   }
 
+  void LayerNorm(int x, int y, float epsilon, int64_t gamma, int64_t beta) {
+    CheckPair(x, y);
+    program_.LayerNorm(x, y, epsilon, AsOffsets({gamma, beta, -1, -1, -1}, Map(x).channels, 0));
+  }
+
+  void LayerNormBackward(int x, int dy, int dx, float epsilon, int64_t gamma, int64_t beta, bool accumulate) {
+    CheckPair(x, dy);
+    CheckPair(x, dx);
+    Check(!accumulate || Map(dx).data != Map(dy).data, "layer norm: a gradient cannot be added to what it comes from");
+    program_.LayerNormBackward(x, dy, dx, epsilon, AsOffsets({gamma, beta, -1, -1, -1}, Map(x).channels, 0),
+                               accumulate);
+  }
+
   void Finish(int x, int residual, int y, float epsilon, const std::vector<int64_t>& offsets, int act, float slope,
               bool fill, int mode, int64_t pad) {
     CheckPair(x, y);
@@ -607,6 +620,10 @@ void BindEngine(py::module_& m) {
       .def("multiply", &P::Multiply, py::arg("section"), py::arg("a"), py::arg("b"), py::arg("y"),
            py::arg("accumulate"))
       .def("dot_planes", &P::DotPlanes, py::arg("a"), py::arg("b"), py::arg("y"), py::arg("accumulate"))
+      .def("layer_norm", &P::LayerNorm, py::arg("x"), py::arg("y"), py::arg("epsilon"), py::arg("gamma"),
+           py::arg("beta"))
+      .def("layer_norm_backward", &P::LayerNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("epsilon"),
+           py::arg("gamma"), py::arg("beta"), py::arg("accumulate"))
       .def("pixel_norm", &P::PixelNorm, py::arg("x"), py::arg("y"), py::arg("epsilon"))
       .def("pixel_norm_backward", &P::PixelNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("epsilon"),
            py::arg("accumulate"))

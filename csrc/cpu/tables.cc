@@ -6,6 +6,7 @@
 #include "cpu/group_norm.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
+#include "cpu/layer_norm.h"
 #include "cpu/noise.h"
 #include "cpu/norm.h"
 #include "cpu/pointwise.h"
@@ -29,6 +30,7 @@ LIPFAST_KERNEL_TABLE(StepKernels, step_kernels)
 LIPFAST_KERNEL_TABLE(NoiseKernels, noise_kernels)
 LIPFAST_KERNEL_TABLE(NormKernels, norm_kernels)
 LIPFAST_KERNEL_TABLE(GroupNormKernels, group_norm_kernels)
+LIPFAST_KERNEL_TABLE(LayerNormKernels, layer_norm_kernels)
 LIPFAST_KERNEL_TABLE(PointwiseKernels, pointwise_kernels)
 LIPFAST_KERNEL_TABLE(PoolKernels, pool_kernels)
 LIPFAST_KERNEL_TABLE(ResampleKernels, resample_kernels)

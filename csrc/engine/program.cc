@@ -94,7 +94,7 @@ float* Program::Scratch(int threads) {
 #if defined(__GLIBC__)
     malloc_trim(0);  // planning and loading free lists and copies of all weights; glibc would keep them resident
 #endif
-    int64_t floats = flattened_;
+    int64_t floats = scratch_floats_;
     for (const ConvEntry& entry : convs_) floats = std::max(floats, entry.conv->scratch_floats(threads));
     scratch_.reset();
     scratch_ = std::make_unique<Arena>(floats * kFloatBytes);
@@ -153,7 +153,7 @@ void Program::Reblock(Section where, int from, int to) {
 void Program::Flatten(Section where, int map, int rows, bool to_map) {
   const LaneMap &m = maps_[map], &r = maps_[rows];
   const int64_t pixels = m.height * m.width, features = m.channels * pixels;
-  flattened_ = std::max(flattened_, m.pictures() * features);
+  scratch_floats_ = std::max(scratch_floats_, m.pictures() * features);
   Add(where, "flatten " + SizeLabel(m), [m, r, pixels, features, to_map](const RunContext& context) {
     float* memory = context.scratch;  // read in two ways
     const PlainMap items = {memory, m.pictures(), m.channels, m.height, m.width, features, pixels, m.width, 1};
@@ -321,6 +321,25 @@ void Program::GroupNormBackward(int x, int dy, int dx, const GroupNormSpec& spec
       [full, dgamma, dbeta, state = GroupStateOf(offsets, maps_[x].batch * spec.groups), in = maps_[x],
        gradient = maps_[dy], out = maps_[dx]](const RunContext& context) {
         Kernels<GroupNormKernels>().backward(in, gradient, out, full, state, dgamma, dbeta, context.threads);
+      });
+}
+
+void Program::LayerNorm(int x, int y, float epsilon, const NormOffsets& offsets) {
+  const NormState state = StateOf(offsets, maps_[x].channels);
+  Add(Section::kForward, "layer norm " + SizeLabel(maps_[x]),
+      [spec = LayerNormSpec{epsilon, state.gamma, state.beta}, in = maps_[x], out = maps_[y]](
+          const RunContext& context) { Kernels<LayerNormKernels>().forward(in, out, spec, context.threads); });
+}
+
+void Program::LayerNormBackward(int x, int dy, int dx, float epsilon, const NormOffsets& offsets, bool accumulate) {
+  const NormState state = StateOf(offsets, maps_[x].channels);
+  scratch_floats_ = std::max(scratch_floats_, Kernels<LayerNormKernels>().backward_floats(maps_[x]));
+  Add(Section::kBackward, "layer norm backward " + SizeLabel(maps_[x]),
+      [spec = LayerNormSpec{epsilon, state.gamma, state.beta}, accumulate, dgamma = GradientAt(offsets.gamma),
+       dbeta = GradientAt(offsets.beta), in = maps_[x], gradient = maps_[dy],
+       out = maps_[dx]](const RunContext& context) {
+        Kernels<LayerNormKernels>().backward(in, gradient, out, spec, accumulate, dgamma, dbeta, context.scratch,
+                                             context.threads);
       });
 }
 

@@ -19,6 +19,7 @@
 #include "cpu/finish.h"
 #include "cpu/group_norm.h"
 #include "cpu/lanes.h"
+#include "cpu/layer_norm.h"
 #include "cpu/norm.h"
 #include "cpu/pointwise.h"
 #include "cpu/pool2d.h"
@@ -122,6 +123,8 @@ class Program {
                     bool zero_halo, bool recover);
   void GroupNorm(int x, int y, const GroupNormSpec& spec, const NormOffsets& offsets, const HaloSpec& halo);
   void GroupNormBackward(int x, int dy, int dx, const GroupNormSpec& spec, const NormOffsets& offsets);
+  void LayerNorm(int x, int y, float epsilon, const NormOffsets& offsets);
+  void LayerNormBackward(int x, int dy, int dx, float epsilon, const NormOffsets& offsets, bool accumulate);
   // Without gradients. residual -1: none; a running mean of -1: no BatchNorm.
   void Finish(int x, int residual, int y, float epsilon, const NormOffsets& offsets, ActivationSpec act,
               const HaloSpec& halo);
@@ -197,7 +200,7 @@ class Program {
   std::vector<int> plain_maps_[2];
   int plain_count_[2] = {0, 0};
   int scratch_threads_ = 0;
-  int64_t flattened_ = 0;  // floats of the largest map that is flattened
+  int64_t scratch_floats_ = 0;  // that steps other than convolutions use
   bool keeps_weights_;
   int64_t loads_ = 0;
   bool profile_ = false;

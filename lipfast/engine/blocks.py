@@ -13,7 +13,8 @@ Block = tuple[int, int]  # rows, columns of pixels
 # A block may grow to fit a neighbour's stride if the map's memory grows by at most this much; else it is re-cut.
 _MOST_WASTE = 1.3
 
-_SAME_BLOCKS = ("norm", "group_norm", "act", "finish", "shift", "combine", "multiply", "cat", "channels", "pixel_norm")
+_NORMS = ("norm", "group_norm", "layer_norm", "pixel_norm")
+_SAME_BLOCKS = (*_NORMS, "act", "finish", "shift", "combine", "multiply", "cat", "channels")
 _STEPS = ("conv", "conv_transpose", "pool")  # one side's blocks are `stride` times the other's
 _ENLARGES = ("conv_transpose", "upsample2", "pixel_shuffle")
 

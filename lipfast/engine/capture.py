@@ -485,6 +485,22 @@ def _normalised_by_group(
     return _normalised(input, None, None, weight, bias, True)
 
 
+def _normalised_by_place(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    axes = len(normalized_shape)
+    given = [tensor for tensor in (weight, bias) if tensor is not None]
+    if axes == 0 or tuple(input.shape[-axes:]) != tuple(normalized_shape) or not input.is_floating_point():
+        return None
+    if any(tensor.shape != tuple(normalized_shape) or tensor.dtype != input.dtype for tensor in given):
+        return None
+    return input.new_empty(input.shape)
+
+
 def _activated(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor | None:
     if not input.is_floating_point():
         return None
@@ -719,6 +735,7 @@ _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.batch_norm: _normalised,
     F.instance_norm: _normalised_by_item,
     F.group_norm: _normalised_by_group,
+    F.layer_norm: _normalised_by_place,
     F.leaky_relu: _activated,
     F.relu: _rectified,
     F.silu: _rectified,

@@ -46,6 +46,7 @@ class Node:
     norm        gamma, beta (weight numbers or None), running (statistics number or None), training, momentum, epsilon,
                 act, slope
     group_norm  gamma, beta (weight numbers or None), groups, epsilon, act, slope
+    layer_norm  gamma, beta (weight numbers or None), epsilon: each pixel over its channels
     act         act, slope
     finish      act(norm(inputs[0]) + inputs[1]), in inference only: gamma, beta, running (None: no norm, and beta alone
                 is added), epsilon, act, slope; the second input is optional

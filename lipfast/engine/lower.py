@@ -402,6 +402,21 @@ def _instance_norm(
     return _group_norm(b, input, b.shape(input)[1], weight, bias, eps)
 
 
+def _layer_norm(
+    b: _Builder,
+    input: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> int:
+    value = b.rows(input)
+    if tuple(normalized_shape) != input.shape[-1:]:
+        raise Unsupported("a norm over more than the last axis")
+    return b.like("layer_norm", value, gamma=b.weight(weight), beta=b.weight(bias), epsilon=eps)
+
+
 def _activation(act: str) -> Callable[..., int]:
     def handler(b: _Builder, input: Any, inplace: bool = False) -> int:
         return b.each("act", input, act=act, slope=0.0)
@@ -735,6 +750,7 @@ _HANDLERS: dict[Any, Callable[..., int]] = {
     **_spellings(_batch_norm, F.batch_norm),
     **_spellings(_group_norm, F.group_norm, torch.group_norm),
     **_spellings(_instance_norm, F.instance_norm, torch.instance_norm),
+    **_spellings(_layer_norm, F.layer_norm, torch.layer_norm),
     **_spellings(_activation("relu"), F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_),
     **_spellings(_leaky_relu, F.leaky_relu, F.leaky_relu_),
     **_spellings(_activation("sigmoid"), F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.sigmoid_, Tensor.sigmoid_),

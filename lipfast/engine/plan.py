@@ -216,7 +216,7 @@ class _Planner:
         if any(len(self.readers[value]) != 1 or value in self.graph.outputs for value in parts):
             return False
         if not self.options.backward:
-            return node.kind in ("act", "norm", "group_norm", "finish", "combine", "multiply", "scale")
+            return node.kind in ("act", "norm", "group_norm", "layer_norm", "finish", "combine", "multiply", "scale")
         if node.kind == "shift":
             return True
         if node.output in overwritten:
@@ -475,6 +475,10 @@ class _Planner:
 
     def _mean(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         self.emit("mean", x, y)
+        self.wrote(y)
+
+    def _layer_norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("layer_norm", x, y, node.epsilon, self.offset(node.gamma), self.offset(node.beta))
         self.wrote(y)
 
     def _pixel_norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
@@ -852,6 +856,16 @@ class _Backward:
         dx = self._cleared(node.inputs[0])
         self.planner.emit("mean_backward", self._home(node.output), dx)
         self._wrote(node.inputs[0])
+
+    def _layer_norm(self, position: int, node: Node) -> None:
+        planner, x, dy = self.planner, node.inputs[0], self._home(node.output)
+        if planner.has_dead_pixels(node.output):
+            planner.need(_BACKWARD, dy, Halo("zeros", 0, 0))
+        self._take_over(node.output, x)
+        dx, accumulate = self._added(x)
+        offsets = planner.offset(node.gamma), planner.offset(node.beta)
+        planner.emit("layer_norm_backward", planner.home[x], dy, dx, node.epsilon, *offsets, accumulate)
+        self._wrote(x)
 
     def _pixel_norm(self, position: int, node: Node) -> None:
         x = node.inputs[0]

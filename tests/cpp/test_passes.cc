@@ -7,6 +7,7 @@
 #include "cpu/finish.h"
 #include "cpu/group_norm.h"
 #include "cpu/isa.h"
+#include "cpu/layer_norm.h"
 #include "cpu/noise.h"
 #include "cpu/norm.h"
 #include "cpu/pointwise.h"
@@ -148,6 +149,52 @@ void RunGroupNorm(int threads, const std::string& name) {
   Expect(Error(dy.Read(), want) < kTolerance, name + " group norm backward");
   Expect(Error(dgamma, dgamma_want) < kTolerance, name + " group norm gamma gradient");
   Expect(Error(dbeta, dbeta_want) < kTolerance, name + " group norm beta gradient");
+}
+
+// Each pixel over its channels; more of them than are summed up at once.
+void RunNormOfPixels(bool accumulate, int threads, const std::string& name) {
+  std::mt19937 random(5);
+  constexpr int64_t kBatches = 2, kMany = 70, kRows = 9, kCols = 18, kPlane = kRows * kCols;
+  const auto picture = [&](int64_t halo) { return Picture(kBatches, kMany, kRows, kCols, 3, 5, halo, random); };
+  Picture x = picture(1), y = picture(0), dy = picture(0), dx = picture(1);
+  const Tensor gamma = Draw(kMany, random), beta = Draw(kMany, random), before = dx.tensor;
+  const LayerNormSpec spec = {1e-5f, gamma.data(), beta.data()};
+  const LayerNormKernels& kernels = Kernels<LayerNormKernels>();
+  kernels.forward(x.map.lanes, y.map.lanes, spec, threads);
+  std::vector<double> want(x.tensor.size()), dx_want(want.size()), dgamma_want(kMany), dbeta_want(kMany);
+  for (int64_t i = 0; i < kBatches * kPlane; ++i) {
+    const auto at = [i](int64_t c) { return (i / kPlane * kMany + c) * kPlane + i % kPlane; };
+    double sum = 0, squares = 0, constant = 0, along = 0;
+    for (int64_t c = 0; c < kMany; ++c) sum += x.tensor[at(c)];
+    for (int64_t c = 0; c < kMany; ++c) squares += std::pow(x.tensor[at(c)] - sum / kMany, 2);
+    const double inverse = 1 / std::sqrt(squares / kMany + 1e-5);
+    const auto normal = [&](int64_t c) { return (x.tensor[at(c)] - sum / kMany) * inverse; };
+    for (int64_t c = 0; c < kMany; ++c) {
+      want[at(c)] = gamma[c] * normal(c) + beta[c];
+      dgamma_want[c] += dy.tensor[at(c)] * normal(c);
+      dbeta_want[c] += dy.tensor[at(c)];
+      constant += gamma[c] * dy.tensor[at(c)] / kMany;
+      along += gamma[c] * dy.tensor[at(c)] * normal(c) / kMany;
+    }
+    for (int64_t c = 0; c < kMany; ++c) {
+      const double change = inverse * (gamma[c] * dy.tensor[at(c)] - constant - normal(c) * along);
+      dx_want[at(c)] = change + (accumulate ? before[at(c)] : 0.0);
+    }
+  }
+  Expect(Error(y.Read(), want) < kTolerance, name + " layer norm forward");
+  const Floats partial(kernels.backward_floats(x.map.lanes));
+  Tensor dgamma(kMany), dbeta(kMany);
+  Picture& result = accumulate ? dx : dy;  // the other case overwrites what it reads
+  kernels.backward(x.map.lanes, dy.map.lanes, result.map.lanes, spec, accumulate, dgamma.data(), dbeta.data(),
+                   partial.data, threads);
+  Expect(Error(result.Read(), dx_want) < kTolerance, name + " layer norm backward");
+  Expect(Error(dgamma, dgamma_want) < kTolerance, name + " layer norm gamma gradient");
+  Expect(Error(dbeta, dbeta_want) < kTolerance, name + " layer norm beta gradient");
+}
+
+void RunLayerNorm(int threads, const std::string& name) {
+  RunNormOfPixels(false, threads, name);
+  RunNormOfPixels(true, threads, name + " added");
 }
 
 // A factor of each plane, and its gradient.
@@ -484,8 +531,8 @@ void RunNoise(int threads, const std::string& name) {
 }
 
 void RunPasses(int threads, const std::string& name) {
-  for (const auto& run : {RunNorm, RunGroupNorm, RunPointwise, RunFinish, RunPool, RunSheets, RunResample, RunPruning,
-                          RunSteps, RunNoise}) {
+  for (const auto& run : {RunNorm, RunGroupNorm, RunLayerNorm, RunPointwise, RunFinish, RunPool, RunSheets, RunResample,
+                          RunPruning, RunSteps, RunNoise}) {
     run(threads, name);
   }
 }

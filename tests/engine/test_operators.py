@@ -671,11 +671,57 @@ class Tokens(nn.Module):
         return self.last(torch.relu(y.reshape(-1, 1, 6))).view(*x.shape[:-1], 5)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 1), (2, 5), (1, 197), (8, 25), (4, 64), (2, 3, 7), (2, 1, 3, 5)], ids=str)
+TOKENS = [(1, 1), (3, 1), (2, 5), (1, 197), (8, 25), (4, 64), (2, 3, 7), (2, 1, 3, 5)]
+
+
+@pytest.mark.parametrize("size", TOKENS, ids=str)
 def test_pruned_layers_of_tokens(compare, size):
     module = Tokens()
     masks = {name: torch.rand(p.shape) < 0.2 for name, p in module.named_parameters() if p.dim() == 2}
     compare(module, torch.randn(*size, 6), masks)
+
+
+class Normed(nn.Module):
+    """Layer norms before, between and behind layers of features, beside a sum and alone."""
+
+    def __init__(self, affine: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(70, 30), nn.Linear(30, 70)
+        self.norms = nn.ModuleList(nn.LayerNorm(size, 1e-3, affine) for size in (70, 30, 70))
+        for parameter in self.norms.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.norms[1](self.first(self.norms[0](x))))
+        return self.norms[2](x + self.second(y)) + x
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("size", [*TOKENS, (33,)], ids=str)
+def test_layer_norms(compare, size, affine):
+    module = Normed(affine)
+    masks = {f"{name}.weight": torch.rand(getattr(module, name).weight.shape) < 0.2 for name in ("first", "second")}
+    compare(module, 3 + torch.randn(*size, 70), masks)
+
+
+def test_layer_norms_give_the_same_bits_on_any_number_of_threads():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.LayerNorm(70), nn.Linear(70, 30), nn.LayerNorm(30))
+    masks = {"1.weight": torch.rand(30, 70) < 0.2}
+    x, before, found = torch.randn(4, 50, 70), torch.get_num_threads(), []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        fast = lipfast.accelerate(network, masks)
+        fast(x).pow(3).sum().backward()
+        found.append(torch.cat([parameter.grad.flatten() for parameter in fast.parameters()]))
+    torch.set_num_threads(before)
+    assert all(torch.equal(gradients, found[0]) for gradients in found)
+
+
+def test_a_layer_norm_over_more_than_features_stays_in_torch():
+    model = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm((4, 6)))
+    lowered = lower(recorded(model), {"0.weight": torch.arange(48).view(6, 8) % 4 == 0})
+    assert lowered.refused == ["layer_norm: a norm over more than the last axis"]
 
 
 def recorded(model: nn.Module, items: int = 4) -> Recording:
