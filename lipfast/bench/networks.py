@@ -95,6 +95,24 @@ class VGG16(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), nn.Linear(channels, 10))
 
 
+class _Encoder(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.layers = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        parts = self.qkv(self.norms[0](x)).reshape(n, tokens, 3, self.heads, width // self.heads)
+        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        seen = nn.functional.scaled_dot_product_attention(query, key, value)
+        x = x + self.out(seen.transpose(1, 2).reshape(n, tokens, width))
+        result: Tensor = x + self.layers(self.norms[1](x))
+        return result
+
+
 class _Residual(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
@@ -157,6 +175,25 @@ def _inverted_network(stages: _Stages, width: float, act: type[nn.Module], squee
     yield nn.AdaptiveAvgPool2d(1)
     yield nn.Flatten()
     yield nn.Linear(last, 1000)
+
+
+class VisionTransformer(nn.Module):
+    """Dosovitskiy's ViT-S/16 for 1000 classes and 224 px; ``width`` features a token, heads of 64."""
+
+    def __init__(self, width: int = 384, heads: int = 6, depth: int = 12, side: int = 224) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 16, 16)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position = nn.Parameter(torch.randn(1, 1 + (side // 16) ** 2, width) / 50)
+        self.blocks = nn.Sequential(*(_Encoder(width, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(n, 3, side, side)`` to ``(n, 1000)``."""
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.position
+        result: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
+        return result
 
 
 class Classifier(nn.Sequential):

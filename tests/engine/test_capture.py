@@ -16,6 +16,8 @@ W = torch.randn(6, 4, 3, 2)
 KNOWN = {
     "norm": (F.batch_norm, (X, ROW, ROW.abs()), {"training": True}),
     "norm, evaluation, affine": (F.batch_norm, (X, ROW, ROW.abs(), ROW, ROW, False, 0.1, 1e-3), {}),
+    "norm of places": (F.layer_norm, (X[:, :, 0].mT, (4,), ROW, ROW), {"eps": 1e-3}),
+    "norm of places over two axes": (F.layer_norm, (X, X.shape[2:]), {}),
     "leaky relu": (F.leaky_relu, (X, 0.3), {}),
     "relu": (F.relu, (X,), {"inplace": False}),
     "silu": (F.silu, (X.double(),), {}),
@@ -68,6 +70,8 @@ REFUSED = {
     "conv of another type": (torch.conv2d, (X, W.double()), {}),
     "bias of another length": (torch.conv2d, (X, W, ROW), {}),
     "norm of other channels": (F.batch_norm, (X, ROW[:3], ROW[:3]), {}),
+    "norm of places of other features": (F.layer_norm, (X, (3,)), {}),
+    "norm of places by another type": (F.layer_norm, (X, X.shape[3:], X[0, 0, 0].double()), {}),
     "norm of one value": (F.batch_norm, (X[:1, :, :1, :1], None, None), {"training": True}),
     "linear of other features": (F.linear, (X, torch.randn(3, 4)), {}),
     "linear of another type": (F.linear, (X, torch.randn(3, 5).double()), {}),
