@@ -16,6 +16,7 @@ from lipfast.bench.harness import Case, Size, Timed
 from lipfast.bench.networks import (
     VGG16,
     Classifier,
+    ConvNeXtTiny,
     ConvStack,
     EfficientNetB0,
     LeNet5,
@@ -49,6 +50,7 @@ def cases(size: Size) -> list[Case]:
         ("VGG-16 for 32 px", VGG16, (128, 3, 32, 32)),
         ("ViT-S/16", VisionTransformer, (1, 3, 224, 224)),
         ("ViT-S/16", VisionTransformer, (8, 3, 224, 224)),
+        ("ConvNeXt-T", ConvNeXtTiny, (1, 3, 224, 224)),
     ]
     trained: list[tuple[str, Build, tuple[int, ...]]] = [
         ("LeNet-5", LeNet5, (60, 1, 28, 28)),
@@ -56,6 +58,7 @@ def cases(size: Size) -> list[Case]:
         ("VGG-16 for 32 px", VGG16, (128, 3, 32, 32)),
         ("VGG-16 for 32 px", VGG16, (50, 3, 32, 32)),  # whose last vectors are not full
         ("ViT-S/16", VisionTransformer, (8, 3, 224, 224)),
+        ("ConvNeXt-T", ConvNeXtTiny, (4, 3, 224, 224)),
     ]
     if size == "toy":
         networks = [
@@ -66,12 +69,14 @@ def cases(size: Size) -> list[Case]:
             ("EfficientNet-B0", lambda: EfficientNetB0(0.25), (1, 3, 64, 64)),
             ("VGG-16's classifier", lambda: Classifier(4, 24), (5, 4, 7, 7)),
             ("ViT-S/16", lambda: VisionTransformer(32, 2, 2, 32), (2, 3, 32, 32)),
+            ("ConvNeXt-T", lambda: ConvNeXtTiny(8, (1, 1, 1, 1)), (2, 3, 64, 64)),
         ]
         trained = [
             ("LeNet-5", LeNet5, (4, 1, 28, 28)),
             ("ResNet-20", lambda: ResNet20(4), (16, 3, 16, 16)),
             ("VGG-16 for 32 px", lambda: VGG16(4), (16, 3, 32, 32)),
             ("ViT-S/16", lambda: VisionTransformer(32, 2, 2, 32), (2, 3, 32, 32)),
+            ("ConvNeXt-T", lambda: ConvNeXtTiny(8, (1, 1, 1, 1)), (2, 3, 64, 64)),
         ]
     doors: dict[str, Door] = {"accelerate": accelerate, "torch.compile": _compile}
     inference = [

@@ -113,6 +113,26 @@ class _Encoder(nn.Module):
         return result
 
 
+class _NormOfPixels(nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class _PixelLayers(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.window = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+        self.scale = nn.Parameter(torch.full((width, 1, 1), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(self.window(x).permute(0, 2, 3, 1))
+        result: Tensor = x + self.scale * y.permute(0, 3, 1, 2)
+        return result
+
+
 class _Residual(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
@@ -194,6 +214,20 @@ class VisionTransformer(nn.Module):
         x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.position
         result: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
         return result
+
+
+class ConvNeXtTiny(nn.Sequential):
+    """Liu's ConvNeXt-T for 1000 classes; ``width`` channels in the first stage."""
+
+    def __init__(self, width: int = 96, depths: tuple[int, int, int, int] = (3, 3, 9, 3)) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 4), _NormOfPixels(width)]
+        for stage, depth in enumerate(depths):
+            if stage:
+                layers += [_NormOfPixels(width), nn.Conv2d(width, 2 * width, 2, 2)]
+                width *= 2
+            layers += [_PixelLayers(width) for _ in range(depth)]
+        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(width), nn.Linear(width, 1000)]
+        super().__init__(*layers, *head)
 
 
 class Classifier(nn.Sequential):

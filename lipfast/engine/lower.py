@@ -32,7 +32,8 @@ class Segment:
     """A graph and the recording's tensors it touches.
 
     ``graph.inputs[k]`` is tensor ``inputs[k]``, likewise outputs; weight number k is tensor ``weights[k]``, statistics
-    number k is the pair ``statistics[k]`` (running mean, running variance).
+    number k is the pair ``statistics[k]`` (running mean, running variance). Tensors in ``features_last``, numbers, have
+    the axes (batch, height, width, channels); those in ``permuted`` lie in memory as if they had the other order.
     """
 
     graph: Graph
@@ -42,6 +43,8 @@ class Segment:
     statistics: list[tuple[Ref, Ref]]
     calls: list[Call]
     grad: bool | None = None  # as `Call.grad`, the same for all of them
+    features_last: frozenset[int] = frozenset()
+    permuted: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass
@@ -109,6 +112,11 @@ def _check(tensor: Any, fits: Callable[[int], bool], axes: str) -> None:
         raise Unsupported("an operand is empty")
 
 
+def _channels_second(shape: Sequence[int]) -> Sequence[int]:
+    """The shape of a map whose channels lie behind, as other maps have it."""
+    return (shape[0], shape[3], shape[1], shape[2]) if len(shape) == 4 else shape
+
+
 def _check_map(tensor: Any) -> None:
     _check(tensor, lambda axes: axes == 4, "4-D")
 
@@ -122,6 +130,8 @@ class _Builder:
         self._leaves = leaves
         self._values: dict[int, int] = {}  # tensor number -> value
         self._made: dict[int, Ref] = {}  # tensors that calls of this segment made
+        self._last: set[int] = set()  # tensors that are maps with the channels behind
+        self._permuted: set[int] = set()  # maps whose axes were permuted last, so that their memory was not
         self._inputs: list[Ref] = []
         self._weights: list[Ref] = []
         self._statistics: list[tuple[Ref, Ref]] = []
@@ -140,7 +150,8 @@ class _Builder:
             value = handler(self, *call.args, **call.kwargs)
             if 0 in self.graph.shapes[value]:
                 raise Unsupported("an empty result")
-            if not self.graph.holds(value, call.result.shape):
+            last = self._puts_features_last(call)
+            if not self.graph.holds(value, _channels_second(call.result.shape) if last else call.result.shape):
                 raise Unsupported(f"a result of shape {call.result.shape}")
         except (Unsupported, TypeError) as reason:
             nodes, self._values, inputs, weights, statistics = before
@@ -152,6 +163,23 @@ class _Builder:
         self._values[call.result.number] = value
         self._made[call.result.number] = call.result
         self._calls.append(call)
+        if last:
+            self._last.add(call.result.number)
+        if self._lies_permuted(call, self.graph.nodes[before[0] :]):
+            self._permuted.add(call.result.number)
+
+    def _puts_features_last(self, call: Call) -> bool:
+        """Whether a call's result is a map with the channels behind, as its operands are, or as it puts them."""
+        last = any(ref.number in self._last for ref in call.refs())
+        return last != (call.function in _PERMUTE)
+
+    def _lies_permuted(self, call: Call, added: list[Node]) -> bool:
+        """Whether a call's result lies in memory in another order than its axes, as the first of its maps does."""
+        of_first = next((ref.number in self._permuted for ref in call.refs() if len(ref.shape) == 4), False)
+        if call.function in _PERMUTE:
+            return not of_first
+        element_by_element = call.function in _MULTIPLY or all(node.kind in ("act", "combine") for node in added)
+        return of_first and element_by_element and call.function is not Tensor.contiguous
 
     def finish(self, last_use: dict[int, int], position: int) -> "list[Segment | Call]":
         """The segment up to the call at ``position``; the plain calls when there is nothing worth a conversion."""
@@ -160,7 +188,9 @@ class _Builder:
         outputs = [ref for number, ref in self._made.items() if last_use.get(number, -1) >= position]
         self.graph.outputs = [self._values[ref.number] for ref in outputs]
         self.graph.pad_rows()
-        return [Segment(self.graph, self._inputs, outputs, self._weights, self._statistics, self._calls, self.grad)]
+        orders = frozenset(self._last), frozenset(self._permuted)
+        weights, statistics = self._weights, self._statistics
+        return [Segment(self.graph, self._inputs, outputs, weights, statistics, self._calls, self.grad, *orders)]
 
     def _repays(self, node: Node) -> bool:
         """Whether an operator can save more than converting maps costs: a convolution that mixes channels, or a pruned
@@ -177,8 +207,8 @@ class _Builder:
     def map(self, tensor: Any) -> int:
         """The value of a 4-D float32 tensor."""
         _check_map(tensor)
-        if self.has_rows(tensor):
-            raise Unsupported("an operand is no map but rows of features")
+        if self.has_rows(tensor) or self.has_features_last(tensor):
+            raise Unsupported("an operand is no map with the channels before height and width")
         if tensor.number not in self._values:
             self._values[tensor.number] = self._outside(tensor, self.graph.fresh(tensor.shape))
         return self._values[tensor.number]
@@ -197,6 +227,10 @@ class _Builder:
         """Whether a tensor's value in this segment is rows of features."""
         return self.knows(tensor) and self._values[tensor.number] in self.graph.rows
 
+    def has_features_last(self, tensor: Any) -> bool:
+        """Whether a tensor of this segment is a map with the channels behind."""
+        return isinstance(tensor, Ref) and tensor.number in self._last
+
     def flattened(self, tensor: Any) -> int:
         """The value of a 4-D float32 tensor whose items are flattened. One from outside comes in as rows of features,
         which costs nothing."""
@@ -206,8 +240,10 @@ class _Builder:
         return self._outside(tensor, self.graph.fresh_rows(tensor.shape[0], math.prod(tensor.shape[1:])))
 
     def rows(self, tensor: Any) -> int:
-        """The value of a (..., features) float32 tensor as rows of features."""
+        """The value of a (..., features) float32 tensor as rows of features, or as the map that it is."""
         _check(tensor, lambda axes: axes >= 2, "2-D or larger")
+        if self.has_features_last(tensor):
+            return self._values[tensor.number]
         known = self._values.get(tensor.number)
         if known is None:
             rows = self.graph.fresh_rows(math.prod(tensor.shape[:-1]), tensor.shape[-1])
@@ -233,6 +269,10 @@ class _Builder:
     def makes(self, tensor: Any) -> bool:
         """Whether a tensor is computed inside this segment."""
         return isinstance(tensor, Ref) and tensor.number in self._made
+
+    def is_parameter(self, tensor: Any) -> bool:
+        """Whether a tensor is a parameter or buffer of the module."""
+        return isinstance(tensor, Ref) and tensor.number in self._leaves
 
     def shape(self, tensor: Any) -> tuple[int, int, int, int]:
         """The sides of a map."""
@@ -517,6 +557,16 @@ def _mean(b: _Builder, input: Any, dim: Any = None, keepdim: bool = False, *, dt
     return b.node("mean", [b.map(input)], (n, c, 1, 1))
 
 
+def _permute(b: _Builder, input: Any, *dims: Any) -> int:
+    """Channels behind height and width, and back: a map stays where it is."""
+    order = tuple(axis % 4 for axis in (dims[0] if isinstance(dims[0], (tuple, list)) else dims))
+    if b.has_features_last(input) and order == (0, 3, 1, 2):
+        return b.rows(input)
+    if order != (0, 2, 3, 1):
+        raise Unsupported("permuting anything but channels to the end and back")
+    return b.map(input)
+
+
 def _flatten(b: _Builder, input: Any, start_dim: int = 0, end_dim: int = -1) -> int:
     if b.has_rows(input):
         return b.rows(input)
@@ -552,12 +602,18 @@ def _linear_layer(b: _Builder, input: Any, weight: Any, bias: Any = None) -> int
         raise Unsupported(f"a linear layer with {kept} of {math.prod(weight.shape)} weights: torch is as fast")
     if kept > (_LARGEST_LINEAR if pruned else _LARGEST_DENSE_LINEAR):
         raise Unsupported(f"a linear layer with {kept} weights: too large")
-    value = b.rows(input)
-    outputs, inputs = weight.shape
-    kernel = dataclasses.replace(weight, shape=(outputs, inputs, 1, 1))
-    attributes: dict[str, Any] = {"weight": b.weight(kernel), "bias": b.weight(bias), "padding_mode": "zeros"}
-    attributes |= {"stride": 1, "pad": (0, 0), "dilation": 1, "groups": 1}
-    return b.node_of_rows("conv", [value], (b.graph.flat_shape(value)[0], outputs), **attributes)
+    return _on_features(b, b.rows(input), dataclasses.replace(weight, shape=(*weight.shape, 1, 1)), bias)
+
+
+def _on_features(b: _Builder, value: int, weight: Ref, bias: Ref | None = None, groups: int = 1) -> int:
+    """A convolution of one pixel, on a map or on rows of features."""
+    attributes: dict[str, Any] = {"weight": b.weight(weight), "bias": b.weight(bias), "padding_mode": "zeros"}
+    attributes |= {"stride": 1, "pad": (0, 0), "dilation": 1, "groups": groups}
+    outputs = weight.shape[0]
+    if value in b.graph.rows:
+        return b.node_of_rows("conv", [value], (b.graph.flat_shape(value)[0], outputs), **attributes)
+    n, _, height, width = b.graph.shapes[value]
+    return b.node("conv", [value], (n, outputs, height, width), **attributes)
 
 
 def _interpolate(
@@ -691,7 +747,10 @@ def _linear(b: _Builder, first: Any, second: Any, first_scale: float, second_sca
     if isinstance(second, (int, float)):
         return b.each("combine", first, a_scale=first_scale, b_scale=0.0, shift=second_scale * second)
     both = (first, second)
-    rows = len(first.shape) != 4 or any(b.has_rows(tensor) for tensor in both)
+    last = [b.has_features_last(tensor) for tensor in both]
+    if any(last) and not all(last):
+        raise Unsupported("the sum of maps whose channels lie before and behind")
+    rows = len(first.shape) != 4 or any(last) or any(b.has_rows(tensor) for tensor in both)
     values = [b.rows(tensor) if rows else b.map(tensor) for tensor in both]
     if first.shape != second.shape:
         raise Unsupported(f"shapes {first.shape} and {second.shape} (broadcasting)")
@@ -716,6 +775,9 @@ def _mul(b: _Builder, input: Any, other: Any) -> int:
         return b.each("combine", tensor, a_scale=float(factor), b_scale=0.0, shift=0.0)
     if not (b.makes(tensor) or b.makes(factor)):  # a weight and its mask are maps to look at
         raise Unsupported("the product of two tensors that are not computed in lanes")
+    scaled = _scaled_features(b, tensor, factor)
+    if scaled is not None:
+        return scaled
     shapes = b.shape(tensor), b.shape(factor)
     if shapes[0] == shapes[1]:
         return b.node("multiply", [b.map(tensor), b.map(factor)], shapes[0])
@@ -724,6 +786,21 @@ def _mul(b: _Builder, input: Any, other: Any) -> int:
     if shapes[1] != (*shapes[0][:2], 1, 1):
         raise Unsupported(f"the product of shapes {shapes[0]} and {shapes[1]}")
     return b.node("scale", [b.map(tensor), b.map(factor)], shapes[0])
+
+
+def _scaled_features(b: _Builder, one: Any, other: Any) -> int | None:
+    """The product with a parameter that has a number for each feature; None if it is no such product."""
+    tensor, factor = (one, other) if b.makes(one) else (other, one)
+    if not b.is_parameter(factor):
+        return None
+    value = b.any(tensor)
+    count = b.graph.shapes[value][1]
+    behind = b.has_features_last(tensor) or b.has_rows(tensor)
+    axes = [1] * (len(factor.shape) - 1)
+    wanted = (*axes, count) if behind else (*axes[2:], count, 1, 1)
+    if not factor.shape or len(factor.shape) > len(tensor.shape) or factor.shape != wanted:
+        return None
+    return _on_features(b, value, dataclasses.replace(factor, shape=(count, 1, 1, 1)), groups=count)
 
 
 def _div(b: _Builder, input: Any, other: Any, *, rounding_mode: str | None = None) -> int:
@@ -743,6 +820,9 @@ def _pixel_norm(b: _Builder, x: Any, epsilon: float) -> int:
 def _spellings(handler: Callable[..., int], *functions: Any) -> dict[Any, Callable[..., int]]:
     return dict.fromkeys(functions, handler)
 
+
+_PERMUTE = (Tensor.permute, torch.permute)
+_MULTIPLY = (torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__)
 
 _HANDLERS: dict[Any, Callable[..., int]] = {
     **_spellings(_conv2d, torch.conv2d, F.conv2d),
@@ -768,6 +848,7 @@ _HANDLERS: dict[Any, Callable[..., int]] = {
     **_spellings(_max_pool2d, F.max_pool2d, torch.max_pool2d),
     **_spellings(_adaptive_avg_pool2d, F.adaptive_avg_pool2d),
     **_spellings(_mean, torch.mean, Tensor.mean),
+    **_spellings(_permute, *_PERMUTE),
     **_spellings(_flatten, torch.flatten, Tensor.flatten),
     **_spellings(_reshape, torch.reshape, Tensor.reshape, Tensor.view),
     **_spellings(_expand_as, Tensor.expand_as),
@@ -780,7 +861,7 @@ _HANDLERS: dict[Any, Callable[..., int]] = {
     **_spellings(_add, torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__),
     **_spellings(_sub, torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__, torch.subtract),
     **_spellings(_rsub, torch.rsub, Tensor.__rsub__),
-    **_spellings(_mul, torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__),
+    **_spellings(_mul, *_MULTIPLY),
     **_spellings(_div, torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__),
     **_spellings(_pixel_norm, pixel_norm),
     **_spellings(_neg, torch.neg, Tensor.neg, Tensor.__neg__),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lipfast import ops
 from lipfast.engine.capture import Ref
-from lipfast.engine.graph import CONV_KINDS, Graph, Shape
+from lipfast.engine.graph import CONV_KINDS, Shape
 from lipfast.engine.lower import Segment
 from lipfast.engine.memory import address, memory
 from lipfast.engine.plan import Options, Plan, Weight, plan
@@ -34,8 +34,8 @@ class Running:
         places = [*self.plan.values, *(part for pair in self.plan.statistics for part in pair)]
         self.loaded: Watch | None = None  # over what was loaded, where it need not be loaded again
         self._starts, self._counts = [part.start for part in places], [part.stop - part.start for part in places]
-        self._inputs = _forms(segment.graph, segment.graph.inputs, segment.inputs)
-        self._outputs = _forms(segment.graph, segment.graph.outputs, segment.outputs)
+        self._inputs = _forms(segment, segment.graph.inputs, segment.inputs)
+        self._outputs = _forms(segment, segment.graph.outputs, segment.outputs)
 
     def value(self, weight: int) -> Tensor:
         """The packed values of a weight, a view."""
@@ -83,13 +83,20 @@ class _Form:
     shape: Sequence[int]
     map: Shape
     rows: bool
+    features_last: bool  # the tensor is a map's with the channels behind,
+    permuted: bool  # and that or the other order is not that of its memory
 
     def empty(self) -> Tensor:
         """A fresh tensor, whatever torch's default device is."""
-        return torch.empty(self.shape, dtype=torch.float32, device="cpu")
+        if self.permuted and self.features_last:
+            return torch.empty(self.map, dtype=torch.float32, device="cpu").permute(0, 2, 3, 1)
+        order = torch.channels_last if self.permuted else torch.contiguous_format
+        return torch.empty(self.shape, dtype=torch.float32, device="cpu", memory_format=order)
 
     def as_map(self, tensor: Tensor) -> Tensor:
         """A view in the map's shape, or where none can be a copy."""
+        if self.features_last:
+            return with_lines(tensor.permute(0, 3, 1, 2))
         if not self.rows:
             return with_lines(tensor.reshape(self.map))
         _, features, height, width = self.map
@@ -106,8 +113,12 @@ class _Form:
             items.copy_(map[0].permute(1, 2, 0).reshape(-1, features)[: len(items)])
 
 
-def _forms(graph: Graph, values: Sequence[int], tensors: Sequence[Ref]) -> list[_Form]:
-    return [_Form(t.shape, graph.shapes[v], v in graph.rows) for v, t in zip(values, tensors, strict=True)]
+def _forms(segment: Segment, values: Sequence[int], tensors: Sequence[Ref]) -> list[_Form]:
+    rows, shapes = segment.graph.rows, segment.graph.shapes
+    return [
+        _Form(t.shape, shapes[v], v in rows, t.number in segment.features_last, t.number in segment.permuted)
+        for v, t in zip(values, tensors, strict=True)
+    ]
 
 
 def _as_maps(tensors: Sequence[Tensor], forms: Sequence[_Form]) -> list[Tensor]:

@@ -704,6 +704,87 @@ def test_layer_norms(compare, size, affine):
     compare(module, 3 + torch.randn(*size, 70), masks)
 
 
+class Pixels(nn.Module):
+    """A block of a ConvNeXt: layers of each pixel's channels, which lie behind for them, scaled and added."""
+
+    def __init__(self, scale: tuple[int, ...], form: Callable[["Pixels", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 6, 7, padding=3, groups=6)
+        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 24), nn.Linear(24, 6)
+        self.scale = nn.Parameter(torch.randn(scale))
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form(self, self.stem(x))
+
+    def layers(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(self.norm(x))))
+
+
+def behind(m: Pixels, x: Tensor) -> Tensor:
+    return x + (m.scale * m.layers(m.deep(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+def in_front(m: Pixels, x: Tensor) -> Tensor:
+    return x + m.scale * torch.permute(m.layers(x.permute((0, 2, 3, 1))), (0, 3, 1, 2))
+
+
+PIXELS = {
+    "scaled behind": ((6,), behind),
+    "scaled behind, with axes": ((1, 1, 6), behind),
+    "scaled in front": ((6, 1, 1), in_front),
+    "scaled in front, four axes": ((1, 6, 1, 1), in_front),
+    "channels stay behind": ((6,), lambda m, x: (y := x.permute(0, 2, -1, 1)) + m.layers(y)),
+    "nothing but permuted": ((6,), lambda m, x: torch.tanh(x).permute(0, 2, 3, 1)),
+    "multiplied as permuted": ((6,), lambda m, x: m.scale * torch.tanh(x.permute(0, 2, 3, 1))),
+    "laid out anew": ((6,), lambda m, x: torch.tanh(x.permute(0, 2, 3, 1).contiguous())),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 4, 18])
+@pytest.mark.parametrize("name", list(PIXELS))
+def test_layers_of_pixels(compare, name, batch):
+    module = Pixels(*PIXELS[name])
+    masks = {
+        f"{layer}.weight": torch.rand(getattr(module, layer).weight.shape) < 0.3 for layer in ("stem", "up", "down")
+    }
+    compare(module, torch.randn(batch, 3, 11, 14), masks)
+
+
+@pytest.mark.parametrize("name", ["scaled behind", *list(PIXELS)[4:]])
+def test_permuted_results_lie_as_in_torch(name):
+    module = Pixels(*PIXELS[name])
+    x = torch.randn(2, 3, 8, 12)
+    assert lipfast.accelerate(module)(x).stride() == module(x).stride()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda m, x: m.deep(x.permute(0, 3, 2, 1).permute(0, 3, 2, 1)),
+        lambda m, x: m.deep(x.permute(0, 2, 3, 1)[:, :6, :6].contiguous().permute(0, 3, 1, 2)),
+        lambda m, x: x + x.permute(0, 2, 3, 1),
+        lambda m, x: m.norm(x.permute(0, 2, 3, 1)).flatten(1),
+        lambda m, x: m.norm(x.permute(0, 2, 3, 1)).mean((1, 2)),
+        lambda m, x: torch.cat([m.norm(x.permute(0, 2, 3, 1)), x.permute(0, 2, 3, 1)], 1),
+        lambda m, x: F.max_pool2d(m.norm(x.permute(0, 2, 3, 1)), 2),
+        lambda m, x: F.batch_norm(x.permute(0, 2, 3, 1), None, None, training=True),
+        lambda m, x: m.scale * x,  # along the width
+        lambda m, x: m.layers(x),
+    ],
+    ids=range(10),
+)
+def test_what_only_looks_like_layers_of_pixels_is_as_in_torch(form):
+    """Maps of equal sides, so that no shape tells the axes apart."""
+    torch.manual_seed(0)
+    module = Pixels((6,), form)
+    fast = lipfast.accelerate(module)
+    x = torch.randn(2, 3, 12, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert torch.allclose(fast(x), module(x), atol=1e-5)
+
+
 def test_layer_norms_give_the_same_bits_on_any_number_of_threads():
     torch.manual_seed(0)
     network = nn.Sequential(nn.LayerNorm(70), nn.Linear(70, 30), nn.LayerNorm(30))
