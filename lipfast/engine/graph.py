@@ -128,7 +128,7 @@ class Graph:
         self.shapes[value] = shape
         return value
 
-    def forget(self, values: Iterable[int]) -> None:
+    def forget(self, values: set[int]) -> None:
         """Drop values that no operator has."""
         for value in values:
             del self.shapes[value]

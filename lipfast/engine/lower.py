@@ -153,6 +153,8 @@ class _Builder:
             last = self._puts_features_last(call)
             if not self.graph.holds(value, _channels_second(call.result.shape) if last else call.result.shape):
                 raise Unsupported(f"a result of shape {call.result.shape}")
+            if call.result.dtype != torch.float32:
+                raise Unsupported(f"a result of {call.result.dtype}")
         except (Unsupported, TypeError) as reason:
             nodes, self._values, inputs, weights, statistics = before
             for made in (self.graph.nodes, nodes), (self._inputs, inputs), (self._weights, weights):
