@@ -152,7 +152,9 @@ class _CompiledGraph:
             return None
         masks, sources, products = _masks_in_graph(recording, tensors)
         zeros = {} if training else _zeros(recording, tensors)
-        lowered = lower(recording, {**zeros, **masks})
+        # Buffers cannot be told from inputs.
+        inputs = [name for name, tensor in tensors.items() if not isinstance(tensor, torch.nn.Parameter)]
+        lowered = lower(recording, {**zeros, **masks}, inputs)
         # Layers that stay in torch know of no masks: they read the product.
         _exchange_weights((item for item in lowered.items if isinstance(item, Call)), products)
         masks = _read_in_lanes(lowered, {**zeros, **masks})

@@ -6,7 +6,7 @@ segments. Each handler below has the signature of the torch function it stands f
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lipfast.engine.capture import Call, Recording, Ref, pair, refs_in
 from lipfast.engine.graph import CONV_KINDS, Graph, Node, Taps
-from lipfast.engine.patterns import gather_patterns, pixel_norm
+from lipfast.engine.patterns import gather_patterns, pixel_norm, weights_first
 
 _LARGEST_KERNEL = 7
 # Linear layers: torch's matrix product is faster where more is kept. Lists of more weights cost too much memory.
@@ -56,12 +56,13 @@ class Lowered:
     refused: list[str]
 
 
-def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None) -> Lowered:
+def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None, inputs: Container[str] = ()) -> Lowered:
     """Split a recording into lane segments and torch calls, in order. Patterns in the recording become one call.
 
     Args:
         recording: what to split.
         masks: leaf name -> which of its weights live. Linear layers run in lanes if they are pruned, or behind maps.
+        inputs: leaves that are neither parameters nor buffers.
     """
 
     def kept(weight: Ref) -> int:
@@ -69,11 +70,12 @@ def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None) -> Lo
         return math.prod(weight.shape) if mask is None else int(mask.count_nonzero())
 
     gather_patterns(recording)
+    of_parameters = weights_first(recording, inputs)
     last_use = _last_uses(recording)
-    items: list[Segment | Call] = []
+    items: list[Segment | Call] = list(recording.calls[:of_parameters])
     refused: list[tuple[Call, str]] = []
     builder = _Builder(kept, recording.leaves)
-    for position, call in enumerate(recording.calls):
+    for position, call in enumerate(recording.calls[of_parameters:], of_parameters):
         if call.grad != builder.grad:
             items += builder.finish(last_use, position)
             builder = _Builder(kept, recording.leaves, call.grad)

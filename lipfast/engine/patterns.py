@@ -1,10 +1,12 @@
-"""Operators that networks spell out in several torch calls."""
+"""Calls in another form before they are lowered: operators that networks spell out in several torch calls, and weights
+that they compute."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lipfast.engine.capture import Call, Recording, Ref, refs_in
@@ -38,6 +40,50 @@ def gather_patterns(recording: Recording) -> None:
         calls.append(dataclasses.replace(call, function=pixel_norm, args=(x, epsilon), kwargs={}))
         dropped.update(id(part) for part in parts)
     recording.calls = [call for call in calls if id(call) not in dropped]
+
+
+# Functions of nothing but their arguments, by name in torch and as methods.
+_PURE = (
+    "abs", "add", "clamp", "clone", "contiguous", "detach", "div", "eq", "exp", "expand", "expand_as", "flatten",
+    "float", "ge", "gt", "le", "log", "lt", "matmul", "maximum", "mean", "minimum", "mul", "neg", "norm", "permute",
+    "pow", "relu", "reshape", "round", "rsqrt", "sigmoid", "sign", "sqrt", "square", "std", "sub", "sum", "t", "tanh",
+    "transpose", "unsqueeze", "var", "view", "where", "__add__", "__ge__", "__gt__", "__le__", "__lt__", "__mul__",
+    "__neg__", "__pow__", "__radd__", "__rmul__", "__rsub__", "__sub__", "__truediv__",
+)  # fmt: skip
+_PURE_FUNCTIONS = {getattr(owner, name) for owner in (torch, Tensor) for name in _PURE if hasattr(owner, name)}
+
+
+def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
+    """Move what is computed from parameters alone (the product of a weight and its mask, a standardised weight) before
+    everything else: where it is called it would cut a run of layers in two. Returns how many calls those are.
+
+    ``inputs``: leaves that are none."""
+    parameters = {number for number, name in recording.leaves.items() if name not in inputs}
+    moved = parameters - _written(recording)
+    first: list[Call] = []
+    rest: list[Call] = []
+    for call in recording.calls:
+        refs = call.refs()
+        if call.function in _PURE_FUNCTIONS and refs and all(ref.number in moved for ref in refs):
+            moved.update(ref.number for ref in call.results())
+            first.append(call)
+        else:
+            rest.append(call)
+    recording.calls = first + rest
+    return len(first)
+
+
+def _written(recording: Recording) -> set[int]:
+    """Tensors that calls may write into, running statistics among them."""
+    written: set[int] = set()
+    for call in recording.calls:
+        name = getattr(call.function, "__name__", "")
+        in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+        if in_place or "out" in call.kwargs:
+            written.update(ref.number for ref in call.refs())
+        elif call.function in (F.batch_norm, F.instance_norm):
+            written.update(ref.number for ref in call.refs()[1:])
+    return written
 
 
 class _Finder:

@@ -280,6 +280,67 @@ def test_linear_layers_on_tokens_and_pixels(kind, training, batch):
     assert lanes == {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
+class MaskedConv(nn.Conv2d):
+    """A weight times a mask, as code for lottery tickets writes it."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes, padding=1)
+        self.register_buffer("mask", (torch.rand_like(self.weight) < 0.3).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * self.mask, self.bias, padding=1)
+
+
+class StandardisedConv(nn.Conv2d):
+    """Weight standardisation."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5), self.bias, padding=1)
+
+
+@pytest.mark.parametrize("kind", [MaskedConv, StandardisedConv])
+def test_weights_that_forward_computes_cut_no_segment_in_two(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(3, 6, 3), nn.ReLU(), kind(6, 6, 3), nn.Sigmoid(), kind(6, 2, 3))
+    fast = lipfast.accelerate(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no map is converted, so there is nothing to say
+        assert_learns_the_same(fast, model, torch.randn(2, 3, 12, 20))
+    (compiled,) = fast._compiled.values()
+    assert sum(isinstance(item, SegmentRunner) for item in compiled._items) == 1
+    with torch.no_grad():
+        for parameter in (*fast.parameters(), *model.parameters()):
+            parameter.mul_(1.5)
+    x = torch.randn(2, 3, 12, 20)
+    assert close(fast(x), model(x))
+
+
+class ReadsMovedStatistics(nn.Module):
+    """Computes on running statistics once they moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        scale = (self.norm.running_var + 1e-3).sqrt().view(6, 1, 1)
+        return self.last(y * scale)
+
+
+def test_what_is_computed_from_moved_statistics_waits_for_them():
+    torch.manual_seed(0)
+    model = ReadsMovedStatistics()
+    fast = accelerated(model)
+    x = torch.randn(2, 3, 9, 13)
+    for _ in range(2):
+        assert close(call(fast, x), model(x))
+
+
 def test_tokens_may_lie_in_any_order_and_results_may_be_written():
     torch.manual_seed(0)
     model = prune.random_unstructured(nn.Linear(6, 8), "weight", 0.8)
