@@ -152,9 +152,9 @@ class _CompiledGraph:
             return None
         masks, sources, products = _masks_in_graph(recording, tensors)
         zeros = {} if training else _zeros(recording, tensors)
-        # Buffers cannot be told from inputs.
-        inputs = [name for name, tensor in tensors.items() if not isinstance(tensor, torch.nn.Parameter)]
-        lowered = lower(recording, {**zeros, **masks}, inputs)
+        of_module = {name for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)}
+        of_module.update(sources.values())  # other buffers cannot be told from inputs
+        lowered = lower(recording, {**zeros, **masks}, tensors.keys() - of_module)
         # Layers that stay in torch know of no masks: they read the product.
         _exchange_weights((item for item in lowered.items if isinstance(item, Call)), products)
         masks = _read_in_lanes(lowered, {**zeros, **masks})
