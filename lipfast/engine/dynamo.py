@@ -11,25 +11,22 @@ Each call asks whether the numbers that this rests on were written (``engine/wat
 where they changed.
 """
 
-import collections
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from torch import Tensor
 
-from lipfast.engine.capture import Call, Recording, Ref, record
+from lipfast.engine.capture import Call, Recording, record
 from lipfast.engine.lane_module import PLANS_KEPT, Compiled, is_pruned, runs_in_lanes
-from lipfast.engine.lower import Lowered, Segment, lower
+from lipfast.engine.lower import lower
+from lipfast.engine.products import exchange_weights, masks_in_graph, read_in_lanes, reads_weight
 from lipfast.engine.watch import Watch
 from lipfast.errors import ConfigError, InputError
 
-_WEIGHTED = (torch.conv2d, torch.conv_transpose2d, F.linear, torch._C._nn.linear)
-_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 _TRANSFORMS = ("torch._functorch", "torch._C._functorch", "torch.autograd.forward_ad")
 _CHANGES = ("writes", "contents")
 
@@ -150,18 +147,18 @@ class _CompiledGraph:
         except InputError as reason:
             self._say(f"a graph runs in torch: {reason}")
             return None
-        masks, sources, products = _masks_in_graph(recording, tensors)
+        masks, sources, products = masks_in_graph(recording, tensors)
         zeros = {} if training else _zeros(recording, tensors)
         of_module = {name for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)}
         of_module.update(sources.values())  # other buffers cannot be told from inputs
         lowered = lower(recording, {**zeros, **masks}, tensors.keys() - of_module)
         # Layers that stay in torch know of no masks: they read the product.
-        _exchange_weights((item for item in lowered.items if isinstance(item, Call)), products)
-        masks = _read_in_lanes(lowered, {**zeros, **masks})
+        exchange_weights((item for item in lowered.items if isinstance(item, Call)), products)
+        masks = read_in_lanes(lowered, {**zeros, **masks})
         sources = {name: source for name, source in sources.items() if name in masks}
         for refused in lowered.refused:
             self._say(f"{refused}; it runs in torch, and maps are converted to torch's layout and back around it")
-        compiled = Compiled(lowered, masks, exact=False, packed=not training)
+        compiled = Compiled(lowered, masks, exact=False, packed={} if training else masks)
         variant = _Variant(compiled, masks, sources, training, self._reads)
         variant.settle(tensors)
         return variant
@@ -180,77 +177,12 @@ def _transform_in(module: torch.fx.GraphModule) -> str | None:
     return found[0].__name__ if found else None
 
 
-def _masks_in_graph(
-    recording: Recording, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, str], dict[int, Ref]]:
-    """Find products of a parameter and a mask that serve as a layer's weight, and let the layer read the parameter.
-
-    Changes the recording: each such weight becomes another reference to the parameter's leaf.
-
-    Returns:
-        Parameter's leaf -> which weights live; -> leaf of the mask; number of each new reference -> the product.
-    """
-    leaves = dict(recording.leaves)  # also the results of conversions that change nothing
-    count = 1 + max([*leaves, *(ref.number for call in recording.calls for ref in call.results())], default=0)
-    uses: collections.Counter[str] = collections.Counter()
-    found: list[tuple[Ref, str, str]] = []  # product, weight, mask
-    for call in recording.calls:
-        read = [leaves[ref.number] for ref in call.refs() if ref.number in leaves]
-        if call.function is Tensor.to and read and call.refs()[0].dtype == call.results()[0].dtype == torch.float32:
-            leaves[call.results()[0].number] = read[0]
-            continue
-        uses.update(read)
-        if call.function in _PRODUCTS and len(call.refs()) == len(read) == 2:
-            weight, mask = read if _is_mask(tensors[read[1]]) else read[::-1]
-            product = call.results()[0]
-            if _is_mask(tensors[mask]) and tensors[mask].shape == tensors[weight].shape == product.shape:
-                found.append((product, weight, mask))
-    sources = {weight: mask for _, weight, mask in found}
-    alike = collections.Counter(weight for _, weight, mask in found if sources[weight] == mask)
-    products: dict[int, tuple[Ref, Ref]] = {}  # number -> the parameter in its place, the product
-    for product, weight, _ in found:
-        if alike[weight] != uses[weight] or tensors[weight].dtype != torch.float32:
-            sources.pop(weight, None)  # somewhere it is read whole, or by another mask
-            continue
-        products[product.number] = Ref(count, product.shape, product.dtype), product
-        recording.leaves[count] = weight
-        count += 1
-    _exchange_weights(recording.calls, {number: parameter for number, (parameter, _) in products.items()})
-    masks = {weight: tensors[mask] != 0 for weight, mask in sources.items()}
-    return masks, sources, {parameter.number: product for parameter, product in products.values()}
-
-
-def _exchange_weights(calls: Iterable[Call], others: Mapping[int, Ref]) -> None:
-    """Let layers read other tensors as their weights; ``others``: number of the weight -> what takes its place."""
-    for call in calls:
-        if _reads_weight(call):
-            call.args = (call.args[0], others.get(call.args[1].number, call.args[1]), *call.args[2:])
-
-
-def _is_mask(tensor: Tensor) -> bool:
-    """All zeros and ones, some of them zeros; a parameter is none."""
-    if tensor.requires_grad or tensor.dim() not in (2, 4):
-        return False
-    return bool(((tensor == 0) | (tensor == 1)).all()) and not bool((tensor == 1).all())
-
-
 def _zeros(recording: Recording, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Masks of the weights that are zero often enough to matter."""
     found = {}
     for call in recording.calls:
-        name = recording.leaves.get(call.args[1].number) if _reads_weight(call) else None
+        name = recording.leaves.get(call.args[1].number) if reads_weight(call) else None
         alive = tensors[name] != 0 if name is not None else None
         if alive is not None and is_pruned(alive):
             found[str(name)] = alive
     return found
-
-
-def _read_in_lanes(lowered: Lowered, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the masks whose weights a segment reads; torch's calls take theirs dense."""
-    segments = [item for item in lowered.items if isinstance(item, Segment)]
-    read = {lowered.recording.leaves.get(ref.number) for segment in segments for ref in segment.weights}
-    return {name: mask for name, mask in masks.items() if name in read}
-
-
-def _reads_weight(call: Call) -> bool:
-    return call.function in _WEIGHTED and len(call.args) > 1 and isinstance(call.args[1], Ref)

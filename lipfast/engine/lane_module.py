@@ -18,6 +18,7 @@ from lipfast.engine.capture import Call, Recording, Ref, call_with, equal, recor
 from lipfast.engine.lower import Lowered, Segment, lower
 from lipfast.engine.operators import dense_name, lower_to_operators
 from lipfast.engine.plan import Options, Weight
+from lipfast.engine.products import drop_products, exchange_weights, masks_in_graph, read_in_lanes
 from lipfast.engine.runtime import Arrays, Running, has_hooks, hooked_module, layer_weights, pack, unpack, weights_of
 from lipfast.engine.watch import Watch
 from lipfast.errors import InputError
@@ -215,14 +216,14 @@ class LaneModule(nn.Module):
                 known = self._compiled.get(key)
             except TypeError as failure:
                 raise InputError(f"accelerate: an argument is neither a tensor nor hashable: {failure}") from failure
-            if known is None or not equal(known.states, states):
+            if known is None or not equal(known.states, states) or not known.multiplied.holds(tensors):
                 known = self._compiled[key] = self._compile(leaves, structure)
                 known.states = [[module, *snapshot(module).values()] for module, *_ in states]
                 if len(self._compiled) > PLANS_KEPT:
                     self._say(f"more than {PLANS_KEPT} input sizes and modes: those used longest ago are planned anew")
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(key)
-        return known, tensors
+            return known, tensors if torch.is_grad_enabled() else known.multiplied.packed(tensors)
 
     def _compile(self, leaves: Sequence[Any], structure: Any) -> "Compiled":
         """``structure``: the tree that the leaves are of; None: they are the arguments."""
@@ -241,12 +242,22 @@ class LaneModule(nn.Module):
 
         recording = record(call, [leaf for leaf in leaves if isinstance(leaf, Tensor)], dense)
         device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), CPU)
-        if runs_in_lanes(device):
-            lowered = lower(recording, self._masks)
-        else:
+        if not runs_in_lanes(device):
             lowered = lower_to_operators(recording, self._masks, device, precision=self._precision)
+            self._warn(lowered)
+            return Compiled(lowered, self._masks, self._exact, device=device)
+        tensors, _ = self._survey()
+        masks, sources, products = masks_in_graph(recording, tensors)
+        lowered = lower(recording, self._masks | masks)
+        exchange_weights((item for item in lowered.items if isinstance(item, Call)), products)
+        masks = read_in_lanes(lowered, masks)
+        drop_products(lowered, products.values())
         self._warn(lowered)
-        return Compiled(lowered, self._masks, self._exact, device=device)
+        compiled = Compiled(lowered, self._masks | masks, self._exact, packed=self._masks, device=device)
+        read_dense = {recording.leaves[number] for number in compiled.leaves_read}
+        in_lanes = {name: mask for name, mask in masks.items() if name not in read_dense}
+        compiled.multiplied = Multiplied(in_lanes, [sources[name] for name in masks], tensors)
+        return compiled
 
     def _dense_stand_ins(self) -> dict[str, Tensor]:
         """Parameters and buffers; the pruned ones as empty tensors of their dense shape."""
@@ -271,6 +282,35 @@ def runs_in_lanes(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+class Multiplied:
+    """Weights that forward multiplies by masks, which are not packed: parameters stay as the module has them.
+
+    Args:
+        masks: parameter -> which of its weights live, for those that only segments read.
+        sources: the buffers that say which live.
+        tensors: all of them, by name.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor], sources: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+        self._masks, self._sources = masks, sources
+        self._watch = Watch([tensors[name] for name in self._sources])
+        self._packed: tuple[Watch, dict[str, Tensor]] | None = None  # of unchanged weights
+
+    def holds(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether the masks are what they were."""
+        return not self._sources or self._watch.unchanged([tensors[name] for name in self._sources])
+
+    def packed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors, those weights as their kept values, which are the same tensors while nothing was written."""
+        if not self._masks:
+            return tensors
+        weights = [tensors[name] for name in self._masks]
+        if self._packed is None or not self._packed[0].unchanged(weights):
+            watch = Watch(weights)  # before they are packed, so that no write falls in between
+            self._packed = watch, {name: pack(tensors[name], mask) for name, mask in self._masks.items()}
+        return tensors | self._packed[1]
+
+
 class Compiled:
     """One recording with the programs of its segments.
 
@@ -278,7 +318,7 @@ class Compiled:
         lowered: what to run.
         masks: leaf name -> which of its weights live.
         exact: never Winograd.
-        packed: whether the masked leaves are given as their kept values, not as dense tensors.
+        packed: the masks of those leaves that are given as their kept values, not as dense tensors; None: all.
         device: where calls that make tensors of their own put them.
     """
 
@@ -287,18 +327,20 @@ class Compiled:
         lowered: Lowered,
         masks: Mapping[str, Tensor],
         exact: bool,
-        packed: bool = True,
+        packed: Mapping[str, Tensor] | None = None,
         device: torch.device = CPU,
     ) -> None:
+        packed = masks if packed is None else packed
+        self.multiplied = Multiplied({}, [], {})
         self.states: list[list[Any]] = []  # of the modules, as they were recorded
         self._device = device
         self._recording = lowered.recording
-        self._given_packed = masks if packed else {}
+        self._given_packed = packed
         self._items = [
             SegmentRunner(item, lowered.recording, masks, exact, packed) if isinstance(item, Segment) else item
             for item in lowered.items
         ]
-        self._leaf_numbers = self._leaves_read()
+        self.leaves_read = self._leaves_read()
         self._spent = self._read_last()
         self._counters = _by_amount(lowered.recording.counted)
 
@@ -309,7 +351,7 @@ class Compiled:
         """
         known: dict[int, Any] = dict(self._recording.constants)
         known.update({ref.number: tensor for ref, tensor in zip(self._recording.inputs, inputs, strict=True)})
-        for number in self._leaf_numbers:
+        for number in self.leaves_read:
             known[number] = _dense(self._recording.leaves[number], tensors, self._given_packed)
         for item, spent in zip(self._items, self._spent, strict=True):
             if item.grad is None:
@@ -405,13 +447,18 @@ class SegmentRunner:
     """A segment and its programs; each forward pass that awaits its backward pass holds one."""
 
     def __init__(
-        self, segment: Segment, recording: Recording, masks: Mapping[str, Tensor], exact: bool, packed: bool
+        self,
+        segment: Segment,
+        recording: Recording,
+        masks: Mapping[str, Tensor],
+        exact: bool,
+        packed: Mapping[str, Tensor],
     ) -> None:
         self._segment, self._leaves, self._masks, self._exact = segment, recording.leaves, masks, exact
         self.graph, self.grad = segment.graph, segment.grad
         self._of_layers = layer_weights(segment)
-        self._given_packed = masks if packed else {}
-        self._kept = {} if packed else masks
+        self._given_packed = packed
+        self._kept = {name: mask for name, mask in masks.items() if name not in packed}
         self._statistics = [recording.leaves[ref.number] for pair in segment.statistics for ref in pair]
         norms = [node for node in segment.graph.nodes if node.kind == "norm"]
         self._changed_statistics = {n.running for n in norms if n.training and n.running is not None}
@@ -456,7 +503,8 @@ class SegmentRunner:
             return weight
         if number not in self._of_layers:
             return _dense(name, tensors, self._given_packed)
-        return _gather(tensors[name], self._kept[name]) if name in self._kept else tensors[name]
+        dense = name in self._kept and tensors[name].dim() > 1
+        return _gather(tensors[name], self._kept[name]) if dense else tensors[name]
 
     @property
     def inputs(self) -> list[Ref]:

@@ -16,6 +16,7 @@ import lipfast
 from lipfast.engine import lane_module
 from lipfast.engine.capture import Call
 from lipfast.engine.lane_module import PLANS_KEPT, LaneModule, SegmentRunner
+from lipfast.engine.runtime import Running, pack, unpack
 from lipfast.errors import ConfigError, InputError
 
 # Outputs and gradients are relative to their largest entry; float32 against float32, so both sides round.
@@ -317,6 +318,58 @@ def test_weights_that_forward_computes_cut_no_segment_in_two(kind):
             parameter.mul_(1.5)
     x = torch.randn(2, 3, 12, 20)
     assert close(fast(x), model(x))
+
+
+def test_a_mask_that_forward_multiplies_by_is_pruning():
+    """Until it changes; weights that change without gradients are seen."""
+    torch.manual_seed(0)
+    model = nn.Sequential(MaskedConv(3, 6, 3), nn.ReLU(), MaskedConv(6, 2, 3))
+    fast, x = lipfast.accelerate(model), torch.randn(2, 3, 12, 20)
+    for change in (None, "weight", "mask"):
+        if change is not None:
+            number = torch.rand(6, 3, 3, 3) < 0.6
+            for module in (fast, model):
+                dict(module.state_dict(keep_vars=True))[f"0.{change}"].data.copy_(number)
+        assert_learns_the_same(fast, model, x)
+        for module in (fast, model):
+            module.zero_grad()
+        with torch.no_grad():
+            for _ in range(3):
+                assert close(fast(x), model(x))
+        kept = [running.plan.values[0] for running in programs_of(fast)]
+        assert all(part.stop - part.start == int(model[0].mask.sum()) for part in kept[-2:])
+
+
+def test_packing_hands_no_memory_out():
+    """After `Tensor.numpy` torch cannot tell who writes a tensor, and a watch has to read it in every call."""
+    dense, mask = torch.randn(5, 7).t(), torch.rand(7, 5) < 0.5
+    values = pack(dense, mask)
+    assert torch.equal(values, dense[mask])
+    assert torch.equal(unpack(values, mask.shape, mask), dense * mask)
+    assert dense.untyped_storage().resizable()
+    assert values.untyped_storage().resizable()
+
+
+def programs_of(fast: LaneModule) -> list[Running]:
+    runners = [item for compiled in fast._compiled.values() for item in compiled._items]
+    return [running for runner in runners for free in runner._free.values() for running in free]
+
+
+class TwiceMasked(MaskedConv):
+    """A masked weight that a layer in lanes and one in torch read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight * self.mask
+        return F.conv2d(F.conv2d(x, weight, self.bias, padding=1), weight, stride=3)
+
+
+def test_a_masked_weight_that_torch_reads_too():
+    torch.manual_seed(0)
+    model = TwiceMasked(6, 6, 3)
+    fast, x = accelerated(model), torch.randn(2, 6, 12, 20)
+    assert_learns_the_same(fast, model, x)
+    with torch.no_grad():
+        assert close(call(fast, x), model(x))
 
 
 class ReadsMovedStatistics(nn.Module):
