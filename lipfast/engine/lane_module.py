@@ -46,7 +46,8 @@ def accelerate(
     What is pruned comes from ``masks``, from the hooks of ``torch.nn.utils.prune``, from parametrizations whose result
     holds zeros, and from zeros in the weights of ``Conv2d``, ``ConvTranspose2d`` and ``Linear`` (at least 5 %, not
     all). Pruned parameters hold only their kept values, in row-major order, so optimisers and ``.grad`` see only those;
-    ``state_dict`` and ``load_state_dict`` keep the dense names and shapes.
+    ``state_dict`` and ``load_state_dict`` keep the dense names and shapes. Where forward multiplies a weight by a buffer
+    of zeros and ones, kernels skip what that drops, and the parameter stays dense.
 
     Args:
         model: any module in float32. On the CPU it runs in lanes; operators that the engine does not know run in torch,
@@ -247,7 +248,7 @@ class LaneModule(nn.Module):
             self._warn(lowered)
             return Compiled(lowered, self._masks, self._exact, device=device)
         tensors, _ = self._survey()
-        masks, sources, products = masks_in_graph(recording, tensors)
+        masks, sources, products = masks_in_graph(recording, tensors, self._masks)
         lowered = lower(recording, self._masks | masks)
         exchange_weights((item for item in lowered.items if isinstance(item, Call)), products)
         masks = read_in_lanes(lowered, masks)
@@ -256,7 +257,7 @@ class LaneModule(nn.Module):
         compiled = Compiled(lowered, self._masks | masks, self._exact, packed=self._masks, device=device)
         read_dense = {recording.leaves[number] for number in compiled.leaves_read}
         in_lanes = {name: mask for name, mask in masks.items() if name not in read_dense}
-        compiled.multiplied = Multiplied(in_lanes, [sources[name] for name in masks], tensors)
+        compiled.multiplied = Multiplied(in_lanes, sorted(set(sources.values())), tensors)
         return compiled
 
     def _dense_stand_ins(self) -> dict[str, Tensor]:

@@ -16,15 +16,22 @@ _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 
 
 def masks_in_graph(
-    recording: Recording, tensors: Mapping[str, Tensor]
+    recording: Recording, tensors: Mapping[str, Tensor], packed: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str], dict[int, Ref]]:
     """Find products of a parameter and a mask that serve as a layer's weight, and let the layer read the parameter.
 
     Changes the recording: each such weight becomes another reference to the parameter's leaf.
 
+    Args:
+        recording: what to look through.
+        tensors: its leaves by name.
+        packed: the masks of leaves that are given as their kept values. A mask that keeps all of those changes nothing.
+
     Returns:
-        Parameter's leaf -> which weights live; -> leaf of the mask; number of each new reference -> the product.
+        Parameter's leaf -> which weights live, of those not packed; -> leaf of the mask; number of each new reference
+        -> the product.
     """
+    packed = packed or {}
     leaves = dict(recording.leaves)  # also the results of conversions that change nothing
     count = 1 + max([*leaves, *(ref.number for call in recording.calls for ref in call.results())], default=0)
     uses: collections.Counter[str] = collections.Counter()
@@ -38,7 +45,9 @@ def masks_in_graph(
         if call.function in _PRODUCTS and len(call.refs()) == len(read) == 2:
             weight, mask = read if _is_mask(tensors[read[1]]) else read[::-1]
             product = call.results()[0]
-            if _is_mask(tensors[mask]) and tensors[mask].shape == tensors[weight].shape == product.shape:
+            shape = packed.get(weight, tensors[weight]).shape
+            fits = _is_mask(tensors[mask]) and tensors[mask].shape == shape == product.shape
+            if fits and (weight not in packed or bool(tensors[mask][packed[weight]].all())):
                 found.append((product, weight, mask))
     sources = {weight: mask for _, weight, mask in found}
     alike = collections.Counter(weight for _, weight, mask in found if sources[weight] == mask)
@@ -51,7 +60,7 @@ def masks_in_graph(
         recording.leaves[count] = weight
         count += 1
     exchange_weights(recording.calls, {number: parameter for number, (parameter, _) in products.items()})
-    masks = {weight: tensors[mask] != 0 for weight, mask in sources.items()}
+    masks = {weight: tensors[mask] != 0 for weight, mask in sources.items() if weight not in packed}
     return masks, sources, {parameter.number: product for parameter, product in products.values()}
 
 

@@ -340,6 +340,25 @@ def test_a_mask_that_forward_multiplies_by_is_pruning():
         assert all(part.stop - part.start == int(model[0].mask.sum()) for part in kept[-2:])
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_a_mask_beside_zeros(live):
+    """Weights that are zero where the mask drops them, and somewhere else; then the mask drops some that live."""
+    torch.manual_seed(0)
+    model = nn.Sequential(MaskedConv(3, 6, 3), nn.ReLU(), MaskedConv(6, 2, 3))
+    for layer in (model[0], model[2]):
+        layer.weight.data *= layer.mask * (torch.rand_like(layer.mask) < 0.8)
+    fast, x = lipfast.accelerate(model), torch.randn(2, 3, 12, 20)
+    assert set(fast.masks) == {"0.weight", "2.weight"}
+    if live:
+        for buffer in (model[0].mask, fast.get_buffer("0.mask")):
+            buffer[:3] = 0
+    assert_learns_the_same(fast, model, x)
+    with torch.no_grad():
+        assert close(fast(x), model(x))
+    items = [item for compiled in fast._compiled.values() for item in compiled._items]
+    assert any(isinstance(item, Call) for item in items) == live
+
+
 def test_packing_hands_no_memory_out():
     """After `Tensor.numpy` torch cannot tell who writes a tensor, and a watch has to read it in every call."""
     dense, mask = torch.randn(5, 7).t(), torch.rand(7, 5) < 0.5
