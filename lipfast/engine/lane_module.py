@@ -46,8 +46,8 @@ def accelerate(
     What is pruned comes from ``masks``, from the hooks of ``torch.nn.utils.prune``, from parametrizations whose result
     holds zeros, and from zeros in the weights of ``Conv2d``, ``ConvTranspose2d`` and ``Linear`` (at least 5 %, not
     all). Pruned parameters hold only their kept values, in row-major order, so optimisers and ``.grad`` see only those;
-    ``state_dict`` and ``load_state_dict`` keep the dense names and shapes. Where forward multiplies a weight by a buffer
-    of zeros and ones, kernels skip what that drops, and the parameter stays dense.
+    ``state_dict`` and ``load_state_dict`` keep the dense names and shapes. Where forward multiplies a weight by zeros
+    and ones in a buffer, kernels skip what that drops, and the parameter stays dense.
 
     Args:
         model: any module in float32. On the CPU it runs in lanes; operators that the engine does not know run in torch,
