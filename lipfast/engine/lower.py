@@ -180,6 +180,8 @@ class _Builder:
     def _lies_permuted(self, call: Call, added: list[Node]) -> bool:
         """Whether a call's result lies in memory in another order than its axes, as the first of its maps does."""
         of_first = next((ref.number in self._permuted for ref in call.refs() if len(ref.shape) == 4), False)
+        if len(call.result.shape) != 4:
+            return False  # flattened, which lays it out anew
         if call.function in _PERMUTE:
             return not of_first
         element_by_element = call.function in _MULTIPLY or all(node.kind in ("act", "combine") for node in added)

@@ -737,6 +737,7 @@ PIXELS = {
     "channels stay behind": ((6,), lambda m, x: (y := x.permute(0, 2, -1, 1)) + m.layers(y)),
     "nothing but permuted": ((6,), lambda m, x: torch.tanh(x).permute(0, 2, 3, 1)),
     "multiplied as permuted": ((6,), lambda m, x: m.scale * torch.tanh(x.permute(0, 2, 3, 1))),
+    "flattened": ((6,), lambda m, x: m.layers(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).flatten(1)),
     "laid out anew": ((6,), lambda m, x: torch.tanh(x.permute(0, 2, 3, 1).contiguous())),
 }
 
