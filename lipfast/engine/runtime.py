@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import lipfast._C as _C
 from lipfast import ops
 from lipfast.engine.capture import Ref
 from lipfast.engine.graph import CONV_KINDS, Shape
 from lipfast.engine.lower import Segment
-from lipfast.engine.memory import address, memory
 from lipfast.engine.plan import Options, Plan, Weight, plan
 from lipfast.engine.watch import Watch
+from lipfast.ops._memory import address, memory
 from lipfast.ops.lanes import with_lines
 
 
@@ -157,33 +156,16 @@ def pack(dense: Tensor, mask: Tensor | None) -> Tensor:
         return dense.detach().reshape(-1)
     if dense.dtype != torch.float32:
         return dense.detach()[mask]
-    if dense.device.type != "cpu":
-        packed: Tensor = ops.kernel("gather_kept", dense.device)(dense.detach(), mask)
-        return packed
-    threads, alive = torch.get_num_threads(), mask.contiguous().numpy()
-    values = torch.empty(_C.count_ones(alive, threads), dtype=torch.float32, device="cpu")
-    dense = dense.detach().contiguous()  # a name for it: it must outlive its array
-    _C.gather_kept(_floats(dense), alive, _floats(values), threads)
-    return values
+    packed: Tensor = ops.kernel("gather_kept", dense.device)(dense.detach(), mask)
+    return packed
 
 
 def unpack(values: Tensor, shape: Sequence[int], mask: Tensor | None) -> Tensor:
     """The dense float32 tensor of packed values; dead entries are 0."""
     if mask is None:
         return values.reshape(tuple(shape)).clone()
-    if values.device.type != "cpu":
-        scattered: Tensor = ops.kernel("scatter_kept", values.device)(values.detach(), mask)
-        return scattered
-    dense = torch.empty(mask.shape, dtype=torch.float32, device="cpu")
-    values = values.detach().contiguous()
-    _C.scatter_kept(_floats(values), mask.contiguous().numpy(), _floats(dense), torch.get_num_threads())
+    dense: Tensor = ops.kernel("scatter_kept", values.device)(values.detach(), mask)
     return dense
-
-
-def _floats(tensor: Tensor) -> NDArray[Any]:
-    """The numbers of a contiguous tensor. After `Tensor.numpy` torch would not tell who writes them (watch.py)."""
-    floats: NDArray[Any] = memory(tensor).view(np.float32)
-    return floats
 
 
 def weights_of(segment: Segment, leaves: Mapping[int, str], masks: Mapping[str, Tensor], trained: bool) -> list[Weight]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import lipfast._C as _C
-from lipfast.engine.memory import address, memory
 from lipfast.locks import lock
+from lipfast.ops._memory import address, memory
 
 _cloning = lock(rank=2)  # torch does not lock a storage while it makes it shareable
 

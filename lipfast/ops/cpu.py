@@ -5,6 +5,7 @@ import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 import lipfast._C as _C
 from lipfast.locks import lock
 from lipfast.ops._checks import check_positions
+from lipfast.ops._memory import memory
 from lipfast.ops._padding import is_channels_last
 from lipfast.ops.lane_conv import ConvForm, LaneConv, asked_kernel
 from lipfast.ops.lanes import LaneMap, with_lines
@@ -20,6 +22,13 @@ from lipfast.ops.lanes import LaneMap, with_lines
 def _array(tensor: Tensor) -> NDArray[Any]:
     """The tensor's memory as numpy sees it: shared, not copied."""
     return tensor.detach().numpy()
+
+
+def _floats(tensor: Tensor) -> NDArray[Any]:
+    """The numbers of a contiguous tensor. After `Tensor.numpy` torch could not tell who writes them, see
+    ``lipfast/engine/watch.py``."""
+    floats: NDArray[Any] = memory(tensor).view(np.float32)
+    return floats
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -73,14 +82,15 @@ def gather_kept(dense: Tensor, mask: Tensor) -> Tensor:
     """See ``lipfast.ops.gather_kept``."""
     threads, alive = torch.get_num_threads(), _array(mask.contiguous())
     values = _empty((_C.count_ones(alive, threads),))
-    _C.gather_kept(_array(dense.contiguous()), alive, _array(values), threads)
+    dense = dense.contiguous()  # a name for it: it must outlive its floats
+    _C.gather_kept(_floats(dense), alive, _floats(values), threads)
     return values
 
 
 def scatter_kept(values: Tensor, mask: Tensor) -> Tensor:
     """See ``lipfast.ops.scatter_kept``."""
-    dense = _empty(mask.shape)
-    _C.scatter_kept(_array(values.contiguous()), _array(mask.contiguous()), _array(dense), torch.get_num_threads())
+    dense, values = _empty(mask.shape), values.contiguous()
+    _C.scatter_kept(_floats(values), _array(mask.contiguous()), _floats(dense), torch.get_num_threads())
     return dense
 
 
