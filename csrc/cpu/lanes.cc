@@ -226,43 +226,31 @@ void RowAnyStride(float* plane, const PlainMap& p, const LaneMap& m, float* vect
   }
 }
 
-void FromPlain(const PlainMap& from, const LaneMap& to, int threads) {
-  const bool by_pixel = from.channel_stride == 1 && from.col_stride != 1;
-  const int64_t parts = by_pixel ? to.block_h : to.channels;
-  ParallelFor(threads, to.batch * parts, [&](int64_t i) {
+// Sheet by sheet, and in a sheet channel by channel, or row by row of a tensor whose pixels are contiguous.
+template <bool kToLanes>
+void Convert(const PlainMap& plain, const LaneMap& lanes, int threads) {
+  const bool by_pixel = plain.channel_stride == 1 && plain.col_stride != 1;
+  const int64_t parts = by_pixel ? lanes.block_h : lanes.channels;
+  ParallelFor(threads, lanes.batch * parts, [&](int64_t i) {
     const int64_t n = i / parts, part = i % parts;
-    const PlainMap p = SheetOf(from, to, n);
-    const LaneMap m = SheetOf(to, n);
-    if (by_pixel) return PixelsToLanes(p, m, part);
+    const PlainMap p = SheetOf(plain, lanes, n);
+    const LaneMap m = SheetOf(lanes, n);
+    if (by_pixel) return kToLanes ? PixelsToLanes(p, m, part) : PixelsFromLanes(m, p, part);
     float* plane = p.data + part * p.channel_stride;
     for (int64_t row = 0; row < m.block_h; ++row) {
-      if (p.col_stride == 1) {
-        RowToLanes(plane, p, m, m.At(0, part, row), row);
+      float* vectors = m.At(0, part, row);
+      if (p.col_stride != 1) {
+        RowAnyStride<kToLanes>(plane, p, m, vectors, row);
       } else {
-        RowAnyStride<true>(plane, p, m, m.At(0, part, row), row);
+        kToLanes ? RowToLanes(plane, p, m, vectors, row) : RowFromLanes(vectors, m, p, plane, row);
       }
     }
   });
 }
 
-void ToPlain(const LaneMap& from, const PlainMap& to, int threads) {
-  const bool by_pixel = to.channel_stride == 1 && to.col_stride != 1;
-  const int64_t parts = by_pixel ? from.block_h : from.channels;
-  ParallelFor(threads, from.batch * parts, [&](int64_t i) {
-    const int64_t n = i / parts, part = i % parts;
-    const PlainMap p = SheetOf(to, from, n);
-    const LaneMap m = SheetOf(from, n);
-    if (by_pixel) return PixelsFromLanes(m, p, part);
-    float* plane = p.data + part * p.channel_stride;
-    for (int64_t row = 0; row < m.block_h; ++row) {
-      if (p.col_stride == 1) {
-        RowFromLanes(m.At(0, part, row), m, p, plane, row);
-      } else {
-        RowAnyStride<false>(plane, p, m, m.At(0, part, row), row);
-      }
-    }
-  });
-}
+void FromPlain(const PlainMap& from, const LaneMap& to, int threads) { Convert<true>(from, to, threads); }
+
+void ToPlain(const LaneMap& from, const PlainMap& to, int threads) { Convert<false>(to, from, threads); }
 
 void FillHalo(const LaneMap& m, Padding mode, int64_t pad, int threads) {
   const HaloFiller filler(m, mode, pad);

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lipfast.engine.capture import Call, Recording, Ref, pair, refs_in
 from lipfast.engine.graph import CONV_KINDS, Graph, Node, Taps
-from lipfast.engine.patterns import gather_patterns, pixel_norm, weights_first
+from lipfast.engine.patterns import MULTIPLY, gather_patterns, pixel_norm, weights_first
 
 _LARGEST_KERNEL = 7
 # Linear layers: torch's matrix product is faster where more is kept. Lists of more weights cost too much memory.
@@ -106,10 +106,11 @@ def _last_uses(recording: Recording) -> dict[int, int]:
     return uses
 
 
-def _check(tensor: Any, fits: Callable[[int], bool], axes: str) -> None:
-    """Refuse what is no float32 tensor of as many axes as it should have, or is empty."""
-    if not isinstance(tensor, Ref) or not fits(len(tensor.shape)) or tensor.dtype != torch.float32:
-        raise Unsupported(f"an operand is not a {axes} float32 tensor")
+def _check(tensor: Any, axes: int, *, or_more: bool = False) -> None:
+    """Refuse what is no float32 tensor of so many axes, or is empty."""
+    fits = isinstance(tensor, Ref) and (len(tensor.shape) == axes or (or_more and len(tensor.shape) > axes))
+    if not fits or tensor.dtype != torch.float32:
+        raise Unsupported(f"an operand is not a {axes}-D {'or larger ' if or_more else ''}float32 tensor")
     if 0 in tensor.shape:
         raise Unsupported("an operand is empty")
 
@@ -117,10 +118,6 @@ def _check(tensor: Any, fits: Callable[[int], bool], axes: str) -> None:
 def _channels_second(shape: Sequence[int]) -> Sequence[int]:
     """The shape of a map whose channels lie behind, as other maps have it."""
     return (shape[0], shape[3], shape[1], shape[2]) if len(shape) == 4 else shape
-
-
-def _check_map(tensor: Any) -> None:
-    _check(tensor, lambda axes: axes == 4, "4-D")
 
 
 class _Builder:
@@ -212,7 +209,7 @@ class _Builder:
 
     def map(self, tensor: Any) -> int:
         """The value of a 4-D float32 tensor."""
-        _check_map(tensor)
+        _check(tensor, 4)
         if self.has_rows(tensor) or self.has_features_last(tensor):
             raise Unsupported("an operand is no map with the channels before height and width")
         if tensor.number not in self._values:
@@ -242,12 +239,12 @@ class _Builder:
         which costs nothing."""
         if self.knows(tensor):
             return self.map(tensor)
-        _check_map(tensor)
+        _check(tensor, 4)
         return self._outside(tensor, self.graph.fresh_rows(tensor.shape[0], math.prod(tensor.shape[1:])))
 
     def rows(self, tensor: Any) -> int:
         """The value of a (..., features) float32 tensor as rows of features, or as the map that it is."""
-        _check(tensor, lambda axes: axes >= 2, "2-D or larger")
+        _check(tensor, 2, or_more=True)
         if self.has_features_last(tensor):
             return self._values[tensor.number]
         known = self._values.get(tensor.number)
@@ -828,7 +825,7 @@ def _spellings(handler: Callable[..., int], *functions: Any) -> dict[Any, Callab
 
 
 _PERMUTE = (Tensor.permute, torch.permute)
-_MULTIPLY = (torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__)
+_MULTIPLY = (*MULTIPLY, Tensor.mul_, Tensor.__imul__)
 
 _HANDLERS: dict[Any, Callable[..., int]] = {
     **_spellings(_conv2d, torch.conv2d, F.conv2d),

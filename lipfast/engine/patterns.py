@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lipfast.engine.capture import Call, Recording, Ref, refs_in
 
-_MULTIPLY = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+MULTIPLY = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 _DIVIDE = (torch.div, Tensor.div, Tensor.__truediv__)
 _ADD = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 _ROOT = (torch.sqrt, Tensor.sqrt)
@@ -97,11 +97,11 @@ class _Finder:
 
     def pixel_norm(self, call: Call) -> tuple[Ref, float, list[Call]] | None:
         """The input, epsilon and inner calls of a pixel norm that ends in ``call``."""
-        roots = {**dict.fromkeys(_MULTIPLY, _INVERSE_ROOT), **dict.fromkeys(_DIVIDE, _ROOT)}
+        roots = {**dict.fromkeys(MULTIPLY, _INVERSE_ROOT), **dict.fromkeys(_DIVIDE, _ROOT)}
         refs = call.refs()
         if call.function not in roots or len(refs) != 2:
             return None
-        orders = [refs, refs[::-1]] if call.function in _MULTIPLY else [refs]
+        orders = [refs, refs[::-1]] if call.function in MULTIPLY else [refs]
         for x, scale in orders:
             root = self._maker(scale, roots[call.function])
             total = self._maker(root.refs()[0], _ADD) if root else None
@@ -119,14 +119,14 @@ class _Finder:
         return call if call is not None and call.function in functions and self._uses[ref.number] == 1 else None
 
     def _square(self, ref: Ref, x: Ref) -> Call | None:
-        call = self._maker(ref, (*_SQUARE, *_POWER, *_MULTIPLY))
+        call = self._maker(ref, (*_SQUARE, *_POWER, *MULTIPLY))
         if call is None or any(operand != x for operand in call.refs()):
             return None
         others = [arg for arg in call.args if not isinstance(arg, Ref)]
         wanted = {
             **dict.fromkeys(_SQUARE, (1, [])),
             **dict.fromkeys(_POWER, (1, [2])),
-            **dict.fromkeys(_MULTIPLY, (2, [])),
+            **dict.fromkeys(MULTIPLY, (2, [])),
         }
         return call if (len(call.refs()), others) == wanted[call.function] and not call.kwargs else None
 

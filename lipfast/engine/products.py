@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lipfast.engine.capture import Call, Recording, Ref, refs_in
 from lipfast.engine.lower import Lowered, Segment
+from lipfast.engine.patterns import MULTIPLY
 
 _WEIGHTED = (torch.conv2d, torch.conv_transpose2d, F.linear, torch._C._nn.linear)
-_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 
 
 def masks_in_graph(
@@ -42,7 +42,7 @@ def masks_in_graph(
             leaves[call.results()[0].number] = read[0]
             continue
         uses.update(read)
-        if call.function in _PRODUCTS and len(call.refs()) == len(read) == 2:
+        if call.function in MULTIPLY and len(call.refs()) == len(read) == 2:
             weight, mask = read if _is_mask(tensors[read[1]]) else read[::-1]
             product = call.results()[0]
             shape = packed.get(weight, tensors[weight]).shape
