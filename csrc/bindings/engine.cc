@@ -72,11 +72,11 @@ class CheckedProgram {
     return program_.AddMap(m, offset);
   }
 
-  int AddChannels(int whole, int64_t first, int64_t last) {
+  int AddChannels(int whole, int64_t first, int64_t last, int64_t step) {
     const LaneMap& m = Map(whole);
-    Check(first >= 0 && first < last && last <= m.channels,
+    Check(first >= 0 && first < last && last <= m.channels && step >= 1,
           "map: channels " + std::to_string(first) + " .. " + std::to_string(last) + " of " + SizeOf(m));
-    return program_.AddChannels(whole, first, last);
+    return program_.AddChannels(whole, first, last, step);
   }
 
   int AddConv(const std::vector<int64_t>& s, const std::vector<int64_t>& g, int padding, const py::object& mask,
@@ -244,22 +244,18 @@ class CheckedProgram {
 
   void Combine(int where, int a, float a_scale, int b, float b_scale, float shift, int y) {
     CheckPair(a, y);
-    if (b >= 0) CheckPair(b, y);
+    if (b >= 0) CheckPairOrPlanes(a, b);
     program_.Combine(AsSection(where), a, a_scale, b, b_scale, shift, y);
   }
 
   void Multiply(int where, int a, int b, int y, bool accumulate) {
     CheckPair(a, y);
-    if (SameSize(Map(a), Map(b))) {
-      CheckPair(a, b);
-    } else {
-      CheckOnePixel(a, b);
-    }
+    CheckPairOrPlanes(a, b);
     program_.Multiply(AsSection(where), a, b, y, accumulate);
   }
 
   void DotPlanes(int a, int b, int y, bool accumulate) {
-    CheckPair(a, b);
+    if (b >= 0) CheckPair(a, b);
     CheckOnePixel(a, y);
     program_.DotPlanes(a, b, y, accumulate);
   }
@@ -403,6 +399,15 @@ class CheckedProgram {
   void CheckPair(int a, int b) const {
     Check(SameSize(Map(a), Map(b)) && SameBlocks(Map(a), Map(b)),
           "maps differ: " + SizeOf(Map(a)) + " and " + SizeOf(Map(b)));
+  }
+
+  // b is as a, or holds one number for each plane of it.
+  void CheckPairOrPlanes(int a, int b) const {
+    if (SameSize(Map(a), Map(b))) {
+      CheckPair(a, b);
+    } else {
+      CheckOnePixel(a, b);
+    }
   }
 
   // y holds one number for each plane of x.
@@ -579,7 +584,7 @@ void BindEngine(py::module_& m) {
       .def("bytes", [](P& self) { return self.program().bytes(); })
       .def("add_map", &P::AddMap, py::arg("offset"), py::arg("shape"), py::arg("grid"), py::arg("block_h"),
            py::arg("block_w"), py::arg("halo"), py::arg("plane"))
-      .def("add_channels", &P::AddChannels, py::arg("whole"), py::arg("first"), py::arg("last"))
+      .def("add_channels", &P::AddChannels, py::arg("whole"), py::arg("first"), py::arg("last"), py::arg("step"))
       .def("add_conv", &P::AddConv, py::arg("shape"), py::arg("geometry"), py::arg("padding"), py::arg("mask"),
            py::arg("kernel"), py::arg("exact"))
       .def("conv_kernels", &P::ConvKernels, py::arg("conv"))

@@ -54,15 +54,22 @@ void CallActivateBackward(const LaneMap& x, const LaneMap& dy, const LaneMap& dx
   WithActivation<ActivateBackward>(act.kind, x, dy, dx, act.slope, accumulate, threads);
 }
 
+// Whether `one` has a number for each plane of `map`, which has several.
+bool IsOfPlanes(const LaneMap& one, const LaneMap& map) {
+  return one.height == 1 && one.width == 1 && (map.height > 1 || map.width > 1);
+}
+
 void Combine(const LaneMap& a, float a_scale, const LaneMap* b, float b_scale, float shift, const LaneMap& y,
              int threads) {
+  const bool of_planes = b && IsOfPlanes(*b, a);
   const V as = Set(a_scale), bs = Set(b_scale), base = Set(shift);
   ForEachRow(a, threads, [&](int64_t n, int64_t c, int64_t row) {
     const float* first = a.At(n, c, row);
-    const float* second = b ? b->At(n, c, row) : nullptr;
+    const float* second = b && !of_planes ? b->At(n, c, row) : nullptr;
+    const V start = of_planes ? Fma(bs, SpreadPictures(b->At(n, c), a.grid), base) : base;
     float* out = y.At(n, c, row);
     for (int64_t i = 0; i < a.block_w * kLanes; i += kLanes) {
-      V sum = Fma(as, Load(first + i), base);
+      V sum = Fma(as, Load(first + i), start);
       if (second) sum = Fma(bs, Load(second + i), sum);
       Store(out + i, sum);
     }
@@ -70,7 +77,7 @@ void Combine(const LaneMap& a, float a_scale, const LaneMap* b, float b_scale, f
 }
 
 void Multiply(const LaneMap& a, const LaneMap& b, const LaneMap& y, bool accumulate, int threads) {
-  const bool factor = b.height == 1 && b.width == 1 && (a.height > 1 || a.width > 1);
+  const bool factor = IsOfPlanes(b, a);
   ForEachRow(a, threads, [&](int64_t n, int64_t c, int64_t row) {
     const float* first = a.At(n, c, row);
     const float* second = b.At(n, c, factor ? 0 : row);
@@ -83,12 +90,14 @@ void Multiply(const LaneMap& a, const LaneMap& b, const LaneMap& y, bool accumul
   });
 }
 
-void DotPlanes(const LaneMap& a, const LaneMap& b, const LaneMap& y, const LivePixelMask& live, bool accumulate,
+void DotPlanes(const LaneMap& a, const LaneMap* b, const LaneMap& y, const LivePixelMask& live, bool accumulate,
                int threads) {
   ParallelFor(threads, a.batch * a.channels, [&](int64_t i) {
     const int64_t n = i / a.channels, c = i % a.channels;
-    const V products = SumLanes(
-        a, live, [&](int64_t row, int64_t i) { return Mul(Load(a.At(n, c, row) + i), Load(b.At(n, c, row) + i)); });
+    const V products = SumLanes(a, live, [&](int64_t row, int64_t i) {
+      const V v = Load(a.At(n, c, row) + i);
+      return b ? Mul(v, Load(b->At(n, c, row) + i)) : v;
+    });
     Put(y.At(n, c), SumPictures(products, a.grid), accumulate);
   });
 }

@@ -75,10 +75,11 @@ int Program::AddMap(const LaneMap& shape, int64_t offset) {
   return map_count() - 1;
 }
 
-int Program::AddChannels(int whole, int64_t first, int64_t last) {
+int Program::AddChannels(int whole, int64_t first, int64_t last, int64_t step) {
   LaneMap map = maps_[whole];
   map.data = map.At(0, first);
-  map.channels = last - first;
+  map.channels = (last - first + step - 1) / step;
+  map.channel_stride *= step;
   maps_.push_back(map);
   return map_count() - 1;
 }
@@ -403,9 +404,10 @@ void Program::Multiply(Section where, int a, int b, int y, bool accumulate) {
 
 void Program::DotPlanes(int a, int b, int y, bool accumulate) {
   Add(Section::kBackward, "dot " + SizeLabel(maps_[a]),
-      [accumulate, live = LiveMask(maps_[a]), first = maps_[a], second = maps_[b],
+      [accumulate, live = LiveMask(maps_[a]), first = maps_[a], second = b < 0 ? LaneMap{} : maps_[b],
        out = maps_[y]](const RunContext& context) {
-        Kernels<PointwiseKernels>().dot_planes(first, second, out, live, accumulate, context.threads);
+        Kernels<PointwiseKernels>().dot_planes(first, second.data ? &second : nullptr, out, live, accumulate,
+                                               context.threads);
       });
 }
 

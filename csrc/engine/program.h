@@ -87,9 +87,9 @@ class Program {
   void Load(const std::vector<Source>& sources, int threads);
 
   // A map at `offset` floats into the arena, the first float of its halo.
-  // Channels [first, last) of `whole` make another map.
+  // Every step-th of the channels [first, last) of `whole` makes another map.
   int AddMap(const LaneMap& shape, int64_t offset);
-  int AddChannels(int whole, int64_t first, int64_t last);
+  int AddChannels(int whole, int64_t first, int64_t last, int64_t step);
   const LaneMap& map(int index) const { return maps_[index]; }
   int map_count() const { return static_cast<int>(maps_.size()); }
 
@@ -132,6 +132,7 @@ class Program {
   void ActivateBackward(int x, int dy, int dx, ActivationSpec act, bool accumulate);
   void Combine(Section where, int a, float a_scale, int b, float b_scale, float shift, int y);
   void Multiply(Section where, int a, int b, int y, bool accumulate);
+  // b -1: the sums of a.
   void DotPlanes(int a, int b, int y, bool accumulate);
   void PixelNorm(int x, int y, float epsilon);
   void PixelNormBackward(int x, int dy, int dx, float epsilon, bool accumulate);

@@ -19,13 +19,17 @@ _STEPS = ("conv", "conv_transpose", "pool")  # one side's blocks are `stride` ti
 _ENLARGES = ("conv_transpose", "upsample2", "pixel_shuffle")
 
 
-def fuse(graph: Graph, backward: bool) -> None:
-    """Padding goes into the conv behind it, an activation into the norm before it; unread operators go.
+def fuse(graph: Graph, backward: bool, weights: Sequence[Any]) -> None:
+    """Padding goes into the conv behind it, an activation into the norm before it, a factor and a shift of each channel
+    into the LayerNorm before them; unread operators go.
 
     Without a backward pass BatchNorm with running statistics, a residual sum and an activation become one operator.
+    ``weights``: by weight number, with their ``mask``.
     """
     _fuse_padding(graph)
     _fuse_activation(graph)
+    _fuse_affine(graph, weights)
+    _take_parts_of_parts(graph)
     if not backward:
         _fuse_finish(graph)
     _drop_unread(graph)
@@ -64,6 +68,48 @@ def _fuse_activation(graph: Graph) -> None:
             source.output = node.output
             node.kind = "gone"
     graph.nodes = [node for node in graph.nodes if node.kind != "gone"]
+
+
+def _fuse_affine(graph: Graph, weights: Sequence[Any]) -> None:
+    readers = graph.consumers()
+    norms = {node.output: node for node in graph.nodes if node.kind == "layer_norm" and node.beta is None}
+    for node in graph.nodes:
+        norm = norms.get(node.inputs[0])
+        if norm is None or len(readers[norm.output]) != 1 or norm.output in graph.outputs or norm.beta is not None:
+            continue
+        if norm.gamma is None and _scales_channels(graph, node) and weights[node.weight].mask is None:
+            norm.attributes["gamma"] = node.weight
+        elif node.kind == "shift":
+            norm.attributes["beta"] = node.beta
+        else:
+            continue
+        norm.output = node.output
+        norms[norm.output] = norm
+        node.kind = "gone"
+    graph.nodes = [node for node in graph.nodes if node.kind != "gone"]
+
+
+def _scales_channels(graph: Graph, node: Node) -> bool:
+    """Whether an operator multiplies each channel by a number."""
+    channels = graph.shapes[node.output][1]
+    alike = graph.shapes[node.output] == graph.shapes[node.inputs[0]]
+    return node.kind == "conv" and alike and node.groups == channels and node.bias is None and node.pad == (0, 0)
+
+
+def _take_parts_of_parts(graph: Graph) -> None:
+    """Whoever reads those channels of a concatenation that came from one value reads that value."""
+    sources = {node.output: node for node in graph.nodes if node.kind == "cat" and not node.interleaved}
+    for node in graph.nodes:
+        source = sources.get(node.inputs[0])
+        if source is None or node.kind != "channels" or node.step != 1 or node.output in graph.outputs:
+            continue
+        first = 0
+        for value in source.inputs:
+            last = first + graph.shapes[value][1]
+            if (first, last) == (node.first, node.last):
+                for reader in graph.nodes:
+                    reader.inputs = [value if read == node.output else read for read in reader.inputs]
+            first = last
 
 
 _PLAIN = {"gamma": None, "beta": None, "running": None, "epsilon": 0.0, "act": "none", "slope": 0.0}
@@ -252,7 +298,7 @@ def _edges(graph: Graph, classes: "_Classes") -> list[_Edge]:
         if node.kind in _SAME_BLOCKS or (node.kind in _STEPS and node.stride == 1):
             for value in node.inputs:
                 classes.join(value, node.output)
-        elif node.kind == "scale":
+        elif node.kind in ("scale", "offset"):
             classes.join(first, node.output)
         elif node.kind in _ENLARGES:
             edges.append(_Edge(node, node.output, first, 2))

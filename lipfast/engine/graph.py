@@ -53,7 +53,8 @@ class Node:
     combine     a_scale, b_scale, shift: a_scale * inputs[0] + b_scale * inputs[1] + shift (second input optional)
     multiply    inputs[0] * inputs[1]
     scale       inputs[0] times inputs[1], which has one number for each plane: (n, c, 1, 1)
-    cat         channels of all inputs one after the other
+    offset      inputs[0] plus inputs[1], which has one number for each plane
+    cat         channels of all inputs one after the other; interleaved: the first of each, the second of each, ...
     channels    first, last: a range of the input's channels
     upsample2   bilinear (else nearest)
     pixel_shuffle, pixel_unshuffle  by 2: four channels become pixels of 2 x 2, or the reverse
@@ -62,6 +63,7 @@ class Node:
     mean        over all pixels: (n, c, 1, 1)
     pixel_norm  epsilon
     flatten     a map's items to rows of features
+    unflatten   and back
     reblock     nothing: only how the map is cut into blocks changes
     """
 
@@ -143,7 +145,7 @@ class Graph:
 
     def pad_rows(self) -> None:
         """Give rows of features more pixels than items, where that fills more lanes and nothing counts them."""
-        if any(node.kind == "flatten" or (node.kind == "norm" and node.training) for node in self.nodes):
+        if any(node.kind in ("flatten", "unflatten") or (node.kind == "norm" and node.training) for node in self.nodes):
             return
         for value in self.rows:
             _, features, height, width = self.shapes[value]
@@ -160,4 +162,5 @@ class Graph:
         """Whether a tensor of that shape has the numbers of a value in its order."""
         if value in self.rows:
             return (math.prod(shape[:-1]), shape[-1]) == self.flat_shape(value)
-        return tuple(shape) in (self.shapes[value], self.flat_shape(value))
+        without_ones = self.shapes[value][:3] if self.shapes[value][2:] == (1, 1) else None
+        return tuple(shape) in (self.shapes[value], self.flat_shape(value), without_ones)

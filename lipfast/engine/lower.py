@@ -15,7 +15,15 @@ from torch import Tensor
 
 from lipfast.engine.capture import Call, Recording, Ref, pair, refs_in
 from lipfast.engine.graph import CONV_KINDS, Graph, Node, Taps
-from lipfast.engine.patterns import MULTIPLY, gather_patterns, pixel_norm, weights_first
+from lipfast.engine.patterns import (
+    MULTIPLY,
+    channel_norm,
+    gather_patterns,
+    is_pure,
+    pixel_norm,
+    weights_first,
+    written,
+)
 
 _LARGEST_KERNEL = 7
 # Linear layers: torch's matrix product is faster where more is kept. Lists of more weights cost too much memory.
@@ -59,6 +67,8 @@ class Lowered:
 def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None, inputs: Container[str] = ()) -> Lowered:
     """Split a recording into lane segments and torch calls, in order. Patterns in the recording become one call.
 
+    A torch call that needs nothing of the segment it would end runs before it.
+
     Args:
         recording: what to split.
         masks: leaf name -> which of its weights live. Linear layers run in lanes if they are pruned, or behind maps.
@@ -72,29 +82,45 @@ def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None, input
     gather_patterns(recording)
     of_parameters = weights_first(recording, inputs)
     last_use = _last_uses(recording)
-    items: list[Segment | Call] = list(recording.calls[:of_parameters])
+    first = recording.calls[:of_parameters]
+    leaves = {number: name for number, name in recording.leaves.items() if name not in inputs}
+    parameters = {*leaves, *(ref.number for call in first for ref in call.results())}
+    changed = written(recording)
+    items: list[Segment | Call] = list(first)
     refused: list[tuple[Call, str]] = []
-    builder = _Builder(kept, recording.leaves)
+    builder = _Builder(kept, recording.leaves, parameters)
     for position, call in enumerate(recording.calls[of_parameters:], of_parameters):
         if call.grad != builder.grad:
             items += builder.finish(last_use, position)
-            builder = _Builder(kept, recording.leaves, call.grad)
+            builder = _Builder(kept, recording.leaves, parameters, call.grad)
         try:
             builder.add(call, position)
         except Unsupported as reason:
-            items += builder.finish(last_use, position)
-            items.append(call)
             refused.append((call, f"{call.name}: {reason}"))
-            builder = _Builder(kept, recording.leaves, call.grad)
+            moves = is_pure(call) and not any(ref.number in changed for ref in call.refs())
+            if not moves or any(builder.makes(ref) for ref in call.refs()):
+                items += builder.finish(last_use, position)
+                builder = _Builder(kept, recording.leaves, parameters, call.grad)
+            items.append(call)
     items += builder.finish(last_use, len(recording.calls))
-    maps = {ref.number for item in items if isinstance(item, Segment) for ref in item.inputs}
-    return Lowered(recording, items, [why for call, why in refused if not _makes_a_weight(call, recording, maps)])
+    beside = _beside_lanes(items)
+    return Lowered(recording, items, [why for call, why in refused if id(call) in beside])
 
 
-def _makes_a_weight(call: Call, recording: Recording, maps: set[int]) -> bool:
-    """Whether a call only computes on parameters, so that leaving it to torch converts no map."""
-    made = {ref.number for ref in call.results()}
-    return all(ref.number in recording.leaves for ref in call.refs()) and not made & maps
+def _beside_lanes(items: Sequence[Segment | Call]) -> set[int]:
+    """The torch calls, by id, that compute on what segments made or make what they read; all if there are none."""
+    segments = [item for item in items if isinstance(item, Segment)]
+    read = {ref.number for segment in segments for ref in segment.inputs}
+    made: set[int] = set()
+    beside: set[int] = set()
+    for item in items:
+        results = {ref.number for ref in (item.outputs if isinstance(item, Segment) else item.results())}
+        if isinstance(item, Segment) or any(ref.number in made for ref in item.refs()):
+            made |= results
+            beside.add(id(item))
+        elif results & read or not segments:
+            beside.add(id(item))
+    return beside
 
 
 def _last_uses(recording: Recording) -> dict[int, int]:
@@ -123,10 +149,17 @@ def _channels_second(shape: Sequence[int]) -> Sequence[int]:
 class _Builder:
     """Collects calls into one graph."""
 
-    def __init__(self, kept: Callable[[Ref], int], leaves: Mapping[int, str], grad: bool | None = None) -> None:
+    def __init__(
+        self,
+        kept: Callable[[Ref], int],
+        leaves: Mapping[int, str],
+        parameters: Container[int],
+        grad: bool | None = None,
+    ) -> None:
         self.graph = Graph([], [], [], {})
         self.kept, self.grad = kept, grad
         self._leaves = leaves
+        self._parameters = parameters  # and what is computed from them alone
         self._values: dict[int, int] = {}  # tensor number -> value
         self._made: dict[int, Ref] = {}  # tensors that calls of this segment made
         self._last: set[int] = set()  # tensors that are maps with the channels behind
@@ -141,19 +174,17 @@ class _Builder:
         handler = _HANDLERS.get(call.function)
         if handler is None:
             raise Unsupported("the engine has no such operator")
-        if not isinstance(call.result, Ref):
-            raise Unsupported("it returns more than one tensor")
+        results = [call.result] if isinstance(call.result, Ref) else call.result
+        if not isinstance(results, (tuple, list)) or not all(isinstance(result, Ref) for result in results):
+            raise Unsupported("it returns something else than tensors")
         before = len(self.graph.nodes), dict(self._values), len(self._inputs), len(self._weights), len(self._statistics)
         known = set(self.graph.shapes)
         try:
-            value = handler(self, *call.args, **call.kwargs)
-            if 0 in self.graph.shapes[value]:
-                raise Unsupported("an empty result")
+            made_values = handler(self, *call.args, **call.kwargs)
+            values = made_values if isinstance(made_values, list) else [made_values]
             last = self._puts_features_last(call)
-            if not self.graph.holds(value, _channels_second(call.result.shape) if last else call.result.shape):
-                raise Unsupported(f"a result of shape {call.result.shape}")
-            if call.result.dtype != torch.float32:
-                raise Unsupported(f"a result of {call.result.dtype}")
+            for value, result in zip(values, results, strict=True):
+                self._check_result(value, result, last)
         except (Unsupported, TypeError) as reason:
             nodes, self._values, inputs, weights, statistics = before
             for made in (self.graph.nodes, nodes), (self._inputs, inputs), (self._weights, weights):
@@ -161,23 +192,32 @@ class _Builder:
             del self.graph.inputs[inputs:], self._statistics[statistics:]
             self.graph.forget(set(self.graph.shapes) - known)
             raise reason if isinstance(reason, Unsupported) else Unsupported(str(reason)) from reason
-        self._values[call.result.number] = value
-        self._made[call.result.number] = call.result
         self._calls.append(call)
-        if last:
-            self._last.add(call.result.number)
-        if self._lies_permuted(call, self.graph.nodes[before[0] :]):
-            self._permuted.add(call.result.number)
+        for value, result in zip(values, results, strict=True):
+            self._values[result.number] = value
+            self._made[result.number] = result
+            if last:
+                self._last.add(result.number)
+            if self._lies_permuted(call, result, self.graph.nodes[before[0] :]):
+                self._permuted.add(result.number)
+
+    def _check_result(self, value: int, result: Ref, features_last: bool) -> None:
+        if 0 in self.graph.shapes[value]:
+            raise Unsupported("an empty result")
+        if not self.graph.holds(value, _channels_second(result.shape) if features_last else result.shape):
+            raise Unsupported(f"a result of shape {result.shape}")
+        if result.dtype != torch.float32:
+            raise Unsupported(f"a result of {result.dtype}")
 
     def _puts_features_last(self, call: Call) -> bool:
         """Whether a call's result is a map with the channels behind, as its operands are, or as it puts them."""
         last = any(ref.number in self._last for ref in call.refs())
         return last != (call.function in _PERMUTE)
 
-    def _lies_permuted(self, call: Call, added: list[Node]) -> bool:
+    def _lies_permuted(self, call: Call, result: Ref, added: list[Node]) -> bool:
         """Whether a call's result lies in memory in another order than its axes, as the first of its maps does."""
         of_first = next((ref.number in self._permuted for ref in call.refs() if len(ref.shape) == 4), False)
-        if len(call.result.shape) != 4:
+        if len(result.shape) != 4:
             return False  # flattened, which lays it out anew
         if call.function in _PERMUTE:
             return not of_first
@@ -274,8 +314,8 @@ class _Builder:
         return isinstance(tensor, Ref) and tensor.number in self._made
 
     def is_parameter(self, tensor: Any) -> bool:
-        """Whether a tensor is a parameter or buffer of the module."""
-        return isinstance(tensor, Ref) and tensor.number in self._leaves
+        """Whether a tensor is a parameter or buffer of the module, or computed from such."""
+        return isinstance(tensor, Ref) and tensor.number in self._parameters
 
     def shape(self, tensor: Any) -> tuple[int, int, int, int]:
         """The sides of a map."""
@@ -496,7 +536,51 @@ def _cat(b: _Builder, tensors: Any, dim: int = 0) -> int:
         raise Unsupported(f"concatenation along axis {dim}")
     n, _, height, width = b.shape(tensors[0])
     values = [b.map(tensor) for tensor in tensors]
-    return b.node("cat", values, (n, sum(b.graph.shapes[value][1] for value in values), height, width))
+    channels = sum(b.graph.shapes[value][1] for value in values)
+    return b.node("cat", values, (n, channels, height, width), interleaved=False)
+
+
+def _chunk(b: _Builder, input: Any, chunks: int, dim: int = 0) -> list[int]:
+    side = input.shape[dim]
+    each = max(1, -(-side // chunks))
+    return _parts(b, input, dim, [min(each, side - first) for first in range(0, side, each)])
+
+
+def _split(b: _Builder, tensor: Any, split_size: Any, dim: int = 0) -> list[int]:
+    if isinstance(split_size, (tuple, list)):
+        return _parts(b, tensor, dim, split_size)
+    side = tensor.shape[dim]
+    return _parts(b, tensor, dim, [min(split_size, side - first) for first in range(0, side, split_size)])
+
+
+def _parts(b: _Builder, tensor: Any, dim: int, counts: Sequence[int]) -> list[int]:
+    """Consecutive ranges of a map's channels, or of features."""
+    behind = b.has_rows(tensor) or b.has_features_last(tensor)
+    if dim % len(tensor.shape) != (len(tensor.shape) - 1 if behind else 1):
+        raise Unsupported(f"parts along axis {dim}")
+    value = b.rows(tensor) if behind else b.map(tensor)
+    firsts = [sum(counts[:place]) for place in range(len(counts))]
+    return [_channels(b, value, range(first, first + count)) for first, count in zip(firsts, counts, strict=True)]
+
+
+def _channels(b: _Builder, value: int, which: range) -> int:
+    """Some channels of a map, or features of rows."""
+    attributes = {"first": which.start, "last": which.stop, "step": which.step}
+    n, _, height, width = b.graph.shapes[value]
+    if value in b.graph.rows:
+        return b.node_of_rows("channels", [value], (height * width, len(which)), **attributes)
+    return b.node("channels", [value], (n, len(which), height, width), **attributes)
+
+
+def _glu(b: _Builder, input: Any, dim: int = -1) -> int:
+    first, second = _parts(b, input, dim, [input.shape[dim] // 2] * 2)
+    return b.like("multiply", first, b.like("act", second, act="sigmoid", slope=0.0))
+
+
+def _channel_shuffle(b: _Builder, input: Any, groups: int) -> int:
+    n, channels, height, width = b.shape(input)
+    parts = _parts(b, input, 1, [channels // groups] * groups)
+    return b.node("cat", parts, (n, channels, height, width), interleaved=True)
 
 
 def _pool(b: _Builder, input: Any, kernel: Any, stride: Any, padding: Any, maximum: bool) -> int:
@@ -581,7 +665,7 @@ def _flatten(b: _Builder, input: Any, start_dim: int = 0, end_dim: int = -1) -> 
 def _reshape(b: _Builder, input: Any, *sizes: Any) -> int:
     wanted = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
     if b.has_rows(input):
-        return b.rows(input)  # whether that has the shape of the result is asked for each call
+        return _unflattened(b, input, wanted)
     flat = b.knows(input) and len(input.shape) == 2
     value = b.any(input) if flat else b.flattened(input)
     to_map = flat and len(wanted) == 4
@@ -589,6 +673,34 @@ def _reshape(b: _Builder, input: Any, *sizes: Any) -> int:
     if len(wanted) != len(result) or any(size not in (-1, side) for size, side in zip(wanted, result, strict=True)):
         raise Unsupported(f"reshaping to {tuple(wanted)}")
     return value
+
+
+def _unflattened(b: _Builder, rows: Ref, wanted: Sequence[int]) -> int:
+    """Rows of features as maps of (channels, height, width) each, where those are the features of one, or as they are;
+    whether that has the shape of the result is asked for each call."""
+    value, features = b.rows(rows), rows.shape[-1]
+    items = math.prod(rows.shape[:-1])
+    known = -math.prod(wanted) if -1 in wanted else 1
+    sides = [items * features // max(1, known) if side == -1 else side for side in wanted]
+    if len(sides) == 4 and sides[0] == items and sides[3] != features and math.prod(sides[1:]) == features:
+        return b.node("unflatten", [value], (items, sides[1], sides[2], sides[3]))
+    return value
+
+
+def _unsqueeze(b: _Builder, input: Any, dim: int) -> int:
+    """A pixel for each plane."""
+    axes = len(input.shape)
+    if axes not in (2, 3) or dim not in (-1, axes) or not b.knows(input) or (axes == 3 and input.shape[2] != 1):
+        raise Unsupported("new axes anywhere but behind the channels")
+    if axes == 2 and b.has_rows(input):
+        return _unflattened(b, input, (input.shape[0], input.shape[1], 1, 1))
+    return b.any(input)
+
+
+def _squeeze(b: _Builder, input: Any, dim: Any = None) -> int:
+    if not b.knows(input) or b.has_rows(input) or b.graph.shapes[b.any(input)][2:] != (1, 1):
+        raise Unsupported("dropping axes of anything but maps of one pixel")
+    return b.any(input)
 
 
 def _expand_as(b: _Builder, input: Any, other: Any) -> int:
@@ -722,8 +834,10 @@ def _padded(side: int, before: int, after: int, mode: str) -> list[int]:
 
 
 def _getitem(b: _Builder, input: Any, index: Any) -> int:
-    shape = b.shape(input)
     entries = list(index) if isinstance(index, tuple) else [index]
+    if isinstance(input, Ref) and len(input.shape) == 2 and entries in ([_ALL, _ALL, None, None], [..., None, None]):
+        return _unsqueeze(b, input, -1)
+    shape = b.shape(input)
     if Ellipsis in entries:
         at = entries.index(Ellipsis)
         entries[at : at + 1] = [slice(None)] * (5 - len(entries))
@@ -731,12 +845,11 @@ def _getitem(b: _Builder, input: Any, index: Any) -> int:
     if len(entries) != 4 or not all(isinstance(entry, slice) for entry in entries):
         raise Unsupported("indexing by anything but slices")
     batch, channels, rows, columns = (range(*entry.indices(side)) for entry, side in zip(entries, shape, strict=True))
-    if len(batch) != shape[0] or channels.step != 1:
-        raise Unsupported("slices of the batch, or of channels with a step")
+    if len(batch) != shape[0]:
+        raise Unsupported("slices of the batch")
     value = b.map(input)
     if len(channels) != shape[1]:
-        sliced = (shape[0], len(channels), *shape[2:])
-        value = b.node("channels", [value], sliced, first=channels.start, last=channels.stop)
+        value = _channels(b, value, channels)
     if (len(rows), len(columns)) == shape[2:] and rows.step == columns.step == 1:
         return value
     cropped = (shape[0], len(channels), len(rows), len(columns))
@@ -754,10 +867,21 @@ def _linear(b: _Builder, first: Any, second: Any, first_scale: float, second_sca
     if any(last) and not all(last):
         raise Unsupported("the sum of maps whose channels lie before and behind")
     rows = len(first.shape) != 4 or any(last) or any(b.has_rows(tensor) for tensor in both)
+    shifted = _shifted_features(b, *both) if first_scale == second_scale == 1 else None
+    if shifted is not None:
+        return shifted
     values = [b.rows(tensor) if rows else b.map(tensor) for tensor in both]
-    if first.shape != second.shape:
+    if first.shape == second.shape:
+        return b.like("combine", *values, a_scale=first_scale, b_scale=second_scale, shift=0.0)
+    scaled = [
+        value if scale == 1 else b.like("combine", value, a_scale=scale, b_scale=0.0, shift=0.0)
+        for value, scale in zip(values, (first_scale, second_scale), strict=True)
+    ]
+    if first.shape == (*second.shape[:2], 1, 1):
+        first, second, scaled = second, first, scaled[::-1]
+    if rows or second.shape != (*first.shape[:2], 1, 1):
         raise Unsupported(f"shapes {first.shape} and {second.shape} (broadcasting)")
-    return b.like("combine", *values, a_scale=first_scale, b_scale=second_scale, shift=0.0)
+    return b.node("offset", scaled, b.graph.shapes[scaled[0]])
 
 
 def _add(b: _Builder, input: Any, other: Any, *, alpha: float = 1) -> int:
@@ -781,6 +905,8 @@ def _mul(b: _Builder, input: Any, other: Any) -> int:
     scaled = _scaled_features(b, tensor, factor)
     if scaled is not None:
         return scaled
+    if b.has_rows(tensor) and b.has_rows(factor) and tensor.shape == factor.shape:
+        return b.like("multiply", b.rows(tensor), b.rows(factor))
     shapes = b.shape(tensor), b.shape(factor)
     if shapes[0] == shapes[1]:
         return b.node("multiply", [b.map(tensor), b.map(factor)], shapes[0])
@@ -794,16 +920,31 @@ def _mul(b: _Builder, input: Any, other: Any) -> int:
 def _scaled_features(b: _Builder, one: Any, other: Any) -> int | None:
     """The product with a parameter that has a number for each feature; None if it is no such product."""
     tensor, factor = (one, other) if b.makes(one) else (other, one)
-    if not b.is_parameter(factor):
+    count = _features_of(b, tensor, factor)
+    if count is None:
         return None
-    value = b.any(tensor)
-    count = b.graph.shapes[value][1]
+    return _on_features(b, b.any(tensor), dataclasses.replace(factor, shape=(count, 1, 1, 1)), groups=count)
+
+
+def _shifted_features(b: _Builder, one: Any, other: Any) -> int | None:
+    """The sum with such a parameter; None if it is no such sum."""
+    tensor, shift = (one, other) if b.makes(one) else (other, one)
+    count = _features_of(b, tensor, shift)
+    if count is None:
+        return None
+    return b.like("shift", b.any(tensor), beta=b.weight(dataclasses.replace(shift, shape=(count,))))
+
+
+def _features_of(b: _Builder, tensor: Any, numbers: Any) -> int | None:
+    """The number of channels of a tensor of this segment, if a parameter has one number for each."""
+    if not b.makes(tensor) or not b.is_parameter(numbers):
+        return None
+    count = b.graph.shapes[b.any(tensor)][1]
     behind = b.has_features_last(tensor) or b.has_rows(tensor)
-    axes = [1] * (len(factor.shape) - 1)
+    axes = [1] * (len(numbers.shape) - 1)
     wanted = (*axes, count) if behind else (*axes[2:], count, 1, 1)
-    if not factor.shape or len(factor.shape) > len(tensor.shape) or factor.shape != wanted:
-        return None
-    return _on_features(b, value, dataclasses.replace(factor, shape=(count, 1, 1, 1)), groups=count)
+    fits = numbers.shape == wanted and 0 < len(numbers.shape) <= len(tensor.shape)
+    return count if fits else None
 
 
 def _div(b: _Builder, input: Any, other: Any, *, rounding_mode: str | None = None) -> int:
@@ -820,14 +961,22 @@ def _pixel_norm(b: _Builder, x: Any, epsilon: float) -> int:
     return b.same("pixel_norm", x, epsilon=epsilon)
 
 
-def _spellings(handler: Callable[..., int], *functions: Any) -> dict[Any, Callable[..., int]]:
+def _channel_norm(b: _Builder, x: Any, epsilon: float) -> int:
+    return b.same("layer_norm", x, gamma=None, beta=None, epsilon=epsilon)
+
+
+_Handler = Callable[..., int | list[int]]  # returns the value, or values, of the call's result
+
+
+def _spellings(handler: _Handler, *functions: Any) -> dict[Any, _Handler]:
     return dict.fromkeys(functions, handler)
 
 
+_ALL = slice(None)
 _PERMUTE = (Tensor.permute, torch.permute)
 _MULTIPLY = (*MULTIPLY, Tensor.mul_, Tensor.__imul__)
 
-_HANDLERS: dict[Any, Callable[..., int]] = {
+_HANDLERS: dict[Any, _Handler] = {
     **_spellings(_conv2d, torch.conv2d, F.conv2d),
     **_spellings(_conv_transpose2d, torch.conv_transpose2d, F.conv_transpose2d),
     **_spellings(_batch_norm, F.batch_norm),
@@ -847,6 +996,10 @@ _HANDLERS: dict[Any, Callable[..., int]] = {
     **_spellings(_dropout, F.dropout, F.dropout2d),
     **_spellings(_same_value, torch.clone, Tensor.clone, Tensor.contiguous),
     **_spellings(_cat, torch.cat, torch.concat, torch.concatenate),
+    **_spellings(_chunk, torch.chunk, Tensor.chunk),
+    **_spellings(_split, torch.split, Tensor.split),
+    **_spellings(_glu, F.glu),
+    **_spellings(_channel_shuffle, torch.channel_shuffle, F.channel_shuffle),
     **_spellings(_avg_pool2d, F.avg_pool2d),
     **_spellings(_max_pool2d, F.max_pool2d, torch.max_pool2d),
     **_spellings(_adaptive_avg_pool2d, F.adaptive_avg_pool2d),
@@ -854,6 +1007,8 @@ _HANDLERS: dict[Any, Callable[..., int]] = {
     **_spellings(_permute, *_PERMUTE),
     **_spellings(_flatten, torch.flatten, Tensor.flatten),
     **_spellings(_reshape, torch.reshape, Tensor.reshape, Tensor.view),
+    **_spellings(_squeeze, torch.squeeze, Tensor.squeeze),
+    **_spellings(_unsqueeze, torch.unsqueeze, Tensor.unsqueeze),
     **_spellings(_expand_as, Tensor.expand_as),
     **_spellings(_linear_layer, F.linear, torch._C._nn.linear),
     **_spellings(_interpolate, F.interpolate, F.upsample),
@@ -867,5 +1022,6 @@ _HANDLERS: dict[Any, Callable[..., int]] = {
     **_spellings(_mul, *_MULTIPLY),
     **_spellings(_div, torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__),
     **_spellings(_pixel_norm, pixel_norm),
+    **_spellings(_channel_norm, channel_norm),
     **_spellings(_neg, torch.neg, Tensor.neg, Tensor.__neg__),
 }

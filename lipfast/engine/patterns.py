@@ -2,12 +2,13 @@
 that they compute."""
 
 import dataclasses
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lipfast.engine.capture import Call, Recording, Ref, refs_in
 
@@ -19,6 +20,10 @@ _INVERSE_ROOT = (torch.rsqrt, Tensor.rsqrt)
 _MEAN = (torch.mean, Tensor.mean)
 _SQUARE = (torch.square, Tensor.square)
 _POWER = (torch.pow, Tensor.pow, Tensor.__pow__)
+_SUBTRACT = (torch.sub, Tensor.sub, Tensor.__sub__)
+_VARIANCE = (torch.var, Tensor.var)
+_RESHAPE = (torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten)
+_TRANSPOSE = (torch.transpose, Tensor.transpose, Tensor.permute, torch.permute, Tensor.swapaxes, torch.swapaxes)
 
 
 def pixel_norm(x: Tensor, epsilon: float) -> Tensor:
@@ -26,31 +31,57 @@ def pixel_norm(x: Tensor, epsilon: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + epsilon)
 
 
+def channel_norm(x: Tensor, epsilon: float) -> Tensor:
+    """``(x - mean) / sqrt(variance + epsilon)`` over the channels of each pixel, as LayerNorms of maps are written."""
+    mean = x.mean(dim=1, keepdim=True)
+    return (x - mean) * torch.rsqrt((x - mean).square().mean(dim=1, keepdim=True) + epsilon)
+
+
 def gather_patterns(recording: Recording) -> None:
-    """Replace the calls that spell out a `pixel_norm` by one."""
-    finder = _Finder(recording)
+    """Replace the calls that spell out an operator by one, which is named like a function of torch or of this file."""
+    finder, changed = _Finder(recording), written(recording)
     calls: list[Call] = []
-    dropped: set[int] = set()
+    inner: set[int] = set()
     for call in recording.calls:
-        found = finder.pixel_norm(call)
-        if found is None:
+        found = finder.pixel_norm(call) or finder.channel_norm(call) or finder.channel_shuffle(call)
+        if found is None or found[1][0].number in changed:
             calls.append(call)
             continue
-        x, epsilon, parts = found
-        calls.append(dataclasses.replace(call, function=pixel_norm, args=(x, epsilon), kwargs={}))
-        dropped.update(id(part) for part in parts)
-    recording.calls = [call for call in calls if id(call) not in dropped]
+        function, args, parts = found
+        calls.append(dataclasses.replace(call, function=function, args=args, kwargs={}))
+        inner.update(id(part) for part in parts)
+    recording.calls = _without_unread(calls, inner, recording.result)
+
+
+def _without_unread(calls: list[Call], inner: set[int], result: Any) -> list[Call]:
+    """The calls without those of ``inner`` whose results nothing reads any more."""
+    read = {ref.number for ref in refs_in(result)}
+    kept = []
+    for call in reversed(calls):
+        if id(call) not in inner or any(ref.number in read for ref in call.results()):
+            kept.append(call)
+            read.update(ref.number for ref in call.refs())
+    return kept[::-1]
 
 
 # Functions of nothing but their arguments, by name in torch and as methods.
 _PURE = (
-    "abs", "add", "clamp", "clone", "contiguous", "detach", "div", "eq", "exp", "expand", "expand_as", "flatten",
-    "float", "ge", "gt", "le", "log", "lt", "matmul", "maximum", "mean", "minimum", "mul", "neg", "norm", "permute",
-    "pow", "relu", "reshape", "round", "rsqrt", "sigmoid", "sign", "sqrt", "square", "std", "sub", "sum", "t", "tanh",
-    "transpose", "unsqueeze", "var", "view", "where", "__add__", "__ge__", "__gt__", "__le__", "__lt__", "__mul__",
-    "__neg__", "__pow__", "__radd__", "__rmul__", "__rsub__", "__sub__", "__truediv__",
+    "abs", "add", "arange", "cat", "chunk", "clamp", "clone", "contiguous", "cos", "detach", "div", "einsum", "eq",
+    "exp", "expand", "expand_as", "flatten", "float", "full", "ge", "gt", "le", "log", "lt", "matmul", "maximum",
+    "mean", "minimum", "mul", "neg", "norm", "ones", "permute", "pow", "relu", "repeat", "reshape", "round", "rsqrt",
+    "sigmoid", "sign", "sin", "softmax", "split", "sqrt", "square", "squeeze", "stack", "std", "sub", "sum", "t",
+    "tanh", "to", "transpose", "unbind", "unsqueeze", "var", "view", "where", "zeros", "__add__", "__ge__",
+    "__getitem__", "__gt__", "__le__", "__lt__", "__mul__", "__neg__", "__pow__", "__radd__", "__rmul__", "__rsub__",
+    "__rtruediv__", "__sub__", "__truediv__",
 )  # fmt: skip
 _PURE_FUNCTIONS = {getattr(owner, name) for owner in (torch, Tensor) for name in _PURE if hasattr(owner, name)}
+_PURE_FUNCTIONS |= {F.linear, torch._C._nn.linear, F.softmax, F.gelu, F.layer_norm, F.normalize}
+
+
+def is_pure(call: Call) -> bool:
+    """Whether a call's result depends on its arguments alone, and it changes nothing."""
+    silu = call.function is F.silu and len(call.args) == 1 and not call.kwargs.get("inplace")
+    return (silu or call.function in _PURE_FUNCTIONS) and "out" not in call.kwargs
 
 
 def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
@@ -59,12 +90,12 @@ def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
 
     ``inputs``: leaves that are none."""
     parameters = {number for number, name in recording.leaves.items() if name not in inputs}
-    moved = parameters - _written(recording)
+    moved = parameters - written(recording)
     first: list[Call] = []
     rest: list[Call] = []
     for call in recording.calls:
         refs = call.refs()
-        if call.function in _PURE_FUNCTIONS and refs and all(ref.number in moved for ref in refs):
+        if is_pure(call) and refs and all(ref.number in moved for ref in refs):
             moved.update(ref.number for ref in call.results())
             first.append(call)
         else:
@@ -73,17 +104,20 @@ def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
     return len(first)
 
 
-def _written(recording: Recording) -> set[int]:
+def written(recording: Recording) -> set[int]:
     """Tensors that calls may write into, running statistics among them."""
-    written: set[int] = set()
+    numbers: set[int] = set()
     for call in recording.calls:
         name = getattr(call.function, "__name__", "")
         in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
         if in_place or "out" in call.kwargs:
-            written.update(ref.number for ref in call.refs())
+            numbers.update(ref.number for ref in call.refs())
         elif call.function in (F.batch_norm, F.instance_norm):
-            written.update(ref.number for ref in call.refs()[1:])
-    return written
+            numbers.update(ref.number for ref in call.refs()[1:])
+    return numbers
+
+
+_Found = tuple[Callable[..., Any], tuple[Any, ...], list[Call]] | None  # a function, its arguments, the inner calls
 
 
 class _Finder:
@@ -91,32 +125,83 @@ class _Finder:
 
     def __init__(self, recording: Recording) -> None:
         self._made = {call.result.number: call for call in recording.calls if isinstance(call.result, Ref)}
-        self._uses: dict[int, int] = {}
-        for ref in [*refs_in(recording.result), *(ref for call in recording.calls for ref in call.refs())]:
-            self._uses[ref.number] = self._uses.get(ref.number, 0) + 1
 
-    def pixel_norm(self, call: Call) -> tuple[Ref, float, list[Call]] | None:
-        """The input, epsilon and inner calls of a pixel norm that ends in ``call``."""
+    def pixel_norm(self, call: Call) -> _Found:
+        """A pixel norm that ends in ``call``."""
+        for x, epsilon, mean, parts in self._over_roots(call):
+            square = self._square(mean.refs()[0], x) if mean.function in _MEAN and _over_channels(mean) else None
+            if square and len(x.shape) == 4:
+                return pixel_norm, (x, epsilon), [*parts, square]
+        return None
+
+    def channel_norm(self, call: Call) -> _Found:
+        """A norm over channels, without weights, that ends in ``call``."""
+        for centred, epsilon, variance, parts in self._over_roots(call):
+            x, inner = self._centred(centred)
+            if x is None or len(x.shape) != 4:
+                continue
+            if variance.function in _VARIANCE:
+                if variance.refs() == [x] and _is_mean_over_channels(variance):
+                    return channel_norm, (x, epsilon), [*parts, *inner]
+                continue
+            operand = variance.refs()[0]
+            made = self._maker(operand, (*_SQUARE, *_POWER, *MULTIPLY))
+            other = made.refs()[0] if made and _over_channels(variance) else None
+            square = self._square(operand, other) if other else None
+            same, more = self._centred(other) if other else (None, [])
+            if square and same == x:
+                return channel_norm, (x, epsilon), [*parts, square, *inner, *more]
+        return None
+
+    def _over_roots(self, call: Call) -> Iterator[tuple[Ref, float, Call, list[Call]]]:
+        """For ``a / sqrt(b + epsilon)``, or a product with the inverse root: a, epsilon, what made b, and all inner
+        calls."""
         roots = {**dict.fromkeys(MULTIPLY, _INVERSE_ROOT), **dict.fromkeys(_DIVIDE, _ROOT)}
         refs = call.refs()
         if call.function not in roots or len(refs) != 2:
-            return None
-        orders = [refs, refs[::-1]] if call.function in MULTIPLY else [refs]
-        for x, scale in orders:
+            return
+        for a, scale in [refs, refs[::-1]] if call.function in MULTIPLY else [refs]:
             root = self._maker(scale, roots[call.function])
             total = self._maker(root.refs()[0], _ADD) if root else None
-            mean = self._maker(total.refs()[0], _MEAN) if total and len(total.refs()) == 1 else None
-            square = self._square(mean.refs()[0], x) if mean and _over_channels(mean) else None
-            if root and total and mean and square and len(x.shape) == 4:
-                (epsilon,) = [arg for arg in total.args if not isinstance(arg, Ref)]
-                if isinstance(epsilon, (int, float)) and not total.kwargs:
-                    return x, float(epsilon), [root, total, mean, square]
-        return None
+            mean = self._maker(total.refs()[0], (*_MEAN, *_VARIANCE)) if total and len(total.refs()) == 1 else None
+            numbers = [arg for arg in total.args if not isinstance(arg, Ref)] if total else []
+            plain = len(numbers) == 1 and isinstance(numbers[0], (int, float)) and total and not total.kwargs
+            if root and total and mean and plain:
+                yield a, float(numbers[0]), mean, [root, total, mean]
+
+    def _centred(self, ref: Ref) -> tuple[Ref | None, list[Call]]:
+        """Of ``x - mean of x over channels``: x and the calls."""
+        difference = self._maker(ref, _SUBTRACT)
+        if difference is None or len(difference.refs()) != 2 or len(difference.args) != 2 or difference.kwargs:
+            return None, []
+        x, of = difference.refs()
+        mean = self._maker(of, _MEAN)
+        if mean is None or mean.refs() != [x] or not _over_channels(mean):
+            return None, []
+        return x, [difference, mean]
+
+    def channel_shuffle(self, call: Call) -> _Found:
+        """A shuffle of groups of channels that ends in ``call``."""
+        if call.function not in _RESHAPE or len(call.results()) != 1 or len(call.refs()) != 1:
+            return None
+        made = self._made.get(call.refs()[0].number)
+        contiguous = [made] if made and made.function is Tensor.contiguous else []
+        turned = self._made.get(made.refs()[0].number) if made and contiguous else made
+        split = self._maker(turned.refs()[0], _RESHAPE) if turned and turned.function in _TRANSPOSE else None
+        if turned is None or split is None or len(split.refs()) != 1:
+            return None
+        x, apart, across, result = split.refs()[0], split.results()[0], turned.results()[0], call.results()[0]
+        if len(x.shape) != 4 or len(apart.shape) != 5 or x.shape != result.shape:
+            return None
+        n, groups, each, *sides = apart.shape
+        if (n, groups * each, *sides) != x.shape or across.shape != (n, each, groups, *sides) or not _swaps(turned):
+            return None
+        return torch.channel_shuffle, (x, groups), [*contiguous, turned, split]
 
     def _maker(self, ref: Ref, functions: Iterable[Callable[..., Any]]) -> Call | None:
-        """The call that made a tensor that nothing else reads, if it is one of these functions."""
+        """The call that made a tensor, if it is one of these functions."""
         call = self._made.get(ref.number)
-        return call if call is not None and call.function in functions and self._uses[ref.number] == 1 else None
+        return call if call is not None and call.function in functions else None
 
     def _square(self, ref: Ref, x: Ref) -> Call | None:
         call = self._maker(ref, (*_SQUARE, *_POWER, *MULTIPLY))
@@ -135,3 +220,16 @@ def _over_channels(mean: Call) -> bool:
     """Whether a mean is over axis 1 and keeps it."""
     named = dict(zip(("input", "dim", "keepdim"), mean.args, strict=False)) | mean.kwargs
     return named.get("dim") in (1, -3, [1], (1,)) and named.get("keepdim") is True and not named.get("dtype")
+
+
+def _is_mean_over_channels(variance: Call) -> bool:
+    """Whether a variance is the mean over axis 1, which it keeps, and no estimate from a sample."""
+    named = dict(zip(("input", "dim", "unbiased", "keepdim"), variance.args, strict=False)) | variance.kwargs
+    biased = named.get("unbiased") is False or named.get("correction") == 0
+    return biased and named.get("dim") in (1, -3, [1], (1,)) and named.get("keepdim") is True
+
+
+def _swaps(turned: Call) -> bool:
+    """Whether a call swaps axes 1 and 2 of five."""
+    axes = [axis % 5 for axis in pytree.tree_leaves((turned.args[1:], turned.kwargs)) if isinstance(axis, int)]
+    return sorted(axes) == [1, 2] or axes == [0, 2, 1, 3, 4]

@@ -28,6 +28,8 @@ _NEVER_FREED = 1 << 60
 # Activations whose slope can be told from their result, so that they may overwrite their input.
 _SLOPE_FROM_RESULT = ("relu", "relu6", "leaky_relu")
 _DONE_BY_CONV = ("none", "relu", "relu6", "leaky_relu")
+# Operators whose result may take the place of their first input where nothing is differentiated.
+_OVERWRITE = ("act", "norm", "group_norm", "layer_norm", "finish", "combine", "multiply", "scale", "offset")
 _LEAST_SLOPE_UNDONE = 1e-3  # below it a LeakyReLU's result may underflow and no longer tell its input
 
 
@@ -104,15 +106,30 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Channels ``first .. last`` of a storage."""
+    """``count`` channels of a storage from ``first`` on, each ``step`` behind the one before."""
 
     storage: Storage
     first: int
-    last: int
+    count: int
+    step: int = 1
 
-    def part(self, first: int, last: int) -> "Slot":
-        """A range of its channels."""
-        return Slot(self.storage, self.first + first, self.first + last)
+    @property
+    def last(self) -> int:
+        """One behind the last channel."""
+        return self.first + (self.count - 1) * self.step + 1
+
+    def part(self, which: range) -> "Slot":
+        """Some of its channels."""
+        return Slot(self.storage, self.first + which.start * self.step, len(which), self.step * which.step)
+
+    def covers(self, other: "Slot") -> bool:
+        """Whether all channels of another slot of the same storage are among these."""
+        return self == other or (self.step == 1 and self.first <= other.first and other.last <= self.last)
+
+    def within(self, whole: "Slot") -> range:
+        """Which channels of ``whole``, a slot of the same storage, these are."""
+        first, step = (self.first - whole.first) // whole.step, self.step // whole.step
+        return range(first, first + self.count * step, step)
 
 
 _ZERO = ("zeros", 0)  # a halo's padding mode and width
@@ -149,12 +166,12 @@ def plan(graph: Graph, weights: Sequence[Weight], statistics: Sequence[int], opt
 
 class _Planner:
     def __init__(self, graph: Graph, weights: Sequence[Weight], statistics: Sequence[int], options: Options) -> None:
-        fuse(graph, options.backward)
+        fuse(graph, options.backward, weights)
         self.blocks = choose_blocks(graph, weights)
         self.graph, self.weights, self.options = graph, weights, options
         self.readers = graph.consumers()
         self.steps: list[tuple[str, tuple[Any, ...]]] = []
-        self.filled: dict[Storage, dict[tuple[int, int], tuple[str, int]]] = {}
+        self.filled: dict[Storage, dict[Slot, tuple[str, int]]] = {}
         self.values = _slices([weight.count for weight in weights])
         starts = _slices([2 * channels for channels in statistics])
         self.statistics = [
@@ -191,19 +208,21 @@ class _Planner:
         overwritten: set[int] = set()  # values that do not outlive their reader
         for node in reversed(self.graph.nodes):
             if node.output not in home:
+                if node.kind == "channels":
+                    continue  # what has no place of its own is part of its input
                 home[node.output] = self.fresh(node.output)
             if node.kind == "cat":
-                start = 0
-                for value in node.inputs:
-                    stop = start + self.graph.shapes[value][1]
-                    home.setdefault(value, home[node.output].part(start, stop))
-                    start = stop
+                for value, which in self._cat_parts(node):
+                    home.setdefault(value, home[node.output].part(which))
             elif self._may_overwrite(node, overwritten):
                 home.setdefault(node.inputs[0], home[node.output])
                 overwritten.update(self._parts(node.inputs[0]))
         for value in self.graph.inputs:
             if value not in home:
                 home[value] = self.fresh(value)
+        for node in self.graph.nodes:
+            if node.kind == "channels":
+                home.setdefault(node.output, home[node.inputs[0]].part(channels_of(node)))
         return home
 
     def fresh(self, value: int) -> Slot:
@@ -215,9 +234,12 @@ class _Planner:
         parts = self._parts(node.inputs[0])
         if any(len(self.readers[value]) != 1 or value in self.graph.outputs for value in parts):
             return False
+        maker = self.made_at.get(node.inputs[0])
+        if maker is not None and self.graph.nodes[maker].kind == "channels":
+            return False  # better part of what it is taken from than a copy
         if not self.options.backward:
-            return node.kind in ("act", "norm", "group_norm", "layer_norm", "finish", "combine", "multiply", "scale")
-        if node.kind == "shift":
+            return node.kind in _OVERWRITE
+        if node.kind in ("shift", "offset"):
             return True
         if node.output in overwritten:
             return False  # the backward pass reads the result in the input's place
@@ -247,8 +269,8 @@ class _Planner:
     def wrote(self, slot: Slot) -> None:
         """The slot's pixels are new, so its halo is stale."""
         states = self.filled.setdefault(slot.storage, {})
-        for first, last in [key for key in states if key[0] < slot.last and slot.first < key[1]]:
-            del states[first, last]
+        for other in [known for known in states if known.first < slot.last and slot.first < known.last]:
+            del states[other]
 
     def halo_of(self, node: Node) -> Halo | None:
         """What a node wants around its input."""
@@ -289,14 +311,12 @@ class _Planner:
 
     def _holds(self, slot: Slot, state: tuple[str, int]) -> bool:
         states = self.filled.get(slot.storage, {})
-        return any(
-            first <= slot.first and slot.last <= last and held == state for (first, last), held in states.items()
-        )
+        return any(held == state and known.covers(slot) for known, held in states.items())
 
     def now_holds(self, slot: Slot, state: tuple[str, int]) -> None:
         """The slot's halo and dead pixels are as `need` would make them."""
         self.wrote(slot)
-        self.filled[slot.storage][slot.first, slot.last] = state
+        self.filled[slot.storage][slot] = state
 
     def has_dead_pixels(self, value: int) -> bool:
         """Whether the blocks cover more than the picture."""
@@ -432,6 +452,10 @@ class _Planner:
 
     _scale = _multiply
 
+    def _offset(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("combine", _FORWARD, x, 1.0, self.home[node.inputs[1]], 1.0, 0.0, y)
+        self.wrote(y)
+
     def _cat(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         for value, slot in self.cat_slots(node):
             if self.home[value] != slot:
@@ -439,12 +463,16 @@ class _Planner:
 
     def cat_slots(self, node: Node) -> list[tuple[int, Slot]]:
         """Each input of a concatenation with its place in the result."""
-        pairs, start = [], 0
-        for value in node.inputs:
-            stop = start + self.graph.shapes[value][1]
-            pairs.append((value, self.home[node.output].part(start, stop)))
-            start = stop
-        return pairs
+        return [(value, self.home[node.output].part(which)) for value, which in self._cat_parts(node)]
+
+    def _cat_parts(self, node: Node) -> list[tuple[int, range]]:
+        """Each input of a concatenation with the channels of the result that it makes."""
+        counts = [self.graph.shapes[value][1] for value in node.inputs]
+        firsts = [sum(counts[:place]) for place in range(len(counts))]
+        parts = [range(first, first + count) for first, count in zip(firsts, counts, strict=True)]
+        if node.interleaved:
+            parts = [range(place, sum(counts), len(counts)) for place in range(len(counts))]
+        return list(zip(node.inputs, parts, strict=True))
 
     def copy(self, section: int, x: Slot, y: Slot) -> None:
         """y = x"""
@@ -452,7 +480,9 @@ class _Planner:
         self.wrote(y)
 
     def _channels(self, position: int, node: Node, x: Slot, y: Slot) -> None:
-        self.copy(_FORWARD, x.part(node.first, node.last), y)
+        part = x.part(channels_of(node))
+        if y != part:
+            self.copy(_FORWARD, part, y)
 
     def _upsample2(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         self.emit("upsample2", node.bilinear, x, y)
@@ -487,6 +517,10 @@ class _Planner:
 
     def _flatten(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         self.emit("flatten", _FORWARD, x, y, False)
+        self.wrote(y)
+
+    def _unflatten(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("flatten", _FORWARD, y, x, True)
         self.wrote(y)
 
     def _reblock(self, position: int, node: Node, x: Slot, y: Slot) -> None:
@@ -524,7 +558,7 @@ class _Planner:
             s = arg.storage
             maps[whole] = self.program.add_map(s.offset, list(s.shape), s.grid, *s.block, s.halo, s.plane)
         if arg not in maps:
-            maps[arg] = self.program.add_channels(maps[whole], arg.first, arg.last)
+            maps[arg] = self.program.add_channels(maps[whole], arg.first, arg.last, arg.step)
         return maps[arg]
 
     def _add_conv(self, node: Node) -> int:
@@ -540,6 +574,11 @@ class _Planner:
         padding = PADDING_MODES[node.attributes.get("padding_mode", "zeros")]
         conv: int = self.program.add_conv(shape, geometry, padding, mask, KERNELS[asked_kernel()], self.options.exact)
         return conv
+
+
+def channels_of(node: Node) -> range:
+    """Which channels of its input a ``channels`` operator takes."""
+    return range(node.first, node.last, node.step)
 
 
 def _slices(counts: Sequence[int]) -> list[slice]:
@@ -568,6 +607,7 @@ class _Backward:
         self.planner, self.graph, self.weights = planner, planner.graph, planner.weights
         self.needed = self._needed()
         self.homes: dict[int, Slot] = {}  # value -> memory of its gradient
+        self.parts = self._parts_of_gradients()  # value -> what makes it from a map in whose gradient its own lies
         self.aliases = self._aliases()  # value -> the concatenation in whose gradient its own lies
         self.written: set[int] = set()
         self.second: dict[int, Slot] = {}  # a second part of a gradient, which BatchNorm adds as it reads
@@ -618,13 +658,28 @@ class _Backward:
             for value, slot in self.planner.cat_slots(node):
                 others = [p for p in self.planner.readers[value] if p != position]
                 if (
-                    self.planner.home[value] == slot
+                    value not in self.parts
+                    and self.planner.home[value] == slot
                     and node.inputs.count(value) == 1
                     and value not in self.graph.outputs
                     and all(p < complete for p in others)
                 ):
                     aliases[value] = node.output
         return aliases
+
+    def _parts_of_gradients(self) -> dict[int, Node]:
+        """Values whose gradients together are that of the map whose channels they are: nothing else reads the map, and
+        they are all of it. With the operators that make them."""
+        reached, _ = self.graph.behind(self.graph.outputs)
+        parts: dict[int, Node] = {}
+        for value, positions in self.planner.readers.items():
+            nodes = [self.graph.nodes[position] for position in positions]
+            if value in self.graph.outputs or any(n.kind != "channels" or n.output not in reached for n in nodes):
+                continue
+            taken = sorted(channel for node in nodes for channel in channels_of(node))
+            if taken == list(range(self.graph.shapes[value][1])):
+                parts.update((node.output, node) for node in nodes)
+        return parts
 
     # Where gradients are.
 
@@ -634,11 +689,11 @@ class _Backward:
     def _home(self, value: int) -> Slot:
         if value not in self.homes:
             if value in self.aliases:
-                whole = self.planner.home[self.aliases[value]]
-                part = self.planner.home[value]
-                self.homes[value] = self._home(self.aliases[value]).part(
-                    part.first - whole.first, part.last - whole.first
-                )
+                which = self.planner.home[value].within(self.planner.home[self.aliases[value]])
+                self.homes[value] = self._home(self.aliases[value]).part(which)
+            elif value in self.parts:
+                node = self.parts[value]
+                self.homes[value] = self._home(node.inputs[0]).part(channels_of(node))
             else:
                 self.homes[value] = self._temporary(value)
         return self.homes[value]
@@ -670,9 +725,10 @@ class _Backward:
         """Let the gradient of an operator's input overwrite that of its output, where nothing else lies there: memory
         that was just read needs not be fetched again to be written."""
         dy = self._home(output)
-        whole = dy.last - dy.first == dy.storage.shape[1]
+        whole = dy.count == dy.storage.shape[1]
         shared = output in self.aliases or output in self.aliases.values()
-        if whole and not shared and value not in self.aliases and value not in self.homes:
+        placed = value in self.aliases or value in self.parts or value in self.homes
+        if whole and not shared and not placed:
             self.homes[value] = dy
 
     def _flush(self, value: int) -> None:
@@ -731,10 +787,7 @@ class _Backward:
             planner.emit("channel_sums", planner.offset(node.beta), dy)
         if x in self.needed:
             self._take_over(node.output, x)
-            dx, accumulate = self._added(x)
-            if dx != dy:
-                planner.emit("combine", _BACKWARD, dy, 1.0, dx if accumulate else -1, 1.0, 0.0, dx)
-            self._wrote(x)
+            self._add(x, dy)
 
     def _norm(self, position: int, node: Node) -> None:
         planner = self.planner
@@ -799,28 +852,41 @@ class _Backward:
             self.planner.emit("dot_planes", dy, self.planner.home[x], to, accumulate)
             self._wrote(factor)
 
+    def _offset(self, position: int, node: Node) -> None:
+        x, numbers = node.inputs
+        dy = self._home(node.output)
+        if numbers in self.needed:
+            to, accumulate = self._added(numbers)
+            self.planner.emit("dot_planes", dy, -1, to, accumulate)
+            self._wrote(numbers)
+        if x in self.needed:
+            self._take_over(node.output, x)
+            self._add(x, dy)
+
     def _add_product(self, dy: Slot, other: int, value: int) -> None:
         dx, accumulate = self._added(value)
         self.planner.emit("multiply", _BACKWARD, dy, self.planner.home[other], dx, accumulate)
         self._wrote(value)
 
     def _cat(self, position: int, node: Node) -> None:
-        start = 0
-        for value in node.inputs:
-            stop = start + self.graph.shapes[value][1]
+        whole, dy = self.planner.home[node.output], self._home(node.output)
+        for value, slot in self.planner.cat_slots(node):
             if value in self.needed and self.aliases.get(value) != node.output:
-                self._add_part(value, self._home(node.output).part(start, stop))
-            start = stop
+                self._add(value, dy.part(slot.within(whole)))
 
-    def _add_part(self, value: int, part: Slot) -> None:
+    def _add(self, value: int, more: Slot) -> None:
+        """Add a map to a value's gradient, if it does not lie there."""
         dx, accumulate = self._added(value)
-        self.planner.emit("combine", _BACKWARD, part, 1.0, dx if accumulate else -1, 1.0, 0.0, dx)
+        if dx != more:
+            self.planner.emit("combine", _BACKWARD, more, 1.0, dx if accumulate else -1, 1.0, 0.0, dx)
         self._wrote(value)
 
     def _channels(self, position: int, node: Node) -> None:
-        dx = self._cleared(node.inputs[0]).part(node.first, node.last)
-        self.planner.emit("combine", _BACKWARD, dx, 1.0, self._home(node.output), 1.0, 0.0, dx)
-        self._wrote(node.inputs[0])
+        x = node.inputs[0]
+        if node.output not in self.parts:
+            dx = self._cleared(x).part(channels_of(node))
+            self.planner.emit("combine", _BACKWARD, dx, 1.0, self._home(node.output), 1.0, 0.0, dx)
+        self._wrote(x)
 
     def _upsample2(self, position: int, node: Node) -> None:
         dy = self._home(node.output)
@@ -877,6 +943,10 @@ class _Backward:
     def _flatten(self, position: int, node: Node) -> None:
         dy = self._home(node.output)
         self._into(node.inputs[0], lambda slot: self.planner.emit("flatten", _BACKWARD, slot, dy, True))
+
+    def _unflatten(self, position: int, node: Node) -> None:
+        dy = self._home(node.output)
+        self._into(node.inputs[0], lambda slot: self.planner.emit("flatten", _BACKWARD, dy, slot, False))
 
     def _reblock(self, position: int, node: Node) -> None:
         dy = self._home(node.output)
