@@ -272,20 +272,21 @@ class CheckedProgram {
   }
 
   void Upsample2(bool bilinear, int x, int y) {
-    CheckDouble(x, y);
+    CheckEnlarged(x, y, 2, 1);
     Check(!bilinear || Map(x).halo >= 1, "upsample: bilinear needs a halo on its input");
     program_.Upsample2(bilinear, x, y);
   }
 
   void Upsample2Backward(bool bilinear, int dy, int dx, bool accumulate) {
-    CheckDouble(dx, dy);
+    CheckEnlarged(dx, dy, 2, 1);
     Check(!bilinear || Map(dy).halo >= 1, "upsample: bilinear needs a halo on its gradient");
     program_.Upsample2Backward(bilinear, dy, dx, accumulate);
   }
 
-  void Shuffle2(int where, int many, int large, bool to_large, bool accumulate) {
-    CheckDouble(many, large, 4);
-    program_.Shuffle2(AsSection(where), many, large, to_large, accumulate);
+  void Shuffle(int where, int many, int large, bool to_large, bool accumulate) {
+    const int64_t r = Map(large).block_h / Map(many).block_h;
+    CheckEnlarged(many, large, r, r * r);
+    program_.Shuffle(AsSection(where), many, large, to_large, accumulate);
   }
 
   void Resample(int x, int y, const AxisTable& rows, const AxisTable& columns) {
@@ -416,13 +417,13 @@ class CheckedProgram {
           SizeOf(Map(y)) + " is not one pixel for each plane of " + SizeOf(Map(x)));
   }
 
-  // channels: of x, for each of y
-  void CheckDouble(int x, int y, int channels = 1) const {
+  // Sides and blocks of y are r times those of x. channels: of x, for each of y
+  void CheckEnlarged(int x, int y, int64_t r, int64_t channels) const {
     const LaneMap &small = Map(x), &large = Map(y);
-    Check(SameSheets(small, large) && small.channels == channels * large.channels && 2 * small.height == large.height &&
-              2 * small.width == large.width && 2 * small.block_h == large.block_h &&
-              2 * small.block_w == large.block_w,
-          "upsample: " + SizeOf(large) + " is not twice " + SizeOf(small));
+    Check(r >= 1 && SameSheets(small, large) && small.channels == channels * large.channels &&
+              r * small.height == large.height && r * small.width == large.width &&
+              r * small.block_h == large.block_h && r * small.block_w == large.block_w,
+          SizeOf(large) + " is not " + std::to_string(r) + " times " + SizeOf(small));
   }
 
   int64_t Reach(int conv) const {
@@ -635,7 +636,7 @@ void BindEngine(py::module_& m) {
       .def("upsample2", &P::Upsample2, py::arg("bilinear"), py::arg("x"), py::arg("y"))
       .def("upsample2_backward", &P::Upsample2Backward, py::arg("bilinear"), py::arg("dy"), py::arg("dx"),
            py::arg("accumulate"))
-      .def("shuffle2", &P::Shuffle2, py::arg("section"), py::arg("many"), py::arg("large"), py::arg("to_large"),
+      .def("shuffle", &P::Shuffle, py::arg("section"), py::arg("many"), py::arg("large"), py::arg("to_large"),
            py::arg("accumulate"))
       .def("resample", &P::Resample, py::arg("x"), py::arg("y"), py::arg("rows"), py::arg("columns"))
       .def("resample_backward", &P::ResampleBackward, py::arg("dy"), py::arg("dx"), py::arg("rows"), py::arg("columns"))

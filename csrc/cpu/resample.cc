@@ -55,15 +55,16 @@ void Bilinear2(const LaneMap& x, const LaneMap& y, int threads) {
   });
 }
 
-void Shuffle2(const LaneMap& many, const LaneMap& large, bool to_large, bool accumulate, int threads) {
+void Shuffle(const LaneMap& many, const LaneMap& large, bool to_large, bool accumulate, int threads) {
+  const int64_t r = large.block_h / many.block_h;
   ForEachPlane(many, threads, [&](int64_t n, int64_t c) {
-    const int64_t down = c / 2 % 2, right = c % 2;
+    const int64_t down = c / r % r, right = c % r;
     for (int64_t row = 0; row < many.block_h; ++row) {
       float* small = many.At(n, c, row);
-      float* wide = large.At(n, c / 4, 2 * row + down, right);
+      float* wide = large.At(n, c / (r * r), r * row + down, right);
       for (int64_t col = 0; col < many.block_w; ++col) {
-        float* const from = to_large ? small + col * kLanes : wide + 2 * col * kLanes;
-        float* const to = to_large ? wide + 2 * col * kLanes : small + col * kLanes;
+        float* const from = to_large ? small + col * kLanes : wide + r * col * kLanes;
+        float* const to = to_large ? wide + r * col * kLanes : small + col * kLanes;
         Put(to, Load(from), accumulate);
       }
     }
@@ -181,7 +182,7 @@ void GeneralBackward(const LaneMap& dy, const LaneMap& dx, const AxisTaps& rows,
 
 extern const ResampleKernels resample_kernels;
 const ResampleKernels resample_kernels = {Nearest2, Bilinear2, Nearest2Backward, Bilinear2Backward,
-                                          Shuffle2, General,   GeneralBackward};
+                                          Shuffle,  General,   GeneralBackward};
 
 }  // namespace LIPFAST_NS
 }  // namespace lipfast

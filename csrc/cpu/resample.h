@@ -27,9 +27,9 @@ struct ResampleKernels {
   // what the clamped edge weighs twice comes back from there.
   void (*nearest2_backward)(const LaneMap& dy, const LaneMap& dx, bool accumulate, int threads);
   void (*bilinear2_backward)(const LaneMap& dy, const LaneMap& dx, bool accumulate, int threads);
-  // Pixel shuffle by 2: pixels of 2 x 2 in `large` are four channels of `many`, one after the other. What is written
-  // (`large` or `many`) takes the values, or they are added to it.
-  void (*shuffle2)(const LaneMap& many, const LaneMap& large, bool to_large, bool accumulate, int threads);
+  // Pixel shuffle: r x r pixels in `large`, whose blocks are r times as large, are r * r channels of `many`, one after
+  // the other. What is written (`large` or `many`) takes the values, or they are added to it.
+  void (*shuffle)(const LaneMap& many, const LaneMap& large, bool to_large, bool accumulate, int threads);
   // Any resampling along both axes: cropping, padding, flipping, other factors,
   // align_corners. Pixel by pixel, so several times slower. Dead pixels of
   // the output are left alone.

@@ -441,10 +441,10 @@ void Program::Upsample2Backward(bool bilinear, int dy, int dx, bool accumulate) 
       });
 }
 
-void Program::Shuffle2(Section where, int many, int large, bool to_large, bool accumulate) {
+void Program::Shuffle(Section where, int many, int large, bool to_large, bool accumulate) {
   Add(where, "shuffle " + SizeLabel(maps_[large]),
-      [to_large, accumulate, four = maps_[many], one = maps_[large]](const RunContext& context) {
-        Kernels<ResampleKernels>().shuffle2(four, one, to_large, accumulate, context.threads);
+      [to_large, accumulate, channels = maps_[many], pixels = maps_[large]](const RunContext& context) {
+        Kernels<ResampleKernels>().shuffle(channels, pixels, to_large, accumulate, context.threads);
       });
 }
 

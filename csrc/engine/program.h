@@ -138,7 +138,7 @@ class Program {
   void PixelNormBackward(int x, int dy, int dx, float epsilon, bool accumulate);
   void Upsample2(bool bilinear, int x, int y);
   void Upsample2Backward(bool bilinear, int dy, int dx, bool accumulate);
-  void Shuffle2(Section where, int many, int large, bool to_large, bool accumulate);
+  void Shuffle(Section where, int many, int large, bool to_large, bool accumulate);
   void Resample(int x, int y, const AxisTable& rows, const AxisTable& columns);
   void ResampleBackward(int dy, int dx, const AxisTable& rows, const AxisTable& columns);
   void Pool(int x, int y, const PoolSpec& spec, const HaloSpec& halo);

@@ -301,9 +301,9 @@ def _edges(graph: Graph, classes: "_Classes") -> list[_Edge]:
         elif node.kind in ("scale", "offset"):
             classes.join(first, node.output)
         elif node.kind in _ENLARGES:
-            edges.append(_Edge(node, node.output, first, 2))
+            edges.append(_Edge(node, node.output, first, node.attributes.get("factor", 2)))
         elif node.kind == "pixel_unshuffle":
-            edges.append(_Edge(node, first, node.output, 2))
+            edges.append(_Edge(node, first, node.output, node.factor))
         elif node.kind in _STEPS:
             edges.append(_Edge(node, first, node.output, node.stride))
     return edges

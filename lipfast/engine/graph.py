@@ -57,7 +57,7 @@ class Node:
     cat         channels of all inputs one after the other; interleaved: the first of each, the second of each, ...
     channels    first, last: a range of the input's channels
     upsample2   bilinear (else nearest)
-    pixel_shuffle, pixel_unshuffle  by 2: four channels become pixels of 2 x 2, or the reverse
+    pixel_shuffle, pixel_unshuffle  factor r: r * r channels become pixels of r x r, or the reverse
     resample    rows, columns: a `Taps` each
     pool        kernel, stride, pad, maximum
     mean        over all pixels: (n, c, 1, 1)

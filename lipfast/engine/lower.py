@@ -25,7 +25,7 @@ from lipfast.engine.patterns import (
     written,
 )
 
-_LARGEST_KERNEL = 7
+_LARGEST_KERNEL = 15
 # Linear layers: torch's matrix product is faster where more is kept. Lists of more weights cost too much memory.
 _MOST_KEPT_OF_LINEAR = 0.3
 _LARGEST_LINEAR, _LARGEST_DENSE_LINEAR = 1 << 24, 1 << 22  # kept weights
@@ -103,24 +103,24 @@ def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None, input
                 builder = _Builder(kept, recording.leaves, parameters, call.grad)
             items.append(call)
     items += builder.finish(last_use, len(recording.calls))
-    beside = _beside_lanes(items)
-    return Lowered(recording, items, [why for call, why in refused if id(call) in beside])
+    minor = _far_from_lanes(items, parameters)
+    return Lowered(recording, items, [why for call, why in refused if id(call) not in minor])
 
 
-def _beside_lanes(items: Sequence[Segment | Call]) -> set[int]:
-    """The torch calls, by id, that compute on what segments made or make what they read; all if there are none."""
-    segments = [item for item in items if isinstance(item, Segment)]
-    read = {ref.number for segment in segments for ref in segment.inputs}
-    made: set[int] = set()
-    beside: set[int] = set()
+def _far_from_lanes(items: Sequence[Segment | Call], parameters: set[int]) -> set[int]:
+    """Simple torch calls without parameters, by id, that neither compute on what segments made nor make what they
+    read."""
+    read = {ref.number for item in items if isinstance(item, Segment) for ref in item.inputs}
+    made = set(parameters)
+    far: set[int] = set()
     for item in items:
-        results = {ref.number for ref in (item.outputs if isinstance(item, Segment) else item.results())}
-        if isinstance(item, Segment) or any(ref.number in made for ref in item.refs()):
-            made |= results
-            beside.add(id(item))
-        elif results & read or not segments:
-            beside.add(id(item))
-    return beside
+        if isinstance(item, Segment):
+            made.update(ref.number for ref in item.outputs)
+        elif any(ref.number in made for ref in item.refs()):
+            made.update(ref.number for ref in item.results())
+        elif is_pure(item) and not any(ref.number in read for ref in item.results()):
+            far.add(id(item))
+    return far
 
 
 def _last_uses(recording: Recording) -> dict[int, int]:
@@ -383,8 +383,12 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> int:
-    n, _, height, width = b.shape(input)
+    n, channels, height, width = b.shape(input)
     out_channels, _, *kernel = weight.shape
+    if _is_of_patches(kernel, stride, padding, dilation, groups) and height % kernel[0] == width % kernel[0] == 0:
+        patches = _pixel_unshuffle(b, input, kernel[0])
+        of_channels = dataclasses.replace(weight, shape=(out_channels, channels * kernel[0] ** 2, 1, 1))
+        return _on_features(b, patches, of_channels, bias)
     window = _window(kernel, stride, dilation)
     reach = [window["dilation"] * (k - 1) for k in kernel]
     if padding == "same":
@@ -397,6 +401,13 @@ def _conv2d(
     attributes: dict[str, Any] = {"weight": b.weight(weight), "bias": b.weight(bias), "padding_mode": "zeros"}
     attributes |= window | {"pad": pad, "groups": groups}
     return b.node("conv", [b.map(input)], (n, out_channels, out_h, out_w), **attributes)
+
+
+def _is_of_patches(kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
+    """Whether a convolution takes each square patch of pixels once, in steps too wide for the kernels."""
+    side = kernel[0]
+    wide = side > 2 and (side, side) == tuple(kernel) == pair(stride)
+    return wide and padding != "same" and pair(padding) in ((0, 0), ("valid",) * 2) and groups == 1
 
 
 def _conv_transpose2d(
@@ -429,7 +440,8 @@ def _window(kernel: Sequence[int], stride: Any, dilation: Any) -> dict[str, int]
     if stride_h != stride_w or dilation_h != dilation_w:
         raise Unsupported("stride or dilation differs between rows and columns")
     if stride_h > 2 or max(kernel) > _LARGEST_KERNEL:
-        raise Unsupported(f"kernel {kernel[0]} x {kernel[1]}, stride {stride_h}: the kernels go to 7 x 7 and stride 2")
+        most = f"{_LARGEST_KERNEL} x {_LARGEST_KERNEL} and stride 2"
+        raise Unsupported(f"kernel {kernel[0]} x {kernel[1]}, stride {stride_h}: the kernels go to {most}")
     return {"stride": stride_h, "dilation": dilation_h}
 
 
@@ -762,16 +774,14 @@ def _interpolate(
 
 def _pixel_shuffle(b: _Builder, input: Any, upscale_factor: int) -> int:
     n, c, height, width = b.shape(input)
-    if upscale_factor != 2:
-        raise Unsupported(f"factor {upscale_factor}: only 2")
-    return b.node("pixel_shuffle", [b.map(input)], (n, c // 4, 2 * height, 2 * width))
+    r = upscale_factor
+    return b.node("pixel_shuffle", [b.map(input)], (n, c // r**2, r * height, r * width), factor=r)
 
 
 def _pixel_unshuffle(b: _Builder, input: Any, downscale_factor: int) -> int:
     n, c, height, width = b.shape(input)
-    if downscale_factor != 2:
-        raise Unsupported(f"factor {downscale_factor}: only 2")
-    return b.node("pixel_unshuffle", [b.map(input)], (n, 4 * c, height // 2, width // 2))
+    r = downscale_factor
+    return b.node("pixel_unshuffle", [b.map(input)], (n, r**2 * c, height // r, width // r), factor=r)
 
 
 # Positions are computed in float32 and with the short cuts that torch takes, or pixels would differ now and then.

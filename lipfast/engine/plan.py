@@ -489,11 +489,11 @@ class _Planner:
         self.wrote(y)
 
     def _pixel_shuffle(self, position: int, node: Node, x: Slot, y: Slot) -> None:
-        self.emit("shuffle2", _FORWARD, x, y, True, False)
+        self.emit("shuffle", _FORWARD, x, y, True, False)
         self.wrote(y)
 
     def _pixel_unshuffle(self, position: int, node: Node, x: Slot, y: Slot) -> None:
-        self.emit("shuffle2", _FORWARD, y, x, False, False)
+        self.emit("shuffle", _FORWARD, y, x, False, False)
         self.wrote(y)
 
     def _resample(self, position: int, node: Node, x: Slot, y: Slot) -> None:
@@ -898,12 +898,12 @@ class _Backward:
 
     def _pixel_shuffle(self, position: int, node: Node) -> None:
         dx, accumulate = self._added(node.inputs[0])
-        self.planner.emit("shuffle2", _BACKWARD, dx, self._home(node.output), False, accumulate)
+        self.planner.emit("shuffle", _BACKWARD, dx, self._home(node.output), False, accumulate)
         self._wrote(node.inputs[0])
 
     def _pixel_unshuffle(self, position: int, node: Node) -> None:
         dx, accumulate = self._added(node.inputs[0])
-        self.planner.emit("shuffle2", _BACKWARD, self._home(node.output), dx, True, accumulate)
+        self.planner.emit("shuffle", _BACKWARD, self._home(node.output), dx, True, accumulate)
         self._wrote(node.inputs[0])
 
     def _resample(self, position: int, node: Node) -> None:

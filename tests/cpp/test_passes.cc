@@ -209,15 +209,22 @@ void RunPlanes(const Picture& a, const Picture& b, Picture& y, std::mt19937& ran
   }
   Kernels<PointwiseKernels>().multiply(a.map.lanes, factor.map.lanes, y.map.lanes, false, threads);
   Expect(Error(y.Read(), want) < kTolerance, name + " multiply planes");
+  for (size_t i = 0; i < want.size(); ++i) want[i] = 2.0 * a.tensor[i] - 0.5 * factor.tensor[i / kPlane] + 3.0;
+  Kernels<PointwiseKernels>().combine(a.map.lanes, 2.0f, &factor.map.lanes, -0.5f, 3.0f, y.map.lanes, threads);
+  Expect(Error(y.Read(), want) < kTolerance, name + " combine planes");
   Picture first = MakePicture(random, 1), second = MakePicture(random, 0);  // dead pixels of theirs are not zero
   Kernels<PointwiseKernels>().combine(a.map.lanes, 1.0f, nullptr, 0.0f, 3.0f, first.map.lanes, threads);
   Kernels<PointwiseKernels>().combine(b.map.lanes, 1.0f, nullptr, 0.0f, 3.0f, second.map.lanes, threads);
   const LiveLanes live;
   for (bool accumulate : {false, true}) {
-    Kernels<PointwiseKernels>().dot_planes(first.map.lanes, second.map.lanes, dots.map.lanes, live.mask(), accumulate,
+    Kernels<PointwiseKernels>().dot_planes(first.map.lanes, &second.map.lanes, dots.map.lanes, live.mask(), accumulate,
                                            threads);
   }
   Expect(Error(dots.Read(), sums) < kTolerance, name + " dot planes");
+  std::fill(sums.begin(), sums.end(), 0.0);
+  for (size_t i = 0; i < want.size(); ++i) sums[i / kPlane] += a.tensor[i] + 3.0;
+  Kernels<PointwiseKernels>().dot_planes(first.map.lanes, nullptr, dots.map.lanes, live.mask(), false, threads);
+  Expect(Error(dots.Read(), sums) < kTolerance, name + " sum planes");
 }
 
 void RunPointwise(int threads, const std::string& name) {
@@ -417,17 +424,19 @@ void RunResample(int threads, const std::string& name) {
     for (size_t i = 0; i < read.size(); ++i) backward += static_cast<double>(read[i]) * x.tensor[i];
     Expect(std::abs(forward - backward) < 1e-3, what + " backward");
   }
-  Picture many(1, 4, side, side, 2, 2, 1, random), large(1, 1, 2 * side, 2 * side, 4, 4, 0, random);
-  std::vector<double> shuffled(large.tensor.size()), twice(many.tensor.size());
-  for (size_t i = 0; i < shuffled.size(); ++i) {
-    const int64_t row = i / (2 * side), col = i % (2 * side), channel = row % 2 * 2 + col % 2;
-    shuffled[i] = many.tensor[(channel * side + row / 2) * side + col / 2];
+  for (int64_t r : {2, 3}) {
+    Picture many(1, r * r, side, side, 2, 2, 1, random), large(1, 1, r * side, r * side, 2 * r, 2 * r, 0, random);
+    std::vector<double> shuffled(large.tensor.size()), twice(many.tensor.size());
+    for (int64_t i = 0; i < static_cast<int64_t>(shuffled.size()); ++i) {
+      const int64_t row = i / (r * side), col = i % (r * side), channel = row % r * r + col % r;
+      shuffled[i] = many.tensor[(channel * side + row / r) * side + col / r];
+    }
+    for (size_t i = 0; i < twice.size(); ++i) twice[i] = 2 * many.tensor[i];
+    Kernels<ResampleKernels>().shuffle(many.map.lanes, large.map.lanes, true, false, threads);
+    Expect(Error(large.Read(), shuffled) == 0, name + " shuffle");
+    Kernels<ResampleKernels>().shuffle(many.map.lanes, large.map.lanes, false, true, threads);
+    Expect(Error(many.Read(), twice) == 0, name + " unshuffle");
   }
-  for (size_t i = 0; i < twice.size(); ++i) twice[i] = 2 * many.tensor[i];
-  Kernels<ResampleKernels>().shuffle2(many.map.lanes, large.map.lanes, true, false, threads);
-  Expect(Error(large.Read(), shuffled) == 0, name + " shuffle");
-  Kernels<ResampleKernels>().shuffle2(many.map.lanes, large.map.lanes, false, true, threads);
-  Expect(Error(many.Read(), twice) == 0, name + " unshuffle");
   // Flipped columns, and rows of which one is nothing: any selection.
   Picture x = MakePicture(random, 0), y = MakePicture(random, 0), dx = MakePicture(random, 0);
   std::vector<int32_t> rows(kHeight), columns(kWidth);

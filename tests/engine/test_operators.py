@@ -309,11 +309,26 @@ def test_convolutions(compare, mode, size, kernel, stride):
         nn.Conv2d(CHANNELS, 4, 3, stride=2),
         nn.Conv2d(CHANNELS, 4, 7, stride=2, padding=3),
         nn.Conv2d(CHANNELS, 4, 3, padding=1, bias=False),
+        nn.Conv2d(CHANNELS, 4, 9, padding=4),
+        nn.Conv2d(CHANNELS, 4, 15, padding=7, padding_mode="reflect"),
+        nn.Conv2d(CHANNELS, CHANNELS, 11, padding=5, groups=CHANNELS),
+        nn.Conv2d(CHANNELS, 4, (9, 1), padding=(3, 0)),
+        nn.Conv2d(CHANNELS, 4, 9, stride=2, padding=4),
+        nn.ConvTranspose2d(CHANNELS, 4, 9, stride=2, padding=4),
     ],
     ids=str,
 )
 def test_other_forms_of_convolution(compare, conv):
     compare(behind_conv(conv), torch.randn(2, 3, 14, 11))
+    weight = torch.rand(conv.weight.shape) < 0.3
+    compare(behind_conv(conv), torch.randn(9, 3, 14, 11), {"1.weight": weight})
+
+
+@pytest.mark.parametrize("size", [(12, 24), (60, 36)])
+@pytest.mark.parametrize("side", [3, 4, 12])
+def test_convolutions_of_patches(compare, side, size):
+    conv = nn.Conv2d(CHANNELS, 7, side, stride=side)
+    compare(behind_conv(conv, nn.ReLU()), torch.randn(2, 3, *size), {"1.weight": torch.rand(conv.weight.shape) < 0.3})
 
 
 @pytest.mark.parametrize(
@@ -465,8 +480,10 @@ def _twice(function, x: Tensor) -> Tensor:
         lambda x: F.pixel_unshuffle(F.pixel_shuffle(x[:, :4], 2), 2) * x[:, 1:],
         lambda x: _twice(F.pixel_shuffle, x[:, :4]),
         lambda x: _twice(F.pixel_unshuffle, F.interpolate(x, scale_factor=2)),
+        lambda x: F.pixel_shuffle(torch.cat([x, x[:, :4]], dim=1), 3),
+        lambda x: F.pixel_unshuffle(F.interpolate(x, scale_factor=4), 4),
     ],
-    ids=range(5),
+    ids=range(7),
 )
 def test_pixel_shuffle(compare, size, function):
     compare(Apply(function), torch.randn(2, 3, *size))
