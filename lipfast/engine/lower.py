@@ -103,23 +103,25 @@ def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None, input
                 builder = _Builder(kept, recording.leaves, parameters, call.grad)
             items.append(call)
     items += builder.finish(last_use, len(recording.calls))
-    minor = _far_from_lanes(items, parameters)
+    minor = _far_from_lanes(items, recording.leaves)
     return Lowered(recording, items, [why for call, why in refused if id(call) not in minor])
 
 
-def _far_from_lanes(items: Sequence[Segment | Call], parameters: set[int]) -> set[int]:
-    """Simple torch calls without parameters, by id, that neither compute on what segments made nor make what they
-    read."""
+def _far_from_lanes(items: Sequence[Segment | Call], leaves: Container[int]) -> set[int]:
+    """Torch calls, by id, that neither compute on what segments made nor make what they read, layers aside: those on
+    weights alone, and simple ones without weights."""
     read = {ref.number for item in items if isinstance(item, Segment) for ref in item.inputs}
-    made = set(parameters)
+    made: set[int] = set()
     far: set[int] = set()
     for item in items:
         if isinstance(item, Segment):
             made.update(ref.number for ref in item.outputs)
         elif any(ref.number in made for ref in item.refs()):
             made.update(ref.number for ref in item.results())
-        elif is_pure(item) and not any(ref.number in read for ref in item.results()):
-            far.add(id(item))
+        elif not any(ref.number in read for ref in item.results()):
+            weighs = [ref.number in leaves for ref in item.refs()]
+            if all(weighs) or (is_pure(item) and not any(weighs)):
+                far.add(id(item))
     return far
 
 
