@@ -13,7 +13,7 @@
 
 namespace lipfast {
 
-// A BatchNorm's numbers, all [channels]; mean null: no BatchNorm, and beta alone is added.
+// A BatchNorm's numbers, all [channels]; mean null: no BatchNorm, but a factor and a shift.
 struct NormNumbers {
   const float* gamma;  // null: 1
   const float* beta;   // null: 0
@@ -28,10 +28,11 @@ struct FinishAffine {
 };
 
 static inline FinishAffine FinishAffineOf(const NormNumbers& norm, int64_t c) {
-  if (!norm.mean) return {1.0f, norm.beta ? norm.beta[c] : 0.0f};
+  const float gamma = norm.gamma ? norm.gamma[c] : 1.0f, beta = norm.beta ? norm.beta[c] : 0.0f;
+  if (!norm.mean) return {gamma, beta};
   const double deviation = std::sqrt(static_cast<double>(norm.variance[c]) + norm.epsilon);
-  const float scale = static_cast<float>(1.0 / deviation) * (norm.gamma ? norm.gamma[c] : 1.0f);
-  return {scale, (norm.beta ? norm.beta[c] : 0.0f) - norm.mean[c] * scale};
+  const float scale = static_cast<float>(1.0 / deviation) * gamma;
+  return {scale, beta - norm.mean[c] * scale};
 }
 
 // What follows the sum over taps in the forward pass: y = act(scale * sum + bias + residual).

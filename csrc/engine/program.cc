@@ -210,7 +210,8 @@ void Program::ConvFinish(int conv, int64_t values, int64_t bias, int x, int resi
           scale[c] = affine.scale;
           full[c] = (shift ? shift[c] * affine.scale : 0.0f) + affine.shift;
         }
-        const ConvEnd end = {act, norm.mean ? scale.data() : nullptr, add.data ? &add : nullptr, halo};
+        const bool scaled = norm.mean || norm.gamma;
+        const ConvEnd end = {act, scaled ? scale.data() : nullptr, add.data ? &add : nullptr, halo};
         RunConv(conv, weight, full.data(), in, out, end, context);
       });
 }

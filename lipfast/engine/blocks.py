@@ -23,15 +23,15 @@ def fuse(graph: Graph, backward: bool, weights: Sequence[Any]) -> None:
     """Padding goes into the conv behind it, an activation into the norm before it, a factor and a shift of each channel
     into the LayerNorm before them; unread operators go.
 
-    Without a backward pass BatchNorm with running statistics, a residual sum and an activation become one operator.
-    ``weights``: by weight number, with their ``mask``.
+    Without a backward pass BatchNorm with running statistics or such a factor, a residual sum and an activation become
+    one operator. ``weights``: by weight number, with their ``mask``.
     """
     _fuse_padding(graph)
     _fuse_activation(graph)
     _fuse_affine(graph, weights)
     _take_parts_of_parts(graph)
     if not backward:
-        _fuse_finish(graph)
+        _fuse_finish(graph, weights)
     _drop_unread(graph)
 
 
@@ -77,8 +77,8 @@ def _fuse_affine(graph: Graph, weights: Sequence[Any]) -> None:
         norm = norms.get(node.inputs[0])
         if norm is None or len(readers[norm.output]) != 1 or norm.output in graph.outputs or norm.beta is not None:
             continue
-        if norm.gamma is None and _scales_channels(graph, node) and weights[node.weight].mask is None:
-            norm.attributes["gamma"] = node.weight
+        if norm.gamma is None and _scales_channels(graph, node, weights):
+            norm.attributes |= {"gamma": node.weight, "beta": node.bias}
         elif node.kind == "shift":
             norm.attributes["beta"] = node.beta
         else:
@@ -89,11 +89,12 @@ def _fuse_affine(graph: Graph, weights: Sequence[Any]) -> None:
     graph.nodes = [node for node in graph.nodes if node.kind != "gone"]
 
 
-def _scales_channels(graph: Graph, node: Node) -> bool:
-    """Whether an operator multiplies each channel by a number."""
-    channels = graph.shapes[node.output][1]
-    alike = graph.shapes[node.output] == graph.shapes[node.inputs[0]]
-    return node.kind == "conv" and alike and node.groups == channels and node.bias is None and node.pad == (0, 0)
+def _scales_channels(graph: Graph, node: Node, weights: Sequence[Any]) -> bool:
+    """Whether a convolution takes one pixel of one channel, by a weight that is not pruned."""
+    if node.kind != "conv" or node.groups != graph.shapes[node.inputs[0]][1] or node.stride != 1 or node.pad != (0, 0):
+        return False
+    weight = weights[node.weight]
+    return bool(weight.shape == (node.groups, 1, 1, 1) and weight.mask is None)
 
 
 def _take_parts_of_parts(graph: Graph) -> None:
@@ -115,12 +116,12 @@ def _take_parts_of_parts(graph: Graph) -> None:
 _PLAIN = {"gamma": None, "beta": None, "running": None, "epsilon": 0.0, "act": "none", "slope": 0.0}
 
 
-def _fuse_finish(graph: Graph) -> None:
+def _fuse_finish(graph: Graph, weights: Sequence[Any]) -> None:
     """One ``finish`` for each run of norm, sum and act in which nothing else reads what lies between."""
     readers = graph.consumers()
     makers: dict[int, Node] = {}
     for node in graph.nodes:
-        own = _as_finish(node)
+        own = _as_finish(graph, node, weights)
         if own is None:
             continue
         for place, value in enumerate(node.inputs):
@@ -136,12 +137,14 @@ def _fuse_finish(graph: Graph) -> None:
     graph.nodes = [node for node in graph.nodes if node.kind != "gone"]
 
 
-def _as_finish(node: Node) -> dict[str, Any] | None:
+def _as_finish(graph: Graph, node: Node, weights: Sequence[Any]) -> dict[str, Any] | None:
     """The attributes of the ``finish`` that does the same; None if there is none."""
     if node.kind == "norm" and not node.training and node.running is not None:
         return {name: node.attributes[name] for name in _PLAIN}
     if node.kind == "shift":
         return {**_PLAIN, "beta": node.beta}
+    if _scales_channels(graph, node, weights):
+        return {**_PLAIN, "gamma": node.weight, "beta": node.bias}
     if node.kind == "act":
         return {**_PLAIN, "act": node.act, "slope": node.slope}
     if node.kind == "combine" and len(node.inputs) == 2 and node.a_scale == node.b_scale == 1 and node.shift == 0:
@@ -151,7 +154,7 @@ def _as_finish(node: Node) -> dict[str, Any] | None:
 
 def _joins(source: Node, own: dict[str, Any], inputs: list[int]) -> bool:
     """Whether what ``source`` does may come before ``own``: norm, then sum, then act."""
-    plain = own["running"] is None and own["beta"] is None
+    plain = all(own[name] is None for name in ("running", "gamma", "beta"))
     return plain and source.act == "none" and len(source.inputs) + len(inputs) <= 3
 
 

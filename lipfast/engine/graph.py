@@ -48,8 +48,8 @@ class Node:
     group_norm  gamma, beta (weight numbers or None), groups, epsilon, act, slope
     layer_norm  gamma, beta (weight numbers or None), epsilon: each pixel over its channels
     act         act, slope
-    finish      act(norm(inputs[0]) + inputs[1]), in inference only: gamma, beta, running (None: no norm, and beta alone
-                is added), epsilon, act, slope; the second input is optional
+    finish      act(norm(inputs[0]) + inputs[1]), in inference only: gamma, beta, running (None: no norm, but a factor
+                and a shift of each channel), epsilon, act, slope; the second input is optional
     combine     a_scale, b_scale, shift: a_scale * inputs[0] + b_scale * inputs[1] + shift (second input optional)
     multiply    inputs[0] * inputs[1]
     scale       inputs[0] times inputs[1], which has one number for each plane: (n, c, 1, 1)

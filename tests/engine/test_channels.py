@@ -153,6 +153,9 @@ FUNCTIONS = {
     ),
     "norm whose inside others read": lambda m, x: normed_twice(m, x),
     "unsqueezed": lambda m, x: x * m.up(m.down(x.mean((2, 3)))).unsqueeze(-1).unsqueeze(-1),
+    "scaled as it is stored": lambda m, x: torch.relu(m.second(x) * m.gain + x) * m.gain,
+    "scaled and shifted": lambda m, x: torch.tanh(m.third(m.second(x).mul(m.gain).add(m.shift)[:, :6])),
+    "scaled twice": lambda m, x: m.second(x) * m.gain * m.weight[:, None, None] + x,
     "squeezed": lambda m, x: m.up(m.down(F.adaptive_avg_pool2d(m.second(x), 1).squeeze(-1).squeeze(-1))),
 }
 
