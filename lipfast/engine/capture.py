@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import itertools
 import math
 import threading
@@ -22,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
+from lipfast.engine.attention import self_attention
 from lipfast.errors import InputError
 from lipfast.locks import lock
 from lipfast.ops._padding import MODES, widest
@@ -99,7 +102,9 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mappi
         InputError: the code depends on the values of tensors, changes one through a view, or asks how tensors lie in
             memory where not all that it was given are contiguous.
     """
-    recorder = _Recorder(all(tensor.is_contiguous() for tensor in (*inputs, *leaves.values())))
+    given = (*inputs, *leaves.values())
+    device = given[0].device if given else torch.get_default_device()
+    recorder = _Recorder(all(tensor.is_contiguous() for tensor in given), device)
     grad = torch.is_grad_enabled()
     # Tensors made in inference mode count no writes; leaving it enables gradients.
     with torch.inference_mode(False), torch.set_grad_enabled(grad), _functions_noted(recorder):
@@ -112,7 +117,7 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mappi
                 raise
             except (NotImplementedError, RuntimeError) as failure:
                 raise InputError(
-                    f"engine: the module cannot be recorded without running it on data: {failure}"
+                    f"engine: the module cannot be recorded on tensors of these shapes without numbers: {failure}"
                 ) from failure
     recording = Recording(refs, recorder.leaves, recorder.constants, recorder.calls, None, recorder.counted)
     recording.result = pytree.tree_map(recorder.known, result)
@@ -128,22 +133,46 @@ def same_as_before(tensors: Sequence[Tensor]) -> list[int | None]:
 
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, Tensor, Ref, torch.dtype, torch.device)
+_MOST_LOOKED_AT = 10_000  # objects that a result refers to
 
 
 def _refuse_hidden(result: Any) -> None:
-    """Refuse containers that a recording cannot look into, where they hold tensors."""
+    """Refuse what a recording cannot look into, where it holds tensors or may make some later."""
     for leaf in pytree.tree_leaves(result):
-        parts = [] if isinstance(leaf, _PLAIN) else [*getattr(leaf, "__dict__", {}).values()]
-        parts += leaf.values() if isinstance(leaf, Mapping) else leaf if isinstance(leaf, (list, tuple, set)) else []
-        if any(isinstance(part, Tensor) for part in parts):
+        if not isinstance(leaf, _PLAIN) and _reaches_stand_in(leaf):
             raise InputError(
                 f"engine: the module returns tensors in a {type(leaf).__name__}; use tuples, lists, dicts, or register "
                 "it with torch.utils._pytree.register_pytree_node"
             )
 
 
+def _reaches_stand_in(value: Any) -> bool:
+    """Whether an object holds a tensor without data, however deep; one whose code is still to run may."""
+    seen: set[int] = set()
+    found = [value]
+    while found and len(seen) < _MOST_LOOKED_AT:
+        one = found.pop()
+        if isinstance(one, types.GeneratorType) or (isinstance(one, Tensor) and one.device.type == "meta"):
+            return True
+        if id(one) in seen or isinstance(one, (type, types.ModuleType, *_PLAIN)):
+            continue
+        seen.add(id(one))
+        found += [one.__closure__] if isinstance(one, types.FunctionType) else gc.get_referents(one)
+    return False
+
+
 # They act on something else than their result.
 _UNSEEN = (Tensor.data.__set__, Tensor.register_hook, Tensor.retain_grad)  # type: ignore[attr-defined]
+# Stand-ins have other answers than the tensors they stand for.
+_UNKNOWN = tuple(getattr(Tensor, name).__get__ for name in ("grad_fn", "grad", "is_leaf"))
+_NEEDS_NUMBERS = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+_OF_DEVICE: dict[Any, Callable[[torch.device], Any]] = {
+    Tensor.device.__get__: lambda device: device,
+    Tensor.is_cpu.__get__: lambda device: device.type == "cpu",  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__: lambda device: device.type == "cuda",  # type: ignore[attr-defined]
+    Tensor.is_meta.__get__: lambda device: False,  # type: ignore[attr-defined]
+    Tensor.get_device: lambda device: -1 if device.type == "cpu" else device.index or 0,
+}
 _ASKS_FOR_GRADIENTS = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _ASKS_FOR_LAYOUT = (Tensor.stride, Tensor.is_contiguous)
 _DETACHES = (torch.detach, Tensor.detach, Tensor.detach_, Tensor.data.__get__)  # type: ignore[attr-defined]
@@ -154,11 +183,14 @@ class _Recorder(TorchFunctionMode):
 
     Args:
         contiguous: whether all that the module is given is; stand-ins always are.
+        device: where what the module is given lies; stand-ins lie nowhere.
     """
 
-    def __init__(self, contiguous: bool) -> None:
+    def __init__(self, contiguous: bool, device: torch.device) -> None:
         super().__init__()
-        self._contiguous = contiguous
+        self._contiguous, self._device = contiguous, device
+        self._autocast = autocast()
+        self._perhaps_one: set[int] = set()  # ids of tensors that may be copies, or copied, or neither
         self.calls: list[Call] = []
         self.leaves: dict[int, str] = {}
         self.constants: dict[int, Tensor] = {}
@@ -215,28 +247,42 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func == _ASKS_FOR_GRADIENTS and id(args[0]) in self._refs:
             return self._refs[id(args[0])].number in self._differentiable
+        if func in _OF_DEVICE and id(args[0]) in self._refs:
+            return _OF_DEVICE[func](self._device)
         if func is torch._C._set_grad_enabled:
             self._grad = None if args[0] == self._outside else args[0]
             return func(*args)
+        if func is F.multi_head_attention_forward:
+            with self:
+                attended = self_attention(*args, **kwargs)
+            if attended is not None:
+                return attended
         return self.note(func, args, kwargs)
 
     def note(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a function on stand-ins and note the call."""
+        if autocast() != self._autocast:
+            raise InputError("engine: the module's forward changes autocast, which is recorded for a whole call only")
         noted = pytree.tree_map(self.known, (args, kwargs))
+        counts = func is Tensor.add_ and not kwargs and self._is_counter(noted[0])
+        if not counts:
+            self._check_reads(func, noted)
         given = pytree.tree_leaves((args, kwargs))
-        args, kwargs = pytree.tree_map(_on_meta, (args, kwargs))
+        args, kwargs = pytree.tree_map(self._on_meta, (args, kwargs))
         copies = [new for new, old in zip(pytree.tree_leaves((args, kwargs)), given, strict=True) if new is not old]
         versions = {id(leaf): leaf._version for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = _stand_in(func, args, kwargs)
         result = _undrawn(func, args, kwargs) if result is None else result
+        if not self._contiguous and _changes_layout(func, kwargs):
+            result = result.clone() if result is args[0] else result
+            self._perhaps_one |= {id(args[0]), id(result)}
         if any(isinstance(copy, Tensor) and copy._version > 0 for copy in copies):
             raise InputError("engine: the module writes into a tensor that it made on a device that it named")
         written = [t for t in self._alive if id(t) in versions and t._version != versions[id(t)]]
         results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        if func is Tensor.add_ and not kwargs and self._is_counter(noted[0]):
+        if counts:
             self.counted.append((self.leaves[noted[0][0].number], noted[0][1]))
             return result
-        self._check_reads(func, noted)
         self._check_writes(written, results)
         if all(id(leaf) in versions and not written for leaf in results):
             return result  # no tensor, or the very tensor it was given, unchanged
@@ -258,12 +304,16 @@ class _Recorder(TorchFunctionMode):
     def _check_reads(self, func: Callable[..., Any], noted: Any) -> None:
         """Counters move at the end of a run, and what a function does to anything but its result is not repeated."""
         if func in _UNSEEN:
-            name = getattr(func, "__qualname__", func.__name__)
-            raise InputError(f"engine: the module's forward uses {name}, which cannot be recorded")
+            raise InputError(f"engine: the module's forward uses {_name_of(func)}, which cannot be recorded")
         if func in _ASKS_FOR_LAYOUT and not self._contiguous:
             raise InputError(
                 f"engine: the module's forward asks for {func.__name__} of a tensor, which is recorded for contiguous "
                 "inputs, parameters and buffers only"
+            )
+        if func in (*_UNKNOWN, *_NEEDS_NUMBERS) and refs_in(noted):
+            what = "the numbers" if func in _NEEDS_NUMBERS else "the history"
+            raise InputError(
+                f"engine: the module's forward asks for {what} of a tensor ({_name_of(func)}), which cannot be recorded"
             )
         counted = {name for name, _ in self.counted}
         if counted and any(self.leaves.get(ref.number) in counted for ref in refs_in(noted)):
@@ -280,12 +330,22 @@ class _Recorder(TorchFunctionMode):
         for tensor in written:
             if not any(tensor is result for result in results):
                 raise InputError("engine: the module writes into a tensor (an assignment to a part, or out=)")
+            if id(tensor) in self._perhaps_one:
+                raise InputError(
+                    "engine: the module changes a tensor in place that contiguous() or a memory format may have "
+                    "copied; give it contiguous tensors"
+                )
             if self._refs[id(tensor)].number in self.leaves:
                 raise InputError("engine: the module changes one of its own parameters or buffers while it runs")
             memory = tensor.untyped_storage()._cdata
             sharing = sum(1 for other in self._alive if other.untyped_storage()._cdata == memory)
             if sharing > 1:
                 raise InputError("engine: the module changes a tensor in place that another tensor is a view of")
+
+    def _on_meta(self, value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return torch.device("meta") if value == self._device else value
+        return value.to("meta") if isinstance(value, Tensor) and value.device.type != "meta" else value
 
     def _new(self, tensor: Tensor) -> Ref:
         if id(tensor) not in self._refs:
@@ -294,6 +354,24 @@ class _Recorder(TorchFunctionMode):
         self._count += 1
         self._refs[id(tensor)] = ref
         return ref
+
+
+def _name_of(func: Callable[..., Any]) -> str:
+    """A function's name for messages, an attribute's for what reads or writes it."""
+    described = getattr(func, "__self__", func)
+    name: str = getattr(described, "__qualname__", None) or func.__name__
+    return name.replace("TensorBase", "Tensor")
+
+
+def autocast() -> tuple[torch.dtype | None, ...]:
+    """What torch turns float32 operands to now, on the CPU and on GPUs; None: nothing."""
+    kinds = ("cpu", "cuda")
+    return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds)
+
+
+def _changes_layout(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function copies a tensor or not, as that happens to lie in memory."""
+    return func is Tensor.contiguous or (func is Tensor.to and "memory_format" in kwargs)
 
 
 _one_at_a_time = lock(rank=1)
@@ -309,6 +387,11 @@ def _functions_noted(recorder: _Recorder) -> Iterator[None]:
         run = original.__get__(None, cls)
         if threading.get_ident() != thread or recorder.inside:
             return run(*args, **kwargs)
+        if cls is CheckpointFunction:  # it runs a function with or without keeping what lies inside
+            function, _, *inputs = args
+            return function(*inputs)
+        if any(isinstance(arg, nn.Module) for arg in (*args, *kwargs.values())):
+            raise InputError(f"engine: {cls.__name__}.apply is given a module, whose parameters it would not get")
         function = functools.partial(run)
         function.__qualname__ = f"{cls.__name__}.apply"  # type: ignore[attr-defined]
         recorder.inside = True
@@ -766,7 +849,3 @@ _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     Tensor.__rsub__: _element_by_element,
     Tensor.__rdiv__: _element_by_element,
 }
-
-
-def _on_meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) and value.device.type != "meta" else value

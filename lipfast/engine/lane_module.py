@@ -14,7 +14,18 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
-from lipfast.engine.capture import Call, Recording, Ref, call_with, equal, record, refs_in, same_as_before, snapshot
+from lipfast.engine.capture import (
+    Call,
+    Recording,
+    Ref,
+    autocast,
+    call_with,
+    equal,
+    record,
+    refs_in,
+    same_as_before,
+    snapshot,
+)
 from lipfast.engine.lower import Lowered, Segment, lower
 from lipfast.engine.operators import dense_name, lower_to_operators
 from lipfast.engine.plan import Options, Weight
@@ -32,6 +43,8 @@ FEWEST_ZEROS = 0.05
 # Input sizes and modes whose programs are kept.
 PLANS_KEPT = 8
 CPU = torch.device("cpu")
+# Layers whose weights may hold zeros.
+_WEIGHTS_OF = {(nn.Conv2d, nn.ConvTranspose2d, nn.Linear): "weight", (nn.MultiheadAttention,): "in_proj_weight"}
 
 
 def accelerate(
@@ -44,10 +57,11 @@ def accelerate(
     """A copy of ``model`` that computes the same with sparse and fused kernels; ``model`` itself is not changed.
 
     What is pruned comes from ``masks``, from the hooks of ``torch.nn.utils.prune``, from parametrizations whose result
-    holds zeros, and from zeros in the weights of ``Conv2d``, ``ConvTranspose2d`` and ``Linear`` (at least 5 %, not
-    all). Pruned parameters hold only their kept values, in row-major order, so optimisers and ``.grad`` see only those;
-    ``state_dict`` and ``load_state_dict`` keep the dense names and shapes. Where forward multiplies a weight by zeros
-    and ones in a buffer, kernels skip what that drops, and the parameter stays dense.
+    holds zeros, and from zeros in the weights of ``Conv2d``, ``ConvTranspose2d``, ``Linear`` and
+    ``MultiheadAttention`` (at least 5 %, not all). Pruned parameters hold only their kept values, in row-major order,
+    so optimisers and ``.grad`` see only those; ``state_dict`` and ``load_state_dict`` keep the dense names and shapes.
+    Where forward multiplies a weight by zeros and ones in a buffer, kernels skip what that drops, and the parameter
+    stays dense.
 
     Args:
         model: any module in float32. On the CPU it runs in lanes; operators that the engine does not know run in torch,
@@ -104,6 +118,7 @@ class LaneModule(nn.Module):
         self._forget_plans()
         self._hidden = (source,)  # in a tuple, so that it is not a child; last, as from here on attributes are its own
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's result."""
         _refuse_transforms(args, kwargs)
@@ -211,7 +226,7 @@ class LaneModule(nn.Module):
             forms = tuple(
                 (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad) for tensor in tensors.values()
             )
-            modes = (torch.is_grad_enabled(), _autocast(), *(state[0].training for state in states))
+            modes = (torch.is_grad_enabled(), autocast(), *(state[0].training for state in states))
             key = (given, _repeated(leaves), str(structure), modes, forms)
             try:
                 known = self._compiled.get(key)
@@ -646,11 +661,6 @@ def _repeated(leaves: Sequence[Any]) -> Any:
     return None if len(tensors) < 2 else tuple(same_as_before(tensors))
 
 
-def _autocast() -> tuple[Any, ...]:
-    """What code may ask of autocast."""
-    return tuple(torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind))
-
-
 def _make_dense(module: LaneModule, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hook of state dicts: dense names and shapes, before any hook of the original's."""
     for name, mask in module._all_masks().items():
@@ -679,11 +689,12 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packed: Tensor, mask: Tensor) -> Tensor:
         ctx.mask = mask
+        ctx.set_materialize_grads(False)  # what the loss does not reach gets none
         return unpack(packed, mask.shape, mask)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _gather(gradient, ctx.mask), None
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if gradient is None else _gather(gradient, ctx.mask), None
 
 
 class _Gather(torch.autograd.Function):
@@ -692,11 +703,12 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dense: Tensor, mask: Tensor) -> Tensor:
         ctx.mask = mask
+        ctx.set_materialize_grads(False)
         return pack(dense, mask)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _scatter(gradient, ctx.mask), None
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if gradient is None else _scatter(gradient, ctx.mask), None
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:
@@ -787,10 +799,11 @@ def _join(prefix: str, name: str) -> str:
 def _zeroed(model: nn.Module) -> Iterator[str]:
     """Weights that hold zeros without saying why. One that is all zeros is an initialisation, not a mask."""
     for prefix, module in model.named_modules():
-        weighted = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
-        weight = module._parameters.get("weight") if weighted else None
-        if weight is not None and is_pruned(weight.detach() != 0):
-            yield _join(prefix, "weight")
+        names = [name for layers, name in _WEIGHTS_OF.items() if isinstance(module, layers)]
+        for name in names:
+            weight = module._parameters.get(name)
+            if weight is not None and is_pruned(weight.detach() != 0):
+                yield _join(prefix, name)
 
 
 def _given(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -330,6 +330,9 @@ class _Builder:
             return None
         if not isinstance(tensor, Ref) or tensor.dtype != torch.float32 or self.makes(tensor):
             raise Unsupported("a weight that is not a float32 tensor from outside")
+        moved = {ref.number for pair in self._moved() for ref in self._statistics[pair]}
+        if tensor.number in moved:
+            raise Unsupported("running statistics that changed before they are read")
         self._weights.append(tensor)
         return len(self._weights) - 1
 
@@ -342,11 +345,17 @@ class _Builder:
         if mean.number not in self._leaves or variance.number not in self._leaves:
             raise Unsupported("running statistics that the module computes")
         known = [number for number, other in enumerate(self._statistics) if other == (mean, variance)]
-        moved = {node.running for node in self.graph.nodes if node.kind == "norm" and node.training}
-        if known and (training or not moved.isdisjoint(known)):
+        if known and (training or not self._moved().isdisjoint(known)):
             raise Unsupported("running statistics that change twice, or are read after they changed")
+        if training and any(ref.number in (mean.number, variance.number) for ref in self._weights):
+            raise Unsupported("running statistics that are read before they change")
         self._statistics.append((mean, variance))
         return len(self._statistics) - 1
+
+    def _moved(self) -> set[int]:
+        """The running statistics that this segment changes."""
+        norms = (node for node in self.graph.nodes if node.kind == "norm" and node.training)
+        return {node.running for node in norms if node.running is not None}
 
     def node(self, kind: str, inputs: list[int], shape: tuple[int, int, int, int], **attributes: Any) -> int:
         """Append an operator and return its value."""
@@ -599,7 +608,7 @@ def _channel_shuffle(b: _Builder, input: Any, groups: int) -> int:
 
 def _pool(b: _Builder, input: Any, kernel: Any, stride: Any, padding: Any, maximum: bool) -> int:
     n, c, height, width = b.shape(input)
-    sides, steps, pads = pair(kernel), pair(kernel if stride is None or stride == [] else stride), pair(padding)
+    sides, steps, pads = pair(kernel), pair(kernel if stride is None or stride in ([], ()) else stride), pair(padding)
     if sides[0] != sides[1] or steps[0] != steps[1] or pads[0] != pads[1]:
         raise Unsupported("a window that is not square")
     side, step, pad = sides[0], steps[0], pads[0]
@@ -696,7 +705,8 @@ def _unflattened(b: _Builder, rows: Ref, wanted: Sequence[int]) -> int:
     items = math.prod(rows.shape[:-1])
     known = -math.prod(wanted) if -1 in wanted else 1
     sides = [items * features // max(1, known) if side == -1 else side for side in wanted]
-    if len(sides) == 4 and sides[0] == items and sides[3] != features and math.prod(sides[1:]) == features:
+    items_alone = len(rows.shape) == 2 and sides[0] == items
+    if items_alone and len(sides) == 4 and sides[3] != features and math.prod(sides[1:]) == features:
         return b.node("unflatten", [value], (items, sides[1], sides[2], sides[3]))
     return value
 

@@ -771,9 +771,11 @@ class _Backward:
         x, dy = node.inputs[0], self._home(node.output)
         conv, values = planner.convs[position], planner.offset(node.weight)
         reach = planner.reach(node)
-        if reach > 0 or planner.has_dead_pixels(node.output):  # where those are zero, dead pixels of x do not count
+        if reach > 0 or planner.has_dead_pixels(node.output):
             planner.need(_BACKWARD, dy, Halo("zeros", max(node.pad), reach))
         if self.weights[node.weight].trained:
+            if planner.has_dead_pixels(x):  # whoever read x later may have filled them
+                planner.need(_BACKWARD, planner.home[x], Halo("zeros", 0, 0))
             planner.emit("conv_weight_gradient", conv, values, -1, dy, planner.home[x])
         if x in self.needed:
             end = (False, PADDING_MODES["zeros"], 0)

@@ -157,6 +157,24 @@ def _reads_its_counter(self, x):
     return self.conv(x) / self.count
 
 
+def _takes_its_counter_for_a_number(self, x):
+    self.count.add_(1)
+    return self.conv(x) / float(self.count)
+
+
+def _asks_for_numbers(self, x):
+    return self.conv(x) * float(x.detach().numpy().sum())
+
+
+def _asks_for_history(self, x):
+    return self.conv(x) * (2 if self.conv(x).grad_fn is not None else 3)
+
+
+def _changes_autocast(self, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return self.conv(x)
+
+
 @pytest.mark.parametrize(
     ("forward", "message"),
     [
@@ -167,6 +185,10 @@ def _reads_its_counter(self, x):
         (_averages_in_data, "cannot be recorded"),
         (_hooks, "hook"),
         (_reads_its_counter, "reads a counter that it changed"),
+        (_takes_its_counter_for_a_number, "reads a counter that it changed"),
+        (_asks_for_numbers, r"asks for the numbers of a tensor \(Tensor.numpy\)"),
+        (_asks_for_history, r"asks for the history of a tensor \(Tensor.grad_fn\)"),
+        (_changes_autocast, "changes autocast"),
     ],
 )
 def test_state_that_a_recording_would_lose_is_refused_and_left_alone(forward, message):
@@ -193,10 +215,35 @@ class _Output:
     sample: Tensor
 
 
-def test_containers_that_hide_tensors_are_refused():
-    fast = lipfast.accelerate(Written(lambda self, x: _Output(self.conv(x)), conv=conv()))
-    with pytest.raises(InputError, match="returns tensors in a _Output"):
+class _Slots:
+    __slots__ = ("sample",)
+
+    def __init__(self, sample: list[Tensor]) -> None:
+        self.sample = sample
+
+
+@pytest.mark.parametrize(
+    ("hide", "name"),
+    [
+        (_Output, "_Output"),
+        (lambda y: _Slots([y]), "_Slots"),
+        (lambda y: {"sample": y}.values(), "dict_values"),
+        (lambda y: zip([y], [1], strict=True), "zip"),
+        (lambda y: frozenset([y]), "frozenset"),
+        (lambda y: (y for _ in range(2)), "generator"),
+        (lambda y: [lambda: y], "function"),
+    ],
+)
+def test_containers_that_hide_tensors_are_refused(hide, name):
+    fast = lipfast.accelerate(Written(lambda self, x: hide(self.conv(x)), conv=conv()))
+    with pytest.raises(InputError, match=f"returns tensors in a {name}"):
         fast(picture())
+
+
+def test_results_without_tensors_may_be_anything():
+    settings = types.SimpleNamespace(scale=[2.0])
+    fast = lipfast.accelerate(Written(lambda self, x: (self.conv(x), settings, len, {1, 2}), conv=conv()))
+    assert fast(picture())[1:] == (settings, len, {1, 2})
 
 
 def test_arguments_without_a_hash_are_refused():
@@ -267,13 +314,31 @@ def _by_identity(self, x, y):
     return self.conv(x) * (2 if x is y else 3) + y
 
 
+def _by_device(self, x, y):
+    known = x.device.type == "cpu" and x.is_cpu and not x.is_meta and not self.conv.weight.is_cuda
+    return self.conv(x) * (2 if known and self.conv(x).get_device() == -1 else 3)
+
+
+def _made_on_its_device(self, x, y):
+    columns = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype) + torch.ones(1).to(y.device)
+    return self.conv(x) + torch.sin(columns)
+
+
 def _by_autocast(self, x, y):
     return torch.sin(self.conv(x).float()) * (2 if torch.is_autocast_enabled("cpu") else 3)
 
 
 @pytest.mark.parametrize(
     "forward",
-    [_by_gradients_of_inputs, _by_gradients_of_weights, _by_gradients_of_results, _by_identity, _by_autocast],
+    [
+        _by_gradients_of_inputs,
+        _by_gradients_of_weights,
+        _by_gradients_of_results,
+        _by_identity,
+        _by_device,
+        _made_on_its_device,
+        _by_autocast,
+    ],
 )
 def test_what_code_may_ask_of_its_arguments(forward):
     model = Written(forward, conv=conv())
@@ -297,6 +362,35 @@ def test_a_layout_that_is_asked_for_must_be_contiguous(asked):
     with pytest.raises(InputError, match="contiguous inputs, parameters and buffers only"):
         fast(x.to(memory_format=torch.channels_last))
     assert torch.allclose(fast(x), model(x), atol=1e-5)
+
+
+def _changes_a_copy(self, x):
+    y = self.conv(x)
+    z = y.contiguous()
+    z.relu_()
+    return y + z
+
+
+def _changes_what_was_copied(self, x):
+    y = torch.exp(x)
+    z = y.to(memory_format=torch.channels_last)
+    y.relu_()
+    return self.conv(z)
+
+
+@pytest.mark.parametrize("forward", [_changes_a_copy, _changes_what_was_copied])
+def test_what_may_or_may_not_be_a_copy_must_not_change(forward):
+    model = Written(forward, conv=conv())
+    fast, x = lipfast.accelerate(model), picture()
+    assert torch.allclose(fast(x.clone()), model(x.clone()), atol=1e-5)
+    with pytest.raises(InputError, match="in place that contiguous"):
+        fast(x.to(memory_format=torch.channels_last))
+
+
+def test_what_is_made_contiguous_has_all_views():
+    model = Written(lambda self, x: torch.sin(self.conv(x)).contiguous().view(2, -1), conv=conv())
+    x = picture().to(memory_format=torch.channels_last)
+    assert torch.allclose(lipfast.accelerate(model)(x), model(x), atol=1e-5)
 
 
 def test_hooks_that_come_later_are_refused():
@@ -364,7 +458,7 @@ def test_another_default_dtype(request):
 
 
 def test_autocast_around_an_operator_of_torch():
-    model = nn.Sequential(conv(), nn.Conv2d(CHANNELS, CHANNELS, 9, padding=4), conv())
+    model = nn.Sequential(conv(), nn.Conv2d(CHANNELS, CHANNELS, 17, padding=8), conv())
     fast, x = lipfast.accelerate(model), picture()
     with torch.autocast("cpu", torch.bfloat16):
         got = fast(x)
@@ -443,6 +537,60 @@ def test_weights_that_the_loss_does_not_reach_get_no_gradient():
     fast(picture())[0].sum().backward()
     assert {name for name, p in fast.named_parameters() if p.grad is None} == {"second.weight", "second.bias"}
     assert fast.body.weight.grad.abs().sum() > 0
+
+
+def test_pruned_weights_that_the_loss_does_not_reach_get_no_gradient():
+    def forward(self, x):
+        return self.first(x), self.second(F.softplus(self.norm(F.linear(x, self.features.weight))))
+
+    parts = {"first": conv(), "second": conv(), "norm": nn.BatchNorm2d(CHANNELS), "features": nn.Linear(6, 6)}
+    fast = lipfast.accelerate(Written(forward, **parts), {"features.weight": torch.rand(6, 6) < 0.5})
+    fast(picture())[0].sum().backward()
+    assert fast.features.weight.grad is None
+
+
+def test_statistics_are_read_before_and_behind_they_change():
+    def forward(self, x):
+        y = self.second(self.norm(self.first(x) * self.norm.running_var) + self.norm.running_mean)
+        return y * self.norm.running_var
+
+    model = Written(forward, first=nn.Linear(9, 6), second=nn.Linear(6, 6), norm=nn.BatchNorm1d(6))
+    masks = {f"{name}.weight": torch.rand(6, side) < 0.25 for name, side in (("first", 9), ("second", 6))}
+    for name, mask in masks.items():
+        model.get_parameter(name).data.mul_(mask)
+    x = 5 * torch.randn(20, 9)
+    fast = lipfast.accelerate(model, masks)
+    for _ in range(2):
+        assert torch.allclose(fast(x), model(x), atol=1e-4)
+
+
+def test_a_checkpointed_layer_is_a_layer():
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.conv, x, use_reentrant=True)
+
+    model = Written(forward, conv=conv())
+    mask = torch.rand(model.conv.weight.shape) < 0.3
+    model.conv.weight.data.mul_(mask)
+    x = picture().requires_grad_()
+    assert torch.allclose(lipfast.accelerate(model, {"conv.weight": mask})(x), model(x), atol=1e-5)
+
+
+class _Runs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, module):
+        return module(x)
+
+
+def test_a_function_that_is_given_a_module_is_refused():
+    fast = lipfast.accelerate(Written(lambda self, x: _Runs.apply(x, self.conv), conv=conv()))
+    with pytest.raises(InputError, match=r"_Runs\.apply is given a module"):
+        fast(picture())
+
+
+def test_a_module_with_an_accelerated_part_may_be_compiled():
+    fast = lipfast.accelerate(conv())
+    whole, x = nn.Sequential(fast, nn.ReLU()), picture()
+    assert torch.allclose(torch.compile(whole, backend="eager")(x), whole(x), atol=1e-6)
 
 
 def test_a_second_backward_pass_wants_retain_graph():

@@ -274,6 +274,7 @@ def test_any_resampling(compare, options):
         nn.AvgPool2d(3, 2, 1),
         nn.MaxPool2d(3, 1, 1),
         nn.AvgPool2d(3, 3),
+        Activation(lambda x: F.max_pool2d(x, 2, ())),
     ],
     ids=str,
 )
@@ -534,6 +535,28 @@ def test_transposed_convolutions(compare, name, density, join, size):
     module(x)
     masks = {"up.weight": torch.rand(module.up.weight.shape) < density} if density < 1 else {}
     compare(module, x, masks)
+
+
+@pytest.mark.parametrize("size", [(9, 9), (16, 16)])
+@pytest.mark.parametrize("other", ["bilinear", "reflect", "pool"])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (4, 2, 1), (4, 2, 0), (5, 1, 2)])
+def test_a_transposed_convolution_whose_input_others_pad(compare, kernel, stride, padding, other, size):
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, CHANNELS, 1)
+            self.up = nn.ConvTranspose2d(CHANNELS, 4, kernel, stride, padding)
+            self.beside = nn.Conv2d(CHANNELS, 4, 3, padding=1, padding_mode="reflect")
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            if other == "bilinear":
+                more = F.interpolate(x, scale_factor=2, mode="bilinear")
+            else:
+                more = self.beside(x) if other == "reflect" else F.max_pool2d(x, 3, 1, 1)
+            return self.up(x).mean((2, 3), keepdim=True) * more[:, :4]
+
+    compare(Both(), torch.randn(2, 3, *size))
 
 
 def test_other_transposed_convolutions_stay_in_torch():
