@@ -504,8 +504,7 @@ class CheckedProgram {
   // gamma, beta, saved
   NormOffsets AsGroupOffsets(const std::vector<int64_t>& at, int x, int64_t groups) const {
     Check(at.size() == 3, "group norm: expected 3 offsets");
-    Check(Map(x).grid == kGrid, "group norm: pictures must not share lanes");
-    return AsOffsets({at[0], at[1], -1, -1, at[2]}, Map(x).channels, 2 * Map(x).batch * groups);
+    return AsOffsets({at[0], at[1], -1, -1, at[2]}, Map(x).channels, 2 * Map(x).batch * groups * kVector);
   }
 
   static void CheckAxis(const AxisTable& axis, int64_t from, int64_t to) {

@@ -1,7 +1,7 @@
 // GroupNorm on lane maps, fused with the activation behind it and the halo of what it
 // writes. With as many groups as channels it is InstanceNorm.
 //
-// A group of one item is one unit of work, so sums are taken in one fixed order.
+// A group of one sheet is one unit of work, so sums are taken in one fixed order.
 //
 // Source: Y. Wu and K. He, "Group Normalization", ECCV 2018.
 #pragma once
@@ -22,7 +22,7 @@ struct GroupNormSpec {
 struct GroupNormState {
   const float* gamma;  // [channels]; null: 1
   const float* beta;   // [channels]; null: 0
-  // [batch][groups], for the backward pass.
+  // [sheets][groups][16], for the backward pass: in each lane the number of its picture.
   float* mean;
   float* inverse_deviation;
 };

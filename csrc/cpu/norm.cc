@@ -14,7 +14,7 @@ namespace LIPFAST_NS {
 namespace {
 
 Affine AffineOf(const NormState& state, int64_t c) {
-  return ScaleAndShift(state.gamma, state.beta, c, state.mean[c], state.inverse_deviation[c]);
+  return ScaleAndShift(state.gamma, state.beta, c, Set(state.mean[c]), Set(state.inverse_deviation[c]));
 }
 
 // Fills the halos of one channel after another.
@@ -79,7 +79,7 @@ void Evaluate(const LaneMap& x, const LaneMap& y, const NormSpec& spec, const No
 template <Activation kAct>
 struct FromBatchInput : FromInput<kAct> {
   FromBatchInput(const NormSpec& spec, const NormState& state, int64_t c)
-      : FromInput<kAct>(AffineOf(state, c), spec.act.slope, state.mean[c], state.inverse_deviation[c]) {}
+      : FromInput<kAct>(AffineOf(state, c), spec.act.slope, Set(state.mean[c]), Set(state.inverse_deviation[c])) {}
 };
 
 // As FromInput from the norm's result, for activations that keep the sign and can be undone.
@@ -108,9 +108,9 @@ void BackwardChannel(const LaneMap& source, const LaneMap& dy, const LaneMap* dy
     return RowGradient<Recover, kAct, kTwo>{source.At(n, 0, row), dy.At(n, c, row), kTwo ? dy2->At(n, c, row) : nullptr,
                                             recover};
   };
-  SumGradients(source, spec.live, row_gradient, sums);
+  SumChannel<2>(source, spec.live, GradientTerms(row_gradient), sums);
   const double count = batch_statistics ? static_cast<double>(dy.pixels()) : 0.0;
-  const V scale = Set(AffineOf(state, c).scale);
+  const V scale = AffineOf(state, c).scale;
   const V last_scale = Mul(scale, LastPictures(dy));  // gradients of missing pictures stay zero
   const V constant = Set(count > 0 ? static_cast<float>(sums[0] / count) : 0.0f);
   const V along = Set(count > 0 ? static_cast<float>(-sums[1] / count) : 0.0f);

@@ -23,10 +23,10 @@ inline V LastPictures(const LaneMap& m) {
   return Load(lanes);
 }
 
-// sums[k] += the sum over all live pixels of channel c of term k. at_row(n, row) gives
-// a callable (col, V* terms) that writes kSums terms.
-template <int kSums, class AtRow>
-void SumChannel(const LaneMap& m, const LivePixelMask& live, const AtRow& at_row, double* sums) {
+// take(k, lanes): a part of the sum of each lane over all live pixels of channel c of term k. at_row(n, row) gives a
+// callable (col, V* terms) that writes kSums terms.
+template <int kSums, class AtRow, class Take>
+void SumChannelLanes(const LaneMap& m, const LivePixelMask& live, const AtRow& at_row, const Take& take) {
   V part[kSums][kChains];
   const auto clear = [&] {
     for (int k = 0; k < kSums; ++k) {
@@ -35,7 +35,7 @@ void SumChannel(const LaneMap& m, const LivePixelMask& live, const AtRow& at_row
   };
   const auto flush = [&] {
     for (int k = 0; k < kSums; ++k) {
-      sums[k] += Sum(Add(Add(part[k][0], part[k][1]), Add(part[k][2], part[k][3])));
+      take(k, Add(Add(part[k][0], part[k][1]), Add(part[k][2], part[k][3])));
     }
     clear();
   };
@@ -73,46 +73,60 @@ void SumChannel(const LaneMap& m, const LivePixelMask& live, const AtRow& at_row
   flush();
 }
 
+// sums[k] += the sum over all live pixels of channel c of term k.
+template <int kSums, class AtRow>
+void SumChannel(const LaneMap& m, const LivePixelMask& live, const AtRow& at_row, double* sums) {
+  SumChannelLanes<kSums>(m, live, at_row, [&](int k, V lanes) { sums[k] += Sum(lanes); });
+}
+
+// The rows of channel c: its pixels.
+inline auto PixelsOf(const LaneMap& x, int64_t c) {
+  return [&x, c](int64_t n, int64_t row) {
+    return [in = x.At(n, c, row)](int64_t col, V* term) { term[0] = Load(in + col * kLanes); };
+  };
+}
+
+// How far they are from a centre, and the squares of that.
+inline auto DeviationsOf(const LaneMap& x, int64_t c, V centre) {
+  return [&x, c, centre](int64_t n, int64_t row) {
+    return [in = x.At(n, c, row), centre](int64_t col, V* term) {
+      term[0] = Sub(Load(in + col * kLanes), centre);
+      term[1] = Mul(term[0], term[0]);
+    };
+  };
+}
+
 struct Moments {
   double mean, variance;  // biased
 };
 
+// From the sums of `count` deviations and their squares. The mean rounded to float is off by the mean deviation; undo
+// what that adds.
+inline double Variance(double deviations, double squares, double count) {
+  const double off = deviations / count;
+  const double variance = squares / count - off * off;
+  return variance > 0 ? variance : variance == variance ? 0.0 : variance;
+}
+
 inline Moments ChannelMoments(const LaneMap& x, int64_t c, const LivePixelMask& live) {
   const double count = static_cast<double>(x.pixels());
   double sum = 0;
-  SumChannel<1>(
-      x, live,
-      [&](int64_t n, int64_t row) {
-        return [in = x.At(n, c, row)](int64_t col, V* term) { term[0] = Load(in + col * kLanes); };
-      },
-      &sum);
+  SumChannel<1>(x, live, PixelsOf(x, c), &sum);
   const double mean = sum / count;
-  const V centre = Set(static_cast<float>(mean));
   double squares[2] = {0, 0};
-  SumChannel<2>(
-      x, live,
-      [&](int64_t n, int64_t row) {
-        return [in = x.At(n, c, row), centre](int64_t col, V* term) {
-          term[0] = Sub(Load(in + col * kLanes), centre);
-          term[1] = Mul(term[0], term[0]);
-        };
-      },
-      squares);
-  // The mean rounded to float is off by squares[0] / count; undo what that adds.
-  const double off = squares[0] / count;
-  const double variance = squares[1] / count - off * off;
-  return {mean, variance > 0 ? variance : variance == variance ? 0.0 : variance};
+  SumChannel<2>(x, live, DeviationsOf(x, c, Set(static_cast<float>(mean))), squares);
+  return {mean, Variance(squares[0], squares[1], count)};
 }
 
-// gamma * (x - mean) * inverse + beta = scale * x + shift
+// gamma * (x - mean) * inverse + beta = scale * x + shift, lane by lane
 struct Affine {
-  float scale, shift;
+  V scale, shift;
 };
 
 // Of channel c; a null gamma is 1, a null beta 0.
-inline Affine ScaleAndShift(const float* gamma, const float* beta, int64_t c, float mean, float inverse) {
-  const float scale = (gamma ? gamma[c] : 1.0f) * inverse;
-  return {scale, (beta ? beta[c] : 0.0f) - mean * scale};
+inline Affine ScaleAndShift(const float* gamma, const float* beta, int64_t c, V mean, V inverse) {
+  const V scale = Mul(Set(gamma ? gamma[c] : 1.0f), inverse);
+  return {scale, Sub(Set(beta ? beta[c] : 0.0f), Mul(mean, scale))};
 }
 
 // One channel of a map.
@@ -137,7 +151,7 @@ struct Upcoming {
 template <Activation kAct>
 struct NormaliseChannel {
   static void Run(const LaneMap& x, const LaneMap& y, int64_t c, Affine affine, float slope) {
-    const V scale = Set(affine.scale), shift = Set(affine.shift), low = Set(slope);
+    const V scale = affine.scale, shift = affine.shift, low = Set(slope);
     const Upcoming next(x, x, c), next_y(y, y, c);
     for (int64_t n = 0; n < x.batch; ++n) {
       for (int64_t row = 0; row < x.block_h; ++row) {
@@ -158,12 +172,8 @@ template <Activation kAct>
 struct FromInput {
   V scale, shift, low, mean, inverse;
 
-  FromInput(Affine affine, float slope, float centre, float inverse_deviation)
-      : scale(Set(affine.scale)),
-        shift(Set(affine.shift)),
-        low(Set(slope)),
-        mean(Set(centre)),
-        inverse(Set(inverse_deviation)) {}
+  FromInput(Affine affine, float slope, V centre, V inverse_deviation)
+      : scale(affine.scale), shift(affine.shift), low(Set(slope)), mean(centre), inverse(inverse_deviation) {}
   V Slope(V in) const { return ActSlope<kAct>(Fma(in, scale, shift), low); }
   V Normalised(V in) const { return Mul(Sub(in, mean), inverse); }
 };
@@ -183,21 +193,18 @@ struct RowGradient {
   }
 };
 
-// sums: of the gradient before the activation, and of its product with the normalised
-// value. row_gradient(n, row) gives a RowGradient.
+// The gradient before the activation, and its product with the normalised value. row_gradient(n, row) gives a
+// RowGradient.
 template <class AtRow>
-void SumGradients(const LaneMap& m, const LivePixelMask& live, const AtRow& row_gradient, double* sums) {
-  SumChannel<2>(
-      m, live,
-      [&](int64_t n, int64_t row) {
-        return [at = row_gradient(n, row)](int64_t col, V* term) {
-          V g, normalised;
-          at.At(col, &g, &normalised);
-          term[0] = g;
-          term[1] = Mul(g, normalised);
-        };
-      },
-      sums);
+auto GradientTerms(const AtRow& row_gradient) {
+  return [row_gradient](int64_t n, int64_t row) {
+    return [at = row_gradient(n, row)](int64_t col, V* term) {
+      V g, normalised;
+      at.At(col, &g, &normalised);
+      term[0] = g;
+      term[1] = Mul(g, normalised);
+    };
+  };
 }
 
 }  // namespace LIPFAST_NS

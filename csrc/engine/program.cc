@@ -308,7 +308,7 @@ void Program::GroupNorm(int x, int y, const GroupNormSpec& spec, const NormOffse
   GroupNormSpec full = spec;
   full.live = LiveMask(maps_[x]);
   Add(Section::kForward, "group norm " + SizeLabel(maps_[x]),
-      [full, halo, state = GroupStateOf(offsets, maps_[x].batch * spec.groups), in = maps_[x],
+      [full, halo, state = GroupStateOf(offsets, maps_[x].batch * spec.groups * kGrid * kGrid), in = maps_[x],
        out = maps_[y]](const RunContext& context) {
         Kernels<GroupNormKernels>().forward(in, out, full, state, halo, context.threads);
       });
@@ -320,7 +320,7 @@ void Program::GroupNormBackward(int x, int dy, int dx, const GroupNormSpec& spec
   float* dgamma = GradientAt(offsets.gamma);
   float* dbeta = GradientAt(offsets.beta);
   Add(Section::kBackward, "group norm backward " + SizeLabel(maps_[x]),
-      [full, dgamma, dbeta, state = GroupStateOf(offsets, maps_[x].batch * spec.groups), in = maps_[x],
+      [full, dgamma, dbeta, state = GroupStateOf(offsets, maps_[x].batch * spec.groups * kGrid * kGrid), in = maps_[x],
        gradient = maps_[dy], out = maps_[dx]](const RunContext& context) {
         Kernels<GroupNormKernels>().backward(in, gradient, out, full, state, dgamma, dbeta, context.threads);
       });

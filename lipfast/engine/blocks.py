@@ -203,9 +203,7 @@ _PER_VECTOR, _PER_VECTOR_RECUT = 10, 20
 def grids_for(graph: Graph) -> list[int]:
     """Into how many blocks a side may be cut: 4, and 2 or 1 where others of the batch fill the lanes."""
     batches = {shape[0] for value, shape in graph.shapes.items() if value not in graph.rows}
-    if len(batches) != 1 or any(node.kind == "group_norm" for node in graph.nodes):  # it sums over a picture's lanes
-        return [GRID]
-    return list(_CUTS)
+    return list(_CUTS) if len(batches) == 1 else [GRID]
 
 
 def sheets(pictures: int, grid: int) -> int:

@@ -520,6 +520,7 @@ def _layer_norm(
     value = b.rows(input)
     if tuple(normalized_shape) != input.shape[-1:]:
         raise Unsupported("a norm over more than the last axis")
+    _check_epsilon(eps)
     return b.like("layer_norm", value, gamma=b.weight(weight), beta=b.weight(bias), epsilon=eps)
 
 
@@ -979,11 +980,19 @@ def _neg(b: _Builder, input: Any) -> int:
     return b.each("combine", input, a_scale=-1.0, b_scale=0.0, shift=0.0)
 
 
+def _check_epsilon(epsilon: float) -> None:
+    """Norms of single pixels take those beside the picture, too, which are zeros."""
+    if epsilon <= 0:
+        raise Unsupported(f"a norm of pixels with epsilon {epsilon}")
+
+
 def _pixel_norm(b: _Builder, x: Any, epsilon: float) -> int:
+    _check_epsilon(epsilon)
     return b.same("pixel_norm", x, epsilon=epsilon)
 
 
 def _channel_norm(b: _Builder, x: Any, epsilon: float) -> int:
+    _check_epsilon(epsilon)
     return b.same("layer_norm", x, gamma=None, beta=None, epsilon=epsilon)
 
 

@@ -405,7 +405,8 @@ class _Planner:
 
     def group_norm_numbers(self, position: int, node: Node) -> tuple[Any, ...]:
         """What both passes of a group norm take."""
-        saved = self._saved_at(position, 2 * self.graph.shapes[node.output][0] * node.groups)
+        on_sheets = sheets(self.graph.shapes[node.output][0], self.graph.grid)
+        saved = self._saved_at(position, 2 * on_sheets * node.groups * LANES)
         offsets = [self.offset(node.gamma), self.offset(node.beta), saved]
         return node.groups, node.epsilon, ACTIVATIONS[node.act], node.slope, offsets
 

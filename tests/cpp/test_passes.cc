@@ -115,7 +115,8 @@ void RunNorm(int threads, const std::string& name) {
 void RunGroupNorm(int threads, const std::string& name) {
   std::mt19937 random(4);
   Picture x = MakePicture(random, 1), y = MakePicture(random, 1), dy = MakePicture(random, 1);
-  Tensor gamma = Draw(kChannels, random), beta = Draw(kChannels, random), mean(kBatch), inverse(kBatch);
+  Tensor gamma = Draw(kChannels, random), beta = Draw(kChannels, random);
+  Tensor mean(kBatch * kGrid * kGrid), inverse(kBatch * kGrid * kGrid);
   const LiveLanes live;
   const Tensor in = x.tensor, gradient = dy.tensor;
   const GroupNormSpec spec = {1, 1e-5f, {Activation::kLeaky, 0.2f}, live.mask()};

@@ -860,6 +860,18 @@ def test_layer_norms_give_the_same_bits_on_any_number_of_threads():
     assert all(torch.equal(gradients, found[0]) for gradients in found)
 
 
+def test_a_layer_norm_without_epsilon_is_as_in_torch():
+    module = nn.Sequential(nn.Linear(4, 8, bias=False), nn.LayerNorm(8, eps=0.0), nn.Linear(8, 8))
+    masks = {"0.weight": (torch.arange(32) % 4 == 0).view(8, 4), "2.weight": torch.eye(8) > 0}
+    for name, mask in masks.items():
+        module.get_parameter(name).data.mul_(mask)
+    fast, x = lipfast.accelerate(module, masks), torch.randn(1, 213, 4)  # which leaves lanes empty
+    with pytest.warns(UserWarning, match="epsilon 0.0"):
+        fast(x).square().sum().backward()
+    module(x).square().sum().backward()
+    assert torch.allclose(fast.get_parameter("1.weight").grad, module[1].weight.grad, rtol=1e-3)
+
+
 def test_a_layer_norm_over_more_than_features_stays_in_torch():
     model = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm((4, 6)))
     lowered = lower(recorded(model), {"0.weight": torch.arange(48).view(6, 8) % 4 == 0})
