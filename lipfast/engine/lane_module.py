@@ -31,7 +31,7 @@ from lipfast.engine.operators import dense_name, lower_to_operators
 from lipfast.engine.plan import Options, Weight
 from lipfast.engine.products import drop_products, exchange_weights, masks_in_graph, read_in_lanes
 from lipfast.engine.runtime import Arrays, Running, has_hooks, hooked_module, layer_weights, pack, unpack, weights_of
-from lipfast.engine.watch import Watch
+from lipfast.engine.watch import Derived, Watch
 from lipfast.errors import InputError
 from lipfast.locks import lock
 from lipfast.ops._autograd import has_tangent
@@ -310,7 +310,7 @@ class Multiplied:
     def __init__(self, masks: Mapping[str, Tensor], sources: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
         self._masks, self._sources = masks, sources
         self._watch = Watch([tensors[name] for name in self._sources])
-        self._packed: tuple[Watch, dict[str, Tensor]] | None = None  # of unchanged weights
+        self._packed = Derived(self._pack)
 
     def holds(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether the masks are what they were."""
@@ -318,13 +318,10 @@ class Multiplied:
 
     def packed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors, those weights as their kept values, which are the same tensors while nothing was written."""
-        if not self._masks:
-            return tensors
-        weights = [tensors[name] for name in self._masks]
-        if self._packed is None or not self._packed[0].unchanged(weights):
-            watch = Watch(weights)  # before they are packed, so that no write falls in between
-            self._packed = watch, {name: pack(tensors[name], mask) for name, mask in self._masks.items()}
-        return tensors | self._packed[1]
+        return tensors | self._packed.of([tensors[name] for name in self._masks]) if self._masks else tensors
+
+    def _pack(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {name: pack(weight, mask) for (name, mask), weight in zip(self._masks.items(), weights, strict=True)}
 
 
 class Compiled:
@@ -357,6 +354,8 @@ class Compiled:
             for item in lowered.items
         ]
         self.leaves_read = self._leaves_read()
+        self._read_dense = [name for number in self.leaves_read if (name := self._recording.leaves[number]) in packed]
+        self._unpacked = Derived(self._unpack)
         self._spent = self._read_last()
         self._counters = _by_amount(lowered.recording.counted)
 
@@ -367,8 +366,10 @@ class Compiled:
         """
         known: dict[int, Any] = dict(self._recording.constants)
         known.update({ref.number: tensor for ref, tensor in zip(self._recording.inputs, inputs, strict=True)})
+        unpacked = self._unpacked_leaves(tensors)
         for number in self.leaves_read:
-            known[number] = _dense(self._recording.leaves[number], tensors, self._given_packed)
+            name = self._recording.leaves[number]
+            known[number] = unpacked[name] if name in unpacked else _dense(name, tensors, self._given_packed)
         for item, spent in zip(self._items, self._spent, strict=True):
             if item.grad is None:
                 self._run_item(item, known, tensors)
@@ -384,6 +385,16 @@ class Compiled:
         if isinstance(result, Ref):
             return known[result.number]
         return pytree.tree_map(lambda leaf: known[leaf.number] if isinstance(leaf, Ref) else leaf, result)
+
+    def _unpacked_leaves(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Without gradients, the pruned leaves that torch calls read: the same tensors while nothing was written."""
+        if torch.is_grad_enabled() or self._device != CPU or not self._read_dense:
+            return {}
+        return self._unpacked.of([tensors[name] for name in self._read_dense])
+
+    def _unpack(self, packed: Sequence[Tensor]) -> dict[str, Tensor]:
+        pairs = zip(self._read_dense, packed, strict=True)
+        return {name: _scatter(values, self._given_packed[name]) for name, values in pairs}
 
     def _run_item(self, item: "Call | SegmentRunner", known: dict[int, Any], tensors: Mapping[str, Tensor]) -> None:
         if isinstance(item, Call):

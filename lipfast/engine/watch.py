@@ -7,7 +7,8 @@ as a clone is kept, a tensor at its address holds its numbers.
 Sources: ``aten::_lazy_clone`` and c10/core/impl/COW.h in PyTorch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ import lipfast._C as _C
 from lipfast.locks import lock
 from lipfast.ops._memory import address, memory
 
+T = TypeVar("T")
 _cloning = lock(rank=2)  # torch does not lock a storage while it makes it shareable
 
 
@@ -59,6 +61,21 @@ class Watch:
             return []
         self._may_clone = False  # asked twice: what torch took for a write left the numbers alone, and may be a pointer
         return _lazy_clones(tensors)
+
+
+class Derived(Generic[T]):
+    """What is computed from tensors, and computed again once they changed."""
+
+    def __init__(self, compute: Callable[[Sequence[Tensor]], T]) -> None:
+        self._compute = compute
+        self._known: tuple[Watch, T] | None = None
+
+    def of(self, tensors: Sequence[Tensor]) -> T:
+        """What these tensors, in the order given at first, make."""
+        if self._known is None or not self._known[0].unchanged(tensors):
+            watch = Watch(tensors)  # before they are read, so that no write falls in between
+            self._known = watch, self._compute(tensors)
+        return self._known[1]
 
 
 def _mark(tensors: Sequence[Tensor]) -> tuple[object, ...]:

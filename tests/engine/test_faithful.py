@@ -549,6 +549,21 @@ def test_pruned_weights_that_the_loss_does_not_reach_get_no_gradient():
     assert fast.features.weight.grad is None
 
 
+def test_a_pruned_layer_of_torch_sees_new_weights_between_calls_without_gradients():
+    model = nn.Sequential(conv(), nn.Conv2d(CHANNELS, CHANNELS, 17, padding=8))
+    model[1].weight.data.mul_(torch.rand(model[1].weight.shape) < 0.3)
+    fast, x = lipfast.accelerate(model), picture()
+    with torch.no_grad():
+        before = [fast(x) for _ in range(3)]  # of which the last ones ask torch for writes
+        fast.get_parameter("1.weight").data.mul_(2)
+        after = fast(x)
+        fast.load_state_dict(model.state_dict())
+        again = fast(x)
+    assert all(torch.equal(one, before[0]) for one in (*before, again))
+    assert not torch.allclose(after, again)
+    assert torch.allclose(before[0], model(x), atol=1e-5)
+
+
 def test_statistics_are_read_before_and_behind_they_change():
     def forward(self, x):
         y = self.second(self.norm(self.first(x) * self.norm.running_var) + self.norm.running_mean)
