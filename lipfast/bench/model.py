@@ -21,6 +21,7 @@ from lipfast.bench.networks import (
     EfficientNetB0,
     LeNet5,
     MobileNetV2,
+    NAFNet,
     ResNet18,
     ResNet20,
     UNet,
@@ -51,14 +52,17 @@ def cases(size: Size) -> list[Case]:
         ("ViT-S/16", VisionTransformer, (1, 3, 224, 224)),
         ("ViT-S/16", VisionTransformer, (8, 3, 224, 224)),
         ("ConvNeXt-T", ConvNeXtTiny, (1, 3, 224, 224)),
+        ("NAFNet", NAFNet, (1, 3, 128, 128)),
     ]
     trained: list[tuple[str, Build, tuple[int, ...]]] = [
         ("LeNet-5", LeNet5, (60, 1, 28, 28)),
         ("ResNet-20", ResNet20, (128, 3, 32, 32)),
         ("VGG-16 for 32 px", VGG16, (128, 3, 32, 32)),
         ("VGG-16 for 32 px", VGG16, (50, 3, 32, 32)),  # whose last vectors are not full
+        ("VGG-16 with GroupNorm", lambda: VGG16(groups=8), (128, 3, 32, 32)),
         ("ViT-S/16", VisionTransformer, (8, 3, 224, 224)),
         ("ConvNeXt-T", ConvNeXtTiny, (4, 3, 224, 224)),
+        ("NAFNet", NAFNet, (1, 3, 128, 128)),
     ]
     if size == "toy":
         networks = [
@@ -70,13 +74,16 @@ def cases(size: Size) -> list[Case]:
             ("VGG-16's classifier", lambda: Classifier(4, 24), (5, 4, 7, 7)),
             ("ViT-S/16", lambda: VisionTransformer(32, 2, 2, 32), (2, 3, 32, 32)),
             ("ConvNeXt-T", lambda: ConvNeXtTiny(8, (1, 1, 1, 1)), (2, 3, 64, 64)),
+            ("NAFNet", lambda: NAFNet(8, (1, 1)), (1, 3, 16, 24)),
         ]
         trained = [
             ("LeNet-5", LeNet5, (4, 1, 28, 28)),
             ("ResNet-20", lambda: ResNet20(4), (16, 3, 16, 16)),
             ("VGG-16 for 32 px", lambda: VGG16(4), (16, 3, 32, 32)),
             ("ViT-S/16", lambda: VisionTransformer(32, 2, 2, 32), (2, 3, 32, 32)),
+            ("VGG-16 with GroupNorm", lambda: VGG16(8, 4), (16, 3, 32, 32)),
             ("ConvNeXt-T", lambda: ConvNeXtTiny(8, (1, 1, 1, 1)), (2, 3, 64, 64)),
+            ("NAFNet", lambda: NAFNet(8, (1, 1)), (1, 3, 16, 24)),
         ]
     doors: dict[str, Door] = {"accelerate": accelerate, "torch.compile": _compile}
     inference = [
@@ -166,12 +173,15 @@ def _setup_training(build: Build, shape: tuple[int, ...]) -> Timed:
     last = _pruned(build).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x_last = x.contiguous(memory_format=torch.channels_last)
 
+    def loss(result: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(result, labels) if result.dim() == 2 else result.square().mean()
+
     def stepper(model: nn.Module, x: Tensor) -> Callable[[], None]:
         optimiser = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
         def step() -> None:
             optimiser.zero_grad()
-            nn.functional.cross_entropy(model(x), labels).backward()  # type: ignore[no-untyped-call]
+            loss(model(x)).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
 
         return step

@@ -82,14 +82,15 @@ class ResNet20(nn.Sequential):
 
 
 class VGG16(nn.Sequential):
-    """Simonyan's VGG-16 with BatchNorm for 10 classes of pictures of 32 px; ``width`` channels first."""
+    """Simonyan's VGG-16 for 10 classes of pictures of 32 px, with BatchNorm or ``groups`` of GroupNorm; ``width``
+    channels first."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, width: int = 64, groups: int | None = None) -> None:
         layers: list[nn.Module] = []
         channels = 3
         for widen, depth in ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3)):
             for _ in range(depth):
-                layers.append(_layer(channels, widen * width, 3, 1, 1, nn.ReLU))
+                layers.append(_layer(channels, widen * width, 3, 1, 1, nn.ReLU, groups))
                 channels = widen * width
             layers.append(nn.MaxPool2d(2))
         super().__init__(*layers, nn.Flatten(), nn.Linear(channels, 10))
@@ -230,6 +231,71 @@ class ConvNeXtTiny(nn.Sequential):
         super().__init__(*layers, *head)
 
 
+class NAFNet(nn.Module):
+    """Chen's NAFNet for restoration; ``width`` channels at full size, doubled at each of three scales."""
+
+    def __init__(self, width: int = 32, depths: tuple[int, ...] = (1, 1, 2, 1)) -> None:
+        super().__init__()
+        widths = [width * 2**scale for scale in range(len(depths))]
+        self.first, self.last = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 3, 3, padding=1)
+        self.down = nn.ModuleList(nn.Conv2d(a, 2 * a, 2, 2) for a in widths[:-1])
+        self.up = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, 2 * a, 1, bias=False), nn.PixelShuffle(2)) for a in widths[:0:-1]
+        )
+        self.before = nn.ModuleList(
+            nn.Sequential(*[_Gated(a) for _ in range(depth)]) for a, depth in zip(widths, depths, strict=True)
+        )
+        self.behind = nn.ModuleList(_Gated(a) for a in widths[-2::-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(n, 3, h, w)`` to the same shape; sides are multiples of 8."""
+        y, kept = self.first(x), []
+        for blocks, shrink in zip(self.before, self.down, strict=False):
+            kept.append(blocks(y))
+            y = shrink(kept[-1])
+        y = self.before[-1](y)
+        for grow, block in zip(self.up, self.behind, strict=True):
+            y = block(grow(y) + kept.pop())
+        result: Tensor = x + self.last(y)
+        return result
+
+
+class _Gated(nn.Module):
+    """Two residual steps, each with half of its channels for the gate of the others."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(_NormOfChannels(width) for _ in range(2))
+        self.wider = nn.ModuleList(nn.Conv2d(width, 2 * width, 1) for _ in range(2))
+        self.window = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width)
+        self.factors = nn.Conv2d(width, width, 1)
+        self.back = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(2))
+        self.scales = nn.ParameterList(torch.full((1, width, 1, 1), 0.1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.window(self.wider[0](self.norms[0](x))).chunk(2, dim=1)
+        y = a * b
+        y = y * self.factors(nn.functional.adaptive_avg_pool2d(y, 1))
+        x = x + self.back[0](y) * self.scales[0]
+        a, b = self.wider[1](self.norms[1](x)).chunk(2, dim=1)
+        result: Tensor = x + self.back[1](a * b) * self.scales[1]
+        return result
+
+
+class _NormOfChannels(nn.Module):
+    """A LayerNorm of each pixel's channels, spelled out."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        variance = (x - mean).pow(2).mean(1, keepdim=True)
+        y = (x - mean) / torch.sqrt(variance + 1e-6)
+        return self.weight[:, None, None] * y + self.bias[:, None, None]
+
+
 class Classifier(nn.Sequential):
     """What VGG-16 ends with: most of its weights."""
 
@@ -268,9 +334,13 @@ class _Squeeze(nn.Module):
         return x * torch.sigmoid(self.up(nn.functional.silu(factors)))
 
 
-def _layer(c_in: int, c_out: int, kernel: int, stride: int, groups: int, act: type[nn.Module]) -> nn.Sequential:
+def _layer(
+    c_in: int, c_out: int, kernel: int, stride: int, groups: int, act: type[nn.Module], normed: int | None = None
+) -> nn.Sequential:
+    """``normed``: groups of a GroupNorm; None: BatchNorm."""
     conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out), act())
+    norm = nn.BatchNorm2d(c_out) if normed is None else nn.GroupNorm(normed, c_out)
+    return nn.Sequential(conv, norm, act())
 
 
 def _double(c_in: int, c_out: int) -> nn.Sequential:
