@@ -11,7 +11,7 @@ from lipfast.config import check_fields
 from lipfast.errors import ConfigError
 from lipfast.search import schedule
 
-SCHEMA = 1  # raise when a default or a field's meaning changes; runs of before keep their own names
+SCHEMA = 2  # raise when a default or a field's meaning changes; runs of before keep their own names
 
 
 @dataclass(frozen=True, kw_only=True)

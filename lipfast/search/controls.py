@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from lipfast import masks
+from lipfast.config import derive_seed
 from lipfast.masks import Masks
 
 
@@ -16,10 +17,10 @@ def random_masks(like: Mapping[str, torch.Tensor], seed: int, *, each_layer: boo
 
     Args:
         like: the masks to match in count.
-        seed: of the choice.
+        seed: of the choice, which is unrelated to the weights that a network draws from the same seed.
         each_layer: match the count in every layer; otherwise over all layers together.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "search/controls"))
     scores = {name: torch.rand(mask.shape, generator=generator) for name, mask in like.items()}
     full = {name: torch.ones_like(mask) for name, mask in like.items()}
     if not each_layer:

@@ -21,7 +21,7 @@ from lipfast.fit import FitConfig, FitResult, FitState, Outcome, Progress, check
 from lipfast.masks import Masks
 from lipfast.search import controls, schedule
 from lipfast.search.config import SearchConfig, rewind_step
-from lipfast.search.observation import Observation, Picture, observe
+from lipfast.search.observation import Observation, Picture, digest, observe
 from lipfast.search.runs import Run, check_kinds
 from lipfast.tickets import Ticket
 
@@ -198,6 +198,7 @@ def rounds(
         "search": config.identity(),
         "fit": dataclasses.asdict(fit_config),
         "task": task.config,
+        "physics": _physics(task, observation.observed.to(place)),
         "pictures": observation.sources,
         "degraded": degraded,
         "network": prior.config,
@@ -490,6 +491,16 @@ def _check_rounds(full: Masks, config: SearchConfig) -> None:
     for _ in range(config.rounds):
         removed = schedule.layer_counts(living, config.prune)
         living = {name: count - removed[name] for name, count in living.items()}
+
+
+def _physics(task: tasks.Task, observed: Tensor) -> dict[str, Any] | None:
+    """What tells two physics objects of one class apart, whose config is equal: what they measure."""
+    if not isinstance(task, tasks.Physics):
+        return None
+    probe = torch.rand(task.image_shape(observed), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        measured = task.A(probe.to(observed.device))
+    return {"shape": list(observed.shape), "observed": digest(observed), "probe": digest(measured)}
 
 
 def _listed(pictures: Sequence[Picture] | Picture) -> list[Picture]:

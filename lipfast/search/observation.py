@@ -52,7 +52,7 @@ def observe(
     if not pictures:
         raise InputError("search: no picture was given")
     named = [_load(picture, position) for position, picture in enumerate(pictures)]
-    sources = [{"name": name, "shape": list(image.shape), "sha256": _digest(image)} for name, image in named]
+    sources = [{"name": name, "shape": list(image.shape), "sha256": digest(image)} for name, image in named]
     if not degraded:
         named = [(name, _crop(name, image, multiple)) for name, image in named]
     _check_one_size(named)
@@ -108,5 +108,6 @@ def _combine(values: Sequence[Tensor], several: str) -> Tensor:
     return stacked.mean(0) if several == "mean" else stacked
 
 
-def _digest(image: Tensor) -> str:
-    return hashlib.sha256(image.cpu().contiguous().numpy().tobytes()).hexdigest()
+def digest(values: Tensor) -> str:
+    """SHA-256 of a picture's or a measurement's values."""
+    return hashlib.sha256(values.detach().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lipfast import masks
+from lipfast import masks, priors
 from lipfast.search import controls
 
 
@@ -33,3 +33,15 @@ def test_the_choice_follows_the_seed(rounds):
     first, again, other = (controls.random_masks(rounds[2], seed=seed, each_layer=False) for seed in (4, 4, 5))
     assert torch.equal(first["a"], again["a"])
     assert not torch.equal(first["a"], other["a"])
+
+
+def test_the_choice_knows_nothing_of_the_weights_drawn_from_the_same_seed():
+    """Both draw from one seed: with one stream, random masks would keep the largest initial weights."""
+    network = priors.build("decoder", {"k": 16}, 5)
+    state = network.state_dict()
+    full = masks.full(state, priors.prunable(network))
+    like = masks.prune_globally(full, state, int(0.9 * masks.total(full)))
+    drawn = controls.random_masks(like, 5, each_layer=False)
+    kept = torch.cat([state[name][mask] for name, mask in drawn.items()])
+    # 154 weights: the standard deviation of the share of positive ones is 4 %
+    assert float((kept > 0).float().mean()) == pytest.approx(0.5, abs=0.2)

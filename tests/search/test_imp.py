@@ -201,6 +201,33 @@ def test_a_stop_by_watch_continues_to_the_same_bits(run_search, tmp_path):
     assert [ticket.to_bytes() for ticket in continued.tickets] == [ticket.to_bytes() for ticket in whole.tickets]
 
 
+class Blur:
+    """A physics object whose objects differ in a number that nothing tells of."""
+
+    def __init__(self, width):
+        self.width = width
+
+    def A(self, x):
+        return sum(x.roll(shift, -1) for shift in range(self.width)) / self.width
+
+    def A_adjoint(self, y):
+        return sum(y.roll(-shift, -1) for shift in range(self.width)) / self.width
+
+    def __call__(self, x):
+        return self.A(x)
+
+
+@pytest.mark.parametrize("degraded", [False, True])
+def test_two_physics_objects_of_one_class_are_two_searches(run_search, degraded):
+    """Also where the measurement is the same, because the user brought it."""
+    narrow, wide = (run_search(task=Blur(width), degraded=degraded, rounds=1) for width in (2, 5))
+    assert narrow.folder != wide.folder
+    again = run_search(
+        task=Blur(2), degraded=degraded, rounds=1, watch=lambda status: pytest.fail("a finished search trained again")
+    )
+    assert again.folder == narrow.folder
+
+
 # ---- bad input ----
 
 
