@@ -413,7 +413,8 @@ class Physics(_Linear):
         defaults: how it is fitted; inpainting's by default.
 
     Raises:
-        InputError: ``physics`` lacks ``A``, ``A_adjoint`` or ``__call__``.
+        InputError: ``physics`` lacks ``A``, ``A_adjoint`` or ``__call__``, or one of them does not give one tensor of
+            the rank it should.
     """
 
     name: ClassVar[str] = "physics"
@@ -440,13 +441,27 @@ class Physics(_Linear):
         return self._batched(self.physics.A, image, image.dim() == 3)
 
     def A_adjoint(self, observed: Tensor) -> Tensor:
-        single = self.physics.A_adjoint(observed.unsqueeze(0))
-        # A measurement's own rank is unknown: the reading that gives images (B, C, H, W) is the right one.
-        if isinstance(single, Tensor) and single.dim() == 4:
-            return single[0]
-        return cast(Tensor, self.physics.A_adjoint(observed))
+        # A measurement's own rank is unknown: where it gives one image as a batch of one, it was one measurement.
+        image = self._adjoint_of_one(observed)
+        if image is not None:
+            return image
+        several = self.physics.A_adjoint(observed)
+        if not isinstance(several, Tensor) or several.dim() != 4:
+            got = tuple(several.shape) if isinstance(several, Tensor) else type(several).__name__
+            raise InputError(f"physics: A_adjoint must give images (B, C, H, W), got {got}")
+        return several
+
+    def _adjoint_of_one(self, observed: Tensor) -> Tensor | None:
+        """The image of ``observed`` read as one measurement; None if that is no reading."""
+        try:
+            single = self.physics.A_adjoint(observed.unsqueeze(0))
+        except Exception:  # each physics has its own kind of error for an axis too many
+            return None
+        fits = isinstance(single, Tensor) and single.dim() == 4 and len(single) == 1
+        return cast(Tensor, single[0]) if fits else None
 
     def image_shape(self, observed: Tensor) -> tuple[int, ...]:
+        """The shape of what ``A_adjoint`` makes of ``observed``."""
         return tuple(self.A_adjoint(observed).shape)
 
     @staticmethod

@@ -224,6 +224,58 @@ def test_physics_with_several_measurements_is_refused():
         tasks.as_task(Two()).A(draw((3, 8, 8)))
 
 
+class Projected(Blur):
+    """Measurements without the rank of images."""
+
+    def __init__(self):
+        self.rows = draw((3 * 8 * 8, 20), 5)
+
+    def A(self, x):
+        return x.flatten(1) @ self.rows
+
+    def A_adjoint(self, y):
+        return (y @ self.rows.T).reshape(-1, 3, 8, 8)  # takes any number of leading axes
+
+
+class Convolved(Blur):
+    """Torch's convolutions take no more axes than a batch has."""
+
+    def A(self, x):
+        return torch.nn.functional.conv2d(x, torch.ones(3, 1, 3, 3) / 9, padding=1, groups=3)
+
+    def A_adjoint(self, y):
+        return torch.nn.functional.conv_transpose2d(y, torch.ones(3, 1, 3, 3) / 9, padding=1, groups=3)
+
+
+class Unpacked(Blur):
+    def A_adjoint(self, y):
+        _, _, _, width = y.shape  # or a ValueError of Python's
+        return (y + y.roll(width - 1, -1)) / 2
+
+
+@pytest.mark.parametrize("physics", [Blur, Projected, Convolved, Unpacked])
+def test_physics_tells_a_batch_from_one_measurement(physics):
+    task, x = tasks.as_task(physics()), draw((2, 3, 8, 8))
+    assert task.image_shape(task.A(x[0])) == (3, 8, 8)
+    assert task.image_shape(task.A(x)) == (2, 3, 8, 8)
+    assert torch.allclose(task.adjoint(task.A(x))[1], task.adjoint(task.A(x[1])), atol=1e-6)
+
+
+@pytest.mark.parametrize(("adjoint", "shown"), [(lambda y: y.sum(), r"\(\)"), (lambda y: y[0], r"\(8, 8\)")])
+def test_physics_whose_adjoint_gives_no_images_is_named(adjoint, shown):
+    physics = Blur()
+    physics.A_adjoint = adjoint
+    with pytest.raises(InputError, match=rf"physics: A_adjoint must give images \(B, C, H, W\), got {shown}"):
+        tasks.as_task(physics).image_shape(draw((3, 8, 8)))
+
+
+def test_physics_whose_adjoint_gives_no_tensor_is_named():
+    physics = Blur()
+    physics.A_adjoint = list
+    with pytest.raises(InputError, match=r"physics: A_adjoint must give images \(B, C, H, W\), got list"):
+        tasks.as_task(physics).image_shape(draw((3, 8, 8)))
+
+
 @pytest.mark.parametrize("name", tasks.NAMES)
 def test_every_command_line_name_parses(name):
     options = {"measurements": 20} if name == "cs" else {}
