@@ -23,6 +23,7 @@ from lipfast.errors import InputError
 # File signatures; the file's content decides, not its name.
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
+_JPEG_IN_TIFF = (6, 7, 33007, 34892)  # compressions whose decoder turns luma and chroma into RGB
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")  # classic and BigTIFF, either byte order
 
 _SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".tif": "tiff", ".tiff": "tiff"}
@@ -40,7 +41,7 @@ def read(path: str | os.PathLike[str]) -> Tensor:
     """Read a PNG, JPEG or TIFF file.
 
     An alpha channel is laid over white, the camera's orientation tag is obeyed, and a PNG's palette or a JPEG's CMYK
-    becomes RGB; TIFF files in these two are refused.
+    becomes RGB; TIFF files in these two are refused, and those of 2, 4, 10, 12 bits or in YCbCr without JPEG.
 
     Args:
         path: the file. Its content decides the format, not its name.
@@ -350,22 +351,33 @@ def _decode_tiff(content: bytes) -> Any:
         pixels = page.asarray()
         kind = page.photometric
         planar = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and pixels.ndim == 3
-        premultiplied = tuple(page.extrasamples) == (tifffile.EXTRASAMPLE.ASSOCALPHA,)
+        extra = tuple(page.extrasamples)
         orientation = page.tags.valueof(_ORIENTATION, default=1)
+    made_rgb = page.compression in _JPEG_IN_TIFF and not planar and not extra  # by the decoder
     if kind not in (
         tifffile.PHOTOMETRIC.MINISBLACK,
         tifffile.PHOTOMETRIC.MINISWHITE,
         tifffile.PHOTOMETRIC.RGB,
-        tifffile.PHOTOMETRIC.YCBCR,  # the decoder has made it RGB
-    ):
+    ) and not (kind == tifffile.PHOTOMETRIC.YCBCR and made_rgb):
         raise InputError(f"TIFF colour space {getattr(kind, 'name', kind)} is not supported; convert it to RGB or grey")
+    if pixels.dtype in (numpy.uint8, numpy.uint16) and page.bitspersample not in (8, 16):
+        raise InputError(f"TIFF of {page.bitspersample} bits a channel is not supported; use 8 or 16 bits a channel")
     if planar:
         pixels = numpy.moveaxis(pixels, 0, -1)
     if pixels.dtype == numpy.bool_:
         pixels = pixels.astype(numpy.uint8) * 255
     if kind == tifffile.PHOTOMETRIC.MINISWHITE and pixels.dtype in (numpy.uint8, numpy.uint16):
-        pixels = numpy.iinfo(pixels.dtype).max - pixels
+        pixels = _inverted(pixels, len(extra))
+    premultiplied = extra == (tifffile.EXTRASAMPLE.ASSOCALPHA,)
     return _turned(_over_white(pixels) if premultiplied else pixels, orientation)
+
+
+def _inverted(pixels: Any, extra: int) -> Any:
+    """Integers (H, W) or (H, W, C) with black and white exchanged, but for the last ``extra`` channels: alpha."""
+    inverted = numpy.iinfo(pixels.dtype).max - pixels
+    if extra:
+        inverted[..., -extra:] = pixels[..., -extra:]
+    return inverted
 
 
 def _over_white(pixels: Any) -> Any:

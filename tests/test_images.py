@@ -63,6 +63,38 @@ def test_white_is_zero_tiff_is_inverted(tmp_path):
     assert torch.equal(images.read(tmp_path / "a.tif"), torch.ones(1, 3, 4))
 
 
+@pytest.mark.parametrize("kind", [numpy.uint8, numpy.uint16])
+def test_white_is_zero_tiff_keeps_its_alpha(tmp_path, kind):
+    peak = numpy.iinfo(kind).max
+    pixels = numpy.array([[[0, peak], [peak, peak], [peak, 0]]], kind)  # white, black, black but transparent
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="miniswhite", extrasamples=["UNASSALPHA"])
+    assert images.read(tmp_path / "a.tif").flatten().tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 10, 12])
+def test_tiff_of_other_depths_is_refused(tmp_path, bits):
+    kind = numpy.uint8 if bits < 8 else numpy.uint16
+    pixels = numpy.full((4, 16), 2**bits - 1, kind)  # white
+    tifffile.imwrite(tmp_path / "a.tif", pixels, bitspersample=bits, photometric="minisblack")
+    with pytest.raises(InputError, match=rf"a\.tif: TIFF of {bits} bits a channel is not supported; use 8 or 16"):
+        images.read(tmp_path / "a.tif")
+
+
+def test_bilevel_tiff_is_black_and_white(tmp_path):
+    bits = numpy.array([[True, False] * 8])
+    tifffile.imwrite(tmp_path / "a.tif", bits, photometric="minisblack")
+    assert images.read(tmp_path / "a.tif").flatten().tolist() == [1, 0] * 8
+
+
+def test_luma_and_chroma_in_tiff_are_colours_only_where_the_decoder_makes_them_so(tmp_path):
+    red = Image.new("RGB", (16, 16), "red").convert("YCbCr")
+    tifffile.imwrite(tmp_path / "jpeg.tif", numpy.asarray(red), photometric="ycbcr", compression="jpeg")
+    assert images.read(tmp_path / "jpeg.tif")[:, 8, 8].tolist() == pytest.approx([1, 0, 0], abs=0.02)  # JPEG's loss
+    red.save(tmp_path / "plain.tif")
+    with pytest.raises(InputError, match=r"plain\.tif: TIFF colour space YCBCR is not supported"):
+        images.read(tmp_path / "plain.tif")
+
+
 def test_palette_bilevel_and_cmyk_become_plain(tmp_path):
     colour = Image.fromarray((picture().permute(1, 2, 0).numpy() * 255).astype(numpy.uint8))
     colour.convert("P").save(tmp_path / "p.png")
