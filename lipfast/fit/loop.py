@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -398,7 +399,7 @@ class _Run:
 
     def _check_identity(self, theirs: Mapping[str, Any]) -> None:
         for name, mine in self.identity.items():
-            if theirs.get(name) != mine:
+            if theirs.get(name) != mine and theirs.get(name) != _as_saved(mine):
                 raise InputError(
                     f"fit: the state belongs to another fit, its {name} is {theirs.get(name)!r}, not {mine!r}"
                 )
@@ -478,6 +479,11 @@ def _settings(config: FitConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
     del settings["iterations"], settings["halt"]
     return settings
+
+
+def _as_saved(value: Any) -> Any:
+    """A setting as a state's file gives it back: JSON has no tuples."""
+    return json.loads(json.dumps(value, default=repr))
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -189,7 +189,7 @@ def rounds(
     )
     full = _full_masks(network, config.leave_out)
     _check_rounds(full, config)
-    rewind_step(config.rewind, fit_config.iterations)
+    _check_rewind(config, fit_config)
     place = checked_device(device)
     check(network.to(place), task, observation.observed, config=fit_config, clean=observation.clean, engine=engine)
     scores = {name: mask.float() for name, mask in full.items()}
@@ -493,6 +493,16 @@ def _check_rounds(full: Masks, config: SearchConfig) -> None:
         living = {name: count - removed[name] for name, count in living.items()}
 
 
+def _check_rewind(config: SearchConfig, fit_config: FitConfig) -> None:
+    """Refuse a rewind step that the dense fit may never reach."""
+    step = rewind_step(config.rewind, fit_config.iterations)
+    if fit_config.halt and step > fit_config.patience:  # no stop rule fires before
+        raise ConfigError(
+            f"rewind={config.rewind!r} is step {step}, but halt may end the fit from step {fit_config.patience} on "
+            "(its patience); rewind to an earlier step or leave halt out"
+        )
+
+
 def _physics(task: tasks.Task, observed: Tensor) -> dict[str, Any] | None:
     """What tells two physics objects of one class apart, whose config is equal: what they measure."""
     if not isinstance(task, tasks.Physics):
@@ -505,7 +515,12 @@ def _physics(task: tasks.Task, observed: Tensor) -> dict[str, Any] | None:
 
 def _listed(pictures: Sequence[Picture] | Picture) -> list[Picture]:
     """A list, also of one picture. A pair of a name and a tensor is one picture."""
-    named = isinstance(pictures, tuple) and len(pictures) == 2 and isinstance(pictures[1], Tensor)
+    named = (
+        isinstance(pictures, tuple)
+        and len(pictures) == 2
+        and isinstance(pictures[0], str)
+        and isinstance(pictures[1], Tensor)
+    )
     return list(pictures) if isinstance(pictures, list | tuple) and not named else [cast(Picture, pictures)]
 
 

@@ -313,6 +313,20 @@ def test_the_state_of_another_fit_is_refused(change, message):
         run(iterations=2, state=state, **change)
 
 
+class Windowed(tasks.Denoise):
+    """A task of one's own, whose config holds what JSON writes as a list."""
+
+    @property
+    def config(self):
+        return {**super().config, "window": (1, 2)}
+
+
+def test_a_config_with_a_tuple_can_be_continued(tmp_path):
+    run(Windowed(25), iterations=2).state.save(tmp_path / "state.safetensors")
+    continued = run(Windowed(25), iterations=4, state=FitState.load(tmp_path / "state.safetensors"))
+    assert_same(run(Windowed(25), iterations=4), continued)
+
+
 def test_a_damaged_state_is_refused(tmp_path):
     state = run(iterations=2).state
     del state.tensors["noise"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_search import CONFIG, FIT, NETWORK, picture
 
-from lipfast import fit, masks, priors, search, tasks
+from lipfast import fit, images, masks, priors, search, tasks
 from lipfast.config import derive_seed
 from lipfast.errors import BackendError, ConfigError, InputError
 from lipfast.search import runs
@@ -66,6 +66,13 @@ def test_rewinding_to_a_step_is_bit_exact_batchnorm_included(run_search, rewind,
     assert not expected["encoder.0.down_norm.running_var"].eq(1).all()
     for ticket in run_search(rewind=rewind).tickets:
         assert same_bits(ticket.state, masks.apply(ticket.masks, expected))
+
+
+def test_a_fit_may_halt_where_the_rewind_step_comes_first(run_search):
+    halting = dataclasses.replace(FIT, iterations=60, window=2, patience=3, halt=True)
+    result = run_search(rewind="3it", fit_config=halting, rounds=1)
+    assert result.rows[0]["ticket"]["last"]["step"] < 60
+    assert len(result.tickets) == 1
 
 
 def test_a_rounds_figures_are_those_of_its_ticket_trained_alone(run_search):
@@ -245,6 +252,11 @@ def test_two_physics_objects_of_one_class_are_two_searches(run_search, degraded)
         ({"rewind": "half"}, ConfigError, "rewind='half' must be 0"),
         ({"rewind": "101%"}, ConfigError, "rewind='101%' lies beyond the last of 12 steps"),
         ({"rewind": "13it"}, ConfigError, "rewind='13it' lies beyond the last of 12 steps"),
+        (
+            {"rewind": "5it", "fit_config": dataclasses.replace(FIT, patience=4, halt=True)},
+            ConfigError,
+            "rewind='5it' is step 5, but halt may end the fit from step 4 on",
+        ),
         ({"controls": (4,)}, ConfigError, "round 4 is not one of rounds 1 to 3"),
         ({"leave_out": ("tail.*",)}, ConfigError, r"leave_out='tail.\*' names no prunable parameter"),
         ({"leave_out": ("*",)}, ConfigError, "leaves no parameter to prune"),
@@ -301,6 +313,18 @@ def test_a_wrong_seed_is_refused_before_the_first_search(tmp_path):
     with pytest.raises(ConfigError, match="seed=-1"):
         search.find_tickets(picture(), tasks.Denoise(25), config=CONFIG, fit_config=FIT, out=tmp_path, seeds=[1, -1])
     assert not list(tmp_path.iterdir())
+
+
+def test_two_tensors_in_a_tuple_are_two_pictures(run_search):
+    pair = (picture(0), picture(1))
+    sources = run_search(pair, rounds=1).tickets[0].provenance["pictures"]
+    assert [source["name"] for source in sources] == ["picture 0", "picture 1"]
+
+
+def test_a_file_and_a_tensor_in_a_tuple_are_two_pictures(run_search, tmp_path):
+    images.write(tmp_path / "a.png", picture(0))
+    sources = run_search((tmp_path / "a.png", picture(1)), rounds=1).tickets[0].provenance["pictures"]
+    assert [source["name"] for source in sources] == ["a.png", "picture 1"]
 
 
 def test_numbers_of_numpy_are_numbers(run_search):
