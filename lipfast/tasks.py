@@ -166,11 +166,15 @@ class Inpaint(_Linear):
         return {"name": self.name, "mask_sha256": digest, "mask_shape": list(self._mask.shape)}
 
     def mask(self, shape: Sequence[int]) -> Tensor:
-        """The mask as float32, 1 where known, that applies to images of ``shape`` (..., C, H, W).
+        """A copy of the mask as float32, 1 where known, that applies to images of ``shape`` (..., C, H, W).
 
         Raises:
             InputError: the given mask has another size.
         """
+        return self._mask_for(shape).clone()
+
+    def _mask_for(self, shape: Sequence[int]) -> Tensor:
+        """As :meth:`mask`, but the mask itself: not to be written."""
         if self._mask is None:
             # The images of a batch share the mask, so that one image alone has the same one.
             return _draw_mask(tuple(shape[-3:]), float(self.keep or 0), self.per_channel, self.seed)
@@ -186,11 +190,11 @@ class Inpaint(_Linear):
 
     def loss(self, output: Tensor, observed: Tensor) -> Tensor:
         # Also masks `observed`, whose unknown pixels may hold anything.
-        mask = self.mask(output.shape).to(output.device)
+        mask = self._mask_for(output.shape).to(output.device)
         return ((output - observed) * mask).square().mean()
 
     def A(self, image: Tensor) -> Tensor:
-        return image * self.mask(image.shape).to(image.device, image.dtype)
+        return image * self._mask_for(image.shape).to(image.device, image.dtype)
 
     def A_adjoint(self, observed: Tensor) -> Tensor:
         return self.A(observed)
@@ -570,7 +574,7 @@ def _check_mask(mask: Tensor) -> Tensor:
     """(H, W) or (C, H, W) of zeros and ones -> float32 (1 or C, H, W)."""
     if mask.dim() not in (2, 3) or mask.numel() == 0:
         raise InputError(f"inpaint: a mask is (H, W) or (C, H, W), got {tuple(mask.shape)}")
-    numbers = mask.detach().cpu().float()
+    numbers = mask.detach().cpu().float().clone()  # the caller may write to his
     if not bool(((numbers == 0) | (numbers == 1)).all()):
         raise InputError("inpaint: a mask holds only 0 (unknown) and 1 (known); threshold it first")
     if not bool(numbers.any()):

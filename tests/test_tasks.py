@@ -129,6 +129,17 @@ def test_drawn_masks(per_channel):
     assert not torch.equal(mask, tasks.Inpaint(keep=0.25, per_channel=per_channel, seed=2).mask((3, 100, 100)))
 
 
+@pytest.mark.parametrize("made", ["given", "drawn"])
+def test_a_mask_is_nobody_elses(made):
+    given_one = torch.ones(1, 8, 8)
+    task = tasks.Inpaint(given_one) if made == "given" else tasks.Inpaint(keep=0.5)
+    mask = task.mask((3, 8, 8))
+    before = mask.clone()
+    given_one.zero_()
+    mask.zero_()
+    assert torch.equal(task.mask((3, 8, 8)), before)
+
+
 def test_unknown_pixels_of_the_observation_do_not_matter():
     mask = draw((8, 8)) < 0.5
     task = tasks.Inpaint(mask)
