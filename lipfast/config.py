@@ -1,9 +1,11 @@
-"""What configurations share: random streams that follow from a seed, and values of the types their fields say."""
+"""What configurations share: random streams that follow from a seed, values of the types their fields say, JSON."""
 
 import dataclasses
 import functools
 import hashlib
 import inspect
+import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -29,6 +31,21 @@ def derive_seed(seed: int, purpose: str) -> int:
     """
     digest = hashlib.sha256(f"{purpose}/{seed}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def to_json(document: Any, *, indent: int | None = None) -> str:
+    """``document`` as JSON. NaN and infinity, which JSON lacks, become null: no figure."""
+    return json.dumps(_finite(document), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return value
 
 
 def check_fields(config: Any) -> None:

@@ -71,3 +71,8 @@ def test_arguments_are_checked_and_passed_on():
         use(picture, "large")
     with pytest.raises(TypeError, match="missing a required argument"):
         use()
+
+
+def test_json_has_null_for_what_is_no_finite_number():
+    text = config.to_json({"psnr": float("inf"), "nested": [{"a": float("nan")}, (1.5, None, "Infinity", True)]})
+    assert json.loads(text) == {"psnr": None, "nested": [{"a": None}, [1.5, None, "Infinity", True]]}

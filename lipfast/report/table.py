@@ -1,5 +1,6 @@
 """A search's rounds as a table, and in words what it shows."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,6 +71,7 @@ def verdict(rows: Sequence[Row], stop: str) -> str:
 
 
 def _compare(other: str, gains: Sequence[tuple[float, Row]]) -> str:
+    gains = [(gain, row) for gain, row in gains if math.isfinite(gain)]
     if not gains:
         return ""
     won = sum(gain > 0 for gain, _ in gains)

@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -63,7 +64,8 @@ class SearchResult:
     Attributes:
         folder: its run folder.
         rows: a dict for each round, dense first: round, sparsity, kept, total, bytes, seconds, empty_layers, and under
-            ticket, search and random the PSNR and SSIM of the last, stopped and oracle output.
+            ticket, search and random the PSNR and SSIM of the last, stopped and oracle output; an infinite PSNR, of an
+            output equal to the clean picture, is None.
         tickets: the tickets of rounds 1, 2, ...
     """
 
@@ -550,4 +552,7 @@ def _record_name(number: int, kind: Kind) -> str:
 def _figures(outcome: Outcome | None) -> dict[str, Any] | None:
     if outcome is None:
         return None
-    return {"step": outcome.step, "psnr": outcome.psnr, "ssim": outcome.ssim}
+    psnr = outcome.psnr
+    if psnr is not None and math.isinf(psnr):
+        psnr = None  # as it is in the record's file, from which the same search again reads
+    return {"step": outcome.step, "psnr": psnr, "ssim": outcome.ssim}

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from lipfast import images
-from lipfast.config import fits
+from lipfast.config import fits, to_json
 from lipfast.errors import ConfigError, InputError
 
 IDENTITY = "run.json"
@@ -76,7 +76,7 @@ class Run:
 
     def write(self, name: str, document: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
-        images.write_atomically(self.path(name), (json.dumps(document, indent=1) + "\n").encode())
+        images.write_atomically(self.path(name), (to_json(document, indent=1) + "\n").encode())
 
     def read(self, name: str, **kinds: Any) -> dict[str, Any]:
         """Read a JSON file of this run. ``kinds`` are the fields it must have and their types.
@@ -101,7 +101,7 @@ class Run:
     def log(self, event: str, **fields: Any) -> None:
         """Append one line of JSON with the time in UTC."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": now, "event": event, **fields}) + "\n"
+        line = to_json({"time": now, "event": event, **fields}) + "\n"
         try:
             with self.path(LOG).open("ab") as file:
                 file.write(line.encode())

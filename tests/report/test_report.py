@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -46,6 +48,13 @@ def test_a_search_that_never_wins_says_so():
     words = table.verdict([row(0, 30.0), row(1, 29.5)], "last")
     assert "in 0 of 1 rounds compared, the best -0.50 dB" in words
     assert "random" not in words
+
+
+def test_infinite_figures_are_not_compared():
+    rows = [row(0, math.inf), row(1, math.inf, 30.0), row(2, 30.5, 30.0)]
+    assert table.verdict(rows, "last") == (
+        "At the last step: tickets beat random masks in 1 of 1 rounds compared, the best +0.50 dB at 36.0 % sparsity."
+    )
 
 
 def test_a_search_without_tickets_says_so():

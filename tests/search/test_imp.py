@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -177,6 +178,16 @@ def test_without_clean_pictures_figures_are_absent_not_zero(run_search):
     row = run_search(degraded=True).rows[1]
     assert row["ticket"]["last"]["psnr"] is None
     assert row["ticket"]["oracle"] is None
+
+
+def test_an_infinite_psnr_is_no_figure(run_search, monkeypatch):
+    """An output equal to the clean picture: JSON has no infinity, and what is read again must be what was written."""
+    monkeypatch.setattr(tasks, "score", lambda *arguments: math.inf)
+    first = run_search()
+    assert first.rows[1]["ticket"]["last"]["psnr"] is None
+    assert run_search().rows == first.rows
+    for path in first.folder.glob("*.json*"):
+        assert "Infinity" not in path.read_text(), path
 
 
 def test_the_same_search_again_only_reads(run_search):
