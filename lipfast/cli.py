@@ -189,8 +189,9 @@ def restore(
     as_json: JsonOption = False,
 ) -> None:
     """Restore a degraded picture of any size with a ticket."""
-    from lipfast import images
+    from lipfast import images, tasks
     from lipfast import restore as restoring
+    from lipfast.config import to_json
     from lipfast.tickets import Ticket
 
     report_file = _check_restored(out, depth, [degraded, ticket, mask, clean])
@@ -207,6 +208,8 @@ def restore(
     if mask is not None:
         options["mask"] = _load_mask(mask, None, observed.shape, 1)
     chosen = _task_like(loaded.task, name, options)
+    if isinstance(chosen, tasks.CompressedSensing) and chosen.shape is None:
+        raise ConfigError("task cs: the image's shape is unknown; give --shape, such as 3,128,128")
     fit_config = _fit_config(chosen, iterations, lr, average, stop, patience, window)
     fit_config = dataclasses.replace(fit_config, seed=loaded.seed if seed is None else seed)
     reference = None if clean is None else images.read(clean)
@@ -223,7 +226,7 @@ def restore(
         )
     report = {"input": str(degraded), "output": str(out), "ticket_file": str(ticket), "depth": depth, **restored.report}
     images.write(out, restored.image, depth)
-    images.write_atomically(report_file, (json.dumps(report, indent=1) + "\n").encode())
+    images.write_atomically(report_file, (to_json(report, indent=1) + "\n").encode())
     quality = f", PSNR {report['psnr']:.2f} dB" if "psnr" in report else ""
     _print(
         report,
@@ -278,6 +281,7 @@ def doctor(as_json: JsonOption = False) -> None:
 def info(file: Annotated[Path, typer.Argument(help="Ticket file.")], as_json: JsonOption = False) -> None:
     """Show what a ticket is: network, task, round, sparsity by layer, where it came from."""
     from lipfast import masks
+    from lipfast.search.observation import printable
     from lipfast.tickets import Ticket
 
     ticket = Ticket.load(file)
@@ -295,7 +299,8 @@ def info(file: Annotated[Path, typer.Argument(help="Ticket file.")], as_json: Js
         "layer_sparsity": layers,
         "provenance": ticket.provenance,
     }
-    sources = ", ".join(picture["name"] for picture in ticket.provenance.get("pictures", [])) or "unknown"
+    names = [printable(picture["name"]) for picture in ticket.provenance.get("pictures", [])]
+    sources = ", ".join(names) or "unknown"
     words = [
         f"{file}: {document['bytes']:,} bytes",
         f"round {ticket.round}, {100 * ticket.sparsity:.2f} % zeros: {ticket.kept:,} of {ticket.total:,} weights live",
@@ -387,8 +392,9 @@ def _load_measurements(path: Path) -> "Tensor":
     import torch
 
     try:
-        values = numpy.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        with path.open("rb") as file:
+            values = numpy.load(file, allow_pickle=False)
+    except Exception as error:  # numpy's readers have many kinds of error
         reason = getattr(error, "strerror", None) or "this is none, or it is damaged"
         raise InputError(f"{path}: task cs needs a .npy file of measurements ({reason})") from None
     if not isinstance(values, numpy.ndarray):
@@ -528,7 +534,9 @@ def _print_rows(rows: list[dict[str, Any]], stop: str) -> None:
 
 def _print(document: dict[str, Any], words: list[str], as_json: bool) -> None:
     """Print the figures as JSON or the words for people."""
-    typer.echo(json.dumps(document, indent=1) if as_json else "\n".join(words))
+    from lipfast.config import to_json
+
+    typer.echo(to_json(document, indent=1) if as_json else "\n".join(words))
 
 
 @contextmanager

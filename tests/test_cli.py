@@ -1,6 +1,8 @@
 """The command line as its users meet it: a process, its exit code, one line on stderr."""
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,8 +13,9 @@ import time
 import pytest
 import torch
 
-from lipfast import cli, images
+from lipfast import cli, images, tasks
 from lipfast.fit import FitState
+from lipfast.tickets import Ticket
 
 NETWORK = '{"in_channels": 4, "down": [8, 8], "skip": 2}'
 TINY = ["--network", NETWORK, "--iterations", "8", "--rounds", "2", "--stop", "none"]
@@ -256,6 +259,16 @@ def test_small_pictures_are_compared_without_ssim(here, folder, runs, tmp_path):
     assert "ssim" not in json.loads(out)
 
 
+def test_an_infinite_psnr_is_no_figure_in_json(here, folder, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "score", lambda *arguments: math.inf)
+    command = ["restore", folder / "clean.png", "--clean", folder / "clean.png", "-o", tmp_path / "out.png"]
+    command += ["--ticket", runs / "ticket-01.safetensors", "--iterations", "2"]
+    for text in (here(*command, "--json")[1], (tmp_path / "out.json").read_text()):
+        assert "Infinity" not in text
+        assert json.loads(text)["psnr"] is None
+    assert "PSNR inf dB" in here(*command)[1]
+
+
 def test_measurements_are_real_numbers_in_one_array(here, runs, tmp_path):
     import numpy
 
@@ -263,6 +276,10 @@ def test_measurements_are_real_numbers_in_one_array(here, runs, tmp_path):
     for name, array in {**arrays, "words": numpy.array(["a"]), "good": numpy.ones(30)}.items():
         numpy.save(tmp_path / f"{name}.npy", array)
     numpy.savez(tmp_path / "several.npz", numpy.ones(30))
+    whole = (tmp_path / "good.npy").read_bytes()
+    damaged = {"empty": b"", "zip": b"PK\x03\x04junk", "header": whole.replace(b"False", b"(((((")}
+    for name, content in damaged.items():
+        (tmp_path / f"{name}.npy").write_bytes(content)
     command = ["--task", "cs", "--ticket", runs / "ticket-01.safetensors", "-o", tmp_path / "out.png"]
     cases = {
         ("point.npy", "3,16,20"): "measurements are real numbers (m,), got float32 of shape ()",
@@ -270,6 +287,9 @@ def test_measurements_are_real_numbers_in_one_array(here, runs, tmp_path):
         ("complex.npy", "3,16,20"): "got complex128",
         ("words.npy", "3,16,20"): "measurements are real numbers",
         ("several.npz", "3,16,20"): "one array of measurements, got several",
+        ("empty.npy", "3,16,20"): "task cs needs a .npy file of measurements (this is none, or it is damaged)",
+        ("zip.npy", "3,16,20"): "(this is none, or it is damaged)",
+        ("header.npy", "3,16,20"): "(this is none, or it is damaged)",
         ("none.npy", "3,16,20"): "task cs needs a .npy file of measurements (No such file or directory)",
         ("good.npy", "3,16"): "--shape '3,16' must be channels (1 or 3), height and width",
         ("good.npy", "4,16,20"): "--shape '4,16,20' must be",
@@ -280,7 +300,7 @@ def test_measurements_are_real_numbers_in_one_array(here, runs, tmp_path):
         code, _, err = here("restore", tmp_path / name, "--shape", shape, *command)
         assert (code, err.count("\n")) == (1, 1)
         assert message in err
-    assert "the image's shape is unknown" in here("restore", tmp_path / "good.npy", *command)[2]
+    assert "the image's shape is unknown; give --shape" in here("restore", tmp_path / "good.npy", *command)[2]
 
 
 def test_a_ticket_from_a_pipe_is_refused(runs):
@@ -353,6 +373,13 @@ def test_ticket_info_and_verify(here, runs):
     assert facts["provenance"]["pictures"][0]["name"] == "clean.png"
     assert "35.9" in here("ticket", "info", ticket)[1]
     assert here("ticket", "verify", ticket, runs / "ticket-01.safetensors")[1].count("whole") == 2
+
+
+def test_ticket_info_shows_no_control_characters(here, runs, tmp_path):
+    loaded = Ticket.load(runs / "ticket-02.safetensors")
+    pictures = [{"name": "bad\x1b[2Jname\nmore"}, {"name": "Bär.png"}]
+    dataclasses.replace(loaded, provenance={"pictures": pictures}).save(tmp_path / "foreign.safetensors")
+    assert r"searched on bad\x1b[2Jname\nmore, Bär.png (" in here("ticket", "info", tmp_path / "foreign.safetensors")[1]
 
 
 def test_doctor_names_every_backend_and_why(here):

@@ -74,10 +74,10 @@ def _load(picture: Picture, position: int) -> tuple[str, Tensor]:
         name, image = picture[0], images.check_scale(picture[1], picture[0])
     else:
         name, image = Path(picture).name, images.read(picture)
-    return _printable(name), image.expand(3, -1, -1).contiguous()
+    return printable(name), image.expand(3, -1, -1).contiguous()
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """A name for tables, tickets and titles: line breaks, and bytes that are no UTF-8, become escapes."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
