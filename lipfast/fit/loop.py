@@ -1,5 +1,6 @@
 """One loop for every task: fixed input, fresh input noise, Adam, averaged outputs, backtracking, stop rules."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -183,9 +184,14 @@ def check(
 ) -> None:
     """Refuse what ``fit`` would refuse before its first step: for those with work to do before they fit.
 
-    Args: as for ``fit``; the network is not to be used afterwards.
+    Also an image of a size that the network does not give back, which ``fit`` meets in its first step.
+
+    Args: as for ``fit``; the network runs on tensors without memory, as the priors here do, and is not to be used
+        afterwards.
     """
-    _Run(network, task, observed, config, None, clean, engine, ())
+    without_memory = copy.deepcopy(network).to("meta")
+    run = _Run(network, task, observed, config, None, clean, engine, ())
+    run.check_output_of(without_memory)
 
 
 class _Run:
@@ -236,6 +242,23 @@ class _Run:
         self.keep_weights = _check_steps(keep_weights)
         self.kept: dict[int, dict[str, Tensor]] = {}
         self._keep_if_asked()
+
+    def check_output_of(self, network: nn.Module) -> None:
+        """Whether a network on the meta device makes images of the right size.
+
+        Raises:
+            InputError: it does not.
+        """
+        try:
+            with torch.no_grad():
+                output = network(torch.empty_like(self.z, device="meta"))
+        except (RuntimeError, ValueError) as error:
+            rows, columns = self.shape[-2:]
+            raise InputError(
+                f"fit: the network cannot make an image of {rows} x {columns} px ({str(error).splitlines()[0]}); "
+                f"take sides that are multiples of {as_prior(network).stride} px"
+            ) from None
+        self._shaped(output)
 
     @property
     def finished(self) -> bool:

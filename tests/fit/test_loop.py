@@ -583,4 +583,6 @@ def test_a_check_refuses_without_a_step():
         loop.check(net(), tasks.Denoise(25), torch.zeros(3, 4, 4))
     with pytest.raises(ConfigError, match="unknown engine 'steam'"):
         loop.check(net(), tasks.Denoise(25), torch.zeros(3, 32, 32), engine="steam")
+    with pytest.raises(InputError, match=r"output is \(1, 4, 32, 32\), the task's images are \(3, 32, 32\)"):
+        loop.check(Foreign(), tasks.Denoise(25), torch.zeros(3, 32, 32))
     assert loop.check(net(), tasks.Denoise(25), picture(), clean=picture()) is None

@@ -248,6 +248,8 @@ def test_two_physics_objects_of_one_class_are_two_searches(run_search, degraded)
 
 # ---- bad input ----
 
+MIRRORS_TOO_FAR = {"in_channels": 4, "down": [2, 4, 4], "skip": 2, "kernel_up": [3, 1, 9], "downsample": "max"}
+
 
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
@@ -304,6 +306,16 @@ def test_two_physics_objects_of_one_class_are_two_searches(run_search, degraded)
         ({"pictures": [picture(size=4)]}, InputError, "an image of 4 x 4 px is too small"),
         ({"network": {**NETWORK, "out_channels": 1}}, InputError, "the network makes 1 channels"),
         ({"pictures": [picture(size=8)], "task": tasks.SuperResolve(4)}, InputError, "leaves nothing of 8 x 8 px"),
+        (
+            {"pictures": torch.rand(3, 35, 33), "degraded": True, "network": {**NETWORK, "skip": 0}},
+            InputError,
+            r"the network's output is \(1, 3, 36, 36\), the task's images are \(3, 35, 33\)",
+        ),
+        (
+            {"pictures": torch.rand(3, 23, 27), "degraded": True, "network": MIRRORS_TOO_FAR},
+            InputError,
+            r"the network cannot make an image of 23 x 27 px \(.*padding.*\); take sides that are multiples of 8 px",
+        ),
     ],
 )
 def test_bad_input_is_named(run_search, changes, kind, message, monkeypatch, tmp_path):
