@@ -78,7 +78,7 @@ def _scalars(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     try:
         scalars = json.loads(metadata[_METADATA_KEY])
         version = scalars.pop("version")
-    except (KeyError, ValueError, AttributeError):
+    except (KeyError, ValueError, AttributeError, TypeError, RecursionError):
         raise InputError(f"{path}: a safetensors file, but not the state of a fit") from None
     if version != _VERSION:
         raise InputError(f"{path}: fit state version {version}, this lipfast reads version {_VERSION}; start anew")

@@ -84,7 +84,7 @@ def read(text: str, where: str) -> dict[str, Any]:
 def _digest(document: Mapping[str, Any]) -> str:
     try:
         return hashlib.sha256(canonical(document).encode()).hexdigest()
-    except ValueError:  # NaN in a file; canonical text never holds one
+    except (ValueError, RecursionError):  # NaN or a deep nest in a file; canonical text never holds one
         return ""
 
 

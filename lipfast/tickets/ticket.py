@@ -17,6 +17,7 @@ from lipfast.masks import Masks
 from lipfast.tickets import description, packing
 
 METADATA_KEY = "lipfast"  # one key: safetensors does not fix the order of several, and equal tickets are equal files
+_UNSAVED = "this ticket"  # what messages call one that is no file yet
 VALUES, BITS = ":values", ":mask"  # suffixes of the two tensors of a pruned parameter
 
 
@@ -66,13 +67,18 @@ class Ticket:
         return masks.sparsity(self.masks)
 
     def to_bytes(self) -> bytes:
-        """The file's content. Equal tickets give equal bytes."""
+        """The file's content. Equal tickets give equal bytes.
+
+        Raises:
+            TicketError: :meth:`load` would refuse it, for example because config and state are of two networks.
+        """
         tensors: dict[str, Tensor] = {}
         for name, value in self.state.items():
             if name in self.masks:
                 tensors[name + VALUES], tensors[name + BITS] = packing.pack(value.cpu(), self.masks[name])
             else:
                 tensors[name] = value.cpu().contiguous()
+        _check_types(tensors, _UNSAVED)
         text = description.write(
             {
                 "prior": {"kind": self.prior, "config": self.config, "seed": self.seed},
@@ -87,6 +93,7 @@ class Ticket:
                 "tensors_sha256": description.checksum(tensors),
             }
         )
+        _checked(description.read(text, _UNSAVED), tensors, _UNSAVED)
         return safetensors.torch.save(tensors, metadata={METADATA_KEY: text})
 
     def save(self, path: str | os.PathLike[str]) -> int:
@@ -94,6 +101,7 @@ class Ticket:
 
         Raises:
             InputError: the folder is missing or not writable, or the disk is full.
+            TicketError: as :meth:`to_bytes`.
         """
         content = self.to_bytes()
         images.write_atomically(path, content)
@@ -111,15 +119,14 @@ class Ticket:
         """
         where = str(path)
         document, tensors = _open(Path(path))
-        _check_tensors(document["tensors_sha256"], tensors, where)
-        state, found = _decode(document["pruned"], tensors, where)
-        order = _check_network(document["prior"], state, where)
+        _check_types(tensors, where)
+        state, found = _checked(document, tensors, where)
         return cls(
             prior=document["prior"]["kind"],
             config=document["prior"]["config"],
             seed=document["prior"]["seed"],
-            state={name: state[name] for name in order},
-            masks={name: found[name] for name in order if name in found},
+            state=state,
+            masks=found,
             task=document["task"],
             target=document["target"],
             round=document["round"],
@@ -156,10 +163,21 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return document, tensors
 
 
-def _check_tensors(checksum: str, tensors: Mapping[str, Tensor], where: str) -> None:
+def _checked(document: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], Masks]:
+    """State and masks of a file, in the network's own order, if all its parts agree with each other."""
+    _check_tensors(document["tensors_sha256"], tensors, where)
+    state, found = _decode(document["pruned"], tensors, where)
+    order = _check_network(document["prior"], state, where)
+    return {name: state[name] for name in order}, {name: found[name] for name in order if name in found}
+
+
+def _check_types(tensors: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.uint8, torch.int64):
             raise TicketError(f"{where}: tensor {name!r} has type {tensor.dtype}, expected float32, uint8 or int64")
+
+
+def _check_tensors(checksum: str, tensors: Mapping[str, Tensor], where: str) -> None:
     if description.checksum(tensors) != checksum:
         raise TicketError(f"{where}: the tensors do not match their checksum; the file is damaged")
     for name, tensor in tensors.items():

@@ -46,6 +46,10 @@ def test_foreign_and_newer_files_are_refused(tmp_path):
     safetensors.torch.save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(InputError, match="not the state of a fit"):
         FitState.load(path)
+    for text in ("[1]", "3", "[" * 100_000):
+        safetensors.torch.save_file({"a": torch.zeros(1)}, path, {"lipfast_fit": text})
+        with pytest.raises(InputError, match="not the state of a fit"):
+            FitState.load(path)
     safetensors.torch.save_file({"a": torch.zeros(1)}, path, {"lipfast_fit": json.dumps({"version": 3})})
     with pytest.raises(InputError, match="version 3, this lipfast reads version 2"):
         FitState.load(path)

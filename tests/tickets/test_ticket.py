@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import struct
 
@@ -109,6 +110,31 @@ def test_an_existing_ticket_survives_a_failed_write(path, ticket, monkeypatch):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+def with_tensor(name, tensor):
+    return {"state": {**ticket_of(TINY, 0.7).state, name: tensor}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (with_tensor("output.bias", torch.zeros(3).double()), "tensor 'output.bias' has type torch.float64"),
+        (with_tensor("output.bias", torch.zeros(3).bfloat16()), "tensor 'output.bias' has type torch.bfloat16"),
+        (with_tensor("output.bias", torch.tensor([0.0, 1.0, float("nan")])), "'output.bias' holds NaN or infinity"),
+        (with_tensor("extra", torch.zeros(3)), "has an extra tensor 'extra'"),
+        ({"seed": -1}, "seed must be a whole number below 2.63, got -1"),
+        ({"round": -1}, "round must be a whole number, got -1"),
+        ({"target": "foo"}, "target must be degraded or clean, got 'foo'"),
+        ({"config": {**TINY, "down": [6, 7]}}, "belongs to another network"),
+        ({"prior": "vgg"}, "unknown prior 'vgg'"),
+        ({"provenance": {"pictures": ["baby"]}}, "each of provenance's pictures must have a name"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(tmp_path, changes, message):
+    with pytest.raises(TicketError, match=f"this ticket: .*{message}"):
+        dataclasses.replace(ticket_of(TINY, 0.7), **changes).save(tmp_path / "t.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- files that nobody vouches for ----
 
 
@@ -149,6 +175,14 @@ def test_foreign_files_are_refused(tmp_path, content, message):
     (tmp_path / "foreign").write_bytes(content)
     with pytest.raises(TicketError, match=message):
         Ticket.load(tmp_path / "foreign")
+
+
+def test_a_description_of_any_depth_is_refused():
+    """Python's writer of JSON gives up a little before its reader, how deep depends on the calls around them."""
+    for depth in range(600, 1001):
+        nested = "[" * depth + "]" * depth
+        with pytest.raises(TicketError):
+            description.read(f'{{"format":"lipfast-ticket","version":1,"deep":{nested}}}', "deep")
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
