@@ -56,7 +56,8 @@ def total(masks: Mapping[str, Tensor]) -> int:
 
 def density(masks: Mapping[str, Tensor]) -> float:
     """Share of the covered weights that live; 1.0 where nothing is covered."""
-    return living(masks) / total(masks) if masks else 1.0
+    covered = total(masks)
+    return living(masks) / covered if covered else 1.0
 
 
 def sparsity(masks: Mapping[str, Tensor]) -> float:
@@ -100,7 +101,11 @@ def prune_globally(masks: Masks, score: Mapping[str, Tensor], count: int) -> Mas
         masks: which weights live now.
         score: a float32 tensor for each masked parameter; for magnitude pruning the weights themselves.
         count: how many die, ``0 <= count <= living(masks)``. Ties go to the lower index.
+
+    Raises:
+        InputError: a mask without a score, or a count out of range.
     """
+    _check_named("score", score, masks)
     names = list(masks)
     survivors = ops.prune_smallest([score[name] for name in names], [masks[name] for name in names], count)
     return dict(zip(names, survivors, strict=True))
@@ -108,4 +113,13 @@ def prune_globally(masks: Masks, score: Mapping[str, Tensor], count: int) -> Mas
 
 def prune_each_layer(masks: Masks, score: Mapping[str, Tensor], counts: Mapping[str, int]) -> Masks:
     """As ``prune_globally`` but each parameter loses its own ``counts[name]`` smallest scores."""
+    _check_named("score", score, masks)
+    _check_named("count", counts, masks)
     return {name: ops.prune_smallest([score[name]], [mask], counts[name])[0] for name, mask in masks.items()}
+
+
+def _check_named(what: str, given: Mapping[str, object], masks: Masks) -> None:
+    """Whether each mask has its score, or its count."""
+    for name in masks:
+        if name not in given:
+            raise InputError(f"masks: {name!r} has no {what}; give one for each mask")

@@ -70,6 +70,20 @@ def test_figures(full):
     assert masks.layer_density(half) == {"first": 1.0, "second": 0.0}
     assert masks.empty_layers(half) == ["second"]
     assert masks.density({}) == 1.0
+    assert masks.layer_density({"none": torch.ones(0, 3, dtype=torch.bool)}) == {"none": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        (lambda full, state: masks.prune_globally(full, {"second": state["second"]}, 1), "'first' has no score"),
+        (lambda full, state: masks.prune_each_layer(full, {}, {"first": 1, "second": 1}), "'first' has no score"),
+        (lambda full, state: masks.prune_each_layer(full, state, {"first": 1}), "'second' has no count"),
+    ],
+)
+def test_a_mask_without_score_or_count_is_named(state, full, prune, message):
+    with pytest.raises(InputError, match=f"masks: {message}"):
+        prune(full, state)
 
 
 @pytest.mark.parametrize(

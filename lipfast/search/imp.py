@@ -254,6 +254,7 @@ class _Search:
             tickets.append(following)
             current = following
         self.run.write("result.json", {"rows": rows, "tickets": [self._ticket_name(t.round) for t in tickets]})
+        self.run.remove(CHECKPOINT)  # a kill may have come between the last record and this
         return SearchResult(self.run.folder, rows, tickets)
 
     # ---- one round ----
