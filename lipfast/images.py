@@ -6,6 +6,7 @@ tifffile those with 16 bits, because Pillow silently drops the low byte of 16-bi
 """
 
 import os
+import re
 import secrets
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,8 @@ _JPEG = b"\xff\xd8\xff"
 _JPEG_IN_TIFF = (6, 7, 33007, 34892)  # compressions whose decoder turns luma and chroma into RGB
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")  # classic and BigTIFF, either byte order
 
+_IN_MEMORY = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")  # what Pillow calls the file
+
 _SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".tif": "tiff", ".tiff": "tiff"}
 _JPEG_QUALITY = 95
 
@@ -41,7 +44,8 @@ def read(path: str | os.PathLike[str]) -> Tensor:
     """Read a PNG, JPEG or TIFF file.
 
     An alpha channel is laid over white, the camera's orientation tag is obeyed, and a PNG's palette or a JPEG's CMYK
-    becomes RGB; TIFF files in these two are refused, and those of 2, 4, 10, 12 bits or in YCbCr without JPEG.
+    becomes RGB; TIFF files in these two are refused, and those of 2, 4, 10 or 12 bits, in YCbCr without JPEG or of
+    several pages.
 
     Args:
         path: the file. Its content decides the format, not its name.
@@ -71,7 +75,8 @@ def read(path: str | os.PathLike[str]) -> Tensor:
     except InputError as problem:
         raise InputError(f"{path}: {problem}") from None
     except Exception as problem:  # every decoder has its own kinds of error
-        raise InputError(f"{path}: damaged or unsupported image ({problem})") from None
+        reason = _IN_MEMORY.sub("", str(problem))
+        raise InputError(f"{path}: damaged or unsupported image ({reason})") from None
     return check(_to_tensor(pixels, path), str(path))
 
 
@@ -347,7 +352,11 @@ def _decode_tiff(content: bytes) -> Any:
     import tifffile
 
     with tifffile.TiffFile(BytesIO(content)) as file:
-        page: Any = file.pages[0]
+        pages: list[Any] = list(file.pages)
+        page = pages[0]
+        others = [other for other in pages[1:] if not other.is_reduced]  # a thumbnail is no picture of its own
+        if others:
+            raise InputError(f"TIFF of {1 + len(others)} pages; save the one that is meant alone")
         pixels = page.asarray()
         kind = page.photometric
         planar = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and pixels.ndim == 3

@@ -177,6 +177,28 @@ def test_truncated_file_is_refused(tmp_path, suffix, depth):
         images.read(path)
 
 
+@pytest.mark.parametrize(("name", "depth", "left"), [("a.png", 8, 30), ("a.png", 16, 30), ("a.jpg", 8, 3)])
+def test_a_truncated_header_is_told_alike_each_time(tmp_path, name, depth, left):
+    images.write(tmp_path / name, picture(), depth=depth)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:left])
+    with pytest.raises(InputError, match=rf"{name}: damaged or unsupported image \(cannot identify image file\)"):
+        images.read(tmp_path / name)
+
+
+def test_tiff_of_several_pages_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", numpy.zeros((3, 16, 16), numpy.uint8), photometric="minisblack")
+    with pytest.raises(InputError, match=r"a\.tif: TIFF of 3 pages; save the one that is meant alone"):
+        images.read(tmp_path / "a.tif")
+
+
+def test_a_thumbnail_is_no_page_of_a_tiff(tmp_path):
+    pixels = (picture(1) * 255).byte().numpy()[0]
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(pixels, photometric="minisblack")
+        file.write(pixels[::2, ::2], photometric="minisblack", subfiletype=1)
+    assert images.read(tmp_path / "a.tif").shape == (1, 24, 17)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"", "the file is empty"), (b"GIF89a....", "not a PNG, JPEG or TIFF"), (b"\x89PNG\r\n\x1a\nxx", "damaged")],

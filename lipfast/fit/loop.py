@@ -153,7 +153,8 @@ def fit(
         clean: the clean image(s), only for the metrics and the oracle.
         engine: "auto" or "torch", see ``engine.trainer.make_trainer``.
         callbacks: called after each step; one that returns True ends the fit.
-        keep_weights: steps k whose weights (after k steps; 0: before the first) the result keeps, for rewinding.
+        keep_weights: steps k whose weights (after k steps; 0: before the first) the result keeps, for rewinding;
+            steps that the fit does not reach are absent, as it may go on to them later.
         state: continue from here; every other argument must be as it was, ``iterations`` and ``halt`` excepted.
 
     Raises:
