@@ -68,7 +68,8 @@ def masked_conv2d(
 
     Args:
         x: ``(batch, inputs, rows, columns)``.
-        weight: ``(outputs, inputs, tap rows, tap columns)``; dead entries may hold anything, NaN included.
+        weight: ``(outputs, inputs, tap rows, tap columns)``, of the type of ``x``; dead entries may hold anything, NaN
+            included.
         words: `pack_mask` of the weight's mask.
         stride, padding, padding_mode: as in ``torch.nn.Conv2d``.
         precision: of the factors: "ieee" (fp32), "tf32" (10 bits of mantissa) or "bf16" (7 bits); sums are fp32. Has no
@@ -86,6 +87,8 @@ def masked_conv2d(
             f"masked_conv2d: a weight of {tuple(weight.shape)} does not fit an input of {tuple(x.shape)}; "
             "both have 4 axes and the same number of input channels"
         )
+    if weight.dtype != x.dtype:
+        raise InputError(f"masked_conv2d: weight must be {x.dtype} as x, got {weight.dtype}")
     _check_words("masked_conv2d", weight, words)
     stride, padding = pair("masked_conv2d", "stride", stride), pair("masked_conv2d", "padding", padding)
     check_window("masked_conv2d", x.shape[2:], weight.shape[2:], stride, padding, padding_mode)
@@ -117,7 +120,7 @@ def normalise_activate(
         backend: run exactly this implementation; None lets the seam choose.
 
     Raises:
-        InputError: a vector of another length.
+        InputError: a vector of another length, or of another type than the rest.
         BackendError: ``backend`` cannot run here, or double backward.
     """
     if x.dim() != 4:
@@ -125,6 +128,8 @@ def normalise_activate(
     for name, vector in {"mean": mean, "variance": variance, "weight": weight, "bias": bias}.items():
         if vector.shape != x.shape[1:2]:
             raise InputError(f"normalise_activate: {name} must be ({x.shape[1]},), got {tuple(vector.shape)}")
+        if vector.dtype != mean.dtype:
+            raise InputError(f"normalise_activate: {name} must be {mean.dtype} as mean, got {vector.dtype}")
     refuse_tangents("normalise_activate", x, mean, variance, weight, bias)
     y: Tensor = _normalise(x, mean, variance, weight, bias, eps, slope, backend)
     return y

@@ -1,11 +1,13 @@
 """A whole pruning step in one pass: prune, rewind what survives, pack it."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lipfast.errors import InputError
 from lipfast.ops import _dispatch
 from lipfast.ops.select import begin_pruning, check_parts, device_of
 
@@ -49,7 +51,7 @@ def prune_rewind_pack(
         start: the weights to rewind to, as ``weights``.
         count: how many weights die, ``0 <= count <= number alive``.
         into: tensors that receive the rewound weights, as ``weights``: a network's own parameters, ``weights`` or
-            ``start`` itself, but none that overlaps another; None for new ones.
+            ``start`` itself, but none that overlaps another or lies between its elements; None for new ones.
         backend: run exactly this implementation; None lets the seam choose.
 
     Raises:
@@ -63,9 +65,26 @@ def prune_rewind_pack(
     if into is None:
         into = [torch.empty_like(first, memory_format=torch.contiguous_format) for first in start]
     check_parts("prune_rewind_pack", "into", into, alive, torch.float32)
+    _check_apart(into)
     pruning = begin_pruning("prune_rewind_pack", weights, alive, count, backend)
     with torch.no_grad(), _dispatch.on(device_of(weights)):
         masks, bits, values = pruning.rewind([first.detach() for first in start], into)
     # Kernels write past torch's knowledge. Tensors of inference mode keep no count.
     torch.autograd.graph.increment_version([tensor for tensor in into if not tensor.is_inference()])
     return Rewound(masks, bits, list(into), values)
+
+
+def _check_apart(into: Sequence[Tensor]) -> None:
+    """No two results lie in the same memory: one would be written over the other."""
+    places = sorted((*_place(tensor), position) for position, tensor in enumerate(into) if tensor.numel())
+    for (_, end, before), (start, _, after) in itertools.pairwise(places):
+        if start < end:
+            raise InputError(
+                f"prune_rewind_pack: into[{before}] and into[{after}] share memory; give each a tensor of its own"
+            )
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """The bytes from its first element to behind its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

@@ -1,5 +1,6 @@
 """Optimiser steps on the kept weights of a pruned network, packed into one vector."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -83,7 +84,7 @@ def sgd_step(
         momentum_buffer: as ``values``; step 1 overwrites it, later steps update it. Not touched when ``momentum`` is 0.
         step: which step this is, from 1.
         lr, momentum, weight_decay: as in ``torch.optim.SGD``, at least 0.
-        dampening, nesterov: as in ``torch.optim.SGD``; ``nesterov`` wants momentum and no dampening.
+        dampening, nesterov: as in ``torch.optim.SGD``, finite; ``nesterov`` wants momentum and no dampening.
         backend: run exactly this implementation; None lets the seam choose.
 
     Raises:
@@ -95,6 +96,8 @@ def sgd_step(
     step = whole_number("sgd_step", "step", step)
     _check("sgd_step", values, {"gradient": gradient, "momentum_buffer": momentum_buffer}, step)
     _check_not_negative("sgd_step", {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    if not math.isfinite(dampening):
+        raise InputError(f"sgd_step: dampening must be a finite number, got {dampening}")
     if nesterov and (momentum <= 0 or dampening != 0):
         raise InputError(f"sgd_step: nesterov wants momentum > 0 and dampening 0, got {momentum} and {dampening}")
     with torch.no_grad():
@@ -148,8 +151,8 @@ def _check(op: str, values: Tensor, others: Mapping[str, Tensor], step: int) -> 
                 f"{op}: {name} must match values, {len(values)} on {values.device}; "
                 f"got {len(tensor)} on {tensor.device}"
             )
-    if step < 1:
-        raise InputError(f"{op}: steps count from 1, got step={step}")
+    if not 1 <= step < 2**63:
+        raise InputError(f"{op}: steps count from 1 to 2^63 - 1, got step={step}")
     refuse_tangents(op, values, *others.values())
 
 

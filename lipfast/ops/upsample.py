@@ -45,7 +45,7 @@ def upsample_bilinear(
     size = pair("upsample_bilinear", "size", size)
     if min(size) < 1:
         raise InputError(f"upsample_bilinear: size must be (rows, columns), each at least 1, got {tuple(size)}")
-    if scales is not None and [s * side // 1 for s, side in zip(scales, x.shape[2:], strict=False)] != list(size):
+    if scales is not None and not _give(scales, x.shape[2:], size):
         raise InputError(
             f"upsample_bilinear: scales {tuple(scales)} of a map of {tuple(x.shape[2:])} do not give size "
             f"{tuple(size)}; leave scales out to go by the sizes"
@@ -53,6 +53,11 @@ def upsample_bilinear(
     refuse_tangents("upsample_bilinear", x)
     y: Tensor = _upsample(x, list(size), align_corners, scales if scales is None else list(scales), backend)
     return y
+
+
+def _give(scales: Sequence[float], sides: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether one factor for each side makes ``size`` of ``sides``."""
+    return len(scales) == 2 and [s * side // 1 for s, side in zip(scales, sides, strict=True)] == list(size)
 
 
 @torch.library.custom_op("lipfast::upsample_bilinear", mutates_args=())

@@ -60,6 +60,11 @@ def test_wrong_arguments_are_named():
         masked.masked_conv2d(x, weight, words, stride=(1, 2, 3), precision="ieee")
     with pytest.raises(InputError, match="got a scalar"):
         masked.apply_mask(torch.tensor(1.0), words)
+    with pytest.raises(InputError, match=r"masked_conv2d: weight must be torch\.float32 as x, got torch\.float64"):
+        masked.masked_conv2d(x, weight.double(), words, precision="ieee")
+    vectors = [torch.zeros(1), torch.ones(1), torch.ones(1).double(), torch.zeros(1)]
+    with pytest.raises(InputError, match=r"weight must be torch\.float32 as mean, got torch\.float64"):
+        masked.normalise_activate(x, *vectors)
 
 
 LAYERS = [  # input, weight, stride, padding, mode

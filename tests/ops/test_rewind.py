@@ -101,6 +101,25 @@ def test_bad_arguments_are_named(changed, message):
         ops.prune_rewind_pack(**{**arguments, **changed})
 
 
+@pytest.mark.parametrize(
+    "views", [lambda memory: [memory[:8], memory[4:]], lambda memory: [memory[4:], memory[:8]], lambda m: [m[:8]] * 2]
+)
+def test_results_in_one_place_are_refused(views):
+    weights, alive, start = draw([(8,), (8,)])
+    memory = torch.full((12,), 7.0)
+    with pytest.raises(InputError, match=r"prune_rewind_pack: into\[\d\] and into\[\d\] share memory"):
+        ops.prune_rewind_pack(weights, alive, start, 3, into=views(memory))
+    assert bool((memory == 7).all())
+
+
+def test_results_side_by_side_in_one_tensor_are_written():
+    weights, alive, start = draw([(8,), (0,), (8,)])
+    memory = torch.full((16,), 7.0)
+    done = ops.prune_rewind_pack(weights, alive, start, 3, into=[memory[8:], memory[:0], memory[:8]])
+    assert torch.equal(memory[8:], torch.where(done.masks[0], start[0], 0))
+    assert torch.equal(memory[:8], torch.where(done.masks[2], start[2], 0))
+
+
 def test_the_binding_checks_before_the_kernel_sees_a_pointer():
     score, alive = np.ones(8, np.float32), np.ones(8, bool)
     pruning = _C.Pruning([score], [alive], 3, 1)

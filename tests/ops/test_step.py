@@ -1,5 +1,7 @@
 """Optimiser steps against torch.optim: bit for bit where torch's own arithmetic is exactly rounded."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -168,7 +170,8 @@ def test_torch_operator_checks():
         ({"m": torch.rand(4).double()}, "m must be a contiguous 1-D float32 tensor, got .* torch.float64"),
         ({"v": torch.rand(8)[::2]}, "v must be a contiguous 1-D"),
         ({"values": torch.rand(2, 2)}, r"values must be a contiguous 1-D float32 tensor, got \(2, 2\)"),
-        ({"step": 0}, "steps count from 1, got step=0"),
+        ({"step": 0}, r"steps count from 1 to 2\^63 - 1, got step=0"),
+        ({"step": 2**70}, r"steps count from 1 to 2\^63 - 1, got step=1180591620717411303424"),
         ({"step": 1.5}, "step must be a whole number, got 1.5"),
         ({"beta1": 1.0}, r"beta1 must be in \[0, 1\), got 1.0"),
         ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
@@ -191,6 +194,9 @@ def test_tangents_are_refused():
 def test_bad_sgd_arguments_are_named():
     with pytest.raises(InputError, match=r"sgd_step: nesterov wants momentum > 0 and dampening 0, got 0.0 and 0.0"):
         ops.sgd_step(torch.rand(4), torch.rand(4), torch.rand(4), 1, nesterov=True)
+    for dampening in (math.nan, math.inf):
+        with pytest.raises(InputError, match=f"sgd_step: dampening must be a finite number, got {dampening}"):
+            ops.sgd_step(torch.rand(4), torch.rand(4), torch.rand(4), 1, dampening=dampening)
 
 
 def test_the_binding_checks_before_the_kernel_sees_a_pointer():

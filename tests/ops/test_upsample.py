@@ -83,7 +83,7 @@ def test_wrong_arguments_are_named():
         ops.upsample_bilinear(x, (6, 0))
     with pytest.raises(InputError, match=r"size is one whole number or two, got \(6,\)"):
         ops.upsample_bilinear(x, (6,))
-    for scales in ((2.0, 1.0), (2.0,), (2.0, float("nan"))):
+    for scales in ((2.0, 1.0), (2.0,), (2.0, 2.0, 5.0), (2.0, float("nan"))):
         with pytest.raises(InputError, match=r"scales \(2.0,.*\) of a map of \(3, 5\) do not give size \(6, 10\)"):
             ops.upsample_bilinear(x, (6, 10), scales=scales)
 
