@@ -43,7 +43,7 @@ def gather_patterns(recording: Recording) -> None:
     calls: list[Call] = []
     inner: set[int] = set()
     for call in recording.calls:
-        found = finder.pixel_norm(call) or finder.channel_norm(call) or finder.channel_shuffle(call)
+        found = finder.channel_norm(call) or finder.pixel_norm(call) or finder.channel_shuffle(call)
         if found is None or found[1][0].number in changed:
             calls.append(call)
             continue
