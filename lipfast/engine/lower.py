@@ -184,6 +184,8 @@ class _Builder:
         try:
             made_values = handler(self, *call.args, **call.kwargs)
             values = made_values if isinstance(made_values, list) else [made_values]
+            if len(values) != len(results):
+                raise Unsupported(f"it returns {len(results)} tensors")
             last = self._puts_features_last(call)
             for value, result in zip(values, results, strict=True):
                 self._check_result(value, result, last)

@@ -38,16 +38,16 @@ def channel_norm(x: Tensor, epsilon: float) -> Tensor:
 
 
 def gather_patterns(recording: Recording) -> None:
-    """Replace the calls that spell out an operator by one, which is named like a function of torch or of this file."""
+    """Replace the calls that spell out an operator by one: of a function of torch, or of this file."""
     finder, changed = _Finder(recording), written(recording)
     calls: list[Call] = []
     inner: set[int] = set()
     for call in recording.calls:
         found = finder.channel_norm(call) or finder.pixel_norm(call) or finder.channel_shuffle(call)
-        if found is None or found[1][0].number in changed:
+        function, args, parts = found or (None, (), [])
+        if function is None or args[0].number in changed or any(part.grad != call.grad for part in parts):
             calls.append(call)
             continue
-        function, args, parts = found
         calls.append(dataclasses.replace(call, function=function, args=args, kwargs={}))
         inner.update(id(part) for part in parts)
     recording.calls = _without_unread(calls, inner, recording.result)

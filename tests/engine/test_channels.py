@@ -228,17 +228,24 @@ def test_gated_features(compare, size):
         lambda m, x: m.second(x + x.mean((2, 3), keepdim=True)[:, :1]),
         lambda m, x: m.second(x.reshape(len(x), 3, 4, *x.shape[2:]).transpose(3, 4).reshape(x.shape)),
         lambda m, x: m.second(x.reshape(len(x), 3, 4, *x.shape[2:]).transpose(0, 1).reshape(x.shape)),
+        lambda m, x: m.second(_frozen_norm(x)),
         lambda m, x: m.third(x[:, :9].reshape(len(x), 3, 3, 8, 8).transpose(3, 4).reshape(len(x), 9, 8, 8)[:, :6]),
         lambda m, x: m.second((x - x.mean(2, True)) / torch.sqrt((x - x.mean(1, True)).square().mean(1, True) + 1)),
         lambda m, x: m.second((x - x.mean(1, True)) / torch.sqrt(x.square().mean(1, True) + 1)),
         lambda m, x: m.second((x - x.mean(1, True)) / torch.sqrt(x.var(1, keepdim=True) + 1)),
         lambda m, x: m.second(x * m.weight[:3].sum() + m.bias.view(12, 1, 1).flip(0)),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_what_only_looks_alike_is_as_in_torch(function):
     torch.manual_seed(0)
     check(function, torch.randn(2, 12, 8, 8), whole=False)
+
+
+def _frozen_norm(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        mean = x.mean(1, keepdim=True)
+    return (x - mean) / torch.sqrt((x - mean).square().mean(1, keepdim=True) + 1)
 
 
 class WholeAndParts(nn.Module):
