@@ -118,9 +118,13 @@ class LaneModule(nn.Module):
         self._forget_plans()
         self._hidden = (source,)  # in a tuple, so that it is not a child; last, as from here on attributes are its own
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's result."""
+        if torch.compiler.is_compiling():  # a module around this one; no decorator: it loads the compiler, in seconds
+            return torch.compiler.disable(self._forward)(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self._forward(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         _refuse_transforms(args, kwargs)
         if not kwargs and all(isinstance(arg, Tensor) for arg in args):  # as nearly always; a tree takes its time
             compiled, tensors = self._compiled_for(args, None)
