@@ -107,8 +107,8 @@ def test_state_moves_to_a_new_rule(rule_and_truth, cut):
 @example([0, 0, 0, 1], 3)
 @settings(max_examples=80, deadline=None)
 def test_window_sums_are_exact_integers(levels, window):
-    """On 16-bit levels no sum is rounded: the variance is that of whole numbers, but for one division of a number below
-    2 in double, however long the sequence."""
+    """On 16-bit levels no sum is rounded: the variance is that of whole numbers, but for the rounding of one division,
+    however long the sequence."""
     rule = WindowedVariance(window, patience=3)
     for level in levels:
         rule.observe(torch.tensor([level / 65535, 0.5]))
