@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
@@ -45,6 +46,11 @@ PLANS_KEPT = 8
 CPU = torch.device("cpu")
 # Layers whose weights may hold zeros.
 _WEIGHTS_OF = {(nn.Conv2d, nn.ConvTranspose2d, nn.Linear): "weight", (nn.MultiheadAttention,): "in_proj_weight"}
+# Functions whose results share no memory with their weights.
+_LAYERS = (
+    *(torch.conv1d, torch.conv2d, torch.conv3d, F.linear, torch._C._nn.linear),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+)
 
 
 def accelerate(
@@ -358,7 +364,7 @@ class Compiled:
             for item in lowered.items
         ]
         self.leaves_read = self._leaves_read()
-        self._read_dense = [name for number in self.leaves_read if (name := self._recording.leaves[number]) in packed]
+        self._read_dense = [name for name in self._read_by_layers() if name in packed]
         self._unpacked = Derived(self._unpack)
         self._spent = self._read_last()
         self._counters = _by_amount(lowered.recording.counted)
@@ -391,7 +397,7 @@ class Compiled:
         return pytree.tree_map(lambda leaf: known[leaf.number] if isinstance(leaf, Ref) else leaf, result)
 
     def _unpacked_leaves(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Without gradients, the pruned leaves that torch calls read: the same tensors while nothing was written."""
+        """Without gradients, the pruned leaves that torch's layers read: the same tensors while nothing was written."""
         if torch.is_grad_enabled() or self._device != CPU or not self._read_dense:
             return {}
         return self._unpacked.of([tensors[name] for name in self._read_dense])
@@ -411,6 +417,14 @@ class Compiled:
         read = {ref.number for item in self._items for ref in _tensors_of(item)}
         read |= {ref.number for ref in refs_in(self._recording.result)}
         return [number for number in self._recording.leaves if number in read]
+
+    def _read_by_layers(self) -> list[str]:
+        """Those of them that only layers read: what the module returns shares no memory with them, so nobody else can
+        write to them."""
+        others = [item for item in self._items if isinstance(item, Call) and item.function not in _LAYERS]
+        shared = {ref.number for call in others for ref in call.refs()}
+        shared |= {ref.number for ref in refs_in(self._recording.result)}
+        return [self._recording.leaves[number] for number in self.leaves_read if number not in shared]
 
     def _read_last(self) -> list[list[int]]:
         """For each item the tensors that nothing reads after it: torch may use their memory again, while it is still in
@@ -814,9 +828,8 @@ def _join(prefix: str, name: str) -> str:
 def _zeroed(model: nn.Module) -> Iterator[str]:
     """Weights that hold zeros without saying why. One that is all zeros is an initialisation, not a mask."""
     for prefix, module in model.named_modules():
-        names = [name for layers, name in _WEIGHTS_OF.items() if isinstance(module, layers)]
-        for name in names:
-            weight = module._parameters.get(name)
+        for layers, name in _WEIGHTS_OF.items():
+            weight = module._parameters.get(name) if isinstance(module, layers) else None
             if weight is not None and is_pruned(weight.detach() != 0):
                 yield _join(prefix, name)
 

@@ -74,7 +74,8 @@ class Derived(Generic[T]):
         """What these tensors, in the order given at first, make."""
         if self._known is None or not self._known[0].unchanged(tensors):
             watch = Watch(tensors)  # before they are read, so that no write falls in between
-            self._known = watch, self._compute(tensors)
+            with torch.inference_mode(False), torch.no_grad():  # the next call may be in another mode
+                self._known = watch, self._compute(tensors)
         return self._known[1]
 
 

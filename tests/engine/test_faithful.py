@@ -564,6 +564,37 @@ def test_a_pruned_layer_of_torch_sees_new_weights_between_calls_without_gradient
     assert torch.allclose(before[0], model(x), atol=1e-5)
 
 
+def test_a_pruned_weight_that_is_returned_is_the_callers():
+    def forward(self, x):
+        return self.first(x), self.second(x), self.first.weight.flatten(1), self.second.weight
+
+    parts = {name: nn.Conv2d(CHANNELS, CHANNELS, 17, padding=8) for name in ("first", "second")}
+    masks = {f"{name}.weight": torch.rand(part.weight.shape) < 0.3 for name, part in parts.items()}
+    fast, x = lipfast.accelerate(Written(forward, **parts), masks), picture()
+    with torch.no_grad():
+        before = fast(x)
+        for weight in before[2:]:
+            weight.mul_(3)
+        after = fast(x)
+    assert all(torch.equal(one, other) for one, other in zip(before[:2], after[:2], strict=True))
+
+
+def test_a_pruned_layer_of_torch_in_one_mode_after_another():
+    def forward(self, x):
+        with torch.enable_grad():
+            return self.conv(x)
+
+    model = Written(forward, conv=nn.Conv2d(CHANNELS, CHANNELS, 17, padding=8))
+    model.conv.weight.data.mul_(torch.rand(model.conv.weight.shape) < 0.3)
+    fast, x = lipfast.accelerate(model), picture().requires_grad_()
+    with torch.inference_mode():
+        fast(x)
+    with torch.no_grad():
+        results = fast(x), model(x)
+    gradients = [torch.autograd.grad(result.sum(), x)[0] for result in results]
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-5)
+
+
 def test_statistics_are_read_before_and_behind_they_change():
     def forward(self, x):
         y = self.second(self.norm(self.first(x) * self.norm.running_var) + self.norm.running_mean)
