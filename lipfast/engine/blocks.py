@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lipfast.engine.graph import CONV_KINDS, Graph, Node
+from lipfast.engine.graph import CONV_KINDS, Graph, Node, consecutive
 from lipfast.ops._padding import widest
 from lipfast.ops.lanes import GRID, LANES
 
@@ -104,13 +104,11 @@ def _take_parts_of_parts(graph: Graph) -> None:
         source = sources.get(node.inputs[0])
         if source is None or node.kind != "channels" or node.step != 1 or node.output in graph.outputs:
             continue
-        first = 0
-        for value in source.inputs:
-            last = first + graph.shapes[value][1]
-            if (first, last) == (node.first, node.last):
+        parts = consecutive([graph.shapes[value][1] for value in source.inputs])
+        for value, which in zip(source.inputs, parts, strict=True):
+            if which == range(node.first, node.last):
                 for reader in graph.nodes:
                     reader.inputs = [value if read == node.output else read for read in reader.inputs]
-            first = last
 
 
 _PLAIN = {"gamma": None, "beta": None, "running": None, "epsilon": 0.0, "act": "none", "slope": 0.0}

@@ -7,6 +7,7 @@ Rows of features, ``(..., features)``, are maps of one item: ``(1, features, hei
 pixel. So a linear layer is a 1x1 convolution whose lanes are items. Such a map may have more pixels than items.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,12 @@ ACTIVATIONS = {name: number for number, name in enumerate(_NUMBERED)}
 
 CONV_KINDS = ("conv", "conv_transpose")
 _WEIGHTS = ("weight", "bias", "gamma", "beta")
+
+
+def consecutive(counts: Sequence[int]) -> list[range]:
+    """Ranges of so many channels, one behind the other."""
+    ends = list(itertools.accumulate(counts))
+    return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lipfast.engine.capture import Call, Recording, Ref, pair, refs_in
-from lipfast.engine.graph import CONV_KINDS, Graph, Node, Taps
+from lipfast.engine.graph import CONV_KINDS, Graph, Node, Taps, consecutive
 from lipfast.engine.patterns import (
     MULTIPLY,
     channel_norm,
@@ -585,8 +585,7 @@ def _parts(b: _Builder, tensor: Any, dim: int, counts: Sequence[int]) -> list[in
     if dim % len(tensor.shape) != (len(tensor.shape) - 1 if behind else 1):
         raise Unsupported(f"parts along axis {dim}")
     value = b.rows(tensor) if behind else b.map(tensor)
-    firsts = [sum(counts[:place]) for place in range(len(counts))]
-    return [_channels(b, value, range(first, first + count)) for first, count in zip(firsts, counts, strict=True)]
+    return [_channels(b, value, which) for which in consecutive(counts)]
 
 
 def _channels(b: _Builder, value: int, which: range) -> int:

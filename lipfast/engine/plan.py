@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lipfast._C as _C
 from lipfast.engine.blocks import Block, choose_blocks, fuse, sheets
-from lipfast.engine.graph import ACTIVATIONS, CONV_KINDS, Graph, Node, Shape, Taps
+from lipfast.engine.graph import ACTIVATIONS, CONV_KINDS, Graph, Node, Shape, Taps, consecutive
 from lipfast.ops.lane_conv import KERNELS, asked_kernel
 from lipfast.ops.lanes import LANES, PADDING_MODES, plane_vectors
 
@@ -469,8 +469,7 @@ class _Planner:
     def _cat_parts(self, node: Node) -> list[tuple[int, range]]:
         """Each input of a concatenation with the channels of the result that it makes."""
         counts = [self.graph.shapes[value][1] for value in node.inputs]
-        firsts = [sum(counts[:place]) for place in range(len(counts))]
-        parts = [range(first, first + count) for first, count in zip(firsts, counts, strict=True)]
+        parts = consecutive(counts)
         if node.interleaved:
             parts = [range(place, sum(counts), len(counts)) for place in range(len(counts))]
         return list(zip(node.inputs, parts, strict=True))
