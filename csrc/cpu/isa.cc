@@ -61,6 +61,13 @@ int64_t FirstLevelBytes() {
 #endif
 }
 
+bool SecondLevelIsNear() {
+#if defined(__x86_64__)
+  if (IsaAvailable(Isa::kAvx512) && __builtin_cpu_is("amd")) return true;
+#endif
+  return FirstLevelBytes() >= (48 << 10);
+}
+
 void SetIsa(Isa isa) {
   if (!IsaAvailable(isa)) {
     throw std::runtime_error(std::string("instruction set ") + IsaName(isa) + ": this CPU or build does not have it");

@@ -29,9 +29,10 @@ void SetIsa(Isa isa);
 // of them is asked: 32 KB.
 int64_t FirstLevelBytes();
 
-// Whether lines fetched ahead leave a core enough places for lines that its loads wait for. So it was with 48 KB of
-// first level (Emerald Rapids, Zen 5), and not with 32 KB (Cascade Lake). Changes no bit.
-inline bool FetchesAhead() { return FirstLevelBytes() >= (48 << 10); }
+// Whether a core bears what comes from beyond its first level: lines fetched ahead leave it enough places for lines
+// that its loads wait for, and operands may exceed 32 KB a little. So it was on Zen 4 and on CPUs with 48 KB of first
+// level (Emerald Rapids, Zen 5), and not on Cascade Lake.
+bool SecondLevelIsNear();
 
 // Each family specialises this in its .cc, once per target built.
 template <class Table>

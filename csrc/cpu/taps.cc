@@ -291,7 +291,7 @@ void DotTile(const SparseTask& task) {
   const int64_t in_row = g.in_row, out_row = g.out_row;
   const int64_t in_col = kIn ? kIn * kLanes : g.in_col, out_col = kOut ? kOut * kLanes : g.out_col;
   const float* in = g.in + task.tile.row * in_row + task.tile.col * in_col;
-  const bool next_ahead = kRegisters >= 32 && FetchesAhead();
+  const bool next_ahead = kRegisters >= 32 && SecondLevelIsNear();
   alignas(64) float near[kOutputsAtOnce * kVectors * kLanes];  // the gradients side by side; in their map a page apart
   alignas(64) float vectors[kWaiting * kFolded];
   for (int64_t b = 0; b < blocks; ++b) {
@@ -448,12 +448,17 @@ int64_t OutputParts(int64_t tiles, int64_t outputs) {
   return Most(Least(Parts(kEnoughChunks, tiles), Parts(outputs, 8)), Parts(outputs, kOutputsAtOnce));
 }
 
-// Maps that together exceed what a core finds in the last cache level.
-constexpr int64_t kFarBytes = 32 << 20;
+// Maps that together exceed what a core finds in the last cache level, and those that other maps of a network
+// displace there. The latter are worth it where an output has so few taps that moving maps is what takes the time.
+constexpr int64_t kFarBytes = 32 << 20, kDisplacedBytes = 8 << 20;
+constexpr int64_t kFewTaps = 40;
 
 bool WorthFetchingAhead(const Region* regions, int64_t count, const TapList& taps) {
+  if (kRegisters < 32 || !SecondLevelIsNear()) return false;
   const int64_t floats = taps.blocks * taps.block_stride + taps.outputs * regions->out_channel;
-  return kRegisters >= 32 && FetchesAhead() && count * floats * static_cast<int64_t>(sizeof(float)) > kFarBytes;
+  const int64_t bytes = count * floats * static_cast<int64_t>(sizeof(float));
+  const bool few = taps.starts[taps.outputs * taps.blocks] <= kFewTaps * taps.outputs;
+  return bytes > (few ? kDisplacedBytes : kFarBytes);
 }
 
 // The i-th of all tiles, with what follows it before tile `stop`, for one part of the outputs.
@@ -554,7 +559,7 @@ constexpr int kDenseVectors = kRegisters >= 32 ? 4 : 1;  // kGroup * kDenseVecto
 
 // Taps between two visits of a sum to memory, whose input takes most of the first cache level.
 constexpr int64_t kMostDenseTaps = kRegisters >= 32 ? 128 : 144;
-int64_t DenseBlock() { return kRegisters >= 32 && FirstLevelBytes() < (48 << 10) ? 96 : kMostDenseTaps; }
+int64_t DenseBlock() { return kRegisters >= 32 && !SecondLevelIsNear() ? 96 : kMostDenseTaps; }
 
 constexpr int kDotGroup = 4;                        // output channels that share a load in the weight gradient
 constexpr int kDotTaps = kRegisters >= 32 ? 6 : 3;  // kDotGroup * kDotTaps sums in registers
@@ -722,7 +727,7 @@ void DenseAccumulate(const Region* regions, int64_t count, const DenseTaps& taps
   const int64_t at_once = taps.taps > block ? kGroupsAtOnce : groups;
   const int64_t parts = Most(Least(Parts(kEnoughChunks, strips), groups), Parts(groups, at_once));
   const ZeroHalo halo = HaloOf(*regions, end);
-  const bool ahead = kRegisters >= 32 && FetchesAhead() && taps.taps <= block;
+  const bool ahead = kRegisters >= 32 && SecondLevelIsNear() && taps.taps <= block;
   ParallelFor(threads, strips * parts, [&](int64_t chunk) {
     int64_t strip = chunk / parts;
     const Region& g = *RegionOf(regions, &strip, StripsOf);

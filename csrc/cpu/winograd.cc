@@ -40,7 +40,8 @@ void ForEachItem(int threads, int64_t items, const Body& body) {
 // Inner products of `all` are cut into parts of this many: their kCols vectors stay in L1, with room for what else
 // passes by.
 int64_t Depth(int64_t all) {
-  const int64_t most = AtMost(160, FirstLevelBytes() * 3 / 4 / (kCols * kLanes * sizeof(float)));
+  const int64_t level = SecondLevelIsNear() ? 48 << 10 : 32 << 10;
+  const int64_t most = AtMost(160, level * 3 / 4 / (kCols * kLanes * sizeof(float)));
   return RoundUp(CeilDiv(all, CeilDiv(all, most)), kLanes);
 }
 
