@@ -203,27 +203,25 @@ static inline float Sum(V x) { return Sum((x.a + x.c) + (x.b + x.d)); }
 // Sums of many vectors are taken sixteen at a time: StoreFolded puts a vector down, added up as
 // far as costs nothing, in kFolded floats; lane i of SumEach is the sum of the i-th of sixteen.
 #if LIPFAST_TARGET == 2
-constexpr int kFolded = kLanes;
-static inline void StoreFolded(float* p, V x) { Store(p, x); }
+constexpr int kFolded = kLanes / 2;
+static inline void StoreFolded(float* p, V x) {
+  _mm256_store_ps(p, _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)));
+}
 static inline V SumEach(const float* folded) {
-  // Each step adds halves and brings the sums of two vectors together in one.
-  V pairs[8], fours[4], two[2];
+  // Each step adds halves and brings the sums of two vectors together in one; a vector is two of the sixteen.
+  V pairs[4], fours[2];
   LIPFAST_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    const int first = i < 4 ? 4 * i : 4 * i - 15;
-    const V a = Load(folded + first * kFolded), b = Load(folded + (first + 2) * kFolded);
+  for (int i = 0; i < 4; ++i) {
+    const V a = Load(folded + i * kLanes), b = Load(folded + (i + 4) * kLanes);
     pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   }
   LIPFAST_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    fours[i] = _mm512_add_ps(_mm512_unpacklo_ps(pairs[i], pairs[i + 4]), _mm512_unpackhi_ps(pairs[i], pairs[i + 4]));
-  }
-  LIPFAST_UNROLL
   for (int i = 0; i < 2; ++i) {
-    two[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x44),
-                           _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xee));
+    fours[i] = _mm512_add_ps(_mm512_unpacklo_ps(pairs[i], pairs[i + 2]), _mm512_unpackhi_ps(pairs[i], pairs[i + 2]));
   }
-  return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
+  const V sums =
+      _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), sums);
 }
 #elif LIPFAST_TARGET == 1
 constexpr int kFolded = kLanes / 2;

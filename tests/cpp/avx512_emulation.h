@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 namespace emulated {
 
@@ -154,6 +155,8 @@ inline __m128i SetBytes(Mask mask, int8_t x) {
 #define _mm512_set1_ps(x) emulated::Floats([&](size_t) { return x; })
 #define _mm512_setzero_ps() (__m512{})
 #define _mm512_set1_epi32(x) (emulated::Each<__m512i, int32_t>([&](size_t) { return x; }))
+#define _mm512_setr_epi32(...) \
+  (emulated::Each<__m512i, int32_t>([](size_t i) { return std::initializer_list<int32_t>{__VA_ARGS__}.begin()[i]; }))
 #define _mm512_add_ps(a, b) ((a) + (b))
 #define _mm512_sub_ps(a, b) ((a) - (b))
 #define _mm512_mul_ps(a, b) ((a) * (b))
@@ -170,6 +173,7 @@ inline __m128i SetBytes(Mask mask, int8_t x) {
 #define _mm512_shuffle_f32x4 emulated::ShuffleQuarters
 #define _mm512_insertf32x4 emulated::InsertQuarter
 #define _mm512_extractf32x8_ps emulated::Half
+#define _mm512_permutexvar_ps(lane, a) emulated::PermuteMasked(a, 0xffff, lane, a)
 #define _mm512_mask_permutexvar_ps emulated::PermuteMasked
 #define _mm512_mask_blend_ps emulated::Select
 #define _mm512_maskz_mov_ps(mask, x) emulated::Select(mask, __m512{}, x)
