@@ -451,7 +451,7 @@ int64_t OutputParts(int64_t tiles, int64_t outputs) {
 // Maps that together exceed what a core finds in the last cache level, and those that other maps of a network
 // displace there. The latter are worth it where an output has so few taps that moving maps is what takes the time.
 constexpr int64_t kFarBytes = 32 << 20, kDisplacedBytes = 8 << 20;
-constexpr int64_t kFewTaps = 40;
+constexpr int64_t kFewTaps = 60;
 
 bool WorthFetchingAhead(const Region* regions, int64_t count, const TapList& taps) {
   if (kRegisters < 32 || !SecondLevelIsNear()) return false;
