@@ -101,7 +101,7 @@ if __name__ == "__main__":
                 plain_sources(),
                 include_dirs=["csrc"],
                 extra_compile_args=COMMON_FLAGS,
-                extra_link_args=["-pthread"],
+                extra_link_args=["-pthread", "-ldl"],
             )
         ],
         cmdclass={"build_ext": BuildKernels},

@@ -48,14 +48,16 @@ int64_t PlainOffset(const PlainMap& p, const LaneMap& m, int lane, int64_t row, 
          (place.col * m.block_w + col) * p.col_stride;
 }
 
-// Square blocks between the pixels of the 16 lanes, which lie apart, and lane vectors: `count` columns or channels of a
-// row without dead pixels, where they are at least kSquare. The last square may cover a part of the one before it
-// again.
+// Square blocks between the pixels of the 16 lanes, which lie apart, and lane vectors: `count` columns or channels
+// without dead pixels, where they are at least kSquare. The last square may cover a part of the one before it again.
 #if LIPFAST_TARGET >= 1
 constexpr int64_t kSquare = 8;
 
-bool RowIsWhole(const LaneMap& m, int64_t row) {
-  return m.missing == 0 && (m.grid - 1) * m.block_h + row < m.height && m.grid * m.block_w == m.width;
+// The first columns of a row that have no dead pixel in any block.
+int64_t WholeCols(const LaneMap& m, int64_t row) {
+  if (m.missing > 0 || (m.grid - 1) * m.block_h + row >= m.height) return 0;
+  const int64_t live = m.width - (m.grid - 1) * m.block_w;
+  return live < 0 ? 0 : live;
 }
 
 #if LIPFAST_TARGET == 2
@@ -100,28 +102,32 @@ void CrossSquares(float* const* pixels, float* vectors, int64_t stride, int64_t 
   }
 }
 
+// The first columns of a row, by squares; how many it did.
 template <bool kToLanes>
-bool CrossRow(float* plane, const PlainMap& p, const LaneMap& m, float* vectors, int64_t row) {
-  if (m.block_w < kSquare || !RowIsWhole(m, row)) return false;
+int64_t CrossRow(float* plane, const PlainMap& p, const LaneMap& m, float* vectors, int64_t row) {
+  const int64_t cols = WholeCols(m, row);
+  if (cols < kSquare) return 0;
   float* pixels[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) pixels[lane] = plane + PlainOffset(p, m, lane, row, 0);
-  CrossSquares<kToLanes>(pixels, vectors, kLanes, m.block_w, false);
-  return true;
+  CrossSquares<kToLanes>(pixels, vectors, kLanes, cols, false);
+  return cols;
 }
 
 constexpr int64_t kAhead = 3;  // pixels: strides this long have no hardware that fetches ahead
 
-// A few channels at a time: more planes than a core follows would be written at once.
+// Columns [begin, last) of a row by squares, a few channels at a time: more planes than a core follows would be
+// written at once. Returns the first column that it did not do.
 template <bool kToLanes>
-bool CrossPixels(const PlainMap& p, const LaneMap& m, int64_t row) {
-  if (m.channels < kSquare || !RowIsWhole(m, row)) return false;
+int64_t CrossPixels(const PlainMap& p, const LaneMap& m, int64_t row, int64_t begin, int64_t last) {
+  const int64_t end = AtMost(last, WholeCols(m, row));
+  if (m.channels < kSquare || end <= begin) return begin;
   for (int64_t c = 0; c < m.channels; c += kLanes) {
     const int64_t first = AtMost(c, m.channels - kSquare), count = AtMost(kLanes, m.channels - first);
     float* pixels[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
-      pixels[lane] = p.data + first + PlainOffset(p, m, lane, row, 0);
+      pixels[lane] = p.data + first + PlainOffset(p, m, lane, row, begin);
     }
-    for (int64_t col = 0; col < m.block_w; ++col) {
+    for (int64_t col = begin; col < end; ++col) {
       CrossSquares<kToLanes>(pixels, m.At(0, first, row, col), m.channel_stride, count, true);
       for (float*& pixel : pixels) {
         pixel += p.col_stride;
@@ -129,23 +135,22 @@ bool CrossPixels(const PlainMap& p, const LaneMap& m, int64_t row) {
       }
     }
   }
-  return true;
+  return end;
 }
 #else
 template <bool kToLanes>
-bool CrossRow(float*, const PlainMap&, const LaneMap&, float*, int64_t) {
-  return false;
+int64_t CrossRow(float*, const PlainMap&, const LaneMap&, float*, int64_t) {
+  return 0;
 }
 template <bool kToLanes>
-bool CrossPixels(const PlainMap&, const LaneMap&, int64_t) {
-  return false;
+int64_t CrossPixels(const PlainMap&, const LaneMap&, int64_t, int64_t begin, int64_t) {
+  return begin;
 }
 #endif
 
 // Row-contiguous tensors: 16 columns of 16 blocks at a time, one transpose.
 void RowToLanes(float* plane, const PlainMap& p, const LaneMap& m, float* out, int64_t row) {
-  if (CrossRow<true>(plane, p, m, out, row)) return;
-  for (int64_t col = 0; col < m.block_w; col += kLanes) {
+  for (int64_t col = CrossRow<true>(plane, p, m, out, row); col < m.block_w; col += kLanes) {
     const int64_t cols = AtMost(kLanes, m.block_w - col);
     V v[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -158,12 +163,11 @@ void RowToLanes(float* plane, const PlainMap& p, const LaneMap& m, float* out, i
 }
 
 void RowFromLanes(float* in, const LaneMap& m, const PlainMap& p, float* plane, int64_t row) {
-  if (CrossRow<false>(plane, p, m, in, row)) return;
   if (m.grid == kGrid && m.height == 1 && m.width == 1) {  // what a classifier ends with
     if (row == 0) *plane = *in;
     return;
   }
-  for (int64_t col = 0; col < m.block_w; col += kLanes) {
+  for (int64_t col = CrossRow<false>(plane, p, m, in, row); col < m.block_w; col += kLanes) {
     const int64_t cols = AtMost(kLanes, m.block_w - col);
     V v[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) v[i] = i < cols ? Load(in + (col + i) * kLanes) : Zero();
@@ -176,9 +180,8 @@ void RowFromLanes(float* in, const LaneMap& m, const PlainMap& p, float* plane, 
 }
 
 // Channel-contiguous tensors: 16 channels of 16 blocks' pixels, one transpose.
-void PixelsToLanes(const PlainMap& p, const LaneMap& m, int64_t row) {
-  if (CrossPixels<true>(p, m, row)) return;
-  for (int64_t col = 0; col < m.block_w; ++col) {
+void PixelsToLanes(const PlainMap& p, const LaneMap& m, int64_t row, int64_t begin, int64_t end) {
+  for (int64_t col = CrossPixels<true>(p, m, row, begin, end); col < end; ++col) {
     for (int64_t c = 0; c < m.channels; c += kLanes) {
       const int64_t count = AtMost(kLanes, m.channels - c);
       V v[kLanes];
@@ -192,9 +195,8 @@ void PixelsToLanes(const PlainMap& p, const LaneMap& m, int64_t row) {
   }
 }
 
-void PixelsFromLanes(const LaneMap& m, const PlainMap& p, int64_t row) {
-  if (CrossPixels<false>(p, m, row)) return;
-  for (int64_t col = 0; col < m.block_w; ++col) {
+void PixelsFromLanes(const LaneMap& m, const PlainMap& p, int64_t row, int64_t begin, int64_t end) {
+  for (int64_t col = CrossPixels<false>(p, m, row, begin, end); col < end; ++col) {
     for (int64_t c = 0; c < m.channels; c += kLanes) {
       const int64_t count = AtMost(kLanes, m.channels - c);
       V v[kLanes];
@@ -226,16 +228,23 @@ void RowAnyStride(float* plane, const PlainMap& p, const LaneMap& m, float* vect
   }
 }
 
-// Sheet by sheet, and in a sheet channel by channel, or row by row of a tensor whose pixels are contiguous.
+constexpr int64_t kColsAtOnce = 16;
+
+// Sheet by sheet, and in a sheet channel by channel, or some columns of a row of a tensor whose pixels are contiguous.
 template <bool kToLanes>
 void Convert(const PlainMap& plain, const LaneMap& lanes, int threads) {
   const bool by_pixel = plain.channel_stride == 1 && plain.col_stride != 1;
-  const int64_t parts = by_pixel ? lanes.block_h : lanes.channels;
+  const int64_t across = (lanes.block_w + kColsAtOnce - 1) / kColsAtOnce;
+  const int64_t parts = by_pixel ? lanes.block_h * across : lanes.channels;
   ParallelFor(threads, lanes.batch * parts, [&](int64_t i) {
     const int64_t n = i / parts, part = i % parts;
     const PlainMap p = SheetOf(plain, lanes, n);
     const LaneMap m = SheetOf(lanes, n);
-    if (by_pixel) return kToLanes ? PixelsToLanes(p, m, part) : PixelsFromLanes(m, p, part);
+    if (by_pixel) {
+      const int64_t row = part / across, begin = part % across * kColsAtOnce;
+      const int64_t end = AtMost(begin + kColsAtOnce, m.block_w);
+      return kToLanes ? PixelsToLanes(p, m, row, begin, end) : PixelsFromLanes(m, p, row, begin, end);
+    }
     float* plane = p.data + part * p.channel_stride;
     for (int64_t row = 0; row < m.block_h; ++row) {
       float* vectors = m.At(0, part, row);

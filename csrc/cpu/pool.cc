@@ -1,5 +1,6 @@
 #include "cpu/pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
 
@@ -38,6 +39,7 @@ bool SpinUntil(const Ready& ready) {
 }
 
 thread_local bool inside_chunk = false;
+bool forked = false;  // OpenMP would wait for threads that stayed with the parent
 
 // A range of groups of chunks that is claimed from both ends: begin in the low half.
 struct alignas(kApart) Range {
@@ -159,6 +161,7 @@ Pool* pool = [] {
   pthread_atfork(nullptr, nullptr, [] {
     pool = new Pool;
     inside_chunk = false;
+    forked = true;
   });
   return new Pool;
 }();
@@ -167,6 +170,13 @@ Pool* pool = [] {
 
 void RunChunks(int threads, int64_t chunks, ChunkFunction body, void* context) {
   pool->Run(threads, chunks, body, context);
+}
+
+void EndOpenMpThreads() {
+  constexpr int kSoft = 1;  // omp_pause_soft: settings stay
+  using Pause = int (*)(int);
+  static const auto pause = reinterpret_cast<Pause>(dlsym(RTLD_DEFAULT, "omp_pause_resource_all"));
+  if (pause && !forked) pause(kSoft);
 }
 
 }  // namespace lipfast

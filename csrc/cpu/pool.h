@@ -29,4 +29,9 @@ void ParallelFor(int threads, int64_t chunks, const Body& body) {
       const_cast<Body*>(&body));
 }
 
+// Ends the threads that torch's OpenMP runtime keeps for the calling thread. After a parallel operator they spin for
+// milliseconds on the cores where the pool's threads are about to run; torch's next one starts them anew, which takes
+// no longer than to wake them.
+void EndOpenMpThreads();
+
 }  // namespace lipfast

@@ -492,6 +492,7 @@ void Program::MeanBackward(int dy, int dx) {
 }
 
 void Program::Run(Section where, const PlainMap* plains, int threads) {
+  if (threads > 1) EndOpenMpThreads();
   const RunContext context = {plains, Scratch(threads), threads};
   for (Step& step : steps_[static_cast<int>(where)]) {
     if (!profile_) {

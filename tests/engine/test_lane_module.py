@@ -2,10 +2,12 @@
 
 import copy
 import io
+import os
 import resource
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -617,6 +619,47 @@ def test_threads_may_call_one_module():
         for worker in workers:
             worker.join()
     assert all(torch.equal(got[k], expected[k]) for k in range(4))
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def use_the_threads_of_torch() -> None:
+    torch.ones(1 << 20).exp()
+
+
+def threads_of_this_process() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_threads_of_torch_end_where_ours_begin(three_threads, backward):
+    fast, x = accelerated(make(UNet)), torch.randn(1, 3, 16, 16)
+    y = fast(x).sum()
+    use_the_threads_of_torch()
+    before = threads_of_this_process()
+    y.backward() if backward else fast(x)
+    assert threads_of_this_process() == before - 2
+    use_the_threads_of_torch()
+    assert threads_of_this_process() == before
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_forked_beside_the_threads_of_torch_computes_the_same(three_threads, exit_code_of_a_child):
+    fast, x = accelerated(make(UNet)).eval(), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        expected = fast(x).numpy()
+        use_the_threads_of_torch()
+
+        def same() -> bool:  # numpy compares: torch's own threads stayed with the parent
+            return np.array_equal(fast(x).numpy(), expected)
+
+        assert exit_code_of_a_child(same) == 0
 
 
 def test_frozen_parameters_get_no_gradient():
