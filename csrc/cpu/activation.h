@@ -20,12 +20,7 @@ static inline V Exp(V x) {
   p = Fma(p, r, Set(1.6666665459e-1f));
   p = Fma(p, r, Set(5.0000001201e-1f));
   p = Add(Fma(Mul(p, r), r, r), Set(1.0f));
-  alignas(64) float power[kLanes];
-  alignas(64) int32_t bits[kLanes];
-  Store(power, n);
-  for (int i = 0; i < kLanes; ++i) bits[i] = (static_cast<int32_t>(power[i]) + 127) * (1 << 23);
-  std::memcpy(power, bits, sizeof(power));
-  return Mul(p, Load(power));
+  return Mul(p, PowerOfTwo(n));
 }
 
 static inline V Sigmoid(V x) { return Div(Set(1.0f), Add(Set(1.0f), Exp(Sub(Zero(), x)))); }

@@ -53,6 +53,10 @@ static inline V IfLarger(V a, V b, V c, V d) {
   const auto larger = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
   return _mm512_mask_blend_ps(static_cast<__mmask16>(larger), d, c);
 }
+// 2^n for whole n from -126 to 127.
+static inline V PowerOfTwo(V n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
 // A register's worth of lanes, for loops in which whole vectors would not fit the registers.
 using R = V;
 static inline R LoadR(const float* p) { return Load(p); }
@@ -99,6 +103,10 @@ static inline __m256 IfLarger(__m256 a, __m256 b, __m256 c, __m256 d) {
   return _mm256_blendv_ps(d, c, larger);
 }
 static inline V IfLarger(V a, V b, V c, V d) { return {IfLarger(a.a, b.a, c.a, d.a), IfLarger(a.b, b.b, c.b, d.b)}; }
+static inline __m256 PowerOfTwo(__m256 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+static inline V PowerOfTwo(V n) { return {PowerOfTwo(n.a), PowerOfTwo(n.b)}; }
 using R = __m256;
 static inline R LoadR(const float* p) { return _mm256_load_ps(p); }
 static inline R SetR(float x) { return _mm256_set1_ps(x); }
@@ -132,6 +140,10 @@ static inline R Min(R a, R b) { return a < b ? a : b; }
 static inline R Fma(R a, R b, R c) { return a * b + c; }
 static inline R IfPositive(R a, R b, R c) { return a > 0.0f ? b : c; }
 static inline R IfLarger(R a, R b, R c, R d) { return (a > b) | (a != a) ? c : d; }
+static inline R PowerOfTwo(R n) {
+  typedef int32_t Whole __attribute__((vector_size(16)));
+  return reinterpret_cast<R>((__builtin_convertvector(n, Whole) + 127) * (1 << 23));
+}
 static inline R Sqrt(R x) { return R{std::sqrt(x[0]), std::sqrt(x[1]), std::sqrt(x[2]), std::sqrt(x[3])}; }
 
 static inline V Load(const float* p) { return {LoadR(p), LoadR(p + 4), LoadR(p + 8), LoadR(p + 12)}; }
@@ -155,6 +167,7 @@ static inline void StoreU(float* p, V v) {
 static inline V Set(float x) { return {SetR(x), SetR(x), SetR(x), SetR(x)}; }
 static inline V Zero() { return Set(0.0f); }
 static inline V Sqrt(V x) { return {Sqrt(x.a), Sqrt(x.b), Sqrt(x.c), Sqrt(x.d)}; }
+static inline V PowerOfTwo(V n) { return {PowerOfTwo(n.a), PowerOfTwo(n.b), PowerOfTwo(n.c), PowerOfTwo(n.d)}; }
 #define LIPFAST_BINARY(Name) \
   static inline V Name(V x, V y) { return {Name(x.a, y.a), Name(x.b, y.b), Name(x.c, y.c), Name(x.d, y.d)}; }
 LIPFAST_BINARY(Add)

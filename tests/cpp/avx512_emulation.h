@@ -190,6 +190,13 @@ inline __m128i SetBytes(Mask mask, int8_t x) {
     const float x = emulated::F(a_, i), y = emulated::F(b_, i); \
     return (how) == _CMP_UNORD_Q ? x != x || y != y : x > y;    \
   })
+#define _mm512_cvtps_epi32(x) \
+  (emulated::Each<__m512i, int32_t>([x_ = x](size_t i) { return _mm_cvtss_si32(_mm_set_ss(emulated::F(x_, i))); }))
+#define _mm512_add_epi32(a, b) \
+  (emulated::Each<__m512i, int32_t>([a_ = a, b_ = b](size_t i) { return emulated::I(a_, i) + emulated::I(b_, i); }))
+#define _mm512_slli_epi32(x, by) \
+  (emulated::Each<__m512i, uint32_t>([x_ = x](size_t i) { return static_cast<uint32_t>(emulated::I(x_, i)) << (by); }))
+#define _mm512_castsi512_ps(x) reinterpret_cast<__m512>(x)
 #define _mm512_castps_pd(x) reinterpret_cast<__m512d>(x)
 #define _mm512_castpd_ps(x) reinterpret_cast<__m512>(x)
 #define _mm512_castps_si512(x) reinterpret_cast<__m512i>(x)
