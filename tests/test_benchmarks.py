@@ -1,6 +1,7 @@
 """Every benchmark runs at toy size and checks its own answer; the harness counts and checks as it says."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import lipfast._C as _C
 from lipfast import ops
-from lipfast.bench import cli, families, harness, search
+from lipfast.bench import cli, families, harness, search, step
 from lipfast.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -161,3 +163,29 @@ def test_wrong_options_are_one_line(options, message):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
+
+
+@pytest.fixture
+def step_profile():
+    spec = importlib.util.spec_from_file_location("step_profile", ROOT / "benchmarks" / "step_profile.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_profile_of_a_step_is_whole(step_profile, capsys):
+    rows = step_profile.profiled(step.TOY, 32, 0.89, steps=2)
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    assert {*step_profile.KINDS.values(), step_profile.OUTSIDE} <= {row["operation"] for row in rows}
+    step_profile.show(rows)
+    assert len(capsys.readouterr().out.splitlines()) == 3 + len(rows)
+
+
+def test_the_profile_counts_kept_weights(step_profile):
+    network = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 4, 1))
+    mask = torch.zeros(3, 2, 3, 3, dtype=torch.bool)
+    mask.view(-1)[:5] = True
+    flops = step_profile.flops_of(network, {"0.weight": mask}, torch.zeros(1, 2, 4, 6))
+    both, second = 2 * (5 + 12) * 24, 2 * 12 * 24
+    assert flops == {"conv, forward": both, "conv, weight gradient": both, "conv, input gradient": second}
+    assert step_profile.numbers_of("norm backward 3x4x6") == 3 * 4 * 6
