@@ -9,9 +9,11 @@ import argparse
 import datetime
 import functools
 import json
+import math
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ import lipfast._C as _C
 from lipfast.bench import harness
 from lipfast.bench.step import LAYER_DENSITIES, pruned_fit
 from lipfast.engine.lane_trainer import LaneTrainer, Program, _Fitted
+
+Row = dict[str, Any]
 
 WARM_UP = 5
 STEPS = 30
@@ -60,7 +64,7 @@ def main() -> None:
         show(rows)
 
 
-def profiled(config: dict[str, object], side: int, sparsity: float, steps: int) -> list[dict[str, object]]:
+def profiled(config: dict[str, object], side: int, sparsity: float, steps: int) -> list[Row]:
     """A row for each kind of operation, those that take longest first."""
     network, masks, z, target = pruned_fit(config, side, sparsity)
     arithmetic = flops_of(network, masks, z)
@@ -120,9 +124,9 @@ def kind_of(label: str) -> str:
 
 
 def numbers_of(label: str) -> int:
-    """How many numbers the map of a label has: its last word is channels x height x width."""
-    channels, height, width = (label.rsplit(" ", 1)[-1].split("x") + ["0", "0"])[:3]
-    return int(channels) * int(height) * int(width) if channels.isdigit() else 0
+    """How many numbers the map of a label has, whose last word is channels x height x width; 0 where it is not."""
+    size = label.rsplit(" ", 1)[-1].split("x")
+    return math.prod(map(int, size)) if len(size) == 3 else 0
 
 
 def flops_of(network: nn.Module, masks: dict[str, Tensor], z: Tensor) -> Counter[str]:
@@ -145,16 +149,16 @@ def flops_of(network: nn.Module, masks: dict[str, Tensor], z: Tensor) -> Counter
     return flops
 
 
-def show(rows: list[dict[str, object]]) -> None:
+def show(rows: list[Row]) -> None:
     """The table, in Markdown."""
     first = rows[0]
-    peak, copy = float(str(first["fma_peak"])), float(str(first["copy_peak"]))
-    print(f"{first['side']} px, {first['sparsity']:.0%} zeros; {peak / 1e9:.0f} GFLOP/s, copies {copy / 1e9:.0f} GB/s")
+    print(f"{first['side']} px, {first['sparsity']:.0%} zeros; ", end="")
+    print(f"{first['fma_peak'] / 1e9:.0f} GFLOP/s, copies {first['copy_peak'] / 1e9:.0f} GB/s")
     print("| operation | ms | share | GFLOP/s | GB/s |\n|---|---|---|---|---|")
     for row in rows:
         rates = [row[name] for name in ("flops_per_second", "bytes_per_second")]
-        shown = ["" if rate is None else f"{float(str(rate)) / 1e9:.0f}" for rate in rates]
-        print(f"| {row['operation']} | {float(str(row['seconds'])) * 1e3:.1f} | {row['share']:.0%} | {' | '.join(shown)} |")
+        cells = [f"{row['seconds'] * 1e3:.1f}", f"{row['share']:.0%}", *(f"{r / 1e9:.0f}" if r else "" for r in rates)]
+        print(f"| {row['operation']} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
