@@ -66,6 +66,18 @@ def test_squares_of_columns_and_channels_that_overlap_at_the_end(channels, width
         assert torch.equal(lanes.to_tensor(torch.channels_last), x)
 
 
+@pytest.mark.parametrize("size", [(8, 33), (7, 66), (4, 75), (4, 190)])  # the last blocks end in dead columns, or rows
+@pytest.mark.parametrize("channels", [7, 8, 21])
+def test_squares_end_where_a_block_has_dead_pixels(channels, size):
+    x = torch.randn(2, channels, *size)
+    block = (-(-size[0] // GRID), -(-size[1] // GRID))
+    for view in (x, x.to(memory_format=torch.channels_last)):
+        lanes = LaneMap.from_tensor(view)
+        assert torch.equal(lanes.data, expected(x, 0, "zeros", 0, block))
+        assert torch.equal(lanes.to_tensor(), x)
+        assert torch.equal(lanes.to_tensor(torch.channels_last), x)
+
+
 def test_blocks_larger_than_a_quarter():
     x = torch.randn(1, 2, 9, 10)
     assert torch.equal(LaneMap.from_tensor(x, 1, "reflect", 1, (6, 4)).data, expected(x, 1, "reflect", 1, (6, 4)))
