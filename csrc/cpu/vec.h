@@ -53,7 +53,7 @@ static inline V IfLarger(V a, V b, V c, V d) {
   const auto larger = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
   return _mm512_mask_blend_ps(static_cast<__mmask16>(larger), d, c);
 }
-// 2^n for whole n from -126 to 127.
+// 2^n for whole n from -126 to 127; inf for 128.
 static inline V PowerOfTwo(V n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
@@ -142,7 +142,8 @@ static inline R IfPositive(R a, R b, R c) { return a > 0.0f ? b : c; }
 static inline R IfLarger(R a, R b, R c, R d) { return (a > b) | (a != a) ? c : d; }
 static inline R PowerOfTwo(R n) {
   typedef int32_t Whole __attribute__((vector_size(16)));
-  return reinterpret_cast<R>((__builtin_convertvector(n, Whole) + 127) * (1 << 23));
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  return reinterpret_cast<R>((reinterpret_cast<Bits>(__builtin_convertvector(n, Whole)) + 127) << 23);
 }
 static inline R Sqrt(R x) { return R{std::sqrt(x[0]), std::sqrt(x[1]), std::sqrt(x[2]), std::sqrt(x[3])}; }
 
