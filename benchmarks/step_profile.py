@@ -21,13 +21,13 @@ from torch import Tensor, nn
 import lipfast._C as _C
 from lipfast.bench import harness
 from lipfast.bench.step import LAYER_DENSITIES, pruned_fit
-from lipfast.engine.lane_trainer import LaneTrainer, Program, _Fitted
+from lipfast.engine.lane_trainer import LaneTrainer, _Fitted
 
 Row = dict[str, Any]
 
 WARM_UP = 5
 STEPS = 30
-# What a step's label begins with -> what the table calls it, longest first; the rest of the label is its map's size.
+# Words that a step's label begins with -> what the table calls it, longest first; the last word is its map's size.
 KINDS = {
     "conv dw": "conv, weight gradient",
     "conv dx": "conv, input gradient",
@@ -72,7 +72,9 @@ def profiled(config: dict[str, object], side: int, sparsity: float, steps: int) 
     step = functools.partial(trainer.step, z, lambda output: nn.functional.mse_loss(output, target))
     for _ in range(WARM_UP):
         step()
-    running = fitted(trainer._program).running
+    program = trainer._program
+    assert isinstance(program, _Fitted), "the network does not run in lanes"
+    running = program.running
     running.program.set_profile(True)
     start = time.perf_counter()
     for _ in range(steps):
@@ -95,7 +97,7 @@ def profiled(config: dict[str, object], side: int, sparsity: float, steps: int) 
         "copy_peak": harness.copy_peak(harness.LARGEST_COPY, threads),
         "torch": torch.__version__,
         "commit": harness.commit(),
-        "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     return [
         {
@@ -112,15 +114,9 @@ def profiled(config: dict[str, object], side: int, sparsity: float, steps: int) 
     ]
 
 
-def fitted(program: Program | None) -> _Fitted:
-    """The trainer's program, which it has where the network runs in lanes."""
-    assert isinstance(program, _Fitted), "the network does not run in lanes"
-    return program
-
-
 def kind_of(label: str) -> str:
     """What the table calls a step of a program."""
-    return next((name for start, name in KINDS.items() if label.startswith(start)), OTHERS)
+    return next((name for start, name in KINDS.items() if label.startswith(f"{start} ")), OTHERS)
 
 
 def numbers_of(label: str) -> int:

@@ -1,12 +1,13 @@
 """Every benchmark runs at toy size and checks its own answer; the harness counts and checks as it says."""
 
 import dataclasses
-import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lipfast.bench import cli, families, harness, search, step
 from lipfast.errors import InputError
 
 ROOT = Path(__file__).parent.parent
+step_profile = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks/step_profile.py")))
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -165,24 +167,16 @@ def test_wrong_options_are_one_line(options, message):
     assert message in done.stderr
 
 
-@pytest.fixture
-def step_profile():
-    spec = importlib.util.spec_from_file_location("step_profile", ROOT / "benchmarks" / "step_profile.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_profile_of_a_step_is_whole(step_profile, capsys):
+def test_the_profile_of_a_step_is_whole(capsys):
     rows = step_profile.profiled(step.TOY, 32, 0.89, steps=2)
     assert sum(row["share"] for row in rows) == pytest.approx(1)
-    kinds = {"conv, forward", "conv, input gradient", "conv, weight gradient", "BatchNorm, backward"}
+    kinds = {"conv, forward", "conv, input gradient", "conv, weight gradient", "BatchNorm, backward", "conversions"}
     assert kinds | {step_profile.OUTSIDE} <= {row["operation"] for row in rows}
     step_profile.show(rows)
     assert len(capsys.readouterr().out.splitlines()) == 3 + len(rows)
 
 
-def test_the_profile_counts_kept_weights(step_profile):
+def test_the_profile_counts_kept_weights():
     network = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 4, 1))
     mask = torch.zeros(3, 2, 3, 3, dtype=torch.bool)
     mask.view(-1)[:5] = True
