@@ -61,11 +61,14 @@ int64_t FirstLevelBytes() {
 #endif
 }
 
-bool SecondLevelIsNear() {
+bool SecondLevelIsNear() { return SecondLevelKeepsUp() || FirstLevelBytes() >= (48 << 10); }
+
+bool SecondLevelKeepsUp() {
 #if defined(__x86_64__)
-  if (IsaAvailable(Isa::kAvx512) && __builtin_cpu_is("amd")) return true;
+  return IsaAvailable(Isa::kAvx512) && __builtin_cpu_is("amd") && FirstLevelBytes() < (48 << 10);
+#else
+  return false;
 #endif
-  return FirstLevelBytes() >= (48 << 10);
 }
 
 void SetIsa(Isa isa) {

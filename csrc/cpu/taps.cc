@@ -1,5 +1,7 @@
 #include "cpu/taps.h"
 
+#include <memory>
+
 #include "cpu/activation.h"
 #include "cpu/halo.h"
 #include "cpu/isa.h"
@@ -557,14 +559,22 @@ void SparseDot(const Region* regions, int64_t count, const TapList& taps, float*
 constexpr int kGroup = kRegisters >= 8 ? 6 : 4;          // output channels that share a load of the input
 constexpr int kDenseVectors = kRegisters >= 32 ? 4 : 1;  // kGroup * kDenseVectors sums in registers
 
-// Taps between two visits of a sum to memory, whose input takes most of the first cache level.
-constexpr int64_t kMostDenseTaps = kRegisters >= 32 ? 128 : 144;
-int64_t DenseBlock() { return kRegisters >= 32 && !SecondLevelIsNear() ? 96 : kMostDenseTaps; }
+// Taps between two visits of a sum to memory, whose input takes most of the first cache level or a part of the second.
+constexpr int64_t kMostDenseTaps = 1152;
+int64_t DenseBlock(int64_t taps) {
+  const bool far = kRegisters < 32 || SecondLevelKeepsUp();
+  const int64_t most = far ? kMostDenseTaps : SecondLevelIsNear() ? 128 : 96;
+  return Most(1, Parts(taps, Most(1, Parts(taps, most))));  // equal ones
+}
+
+constexpr int64_t kFetchedTaps = kRegisters >= 32 ? 16 : 32;  // how far ahead of its copying input is fetched
 
 constexpr int kDotGroup = 4;                        // output channels that share a load in the weight gradient
 constexpr int kDotTaps = kRegisters >= 32 ? 6 : 3;  // kDotGroup * kDotTaps sums in registers
 
-constexpr int64_t kDotVectors = 64;  // positions whose input, for some taps, stays in the first cache level
+// Positions whose input, for some taps, stays in the first cache level, or in the second. Sums are taken across lanes
+// once for so many.
+int64_t DotVectors() { return kRegisters >= 32 && SecondLevelKeepsUp() ? 256 : 64; }
 
 struct DenseTask {
   const Region* region;
@@ -604,9 +614,9 @@ struct DensePlaces {
 constexpr int64_t kGroupsAtOnce = 22;
 
 // Taps [begin, end) of one group of outputs, of which kOutputs are computed, at kVectors positions; `packed` is
-// their input, `waiting` where their sums wait between blocks.
-template <int kVectors, int kOutputs>
-void DenseGroup(const DenseTask& task, const DensePlaces<kVectors>& at, const float* packed, int64_t begin, int64_t end,
+// their input side by side, for kCopies yet to be copied there, `waiting` where their sums wait between blocks.
+template <int kVectors, int kOutputs, bool kCopies>
+void DenseGroup(const DenseTask& task, const DensePlaces<kVectors>& at, float* packed, int64_t begin, int64_t end,
                 int64_t group, float* waiting) {
   const Region& g = *task.region;
   const int64_t count = task.taps->taps, outputs = task.taps->outputs;
@@ -641,11 +651,19 @@ void DenseGroup(const DenseTask& task, const DensePlaces<kVectors>& at, const fl
     for (int i = 0; i < kVectors; ++i) PrefetchFar(out + k * g.out_channel + at.next_out[i]);
   }
   const float* w = task.weights + (group * count + begin) * kGroup;
-  const float* x = packed;
+  float* x = packed;
   _Pragma("GCC unroll 4") for (int64_t t = begin; t < end; ++t, w += kGroup, x += kVectors * kLanes) {
     V v[kVectors];
+    if (kCopies) {
+      const int32_t soon = task.taps->offsets[Least(t + kFetchedTaps, end - 1)];
+      LIPFAST_UNROLL
+      for (int i = 0; i < kVectors; ++i) Prefetch(at.in[i] + soon);
+    }
     LIPFAST_UNROLL
-    for (int i = 0; i < kVectors; ++i) v[i] = Load(x + i * kLanes);
+    for (int i = 0; i < kVectors; ++i) {
+      v[i] = Load(kCopies ? at.in[i] + task.taps->offsets[t] : x + i * kLanes);
+      if (kCopies) Store(x + i * kLanes, v[i]);
+    }
     LIPFAST_UNROLL
     for (int k = 0; k < kOutputs; ++k) {
       const V weight = Set(w[k]);
@@ -676,28 +694,36 @@ void DenseGroup(const DenseTask& task, const DensePlaces<kVectors>& at, const fl
   }
 }
 
-// kVectors positions, of one row or several. The input of a block of taps is copied side by side: in its map it
-// lies in more pages than a core finds at once, and is read again for each group of outputs.
+// The kernel of a group with `live` outputs left; the others would be computed for nothing.
+template <int kVectors, bool kCopies>
+auto DenseGroupFor(int64_t live) {
+  return live <= 2   ? DenseGroup<kVectors, 2, kCopies>
+         : live <= 4 ? DenseGroup<kVectors, 4, kCopies>
+                     : DenseGroup<kVectors, kGroup, kCopies>;
+}
+
+// A thread's room for the input of a tile and block of taps; a stack may be too small for it.
+float* PackedInput() {
+  struct alignas(64) Vector {
+    float lanes[kLanes];
+  };
+  static thread_local const std::unique_ptr<Vector[]> vectors(new Vector[kMostDenseTaps * kDenseVectors]);
+  return vectors[0].lanes;
+}
+
+// kVectors positions, of one row or several. The first group of outputs copies the input of a block of taps side by
+// side, while it waits for it: in its map it lies in more pages than a core finds at once, and all groups read it.
 template <int kVectors>
 void DenseTile(const DenseTask& task) {
   const int64_t count = task.taps->taps, outputs = task.taps->outputs;
-  const int32_t* offsets = task.taps->offsets;
-  alignas(4096) float packed[kMostDenseTaps * kVectors * kLanes];
+  float* packed = PackedInput();
   alignas(64) float waiting[kGroupsAtOnce * kGroup * kVectors * kLanes];
   const DensePlaces<kVectors> at(*task.region, task.at);
   for (int64_t begin = 0; begin == 0 || begin < count; begin += task.block) {
     const int64_t end = Least(begin + task.block, count);
-    for (int64_t t = begin; t < end; ++t) {
-      LIPFAST_UNROLL
-      for (int i = 0; i < kVectors; ++i) {
-        Store(packed + ((t - begin) * kVectors + i) * kLanes, Load(at.in[i] + offsets[t]));
-      }
-    }
     for (int64_t group = task.first; group < task.last; ++group) {
-      const int64_t live = outputs - group * kGroup;  // of the last group, whose others would be computed for nothing
-      const auto run = live <= 2   ? DenseGroup<kVectors, 2>
-                       : live <= 4 ? DenseGroup<kVectors, 4>
-                                   : DenseGroup<kVectors, kGroup>;
+      const int64_t live = outputs - group * kGroup;
+      const auto run = group == task.first ? DenseGroupFor<kVectors, true>(live) : DenseGroupFor<kVectors, false>(live);
       const int64_t waits = count > task.block ? group - task.first : 0;
       run(task, at, packed, begin, end, group, waiting + waits * kGroup * kVectors * kLanes);
     }
@@ -719,15 +745,25 @@ int64_t StripsOf(const Region& g) { return Parts(g.rows, StripRows(g)); }
 int64_t RowsOf(const Region& g) { return g.rows; }
 int64_t PositionsOf(const Region& g) { return g.rows * g.cols; }
 
+// Layers that read little for each output wait for maps beyond the last cache level; the maps of those with few taps
+// are as large as if they were 1x1.
+constexpr int64_t kFewDenseTaps = 128;
+
+bool WorthFetchingAhead(const Region* regions, int64_t count, const DenseTaps& taps) {
+  if (kRegisters < 32 || !SecondLevelIsNear() || taps.taps > kFewDenseTaps) return false;
+  const int64_t vectors = Total(regions, count, PositionsOf) * (taps.taps + taps.outputs);
+  return vectors * kLanes * static_cast<int64_t>(sizeof(float)) > kFarBytes;
+}
+
 void DenseAccumulate(const Region* regions, int64_t count, const DenseTaps& taps, const float* weights,
                      const float* bias, const TapEnd& end, int threads) {
   const int64_t strips = Total(regions, count, StripsOf);
   if (strips == 0) return;
-  const int64_t block = DenseBlock(), groups = Parts(taps.outputs, kGroup);
+  const int64_t block = DenseBlock(taps.taps), groups = Parts(taps.outputs, kGroup);
   const int64_t at_once = taps.taps > block ? kGroupsAtOnce : groups;
   const int64_t parts = Most(Least(Parts(kEnoughChunks, strips), groups), Parts(groups, at_once));
   const ZeroHalo halo = HaloOf(*regions, end);
-  const bool ahead = kRegisters >= 32 && SecondLevelIsNear() && taps.taps <= block;
+  const bool ahead = WorthFetchingAhead(regions, count, taps);
   ParallelFor(threads, strips * parts, [&](int64_t chunk) {
     int64_t strip = chunk / parts;
     const Region& g = *RegionOf(regions, &strip, StripsOf);
@@ -815,7 +851,7 @@ void DenseDotTaps(const Region& g, int64_t row, int64_t last_row, const DenseTap
 // Few enough that taking the sums across lanes, once a chunk and weight, costs little.
 int64_t DenseDotChunks(const Region* regions, int64_t count) {
   const int64_t positions = Total(regions, count, PositionsOf);
-  return Most(1, Least(Least(Total(regions, count, RowsOf), positions / kDotVectors), 8));
+  return Most(1, Least(Least(Total(regions, count, RowsOf), positions / DotVectors()), 8));
 }
 
 void DenseDot(const Region* regions, int64_t count, const DenseTaps& taps, float* partial, float* d_bias, int threads) {
@@ -833,7 +869,7 @@ void DenseDot(const Region* regions, int64_t count, const DenseTaps& taps, float
     for (int64_t line = rows * chunk / chunks; line < line_end;) {
       int64_t row = line;
       const Region* region = RegionOf(regions, &row, RowsOf);
-      const int64_t count = Least(Least(Parts(kDotVectors, region->cols), region->rows - row), line_end - line);
+      const int64_t count = Least(Least(Parts(DotVectors(), region->cols), region->rows - row), line_end - line);
       int64_t t = 0;
       for (; t + kDotTaps <= taps.taps; t += kDotTaps) {
         DenseDotTaps<kDotTaps>(*region, row, row + count, taps, t, first, last, sum);

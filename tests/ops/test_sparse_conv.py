@@ -174,6 +174,19 @@ def test_tiles_of_every_shape(isa, stride, columns):
     assert all(close(a, b) for a, b in zip(got, want, strict=True))
 
 
+# More taps than are copied side by side at once, more outputs than wait for the next of them, tiles of every width, and
+# several rows whose gradients are summed up before they are added across lanes.
+@pytest.mark.parametrize(("into", "out"), [(140, 135), (20, 7)])
+@pytest.mark.parametrize("size", [(5, 28), (25, 76), (1, 3)])
+def test_dense_kernels_take_their_taps_in_blocks(isa, into, out, size):
+    conv_form = form(out, into, 3)
+    x, weight, mask, bias = draw(conv_form, size, 1, 1.0)
+    want, dy = torch_gradients(x, weight, mask, bias, conv_form)
+    conv, got = on_lanes(x, weight, mask, bias, conv_form, dy, "dense")
+    assert set(conv.kernels.values()) == {"dense"}
+    assert all(close(a, b) for a, b in zip(got, want, strict=True))
+
+
 # Whole and cut tiles of both sizes, one block of tiles and many, more channels than are multiplied at once.
 @pytest.mark.parametrize("size", [(1, 1), (2, 9), (30, 31), (33, 130), (64, 64)])
 @pytest.mark.parametrize("channels", [(3, 2), (140, 170)])
