@@ -27,16 +27,6 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 int64_t CommonDivisor(int64_t a, int64_t b) { return b ? CommonDivisor(b, a % b) : a; }
 
-// Calls body(slot, item) for every item; slot < threads names scratch memory that
-// no other thread is using.
-template <class Body>
-void ForEachItem(int threads, int64_t items, const Body& body) {
-  int64_t next = 0;
-  ParallelFor(threads, AtMost(threads, items), [&](int64_t slot) {
-    for (int64_t item; (item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < items;) body(slot, item);
-  });
-}
-
 // Inner products of `all` are cut into parts of this many: their kCols vectors stay in L1, with room for what else
 // passes by.
 int64_t Depth(int64_t all) {
@@ -246,7 +236,7 @@ class Forward {
       RunShared(u, bias, v, m);
       return;
     }
-    ForEachItem(threads_, blocks_, [&](int64_t slot, int64_t block) {
+    ParallelForSlots(threads_, blocks_, [&](int64_t slot, int64_t block) {
       float* block_v = v + slot * VFloats();
       TransformInput(block, 0, x_.channels, block_v);
       for (int64_t out = 0; out < y_.channels; out += kOutChannels) {
@@ -266,11 +256,11 @@ class Forward {
     const int64_t fair_parts = threads_ / CommonDivisor(blocks_, threads_);
     const int64_t out_part = AtMost(RoundUp(CeilDiv(y_.channels, fair_parts), kRows), kOutChannels);
     const int64_t out_parts = CeilDiv(y_.channels, out_part);
-    ForEachItem(threads_, blocks_ * in_parts, [&](int64_t, int64_t item) {
+    ParallelForSlots(threads_, blocks_ * in_parts, [&](int64_t, int64_t item) {
       const int64_t block = item / in_parts, from = item % in_parts * kInPart;
       TransformInput(block, from, AtMost(from + kInPart, x_.channels), v + block * VFloats());
     });
-    ForEachItem(threads_, blocks_ * out_parts, [&](int64_t slot, int64_t item) {
+    ParallelForSlots(threads_, blocks_ * out_parts, [&](int64_t slot, int64_t item) {
       const int64_t block = item / out_parts, from = item % out_parts * out_part;
       OutputChannels(block, from, AtMost(out_part, y_.channels - from), u, bias, v + block * VFloats(),
                      m + slot * MFloats());
@@ -421,8 +411,9 @@ class WeightGradient {
 
   void Run(float* dw, float* scratch) const {
     float* slots = scratch + splits_ * sum_floats_;
-    ForEachItem(threads_, kGroups * splits_ * parts_, [&](int64_t slot, int64_t item) {
-      const int64_t part = item % parts_, split = item / parts_ % splits_, group = item / parts_ / splits_;
+    ParallelForSlots(threads_, kGroups * splits_ * parts_, [&](int64_t slot, int64_t item) {
+      const int64_t part = item % parts_, turn = item / parts_ % kGroups, split = item / parts_ / kGroups;
+      const int64_t group = turn % 2 ? kGroups - 1 - turn / 2 : turn / 2;  // the largest beside the smallest
       float* sums = scratch + split * sum_floats_;
       float* mine = slots + slot * (AFloats() + BFloats());
       if (group == 0) Task<0>(split, part, sums, mine);
