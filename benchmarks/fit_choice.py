@@ -112,7 +112,7 @@ def work(one: OneDirection, form: ConvForm, pixels: int, direction: str) -> list
     tiles = -(-block[0] // tile) * -(-block[1] // tile) * products
     pairs = filters / 9
     weights = pairs * (tile + 2) ** 2
-    far = 2.0 if 4 * weights > 16 << 20 else 1.0
+    far = 2.0 if 4 * weights > (12 if _C.isa() == "avx512" else 16) << 20 else 1.0
     return [tiles * pairs, tiles * (form.in_channels + form.out_channels), far * weights]
 
 

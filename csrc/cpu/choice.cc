@@ -6,8 +6,8 @@
 namespace lipfast {
 namespace {
 
-// What the kernels' times are made of, in nanoseconds of one core of an Emerald Rapids server;
-// only ratios matter. Fitted by benchmarks/fit_choice.py (docs/kernels.md, "Choice").
+// What the kernels' times are made of, in nanoseconds of one core of an Emerald Rapids server, and
+// of a Zen 4 one for AVX-512 in halves; only ratios matter. Fitted by benchmarks/fit_choice.py (docs/kernels.md, "Choice").
 struct Costs {
   double sparse_tap, sparse_sum, sparse_weight;  // tap x vector, output x vector, weight to re-order
   double winograd_product, winograd_transform;   // product of two frequencies, vector of a frequency
@@ -24,8 +24,19 @@ constexpr Costs kCostsOfAvx512[] = {
     {0.270, 8.72, 1.58, 0.224, 2.77, 0.896, 0.235, 2.85},
     {0.322, 10.0, 2.02, 0.257, 4.75, 0.468, 0.259, 3.99},
 };
+constexpr Costs kCostsOfHalves[] = {
+    {0.342, 3.17, 0.575, 0.293, 2.18, 0.248, 0.294, 0.640},
+    {0.338, 3.16, 1.12, 0.286, 2.21, 0.305, 0.293, 0.952},
+    {0.368, 3.36, 1.07, 0.301, 2.53, 0.252, 0.280, 2.56},
+};
 // Filters in frequencies beyond this many bytes come from memory, every time.
-constexpr double kLastLevel = 16 << 20, kFromMemory = 2.0;
+constexpr double kLastLevelOfAvx2 = 16 << 20, kLastLevelOfAvx512 = 12 << 20, kFromMemory = 2.0;
+
+const Costs& CostsOf(ConvDirection direction) {
+  const int row = static_cast<int>(direction);
+  if (ActiveIsa() != Isa::kAvx512) return kCostsOfAvx2[row];  // plain, too
+  return SecondLevelKeepsUp() ? kCostsOfHalves[row] : kCostsOfAvx512[row];
+}
 
 bool WinogradPossible(const ConvShape& s) {
   return s.kernel_h == 3 && s.kernel_w == 3 && s.stride <= 2 && s.dilation == 1 && s.groups == 1 && s.pad_h == 1 &&
@@ -67,7 +78,8 @@ double DenseCost(const Costs& c, const Work& w) {
 double WinogradCost(const Costs& c, const Work& w) {
   const double pairs = w.filters / 9;  // of channels
   const double weights = pairs * (w.tile + 2) * (w.tile + 2);
-  const double far = weights * sizeof(float) > kLastLevel ? kFromMemory : 1.0;
+  const double level = ActiveIsa() == Isa::kAvx512 ? kLastLevelOfAvx512 : kLastLevelOfAvx2;
+  const double far = weights * sizeof(float) > level ? kFromMemory : 1.0;
   return w.tiles * (c.winograd_product * pairs + c.winograd_transform * w.channels) + far * c.winograd_weight * weights;
 }
 
@@ -78,8 +90,7 @@ ConvKernel ChooseKernel(ConvKernel asked, const ConvShape& shape, const ConvGeom
   if (shape.groups > 1 || asked == ConvKernel::kSparse) return ConvKernel::kSparse;
   const bool winograd = WinogradPossible(shape) && !exact;
   if (asked == ConvKernel::kDense || (asked == ConvKernel::kWinograd && winograd)) return asked;
-  const Costs& costs =
-      (ActiveIsa() == Isa::kAvx512 ? kCostsOfAvx512 : kCostsOfAvx2)[static_cast<int>(direction)];  // plain: as AVX2
+  const Costs& costs = CostsOf(direction);
   const Work work = WorkOf(shape, geometry, kept, direction);
   const double sparse = SparseCost(costs, work), dense = DenseCost(costs, work);
   // A list of all weights would take 12 to 16 bytes for each in each direction, whatever time it saves on a tiny map.
