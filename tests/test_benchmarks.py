@@ -1,6 +1,7 @@
 """Every benchmark runs at toy size and checks its own answer; the harness counts and checks as it says."""
 
 import dataclasses
+import functools
 import json
 import os
 import runpy
@@ -115,6 +116,17 @@ def test_fma_peak_counts_what_the_instruction_set_can_do(isa):
     finally:
         _C.set_isa(before)
     assert 1e8 < per_core < 1e12  # an optimised-away loop would be far above, a forgotten one far below
+
+
+def test_a_round_trip_between_cores_takes_some_time_and_only_rows_of_several_threads_have_it(request):
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        (row, _) = harness.measure([fake_case([])], seconds=1e-9)
+        assert (row.core_round_trip > 1e-9) == (threads == 2)
+        assert row.core_round_trip < 1
+    with pytest.raises(ValueError, match="core_round_trip: seconds must be positive"):
+        _C.core_round_trip(0)
 
 
 def test_the_command_reruns_itself_with_malloc_that_keeps_its_buffers():

@@ -1,8 +1,10 @@
 #include "cpu/ceiling.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "bindings/checks.h"
@@ -66,6 +68,30 @@ double CopyBandwidth(int64_t bytes, int threads, double seconds) {
       rate([=](const float* source, float* sink, int64_t count) { vectors(source, sink, count / kVectorBytes); }));
 }
 
+// What threads pay to see each other's work. Two that share a core take turns by the system's clock, so as few as
+// three round trips must do.
+double CoreRoundTrip(double seconds) {
+  Check(seconds > 0, "core_round_trip: seconds must be positive");
+  constexpr int kTrips = 20;
+  py::gil_scoped_release release;
+  std::atomic<int> ball{0};  // 1: on its way, 0: back, -1: the other thread may go
+  std::thread other([&] {
+    for (int seen; (seen = ball.load(std::memory_order_acquire)) >= 0;) {
+      if (seen == 1) ball.store(0, std::memory_order_release);
+    }
+  });
+  const double trips = MedianRate(seconds, kTrips, [&] {
+    for (int i = 0; i < kTrips; ++i) {
+      ball.store(1, std::memory_order_release);
+      while (ball.load(std::memory_order_acquire) == 1) {
+      }
+    }
+  });
+  ball.store(-1, std::memory_order_release);
+  other.join();
+  return 1 / trips;
+}
+
 }  // namespace
 
 void BindCeiling(py::module_& m) {
@@ -73,6 +99,8 @@ void BindCeiling(py::module_& m) {
         "Floating-point operations a second at most, with the instruction set in use.");
   m.def("copy_bandwidth", &CopyBandwidth, py::arg("bytes"), py::arg("threads"), py::arg("seconds"),
         "Bytes read plus bytes written a second by the fastest copy of a block of this size.");
+  m.def("core_round_trip", &CoreRoundTrip, py::arg("seconds"),
+        "Seconds that a cache line takes from one thread to another and back, between the cores that they run on.");
 }
 
 }  // namespace lipfast

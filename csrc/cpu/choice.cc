@@ -7,7 +7,8 @@ namespace lipfast {
 namespace {
 
 // What the kernels' times are made of, in nanoseconds of one core of an Emerald Rapids server, and
-// of a Zen 4 one for AVX-512 in halves; only ratios matter. Fitted by benchmarks/fit_choice.py (docs/kernels.md, "Choice").
+// of a Zen 4 one for AVX-512 in halves; only ratios matter. Fitted by benchmarks/fit_choice.py (docs/kernels.md,
+// "Choice").
 struct Costs {
   double sparse_tap, sparse_sum, sparse_weight;  // tap x vector, output x vector, weight to re-order
   double winograd_product, winograd_transform;   // product of two frequencies, vector of a frequency

@@ -75,6 +75,9 @@ def table(family: str, rows: "list[Row]") -> "Table":
 
     first = rows[0]
     peaks = f"FMA peak {first.fma_peak / 1e9:.0f} GFLOP/s, copy {first.copy_peak / 1e9:.0f} GB/s"
+    if first.threads > 1:
+        trips = [1e9 * row.core_round_trip for row in rows]
+        peaks += f", core to core and back {min(trips):.0f} to {max(trips):.0f} ns"
     about = f"{first.cpu}, {first.isa}, {first.threads} threads, torch {first.versions['torch']}, malloc {first.malloc}"
     shown = Table(title=f"lipfast bench {family}", caption=f"{about}\n{peaks}; the speed-up is a median (20 % .. 80 %)")
     for heading in ("case", "shape", "density", "runs", "against"):

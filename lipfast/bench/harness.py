@@ -43,6 +43,7 @@ SETTLE_SECONDS = 10e-3  # untimed calls before a sample
 LONG_CALL = 0.5  # seconds; what lingers of the function before no longer shows
 SHORTEST_SAMPLE = 2e-3  # seconds; shorter calls are repeated within a sample
 CEILING_SECONDS = 0.1
+ROUND_TRIP_SECONDS = 5e-3
 LARGEST_COPY = 256 << 20  # bytes; beyond any cache
 
 
@@ -131,6 +132,7 @@ class Row:
     fma_peak: float  # floating-point operations a second at most, measured in this run
     bytes_per_second: float
     copy_peak: float  # bytes a second of the fastest copy that moves as much, measured in this run
+    core_round_trip: float  # seconds of a cache line from core to core and back, right after the case; 0: one thread
     peak_bytes: int  # most resident memory above what the process had before; 0 where not measured
     baseline_peak_bytes: int
     threads: int
@@ -234,6 +236,7 @@ def _row(case: Case, measured: Measured, baseline: str, *, flops: float = 0.0, m
         fma_peak=fma_peak(threads, isa),
         bytes_per_second=moved / seconds.median,
         copy_peak=copy_peak(min(max(int(moved / 2), 1 << 16), LARGEST_COPY), threads),
+        core_round_trip=_C.core_round_trip(ROUND_TRIP_SECONDS) if threads > 1 else 0.0,
         peak_bytes=measured.peak_bytes.get("", 0),
         baseline_peak_bytes=measured.peak_bytes.get(baseline, 0),
         threads=threads,
