@@ -36,7 +36,7 @@ constexpr double kLastLevelOfAvx2 = 16 << 20, kLastLevelOfAvx512 = 12 << 20, kFr
 const Costs& CostsOf(ConvDirection direction) {
   const int row = static_cast<int>(direction);
   if (ActiveIsa() != Isa::kAvx512) return kCostsOfAvx2[row];  // plain, too
-  return SecondLevelKeepsUp() ? kCostsOfHalves[row] : kCostsOfAvx512[row];
+  return Avx512InHalves() ? kCostsOfHalves[row] : kCostsOfAvx512[row];
 }
 
 bool WinogradPossible(const ConvShape& s) {

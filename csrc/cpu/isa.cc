@@ -61,11 +61,12 @@ int64_t FirstLevelBytes() {
 #endif
 }
 
-bool SecondLevelIsNear() { return SecondLevelKeepsUp() || FirstLevelBytes() >= (48 << 10); }
+bool SecondLevelIsNear() { return Avx512InHalves() || FirstLevelBytes() >= (48 << 10); }
 
-bool SecondLevelKeepsUp() {
+bool Avx512InHalves() {
 #if defined(__x86_64__)
-  return IsaAvailable(Isa::kAvx512) && __builtin_cpu_is("amd") && FirstLevelBytes() < (48 << 10);
+  static const bool halves = IsaAvailable(Isa::kAvx512) && __builtin_cpu_is("amd") && FirstLevelBytes() < (48 << 10);
+  return halves;
 #else
   return false;
 #endif

@@ -34,9 +34,9 @@ int64_t FirstLevelBytes();
 // level (Emerald Rapids, Zen 5), and not on Cascade Lake.
 bool SecondLevelIsNear();
 
-// Whether the second level delivers operands as fast as dense products of AVX-512 take them, one multiply-add a clock
-// on Zen 4: then what they read need not fit in the first.
-bool SecondLevelKeepsUp();
+// Whether the CPU runs AVX-512 in two halves, as Zen 4 does: one multiply-add a clock, whose operands the second level
+// delivers in time, and shuffles on two pipes.
+bool Avx512InHalves();
 
 // Each family specialises this in its .cc, once per target built.
 template <class Table>

@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "cpu/halo.h"
+#include "cpu/isa.h"
 #include "cpu/pool.h"
 #include "cpu/transpose.h"
 #include "cpu/vec.h"
@@ -12,6 +13,8 @@ namespace LIPFAST_NS {
 namespace {
 
 int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
+
+constexpr int64_t kColsAtOnce = 16;  // of tensors whose pixels are contiguous
 
 struct alignas(64) Vector {
   float lanes[kLanes];
@@ -49,9 +52,10 @@ int64_t PlainOffset(const PlainMap& p, const LaneMap& m, int lane, int64_t row, 
 }
 
 // Square blocks between the pixels of the 16 lanes, which lie apart, and lane vectors: `count` columns or channels
-// without dead pixels, where they are at least kSquare. The last square may cover a part of the one before it again.
+// without dead pixels, where they are at least kFewest. The last square may cover a part of the one before it again.
+// Number i of pixels[lane] is the one of vector_at(i).
 #if LIPFAST_TARGET >= 1
-constexpr int64_t kSquare = 8;
+constexpr int64_t kSquare = 8, kFewest = LIPFAST_TARGET == 2 ? 1 : kSquare;
 
 // The first columns of a row that have no dead pixel in any block.
 int64_t WholeCols(const LaneMap& m, int64_t row) {
@@ -61,9 +65,29 @@ int64_t WholeCols(const LaneMap& m, int64_t row) {
 }
 
 #if LIPFAST_TARGET == 2
+// CrossSquares in squares of sixteen, the only one cut where there are fewer: faster where shuffles have two pipes.
+template <bool kToLanes, class At>
+void CrossSixteen(float* const* pixels, const At& vector_at, int64_t count) {
+  const int side = static_cast<int>(AtMost(count, kLanes));
+  for (int64_t at = 0; at < count; at += kLanes) {
+    const int64_t first = AtMost(at, count - side);
+    V v[kLanes];
+    LIPFAST_UNROLL
+    for (int i = 0; i < kLanes; ++i) {
+      v[i] = kToLanes ? LoadPart(pixels[i] + first, side) : i < side ? Load(vector_at(first + i)) : Zero();
+    }
+    Transpose16(v);
+    LIPFAST_UNROLL
+    for (int i = 0; i < kLanes; ++i) {
+      if (!kToLanes) StorePart(pixels[i] + first, v[i], side);
+      if (kToLanes && i < side) Store(vector_at(first + i), v[i]);
+    }
+  }
+}
+
 // CrossSquares where whole lines can be stored: sixteen lanes of four columns, or four lanes of sixteen.
-template <bool kToLanes>
-void CrossLines(float* const* pixels, float* vectors, int64_t stride, int64_t count) {
+template <bool kToLanes, class At>
+void CrossLines(float* const* pixels, const At& vector_at, int64_t count) {
   constexpr int64_t kWidth = kToLanes ? 4 : kLanes;
   for (int64_t at = 0; at < count; at += kWidth) {
     const int64_t first = AtMost(at, count - kWidth);
@@ -71,21 +95,22 @@ void CrossLines(float* const* pixels, float* vectors, int64_t stride, int64_t co
       const float* from[kLanes];
       float* to[4];
       LIPFAST_UNROLL
-      for (int i = 0; i < kLanes; ++i) from[i] = kToLanes ? pixels[i] + first : vectors + (first + i) * stride + lane;
+      for (int i = 0; i < kLanes; ++i) from[i] = kToLanes ? pixels[i] + first : vector_at(first + i) + lane;
       LIPFAST_UNROLL
-      for (int i = 0; i < 4; ++i) to[i] = kToLanes ? vectors + (first + i) * stride : pixels[lane + i] + first;
+      for (int i = 0; i < 4; ++i) to[i] = kToLanes ? vector_at(first + i) : pixels[lane + i] + first;
       TransposeFour(from, to);
     }
   }
 }
 #endif
 
-// pixels[lane] + i and vectors + i * stride hold the same number for each i < count. `lines`: sixteen pixels mostly
-// are a line of the cache.
-template <bool kToLanes>
-void CrossSquares(float* const* pixels, float* vectors, int64_t stride, int64_t count, [[maybe_unused]] bool lines) {
+// `lines`: sixteen pixels mostly are a line of the cache.
+template <bool kToLanes, class At>
+void CrossSquares(float* const* pixels, const At& vector_at, int64_t count, [[maybe_unused]] bool lines) {
 #if LIPFAST_TARGET == 2
-  if (kToLanes || (lines && count >= kLanes)) return CrossLines<kToLanes>(pixels, vectors, stride, count);
+  if (!kToLanes && lines && count >= kLanes) return CrossLines<kToLanes>(pixels, vector_at, count);
+  if (count < kSquare || Avx512InHalves()) return CrossSixteen<kToLanes>(pixels, vector_at, count);
+  if (kToLanes) return CrossLines<kToLanes>(pixels, vector_at, count);
 #endif
   // Lanes lie powers of two apart, often in one set of the cache: eight at a time stay in it until their line is done.
   for (int half = 0; half < kLanes; half += kSquare) {
@@ -95,7 +120,7 @@ void CrossSquares(float* const* pixels, float* vectors, int64_t stride, int64_t 
       LIPFAST_UNROLL
       for (int i = 0; i < kSquare; ++i) {
         in_picture[i] = pixels[half + i] + first;
-        in_lanes[i] = vectors + (first + i) * stride + half;
+        in_lanes[i] = vector_at(first + i) + half;
       }
       Transpose8(kToLanes ? in_picture : in_lanes, kToLanes ? in_lanes : in_picture);
     }
@@ -104,13 +129,24 @@ void CrossSquares(float* const* pixels, float* vectors, int64_t stride, int64_t 
 
 // The first columns of a row, by squares; how many it did.
 template <bool kToLanes>
-int64_t CrossRow(float* plane, const PlainMap& p, const LaneMap& m, float* vectors, int64_t row) {
+int64_t CrossRow(float* const* pixels, const LaneMap& m, float* vectors, int64_t row) {
   const int64_t cols = WholeCols(m, row);
-  if (cols < kSquare) return 0;
-  float* pixels[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) pixels[lane] = plane + PlainOffset(p, m, lane, row, 0);
-  CrossSquares<kToLanes>(pixels, vectors, kLanes, cols, false);
+  if (cols < kFewest) return 0;
+  CrossSquares<kToLanes>(pixels, [=](int64_t i) { return vectors + i * kLanes; }, cols, false);
   return cols;
+}
+
+// As CrossPixels, for so few channels that squares hold those of several pixels, where these follow each other.
+template <bool kToLanes>
+int64_t CrossFewChannels(const PlainMap& p, const LaneMap& m, int64_t row, int64_t begin, int64_t end) {
+  const int64_t count = (end - begin) * m.channels;
+  if (p.col_stride != m.channels || count < kFewest) return begin;
+  float* pixels[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) pixels[lane] = p.data + PlainOffset(p, m, lane, row, begin);
+  float* vectors[kColsAtOnce * kSquare];
+  for (int64_t i = 0; i < count; ++i) vectors[i] = m.At(0, i % m.channels, row, begin + i / m.channels);
+  CrossSquares<kToLanes>(pixels, [&](int64_t i) { return vectors[i]; }, count, false);
+  return end;
 }
 
 constexpr int64_t kAhead = 3;  // pixels: strides this long have no hardware that fetches ahead
@@ -120,7 +156,9 @@ constexpr int64_t kAhead = 3;  // pixels: strides this long have no hardware tha
 template <bool kToLanes>
 int64_t CrossPixels(const PlainMap& p, const LaneMap& m, int64_t row, int64_t begin, int64_t last) {
   const int64_t end = AtMost(last, WholeCols(m, row));
-  if (m.channels < kSquare || end <= begin) return begin;
+  if (end <= begin) return begin;
+  if (m.channels < kSquare) return CrossFewChannels<kToLanes>(p, m, row, begin, end);
+  const int64_t stride = m.channel_stride;
   for (int64_t c = 0; c < m.channels; c += kLanes) {
     const int64_t first = AtMost(c, m.channels - kSquare), count = AtMost(kLanes, m.channels - first);
     float* pixels[kLanes];
@@ -128,7 +166,8 @@ int64_t CrossPixels(const PlainMap& p, const LaneMap& m, int64_t row, int64_t be
       pixels[lane] = p.data + first + PlainOffset(p, m, lane, row, begin);
     }
     for (int64_t col = begin; col < end; ++col) {
-      CrossSquares<kToLanes>(pixels, m.At(0, first, row, col), m.channel_stride, count, true);
+      float* vectors = m.At(0, first, row, col);
+      CrossSquares<kToLanes>(pixels, [=](int64_t i) { return vectors + i * stride; }, count, true);
       for (float*& pixel : pixels) {
         pixel += p.col_stride;
         Prefetch(pixel + kAhead * p.col_stride);
@@ -139,7 +178,7 @@ int64_t CrossPixels(const PlainMap& p, const LaneMap& m, int64_t row, int64_t be
 }
 #else
 template <bool kToLanes>
-int64_t CrossRow(float*, const PlainMap&, const LaneMap&, float*, int64_t) {
+int64_t CrossRow(float* const*, const LaneMap&, float*, int64_t) {
   return 0;
 }
 template <bool kToLanes>
@@ -149,8 +188,8 @@ int64_t CrossPixels(const PlainMap&, const LaneMap&, int64_t, int64_t begin, int
 #endif
 
 // Row-contiguous tensors: 16 columns of 16 blocks at a time, one transpose.
-void RowToLanes(float* plane, const PlainMap& p, const LaneMap& m, float* out, int64_t row) {
-  for (int64_t col = CrossRow<true>(plane, p, m, out, row); col < m.block_w; col += kLanes) {
+void RowToLanes(float* const* pixels, float* plane, const PlainMap& p, const LaneMap& m, float* out, int64_t row) {
+  for (int64_t col = CrossRow<true>(pixels, m, out, row); col < m.block_w; col += kLanes) {
     const int64_t cols = AtMost(kLanes, m.block_w - col);
     V v[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -162,12 +201,12 @@ void RowToLanes(float* plane, const PlainMap& p, const LaneMap& m, float* out, i
   }
 }
 
-void RowFromLanes(float* in, const LaneMap& m, const PlainMap& p, float* plane, int64_t row) {
+void RowFromLanes(float* const* pixels, float* in, const LaneMap& m, const PlainMap& p, float* plane, int64_t row) {
   if (m.grid == kGrid && m.height == 1 && m.width == 1) {  // what a classifier ends with
     if (row == 0) *plane = *in;
     return;
   }
-  for (int64_t col = CrossRow<false>(plane, p, m, in, row); col < m.block_w; col += kLanes) {
+  for (int64_t col = CrossRow<false>(pixels, m, in, row); col < m.block_w; col += kLanes) {
     const int64_t cols = AtMost(kLanes, m.block_w - col);
     V v[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) v[i] = i < cols ? Load(in + (col + i) * kLanes) : Zero();
@@ -228,8 +267,6 @@ void RowAnyStride(float* plane, const PlainMap& p, const LaneMap& m, float* vect
   }
 }
 
-constexpr int64_t kColsAtOnce = 16;
-
 // Sheet by sheet, and in a sheet channel by channel, or some columns of a row of a tensor whose pixels are contiguous.
 template <bool kToLanes>
 void Convert(const PlainMap& plain, const LaneMap& lanes, int threads) {
@@ -246,12 +283,15 @@ void Convert(const PlainMap& plain, const LaneMap& lanes, int threads) {
       return kToLanes ? PixelsToLanes(p, m, row, begin, end) : PixelsFromLanes(m, p, row, begin, end);
     }
     float* plane = p.data + part * p.channel_stride;
+    float* pixels[kLanes];  // where the row begins in each block
+    for (int lane = 0; lane < kLanes; ++lane) pixels[lane] = plane + PlainOffset(p, m, lane, 0, 0);
     for (int64_t row = 0; row < m.block_h; ++row) {
       float* vectors = m.At(0, part, row);
       if (p.col_stride != 1) {
         RowAnyStride<kToLanes>(plane, p, m, vectors, row);
       } else {
-        kToLanes ? RowToLanes(plane, p, m, vectors, row) : RowFromLanes(vectors, m, p, plane, row);
+        kToLanes ? RowToLanes(pixels, plane, p, m, vectors, row) : RowFromLanes(pixels, vectors, m, p, plane, row);
+        for (float*& pixel : pixels) pixel += p.row_stride;
       }
     }
   });

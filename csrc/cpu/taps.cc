@@ -562,7 +562,7 @@ constexpr int kDenseVectors = kRegisters >= 32 ? 4 : 1;  // kGroup * kDenseVecto
 // Taps between two visits of a sum to memory, whose input takes most of the first cache level or a part of the second.
 constexpr int64_t kMostDenseTaps = 1152;
 int64_t DenseBlock(int64_t taps) {
-  const bool far = kRegisters < 32 || SecondLevelKeepsUp();
+  const bool far = kRegisters < 32 || Avx512InHalves();
   const int64_t most = far ? kMostDenseTaps : SecondLevelIsNear() ? 128 : 96;
   return Most(1, Parts(taps, Most(1, Parts(taps, most))));  // equal ones
 }
@@ -574,7 +574,7 @@ constexpr int kDotTaps = kRegisters >= 32 ? 6 : 3;  // kDotGroup * kDotTaps sums
 
 // Positions whose input, for some taps, stays in the first cache level, or in the second. Sums are taken across lanes
 // once for so many.
-int64_t DotVectors() { return kRegisters >= 32 && SecondLevelKeepsUp() ? 256 : 64; }
+int64_t DotVectors() { return kRegisters >= 32 && Avx512InHalves() ? 256 : 64; }
 
 struct DenseTask {
   const Region* region;

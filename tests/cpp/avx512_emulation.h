@@ -155,6 +155,7 @@ inline __m128i SetBytes(Mask mask, int8_t x) {
 #define _mm512_set1_ps(x) emulated::Floats([&](size_t) { return x; })
 #define _mm512_setzero_ps() (__m512{})
 #define _mm512_set1_epi32(x) (emulated::Each<__m512i, int32_t>([&](size_t) { return x; }))
+#undef _mm512_setr_epi32  // a macro in some compilers
 #define _mm512_setr_epi32(...) \
   (emulated::Each<__m512i, int32_t>([](size_t i) { return std::initializer_list<int32_t>{__VA_ARGS__}.begin()[i]; }))
 #define _mm512_add_ps(a, b) ((a) + (b))

@@ -55,9 +55,9 @@ def test_every_lane_is_its_block_with_its_neighbours_around(size, halo, width, m
         assert torch.equal(lanes.to_tensor(torch.channels_last), x)
 
 
-@pytest.mark.parametrize("width", [32, 36, 44, 64, 76])  # blocks of 8, 9, 11, 16 and 19 columns, none dead
-@pytest.mark.parametrize("channels", [7, 8, 11, 16, 21])
-def test_squares_of_columns_and_channels_that_overlap_at_the_end(channels, width):
+@pytest.mark.parametrize("width", [4, 20, 32, 36, 44, 64, 76])  # blocks of 1, 5, 8, 9, 11, 16 and 19 columns, none dead
+@pytest.mark.parametrize("channels", [3, 7, 8, 11, 16, 21])
+def test_squares_of_columns_and_channels_that_overlap_at_the_end(isa, channels, width):
     x = torch.randn(2, channels, 8, width)
     for view in (x, x.to(memory_format=torch.channels_last)):
         lanes = LaneMap.from_tensor(view)
@@ -67,8 +67,8 @@ def test_squares_of_columns_and_channels_that_overlap_at_the_end(channels, width
 
 
 @pytest.mark.parametrize("size", [(8, 33), (7, 66), (4, 75), (4, 190)])  # the last blocks end in dead columns, or rows
-@pytest.mark.parametrize("channels", [7, 8, 21])
-def test_squares_end_where_a_block_has_dead_pixels(channels, size):
+@pytest.mark.parametrize("channels", [3, 7, 8, 21])
+def test_squares_end_where_a_block_has_dead_pixels(isa, channels, size):
     x = torch.randn(2, channels, *size)
     block = (-(-size[0] // GRID), -(-size[1] // GRID))
     for view in (x, x.to(memory_format=torch.channels_last)):
