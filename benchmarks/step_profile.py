@@ -95,6 +95,7 @@ def profiled(config: dict[str, object], side: int, sparsity: float, steps: int) 
         "cpu": harness.cpu_name(),
         "fma_peak": harness.fma_peak(threads, _C.isa()),
         "copy_peak": harness.copy_peak(harness.LARGEST_COPY, threads),
+        "core_round_trip": harness.core_round_trip(threads),
         "torch": torch.__version__,
         "commit": harness.commit(),
         "utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -6,39 +6,42 @@
 namespace lipfast {
 namespace {
 
-// What the kernels' times are made of, in nanoseconds of one core of an Emerald Rapids server, and
-// of a Zen 4 one for AVX-512 in halves; only ratios matter. Fitted by benchmarks/fit_choice.py (docs/kernels.md,
-// "Choice").
+// What the kernels' times are made of, in nanoseconds of one core of an Emerald Rapids server, for
+// AVX-512 in halves of a Zen 4 one; only ratios matter. Fitted by benchmarks/fit_choice.py
+// (docs/kernels.md, "Choice").
 struct Costs {
   double sparse_tap, sparse_sum, sparse_weight;  // tap x vector, output x vector, weight to re-order
   double winograd_product, winograd_transform;   // product of two frequencies, vector of a frequency
   double winograd_weight;                        // frequency of a filter
   double dense_tap, dense_weight;                // as for sparse
 };
-constexpr Costs kCostsOfAvx2[] = {
-    {0.473, 8.66, 1.69, 0.481, 3.21, 0.736, 0.530, 0.764},  // forward
-    {0.474, 8.81, 2.29, 0.490, 3.10, 0.854, 0.520, 2.62},   // input gradient
-    {0.689, 7.33, 2.90, 0.472, 4.40, 0.519, 0.442, 3.59},   // weight gradient
+struct Model {
+  Costs costs[3];  // forward, input gradient, weight gradient
+  // Filters in frequencies of more bytes come from memory, every time, and cost so many times more.
+  double last_level, from_memory;
 };
-constexpr Costs kCostsOfAvx512[] = {
-    {0.275, 9.01, 1.21, 0.234, 3.09, 0.725, 0.237, 0.759},
-    {0.270, 8.72, 1.58, 0.224, 2.77, 0.896, 0.235, 2.85},
-    {0.322, 10.0, 2.02, 0.257, 4.75, 0.468, 0.259, 3.99},
-};
-// Winograd's filters cost a third more than fitted: where cores share no cache, what one transforms is far from the
-// other, and small maps that are nearly as fast by another kernel should take that.
-constexpr Costs kCostsOfHalves[] = {
-    {0.342, 3.17, 0.575, 0.293, 2.18, 0.350, 0.294, 0.640},
-    {0.338, 3.16, 1.12, 0.286, 2.21, 0.400, 0.293, 0.952},
-    {0.368, 3.36, 1.07, 0.301, 2.53, 0.252, 0.280, 2.56},
-};
-// Filters in frequencies beyond this many bytes come from memory, every time.
-constexpr double kLastLevelOfAvx2 = 16 << 20, kLastLevelOfAvx512 = 12 << 20, kFromMemory = 2.0;
+constexpr Model kAvx2 = {{{0.473, 8.66, 1.69, 0.481, 3.21, 0.736, 0.530, 0.764},
+                          {0.474, 8.81, 2.29, 0.490, 3.10, 0.854, 0.520, 2.62},
+                          {0.689, 7.33, 2.90, 0.472, 4.40, 0.519, 0.442, 3.59}},
+                         16 << 20,
+                         2.0};
+constexpr Model kAvx512 = {{{0.275, 9.01, 1.21, 0.234, 3.09, 0.725, 0.237, 0.759},
+                            {0.270, 8.72, 1.58, 0.224, 2.77, 0.896, 0.235, 2.85},
+                            {0.322, 10.0, 2.02, 0.257, 4.75, 0.468, 0.259, 3.99}},
+                           12 << 20,
+                           2.0};
+// Here what Winograd takes for its filters (0.248, 0.305, 0.252 fitted) and for the products of weight
+// gradients (0.301) is more than fitted on one core: where two share no cache, it alone takes longer
+// by half, so what is nearly as fast by another kernel takes that.
+constexpr Model kHalves = {{{0.342, 3.17, 0.575, 0.293, 2.18, 0.430, 0.294, 0.640},
+                            {0.338, 3.16, 1.12, 0.286, 2.21, 0.470, 0.293, 0.952},
+                            {0.368, 3.36, 1.07, 0.340, 2.53, 0.350, 0.280, 2.56}},
+                           12 << 20,
+                           1.4};
 
-const Costs& CostsOf(ConvDirection direction) {
-  const int row = static_cast<int>(direction);
-  if (ActiveIsa() != Isa::kAvx512) return kCostsOfAvx2[row];  // plain, too
-  return Avx512InHalves() ? kCostsOfHalves[row] : kCostsOfAvx512[row];
+const Model& ModelOfIsa() {
+  if (ActiveIsa() != Isa::kAvx512) return kAvx2;  // plain C++, too
+  return Avx512InHalves() ? kHalves : kAvx512;
 }
 
 bool WinogradPossible(const ConvShape& s) {
@@ -78,11 +81,10 @@ double DenseCost(const Costs& c, const Work& w) {
   return c.dense_tap * w.positions * w.filters + c.dense_weight * w.filters;
 }
 
-double WinogradCost(const Costs& c, const Work& w) {
+double WinogradCost(const Model& model, const Costs& c, const Work& w) {
   const double pairs = w.filters / 9;  // of channels
   const double weights = pairs * (w.tile + 2) * (w.tile + 2);
-  const double level = ActiveIsa() == Isa::kAvx512 ? kLastLevelOfAvx512 : kLastLevelOfAvx2;
-  const double far = weights * sizeof(float) > level ? kFromMemory : 1.0;
+  const double far = weights * sizeof(float) > model.last_level ? model.from_memory : 1.0;
   return w.tiles * (c.winograd_product * pairs + c.winograd_transform * w.channels) + far * c.winograd_weight * weights;
 }
 
@@ -93,12 +95,13 @@ ConvKernel ChooseKernel(ConvKernel asked, const ConvShape& shape, const ConvGeom
   if (shape.groups > 1 || asked == ConvKernel::kSparse) return ConvKernel::kSparse;
   const bool winograd = WinogradPossible(shape) && !exact;
   if (asked == ConvKernel::kDense || (asked == ConvKernel::kWinograd && winograd)) return asked;
-  const Costs& costs = CostsOf(direction);
+  const Model& model = ModelOfIsa();
+  const Costs& costs = model.costs[static_cast<int>(direction)];
   const Work work = WorkOf(shape, geometry, kept, direction);
   const double sparse = SparseCost(costs, work), dense = DenseCost(costs, work);
   // A list of all weights would take 12 to 16 bytes for each in each direction, whatever time it saves on a tiny map.
   const bool mostly = work.kept == work.filters || dense < sparse;
-  if (winograd && WinogradCost(costs, work) < (mostly ? dense : sparse)) return ConvKernel::kWinograd;
+  if (winograd && WinogradCost(model, costs, work) < (mostly ? dense : sparse)) return ConvKernel::kWinograd;
   return mostly ? ConvKernel::kDense : ConvKernel::kSparse;
 }
 

@@ -236,7 +236,7 @@ def _row(case: Case, measured: Measured, baseline: str, *, flops: float = 0.0, m
         fma_peak=fma_peak(threads, isa),
         bytes_per_second=moved / seconds.median,
         copy_peak=copy_peak(min(max(int(moved / 2), 1 << 16), LARGEST_COPY), threads),
-        core_round_trip=_C.core_round_trip(ROUND_TRIP_SECONDS) if threads > 1 else 0.0,
+        core_round_trip=core_round_trip(threads),
         peak_bytes=measured.peak_bytes.get("", 0),
         baseline_peak_bytes=measured.peak_bytes.get(baseline, 0),
         threads=threads,
@@ -259,6 +259,11 @@ def fma_peak(threads: int, isa: str) -> float:
 def copy_peak(block_bytes: int, threads: int) -> float:
     """Bytes read plus bytes written a second by the fastest copy of a block of this size."""
     return _C.copy_bandwidth(block_bytes, threads, CEILING_SECONDS)
+
+
+def core_round_trip(threads: int) -> float:
+    """Seconds of a cache line from core to core and back, now: virtual cores move. 0 for one thread."""
+    return _C.core_round_trip(ROUND_TRIP_SECONDS) if threads > 1 else 0.0
 
 
 @functools.cache
