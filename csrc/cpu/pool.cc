@@ -69,7 +69,7 @@ class Pool {
   void Run(int threads, int64_t chunks, ChunkFunction body, void* context) {
     std::unique_lock<std::mutex> only_job(job_mutex_, std::defer_lock);
     if (threads < 2 || chunks < 2 || inside_chunk || !only_job.try_lock()) {
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) body(context, chunk, 0);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) body(context, chunk);
       return;
     }
     if (threads > kMaxThreads) threads = kMaxThreads;
@@ -112,7 +112,7 @@ class Pool {
       Range& range = ranges_[(self + i) % parts];
       for (int64_t group; (group = range.Claim(i == 0)) >= 0; ++done) {
         const int64_t end = group * group_ + group_ < chunks_ ? group * group_ + group_ : chunks_;
-        for (int64_t chunk = group * group_; chunk < end; ++chunk) body_(context_, chunk, self);
+        for (int64_t chunk = group * group_; chunk < end; ++chunk) body_(context_, chunk);
       }
     }
     if (done > 0) done_.fetch_add(done, std::memory_order_acq_rel);

@@ -15,27 +15,18 @@
 
 namespace lipfast {
 
-using ChunkFunction = void (*)(void* context, int64_t chunk, int64_t slot);
+using ChunkFunction = void (*)(void* context, int64_t chunk);
 
-// Runs body(context, chunk, slot) for every chunk in [0, chunks), on up to `threads`
-// threads, the caller among them; returns when all are done. chunks < 2^31. A thread
-// has a slot below `threads` of its own, and the same chunks in every call with as
-// many of them, unless others finish earlier: what it wrote is near when it reads it.
+// Runs body(context, chunk) for every chunk in [0, chunks), on up to `threads`
+// threads, the caller among them; returns when all are done. chunks < 2^31.
 void RunChunks(int threads, int64_t chunks, ChunkFunction body, void* context);
 
-// The same for any callable taking the slot, which names scratch memory that no other thread uses, and the chunk.
-template <class Body>
-void ParallelForSlots(int threads, int64_t chunks, const Body& body) {
-  RunChunks(
-      threads, chunks,
-      [](void* context, int64_t chunk, int64_t slot) { (*static_cast<const Body*>(context))(slot, chunk); },
-      const_cast<Body*>(&body));
-}
-
-// The same for any callable taking the chunk alone.
+// The same for any callable taking the chunk's index.
 template <class Body>
 void ParallelFor(int threads, int64_t chunks, const Body& body) {
-  ParallelForSlots(threads, chunks, [&](int64_t, int64_t chunk) { body(chunk); });
+  RunChunks(
+      threads, chunks, [](void* context, int64_t chunk) { (*static_cast<const Body*>(context))(chunk); },
+      const_cast<Body*>(&body));
 }
 
 // Ends the threads that torch's OpenMP runtime keeps for the calling thread. After a parallel operator they spin for

@@ -1,5 +1,7 @@
 #include "cpu/winograd.h"
 
+#include <vector>
+
 #include "cpu/activation.h"
 #include "cpu/halo.h"
 #include "cpu/isa.h"
@@ -26,6 +28,21 @@ int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 int64_t CommonDivisor(int64_t a, int64_t b) { return b ? CommonDivisor(b, a % b) : a; }
+
+// Calls body(slot, item) for every item; slot < threads names scratch memory that no other thread is using. A thread
+// begins with the same items in every call with as many of them, so that what it wrote is near when it reads it.
+template <class Body>
+void ForEachItem(int threads, int64_t items, const Body& body) {
+  const int64_t slots = AtMost(threads, items);
+  std::vector<int64_t> next(slots);
+  for (int64_t slot = 0; slot < slots; ++slot) next[slot] = items * slot / slots;
+  ParallelFor(threads, slots, [&](int64_t slot) {
+    for (int64_t i = 0; i < slots; ++i) {
+      const int64_t owner = (slot + i) % slots, end = items * (owner + 1) / slots;
+      for (int64_t item; (item = __atomic_fetch_add(&next[owner], 1, __ATOMIC_RELAXED)) < end;) body(slot, item);
+    }
+  });
+}
 
 // Inner products of `all` are cut into parts of this many: their kCols vectors stay in L1, with room for what else
 // passes by.
@@ -236,7 +253,7 @@ class Forward {
       RunShared(u, bias, v, m);
       return;
     }
-    ParallelForSlots(threads_, blocks_, [&](int64_t slot, int64_t block) {
+    ForEachItem(threads_, blocks_, [&](int64_t slot, int64_t block) {
       float* block_v = v + slot * VFloats();
       TransformInput(block, 0, x_.channels, block_v);
       for (int64_t out = 0; out < y_.channels; out += kOutChannels) {
@@ -256,11 +273,11 @@ class Forward {
     const int64_t fair_parts = threads_ / CommonDivisor(blocks_, threads_);
     const int64_t out_part = AtMost(RoundUp(CeilDiv(y_.channels, fair_parts), kRows), kOutChannels);
     const int64_t out_parts = CeilDiv(y_.channels, out_part);
-    ParallelForSlots(threads_, blocks_ * in_parts, [&](int64_t, int64_t item) {
+    ForEachItem(threads_, blocks_ * in_parts, [&](int64_t, int64_t item) {
       const int64_t block = item / in_parts, from = item % in_parts * kInPart;
       TransformInput(block, from, AtMost(from + kInPart, x_.channels), v + block * VFloats());
     });
-    ParallelForSlots(threads_, blocks_ * out_parts, [&](int64_t slot, int64_t item) {
+    ForEachItem(threads_, blocks_ * out_parts, [&](int64_t slot, int64_t item) {
       const int64_t block = item / out_parts, from = item % out_parts * out_part;
       OutputChannels(block, from, AtMost(out_part, y_.channels - from), u, bias, v + block * VFloats(),
                      m + slot * MFloats());
@@ -411,7 +428,7 @@ class WeightGradient {
 
   void Run(float* dw, float* scratch) const {
     float* slots = scratch + splits_ * sum_floats_;
-    ParallelForSlots(threads_, kGroups * splits_ * parts_, [&](int64_t slot, int64_t item) {
+    ForEachItem(threads_, kGroups * splits_ * parts_, [&](int64_t slot, int64_t item) {
       const int64_t part = item % parts_, turn = item / parts_ % kGroups, split = item / parts_ / kGroups;
       const int64_t group = turn % 2 ? kGroups - 1 - turn / 2 : turn / 2;  // the largest beside the smallest
       float* sums = scratch + split * sum_floats_;
