@@ -32,7 +32,8 @@ constexpr Model kAvx512 = {{{0.275, 9.01, 1.21, 0.234, 3.09, 0.725, 0.237, 0.759
                            2.0};
 // Here what Winograd takes for its filters (0.248, 0.305, 0.252 fitted) and for the products of weight
 // gradients (0.301) is more than fitted on one core: where two share no cache, it alone takes longer
-// by half, so what is nearly as fast by another kernel takes that.
+// by half, so what is nearly as fast by another kernel takes that. Filters from memory cost 1.4 times
+// that and not twice, which is about what they took.
 constexpr Model kHalves = {{{0.342, 3.17, 0.575, 0.293, 2.18, 0.430, 0.294, 0.640},
                             {0.338, 3.16, 1.12, 0.286, 2.21, 0.470, 0.293, 0.952},
                             {0.368, 3.36, 1.07, 0.340, 2.53, 0.350, 0.280, 2.56}},

@@ -188,22 +188,22 @@ int64_t CrossPixels(const PlainMap&, const LaneMap&, int64_t, int64_t begin, int
 #endif
 
 // Row-contiguous tensors: 16 columns of 16 blocks at a time, one transpose.
-void RowToLanes(float* const* pixels, float* plane, const PlainMap& p, const LaneMap& m, float* out, int64_t row) {
+void RowToLanes(float* const* pixels, const LaneMap& m, float* out, int64_t row) {
   for (int64_t col = CrossRow<true>(pixels, m, out, row); col < m.block_w; col += kLanes) {
     const int64_t cols = AtMost(kLanes, m.block_w - col);
     V v[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t live = LivePixels(m, lane, row, col, cols);
-      v[lane] = live ? LoadPart(plane + PlainOffset(p, m, lane, row, col), live) : Zero();
+      v[lane] = live ? LoadPart(pixels[lane] + col, live) : Zero();
     }
     Transpose16(v);
     for (int64_t i = 0; i < cols; ++i) Store(out + (col + i) * kLanes, v[i]);
   }
 }
 
-void RowFromLanes(float* const* pixels, float* in, const LaneMap& m, const PlainMap& p, float* plane, int64_t row) {
+void RowFromLanes(float* const* pixels, float* in, const LaneMap& m, int64_t row) {
   if (m.grid == kGrid && m.height == 1 && m.width == 1) {  // what a classifier ends with
-    if (row == 0) *plane = *in;
+    if (row == 0) *pixels[0] = *in;
     return;
   }
   for (int64_t col = CrossRow<false>(pixels, m, in, row); col < m.block_w; col += kLanes) {
@@ -213,7 +213,7 @@ void RowFromLanes(float* const* pixels, float* in, const LaneMap& m, const Plain
     Transpose16(v);
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t live = LivePixels(m, lane, row, col, cols);
-      if (live) StorePart(plane + PlainOffset(p, m, lane, row, col), v[lane], live);
+      if (live) StorePart(pixels[lane] + col, v[lane], live);
     }
   }
 }
@@ -252,11 +252,11 @@ void PixelsFromLanes(const LaneMap& m, const PlainMap& p, int64_t row, int64_t b
 
 // Any strides, pixel by pixel.
 template <bool kToLanes>
-void RowAnyStride(float* plane, const PlainMap& p, const LaneMap& m, float* vectors, int64_t row) {
+void RowAnyStride(float* const* pixels, int64_t col_stride, const LaneMap& m, float* vectors, int64_t row) {
   for (int64_t col = 0; col < m.block_w; ++col) {
     for (int lane = 0; lane < kLanes; ++lane) {
       const bool live = LivePixels(m, lane, row, col, 1);
-      float* pixel = plane + (live ? PlainOffset(p, m, lane, row, col) : 0);
+      float* pixel = pixels[lane] + col * col_stride;
       float* at = vectors + col * kLanes + lane;
       if (kToLanes) {
         *at = live ? *pixel : 0.0f;
@@ -288,11 +288,11 @@ void Convert(const PlainMap& plain, const LaneMap& lanes, int threads) {
     for (int64_t row = 0; row < m.block_h; ++row) {
       float* vectors = m.At(0, part, row);
       if (p.col_stride != 1) {
-        RowAnyStride<kToLanes>(plane, p, m, vectors, row);
+        RowAnyStride<kToLanes>(pixels, p.col_stride, m, vectors, row);
       } else {
-        kToLanes ? RowToLanes(pixels, plane, p, m, vectors, row) : RowFromLanes(pixels, vectors, m, p, plane, row);
-        for (float*& pixel : pixels) pixel += p.row_stride;
+        kToLanes ? RowToLanes(pixels, m, vectors, row) : RowFromLanes(pixels, vectors, m, row);
       }
+      for (float*& pixel : pixels) pixel += p.row_stride;
     }
   });
 }
