@@ -107,11 +107,11 @@ def work(one: OneDirection, form: ConvForm, pixels: int, direction: str) -> list
         return [positions * one.conv.kept, vectors, one.conv.kept]
     if one.kernel == "dense":
         return [positions * filters, filters]
-    tile = _C.winograd_tile(*block, form.stride)
-    products = ((2 * tile + 1) if form.stride == 2 else (tile + 2)) ** 2
-    tiles = -(-block[0] // tile) * -(-block[1] // tile) * products
-    pairs = filters / 9
-    weights = pairs * (tile + 2) ** 2
+    tile = _C.winograd_tile(*block, form.kernel[0], form.stride)
+    side = tile + form.kernel[0] - 1  # frequencies of a filter along each side
+    tiles = -(-block[0] // tile) * -(-block[1] // tile) * ((2 * tile + 1) if form.stride == 2 else side) ** 2
+    pairs = form.out_channels * form.in_channels
+    weights = pairs * side**2
     far = 2.0 if 4 * weights > (12 if _C.isa() == "avx512" else 16) << 20 else 1.0
     return [tiles * pairs, tiles * (form.in_channels + form.out_channels), far * weights]
 

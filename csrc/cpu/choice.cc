@@ -46,31 +46,32 @@ const Model& ModelOfIsa() {
 }
 
 bool WinogradPossible(const ConvShape& s) {
-  return s.kernel_h == 3 && s.kernel_w == 3 && s.stride <= 2 && s.dilation == 1 && s.groups == 1 && s.pad_h == 1 &&
-         s.pad_w == 1;
+  const bool three = s.kernel_h == 3 && s.stride <= 2, five = s.kernel_h == 5 && s.stride == 1;
+  const bool same = s.pad_h == s.kernel_h / 2 && s.pad_w == s.pad_h;
+  return (three || five) && s.kernel_w == s.kernel_h && same && s.dilation == 1 && s.groups == 1;
 }
 
 // How much one direction does: positions of the output, vectors it writes, weights it keeps
-// and has; of Winograd products x tiles, channels of both maps, a tile's side.
+// and has; of Winograd products x tiles, pairs of channels and channels of both maps, frequencies of a filter.
 struct Work {
   double positions, out_vectors, kept, filters;
-  double tiles, channels;
-  int tile;
+  double products, pairs, channels, frequencies;
 };
 
 Work WorkOf(const ConvShape& s, const ConvGeometry& g, int64_t kept, ConvDirection direction) {
   const double positions = static_cast<double>(g.batch * g.out_block_h * g.out_block_w);
   const bool backward = direction == ConvDirection::kInputGradient;
-  const int tile = WinogradTile(g.out_block_h, g.out_block_w, s.stride);
+  const int tile = WinogradTile(g.out_block_h, g.out_block_w, s.kernel_h, s.stride);
   const int64_t tiles = g.batch * ((g.out_block_h + tile - 1) / tile) * ((g.out_block_w + tile - 1) / tile);
   Work work = {};
   work.positions = positions;
   work.out_vectors = positions * static_cast<double>(backward ? s.stride * s.stride * s.in_channels : s.out_channels);
   work.kept = static_cast<double>(kept);
   work.filters = static_cast<double>(s.out_channels * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w);
-  work.tiles = static_cast<double>(tiles * WinogradProducts(tile, s.stride));
+  work.products = static_cast<double>(tiles * WinogradProducts(tile, s.kernel_h, s.stride));
+  work.pairs = static_cast<double>(s.out_channels * s.in_channels);
   work.channels = static_cast<double>(s.in_channels + s.out_channels);
-  work.tile = tile;
+  work.frequencies = static_cast<double>(WinogradSide(tile, s.kernel_h) * WinogradSide(tile, s.kernel_h));
   return work;
 }
 
@@ -83,10 +84,10 @@ double DenseCost(const Costs& c, const Work& w) {
 }
 
 double WinogradCost(const Model& model, const Costs& c, const Work& w) {
-  const double pairs = w.filters / 9;  // of channels
-  const double weights = pairs * (w.tile + 2) * (w.tile + 2);
+  const double weights = w.pairs * w.frequencies;
   const double far = weights * sizeof(float) > model.last_level ? model.from_memory : 1.0;
-  return w.tiles * (c.winograd_product * pairs + c.winograd_transform * w.channels) + far * c.winograd_weight * weights;
+  return w.products * (c.winograd_product * w.pairs + c.winograd_transform * w.channels) +
+         far * c.winograd_weight * weights;
 }
 
 }  // namespace

@@ -36,15 +36,17 @@ struct Conv::Impl {
   int64_t gradient_halo;
   int tile;  // of Winograd
 
-  int64_t DenseWeightFloats() const { return shape.out_channels * shape.in_channels * 9; }
+  // Where Winograd runs; no groups.
+  int64_t DenseWeightFloats() const { return shape.out_channels * shape.in_channels * shape.kernel_h * shape.kernel_w; }
   bool dense() const { return kept == DenseWeightFloats(); }
   int32_t FlatIndex(int64_t packed) const { return weights.empty() ? static_cast<int32_t>(packed) : weights[packed]; }
   void Scatter(const float* values, float* dense, int threads) const;
   int64_t TransformedFloats() const {
-    return RoundUp(WinogradWeightFloats(shape.out_channels, shape.in_channels, tile));
+    return RoundUp(WinogradWeightFloats(shape.out_channels, shape.in_channels, tile, shape.kernel_h));
   }
   const WinogradKernels& Winograd() const {
-    return shape.stride == 2 ? Kernels<StridedWinogradKernels>().kernels : Kernels<WinogradKernels>();
+    if (shape.stride == 2) return Kernels<StridedWinogradKernels>().kernels;
+    return shape.kernel_h == 5 ? Kernels<FiveTapWinogradKernels>().kernels : Kernels<WinogradKernels>();
   }
   void Transform(bool transposed, const float* values, float* transformed, float* scratch, int threads) const;
   void AccumulateGradient(const Pass& pass, const float* values, const LaneMap& dy, const LaneMap& dx, float* scratch,
@@ -184,7 +186,7 @@ int64_t Conv::Impl::ScratchFloats(int threads) const {
   return most + kVector;
 }
 
-// Packed values to w[out][in][3][3].
+// Packed values to w[out][in][kernel_h][kernel_w].
 void Conv::Impl::Scatter(const float* values, float* dense, int threads) const {
   ForRanges(threads, DenseWeightFloats(), [&](int64_t i, int64_t last) { std::fill(dense + i, dense + last, 0.0f); });
   ForRanges(threads, kept, [&](int64_t i, int64_t last) {
@@ -199,7 +201,7 @@ void Conv::Impl::Transform(bool transposed, const float* values, float* transfor
     Scatter(values, scratch, threads);
     values = scratch;
   }
-  // The packed order of a dense layer is w[out][in][3][3] itself.
+  // The packed order of a dense layer is w[out][in][kernel_h][kernel_w] itself.
   Winograd().transform_weights(values, shape.out_channels, shape.in_channels, transposed, tile, transformed, threads);
 }
 
@@ -222,7 +224,7 @@ Conv::Conv(const ConvShape& shape, const ConvGeometry& geometry, const uint8_t* 
   m.forward = choose(ConvDirection::kForward, exact);
   m.input_gradient = choose(ConvDirection::kInputGradient, exact);
   m.weight_gradient = choose(ConvDirection::kWeightGradient, exact);
-  m.tile = WinogradTile(geometry.out_block_h, geometry.out_block_w, shape.stride);
+  m.tile = WinogradTile(geometry.out_block_h, geometry.out_block_w, shape.kernel_h, shape.stride);
   m.BuildForward(&m.forward_pass, placed, m.forward != ConvKernel::kWinograd, m.forward == ConvKernel::kDense);
   m.weight_pass.two_rows = kTwoRowsOfGradient;
   const bool alike = m.forward == ConvKernel::kDense || m.forward_pass.SameTiles(kTwoRowsOfGradient);

@@ -179,23 +179,23 @@ void MultiplyPanel(const float* a, int64_t a_length, int64_t rows, const float* 
 
 template <class Form>
 void TransformWeights(const float* w, int64_t out, int64_t in, bool transposed, float* u, int threads) {
-  constexpr int kSize = Form::kSize;
+  constexpr int kSize = Form::kSize, kTaps = Form::kTaps, kPlaces = kTaps * kTaps;
   // Rows and columns of the matrices U; the vector runs along a row.
   const int64_t rows = transposed ? in : out, cols = transposed ? out : in;
   const int64_t step = WinogradWeightStep(out, in), length = RoundUp(cols, kLanes);
-  const int64_t row_step = transposed ? 9 : 9 * in, col_step = transposed ? 9 * in : 9;
+  const int64_t row_step = transposed ? kPlaces : kPlaces * in, col_step = transposed ? kPlaces * in : kPlaces;
   ParallelFor(threads, rows, [&](int64_t row) {
     for (int64_t col = 0; col < cols; col += kLanes) {
       const int n = static_cast<int>(AtMost(kLanes, cols - col));
-      alignas(64) float taps[9][kLanes] = {};
+      alignas(64) float taps[kPlaces][kLanes] = {};
       for (int i = 0; i < n; ++i) {
         const float* filter = w + row * row_step + (col + i) * col_step;
-        for (int t = 0; t < 9; ++t) taps[transposed ? 8 - t : t][i] = filter[t];
+        for (int t = 0; t < kPlaces; ++t) taps[transposed ? kPlaces - 1 - t : t][i] = filter[t];
       }
-      V half[kSize][3];  // G w
-      for (int s = 0; s < 3; ++s) {
-        const V column[3] = {Load(taps[s]), Load(taps[3 + s]), Load(taps[6 + s])};
-        V line[kSize];
+      V half[kSize][kTaps];  // G w
+      for (int s = 0; s < kTaps; ++s) {
+        V column[kTaps], line[kSize];
+        for (int r = 0; r < kTaps; ++r) column[r] = Load(taps[r * kTaps + s]);
         Form::Weight(column, line);
         for (int r = 0; r < kSize; ++r) half[r][s] = line[r];
       }
@@ -532,10 +532,11 @@ class WeightGradient {
 
   // dw = G^T dU G of one output channel.
   void FromFrequencies(int64_t out, const float* sums, float* dw) const {
+    constexpr int kTaps = Form::kTaps, kPlaces = kTaps * kTaps;
     for (int64_t c = 0; c < in_; c += kLanes) {
-      V half[3][kSize];
+      V half[kTaps][kSize];
       for (int s = 0; s < kSize; ++s) {
-        V column[kSize], line[3];
+        V column[kSize], line[kTaps];
         for (int r = 0; r < kSize; ++r) {
           const float* from = sums + (r * kSize + s) * sum_step_ + out * in_ + c;
           column[r] = Load(from);
@@ -546,17 +547,17 @@ class WeightGradient {
           }
         }
         Form::WeightGradient(column, line);
-        for (int r = 0; r < 3; ++r) half[r][s] = line[r];
+        for (int r = 0; r < kTaps; ++r) half[r][s] = line[r];
       }
-      alignas(64) float taps[9][kLanes];
-      for (int r = 0; r < 3; ++r) {
-        V line[3];
+      alignas(64) float taps[kPlaces][kLanes];
+      for (int r = 0; r < kTaps; ++r) {
+        V line[kTaps];
         Form::WeightGradient(half[r], line);
-        for (int s = 0; s < 3; ++s) Store(taps[3 * r + s], line[s]);
+        for (int s = 0; s < kTaps; ++s) Store(taps[r * kTaps + s], line[s]);
       }
-      float* to = dw + (out * x_.channels + c) * 9;
+      float* to = dw + (out * x_.channels + c) * kPlaces;
       for (int64_t i = 0; i < AtMost(kLanes, x_.channels - c); ++i) {
-        for (int t = 0; t < 9; ++t) to[i * 9 + t] = taps[t][i];
+        for (int t = 0; t < kPlaces; ++t) to[i * kPlaces + t] = taps[t][i];
       }
     }
   }
@@ -620,6 +621,8 @@ constexpr WinogradKernels KernelsOf() {
 
 extern const WinogradKernels winograd_kernels;
 const WinogradKernels winograd_kernels = KernelsOf<Stride1, Stride1>();
+extern const FiveTapWinogradKernels five_tap_winograd_kernels;
+const FiveTapWinogradKernels five_tap_winograd_kernels = {KernelsOf<FiveTaps, FiveTaps>()};
 extern const StridedWinogradKernels strided_winograd_kernels;
 const StridedWinogradKernels strided_winograd_kernels = {KernelsOf<Stride2, Stride2Transposed>()};
 

@@ -1,4 +1,4 @@
-// The transforms of Winograd's minimal filtering for 3x3 layers (winograd.h): of tiles and
+// The transforms of Winograd's minimal filtering (winograd.h): of tiles and
 // filters to frequencies and back, in one dimension and in two. For kernel sources only.
 #pragma once
 
@@ -11,19 +11,18 @@ namespace LIPFAST_NS {
 // Frequencies come in pairs (lo, hi) that share work: rows 1 and 2, 3 and 4, and the
 // first and the last. kPair counts them in this order.
 
-template <int kTile>
-struct Points;
-
-template <>
-struct Points<4> {
+// Points 0, +-kA, +-kB and infinity, exact in float as their powers are.
+struct SixPoints {
   static constexpr int kSize = 6, kPairs = 3;
   static constexpr int Lo(int pair) { return pair == 2 ? 0 : 2 * pair + 1; }
   static constexpr int Hi(int pair) { return pair == 2 ? 5 : 2 * pair + 2; }
   static constexpr int PairOf(int row) { return row % 5 ? (row - 1) / 2 : 2; }
 
-  // Points 0, +-kA, +-kB and infinity; all constants below are exact in float.
   static constexpr float kA = 0.625f, kB = 1.5f;
-  static constexpr float kA2 = kA * kA, kB2 = kB * kB, kA3 = kA * kA2, kB3 = kB * kB2;
+  static constexpr float kA2 = kA * kA, kB2 = kB * kB, kA3 = kA * kA2, kB3 = kB * kB2, kA4 = kA2 * kA2, kB4 = kB2 * kB2;
+  // One over the product of a point's distances to the other points.
+  static constexpr float kScale0 = 1 / (kA2 * kB2);
+  static constexpr float kScaleA = 1 / (2 * kA2 * (kA2 - kB2)), kScaleB = 1 / (2 * kB2 * (kB2 - kA2));
 
   // B^T d
   template <int kPair>
@@ -38,6 +37,15 @@ struct Points<4> {
       hi = Fma(SetR(-point), odd, even);
     }
   }
+};
+
+// kTile pixels of a layer of kTaps taps.
+template <int kTile, int kTaps = 3>
+struct Points;
+
+template <>
+struct Points<4> : SixPoints {
+  static constexpr int kTaps = 3;
 
   // A d, from 4 pixels of an output gradient
   template <int kPair>
@@ -63,10 +71,6 @@ struct Points<4> {
     y[3] = Fma(Set(kB3), difference_b, Fma(Set(kA3), difference_a, m[5]));
   }
 
-  // One over the product of a point's distances to the other points.
-  static constexpr float kScale0 = 1 / (kA2 * kB2);
-  static constexpr float kScaleA = 1 / (2 * kA2 * (kA2 - kB2)), kScaleB = 1 / (2 * kB2 * (kB2 - kA2));
-
   // G w
   static inline void Weight(const V* w, V* u) {
     const V even_a = Mul(Set(kScaleA), Fma(Set(kA2), w[2], w[0]));
@@ -89,7 +93,47 @@ struct Points<4> {
 };
 
 template <>
+struct Points<2, 5> : SixPoints {
+  static constexpr int kTaps = 5;
+
+  template <int kPair>
+  static inline void Gradient(const R* d, R& lo, R& hi) {
+    const float point = kPair == 0 ? kA : kB;
+    lo = kPair == 2 ? d[0] : Fma(SetR(point), d[1], d[0]);
+    hi = kPair == 2 ? d[1] : Fma(SetR(-point), d[1], d[0]);
+  }
+
+  static inline void Output(const V* m, V* y) {
+    y[0] = Add(Add(m[0], Add(m[1], m[2])), Add(m[3], m[4]));
+    y[1] = Fma(Set(kB), Sub(m[3], m[4]), Fma(Set(kA), Sub(m[1], m[2]), m[5]));
+  }
+
+  static inline void Weight(const V* w, V* u) {
+    const V even_a = Mul(Set(kScaleA), Fma(Set(kA4), w[4], Fma(Set(kA2), w[2], w[0])));
+    const V even_b = Mul(Set(kScaleB), Fma(Set(kB4), w[4], Fma(Set(kB2), w[2], w[0])));
+    const V odd_a = Fma(Set(kA2), w[3], w[1]), odd_b = Fma(Set(kB2), w[3], w[1]);
+    u[0] = Mul(Set(kScale0), w[0]);
+    u[1] = Fma(Set(kScaleA * kA), odd_a, even_a);
+    u[2] = Fma(Set(-kScaleA * kA), odd_a, even_a);
+    u[3] = Fma(Set(kScaleB * kB), odd_b, even_b);
+    u[4] = Fma(Set(-kScaleB * kB), odd_b, even_b);
+    u[5] = w[4];
+  }
+
+  static inline void WeightGradient(const V* u, V* w) {
+    const V sum_a = Mul(Set(kScaleA), Add(u[1], u[2])), difference_a = Mul(Set(kScaleA), Sub(u[1], u[2]));
+    const V sum_b = Mul(Set(kScaleB), Add(u[3], u[4])), difference_b = Mul(Set(kScaleB), Sub(u[3], u[4]));
+    w[0] = Fma(Set(kScale0), u[0], Add(sum_a, sum_b));
+    w[1] = Fma(Set(kA), difference_a, Mul(Set(kB), difference_b));
+    w[2] = Fma(Set(kA2), sum_a, Mul(Set(kB2), sum_b));
+    w[3] = Fma(Set(kA3), difference_a, Mul(Set(kB3), difference_b));
+    w[4] = Fma(Set(kA4), sum_a, Fma(Set(kB4), sum_b, u[5]));
+  }
+};
+
+template <>
 struct Points<2> {
+  static constexpr int kTaps = 3;
   static constexpr int kSize = 4, kPairs = 2;
   static constexpr int Lo(int pair) { return pair == 1 ? 0 : 1; }
   static constexpr int Hi(int pair) { return pair == 1 ? 3 : 2; }
@@ -148,7 +192,7 @@ inline void GradientLine(const R* d, R* v) {
 // Input<kGroup>(x, lane, put) and Gradient<kGroup>(dy, lane, put) call put(f, instance,
 // register) for each value of the group; Output(get, put) asks get(f, instance) for all of
 // them and calls put(row, column, vector) for each pixel. Weight and WeightGradient turn
-// three taps into kSize frequencies and back, in one dimension.
+// kTaps taps into kSize frequencies and back, in one dimension.
 //
 // kTiles tiles are handled together, kFewTiles where the map has few, kGradientTiles in weight
 // gradients. More: the weights, which no L2 cache holds, are read less often. Fewer: more of the
@@ -162,13 +206,12 @@ struct Patch {
   R At(int row, int col, int lane) const { return LoadR(data + row * stride + col * kLanes + lane); }
 };
 
-// y[i] = sum of w[k] x[i + k - 1].
-template <int kT>
-struct Stride1 {
-  using P = Points<kT>;
-  static constexpr int kTile = kT, kSize = P::kSize, kFrequencies = kSize * kSize;
-  static constexpr int kInStep = 1, kOutStep = 1;     // pixels from tile pixel to tile pixel
-  static constexpr int kBorder = 1, kPatch = kT + 2;  // the patch begins kBorder pixels before the tile
+// y[i] = sum of w[k] x[i + k - kTaps / 2].
+template <int kT, class P>
+struct Unstrided {
+  static constexpr int kTile = kT, kTaps = P::kTaps, kSize = P::kSize, kFrequencies = kSize * kSize;
+  static constexpr int kInStep = 1, kOutStep = 1;               // pixels from tile pixel to tile pixel
+  static constexpr int kBorder = kTaps / 2, kPatch = P::kSize;  // the patch begins kBorder pixels before the tile
   static constexpr int kTiles = kWide ? 4 : 2, kFewTiles = 4, kGradientTiles = 8;
   static constexpr int kGroups = P::kPairs;  // pairs of rows
   static constexpr int Instances(int) { return 1; }
@@ -242,6 +285,11 @@ struct Stride1 {
   }
 };
 
+template <int kT>
+using Stride1 = Unstrided<kT, Points<kT>>;
+template <int>
+using FiveTaps = Unstrided<2, Points<2, 5>>;  // whatever tile is asked for
+
 // y[i] = w[0] x[2i - 1] + w[1] x[2i] + w[2] x[2i + 1]: two taps on the odd pixels, a layer of
 // stride 1, and one tap on the even ones, for which no product can be saved. Two taps are
 // three of which the first is zero, and so is their frequency 0, always; what is called
@@ -250,7 +298,7 @@ struct Stride1 {
 template <int kT>
 struct Stride2 {
   using P = Points<kT>;
-  static constexpr int kTile = kT, kSize = P::kSize, kFrequencies = kSize * kSize;
+  static constexpr int kTile = kT, kTaps = 3, kSize = P::kSize, kFrequencies = kSize * kSize;
   static constexpr int kInStep = 2, kOutStep = 1;
   static constexpr int kBorder = 1, kPatch = 2 * kT + 1;
   static constexpr int kTiles = kWide ? 2 : 1, kFewTiles = kTiles, kGradientTiles = 4;

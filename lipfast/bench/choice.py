@@ -11,7 +11,10 @@ KERNELS = ("sparse", "winograd", "dense")
 DIRECTIONS = ("forward", "input_gradient", "weight_gradient")
 DENSITIES = (1.0, 0.5, 0.3, 0.25, 0.2, 0.15, 0.1, 0.03)
 # channels in, out; kernel; stride; pixels: layers of the paper's network and of classifiers
-LAYERS = ((128, 128, 3, 1, 128), (128, 128, 3, 1, 32), (64, 64, 3, 1, 56), (128, 128, 1, 1, 128), (128, 128, 3, 2, 64))
+LAYERS = (
+    *((128, 128, 3, 1, 128), (128, 128, 3, 1, 32), (64, 64, 3, 1, 56), (128, 128, 1, 1, 128), (128, 128, 3, 2, 64)),
+    (128, 128, 5, 1, 64),
+)
 
 
 def cases(size: Size) -> list[Case]:

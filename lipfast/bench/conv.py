@@ -36,11 +36,12 @@ LAYERS = [_Layer(f"3x3 {pixels} px", 3, 1, pixels, DENSITIES) for pixels in (64,
 LAYERS += [
     _Layer("3x3 stride 2 128 px", 3, 2, 128, (1.0, 0.2, 0.1, 0.05)),
     _Layer("1x1 128 px", 1, 1, 128, (1.0, 0.1)),
+    _Layer("5x5 64 px", 5, 1, 64, (1.0, 0.5, 0.2, 0.1)),
 ]
 DENSE_LAYERS = [
     _Layer("3x3 stride 2 128 px", 3, 2, 128, (1.0,)),
     _Layer("1x1 128 px", 1, 1, 128, (1.0,)),
-    _Layer("5x5 64 px", 5, 1, 64, (1.0,)),
+    _Layer("5x5 64 px, exact", 5, 1, 64, (1.0,)),
     _Layer("3x3 128 px, exact", 3, 1, 128, (1.0,)),
 ]
 

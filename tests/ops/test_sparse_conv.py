@@ -86,6 +86,7 @@ FORMS = {
     "3x3 stride 2 odd": (form(6, 5, 3, stride=2), (15, 33), 3),
     "3x3 stride 3": (form(6, 5, 3, stride=3), (19, 20), 1),
     "5x5": (form(6, 5, 5), (16, 18), 1),
+    "5x5 reflect": (form(20, 18, 5, mode="reflect"), (33, 41), 3),
     "7x7 stride 2, as ResNet's first": (form(16, 3, 7, stride=2), (40, 40), 1),
     "2x2 without padding": (form(8, 8, 2, stride=2, padding=(0, 0)), (16, 15), 1),
     "3x1": (form(4, 4, (3, 1)), (9, 11), 1),
@@ -251,6 +252,8 @@ def test_the_choice_can_be_asked_and_overridden(monkeypatch):
     assert set(LaneConv(conv_form, few, 1, 64, 64).kernels.values()) == {"sparse"}
     assert set(LaneConv(conv_form, most, 1, 64, 64).kernels.values()) == {"winograd"}
     assert "winograd" not in LaneConv(conv_form, most, 1, 64, 64, exact=True).kernels.values()
+    assert set(LaneConv(form(64, 64, 5), None, 1, 64, 64).kernels.values()) == {"winograd"}
+    assert set(LaneConv(form(64, 64, 5, stride=2), None, 1, 64, 64).kernels.values()) == {"dense"}
     for kernel in ("sparse", "winograd", "dense"):
         monkeypatch.setenv("LIPFAST_KERNEL", kernel)
         assert set(LaneConv(conv_form, most, 1, 64, 64).kernels.values()) == {kernel}
