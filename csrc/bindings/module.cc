@@ -6,6 +6,7 @@
 #include "bindings/checks.cc"
 #include "bindings/conv.cc"
 #include "bindings/engine.cc"
+#include "bindings/entries.cc"
 #include "bindings/lanes.cc"
 #include "bindings/select.cc"
 #include "bindings/step.cc"
@@ -42,6 +43,7 @@ PYBIND11_MODULE(_C, m) {
   BindCeiling(m);
   BindConv(m);
   BindEngine(m);
+  BindEntries(m);
   BindLanes(m);
   BindWinograd(m);
   BindSelect(m);

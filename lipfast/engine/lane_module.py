@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import operator
 import types
 import warnings
 from collections import OrderedDict, defaultdict
@@ -31,7 +32,8 @@ from lipfast.engine.lower import Lowered, Segment, lower
 from lipfast.engine.operators import dense_name, lower_to_operators
 from lipfast.engine.plan import Options, Weight
 from lipfast.engine.products import drop_products, exchange_weights, masks_in_graph, read_in_lanes
-from lipfast.engine.runtime import Arrays, Running, has_hooks, hooked_module, layer_weights, pack, unpack, weights_of
+from lipfast.engine.runtime import Arrays, Running, hooked_module, layer_weights, pack, unpack, weights_of
+from lipfast.engine.survey import Survey, called, hooked
 from lipfast.engine.watch import Derived, Watch
 from lipfast.errors import InputError
 from lipfast.locks import lock
@@ -44,6 +46,7 @@ FEWEST_ZEROS = 0.05
 # Input sizes and modes whose programs are kept.
 PLANS_KEPT = 8
 CPU = torch.device("cpu")
+_SHAPE_AND_KIND = operator.attrgetter("shape", "dtype", "device", "requires_grad")
 # Layers whose weights may hold zeros.
 _WEIGHTS_OF = {(nn.Conv2d, nn.ConvTranspose2d, nn.Linear): "weight", (nn.MultiheadAttention,): "in_proj_weight"}
 # Functions whose results share no memory with their weights.
@@ -202,7 +205,7 @@ class LaneModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without programs: copies and pickles plan their own."""
-        kept = ("_compiled", "_lock")
+        kept = ("_compiled", "_survey", "_lock")
         return {name: value for name, value in self.__dict__.items() if name not in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -214,17 +217,15 @@ class LaneModule(nn.Module):
         return self._hidden[0]
 
     def _forget_plans(self) -> None:
-        own: dict[str, Any] = {"_compiled": OrderedDict(), "_lock": lock()}
+        own: dict[str, Any] = {"_compiled": OrderedDict(), "_survey": None, "_lock": lock()}
         self.__dict__.update(own)  # whatever the original calls so is another matter
 
-    def _survey(self) -> tuple[dict[str, Tensor], list[list[Any]]]:
-        """Parameters, then buffers, by name, and each module with its attributes; what ``named_parameters`` and the
-        like give, in a tenth of their time."""
-        parameters: dict[str, Tensor] = {}
-        buffers: dict[str, Tensor] = {}
-        states: list[list[Any]] = []
-        _visit(self._source(), "", parameters, buffers, states, set())
-        return parameters | buffers, states
+    def _surveyed(self) -> Survey:
+        """The module as it is now."""
+        known: Survey | None = self.__dict__["_survey"]
+        if known is None or not known.holds():
+            known = self.__dict__["_survey"] = Survey(self._source())
+        return known
 
     def _compiled_for(self, leaves: Sequence[Any], structure: Any) -> "tuple[Compiled, dict[str, Tensor]]":
         """What runs such a call, and the tensors to run it with."""
@@ -232,11 +233,10 @@ class LaneModule(nn.Module):
             self._source().training = self.training
         given = tuple(_form(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves)
         with self._lock:  # while another thread records, parameters are exchanged for stand-ins
-            tensors, states = self._survey()
-            forms = tuple(
-                (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad) for tensor in tensors.values()
-            )
-            modes = (torch.is_grad_enabled(), autocast(), *(state[0].training for state in states))
+            survey = self._surveyed()
+            tensors, states = survey.tensors, survey.states
+            forms = tuple(map(_SHAPE_AND_KIND, tensors.values()))
+            modes = (torch.is_grad_enabled(), autocast(), survey.training)
             key = (given, _repeated(leaves), str(structure), modes, forms)
             try:
                 known = self._compiled.get(key)
@@ -272,7 +272,7 @@ class LaneModule(nn.Module):
             lowered = lower_to_operators(recording, self._masks, device, precision=self._precision)
             self._warn(lowered)
             return Compiled(lowered, self._masks, self._exact, device=device)
-        tensors, _ = self._survey()
+        tensors = Survey(self._source()).tensors
         masks, sources, products = masks_in_graph(recording, tensors, self._masks)
         lowered = lower(recording, self._masks | masks)
         exchange_weights((item for item in lowered.items if isinstance(item, Call)), products)
@@ -287,7 +287,7 @@ class LaneModule(nn.Module):
 
     def _dense_stand_ins(self) -> dict[str, Tensor]:
         """Parameters and buffers; the pruned ones as empty tensors of their dense shape."""
-        tensors, _ = self._survey()
+        tensors = Survey(self._source()).tensors
         for name, mask in self._masks.items():
             packed = tensors[name]
             tensors[name] = nn.Parameter(packed.new_empty(()).expand(mask.shape), requires_grad=packed.requires_grad)
@@ -656,29 +656,6 @@ def _kept(ctx: Any) -> "_Lease":
     return lease
 
 
-def _visit(
-    module: nn.Module,
-    prefix: str,
-    parameters: dict[str, Tensor],
-    buffers: dict[str, Tensor],
-    states: list[list[Any]],
-    seen: set[int],
-) -> None:
-    """Collect a module's tensors, each once, and attributes, and its children's."""
-    if has_hooks(module):
-        raise _hooked(prefix[:-1])
-    states.append([module, *vars(module).values()])
-    for found, own in (parameters, module._parameters), (buffers, module._buffers):
-        if own:
-            for name, tensor in own.items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    found[prefix + name] = tensor
-    for name, child in module._modules.items():
-        if child is not None:
-            _visit(child, f"{prefix}{name}.", parameters, buffers, states, seen)
-
-
 def _form(tensor: Tensor) -> tuple[Any, ...]:
     """What a recording may depend on of a tensor that it is given."""
     return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_contiguous()
@@ -852,13 +829,13 @@ def _given(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _refuse_hooks(model: nn.Module) -> None:
     name = hooked_module(model)
     if name is not None:
-        raise _hooked(name)
+        raise hooked(name)
 
 
 def _refuse_accelerated(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, LaneModule):
-            raise InputError(f"accelerate: {_called(name)} is accelerated already; give its to_dense()")
+            raise InputError(f"accelerate: {called(name)} is accelerated already; give its to_dense()")
 
 
 def _refuse_transforms(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -872,11 +849,3 @@ def _refuse_transforms(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     else:
         return
     raise InputError(f"accelerate: {transform} sees no code of an accelerated module; use its to_dense()")
-
-
-def _called(name: str) -> str:
-    return f"module {name!r}" if name else "the model"
-
-
-def _hooked(name: str) -> InputError:
-    return InputError(f"accelerate: {_called(name)} has hooks, which would not run; remove them")

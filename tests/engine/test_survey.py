@@ -1,0 +1,101 @@
+"""What a survey of a module finds, and when it says that the module has changed."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import lipfast._C as _C
+from lipfast.engine.survey import Survey
+from lipfast.errors import InputError
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)
+        self.twin = self.first
+        self.scale, self.sizes = 2.0, [1, 2]
+        self.register_parameter("none", None)
+
+
+def replace_by_an_equal_tensor(net: Net) -> None:
+    net.norm.weight = nn.Parameter(net.norm.weight.detach().clone())
+
+
+def rename(net: Net) -> None:
+    net._parameters = {"other": None}
+
+
+def move_to_the_buffers(net: Net) -> None:
+    net._buffers["none"] = net._parameters.pop("none")
+
+
+CHANGES: dict[str, Callable[[Net], object]] = {
+    "an equal parameter": replace_by_an_equal_tensor,
+    "a name": rename,
+    "parameter to buffer": move_to_the_buffers,
+    "a new buffer": lambda net: net.norm.register_buffer("more", torch.zeros(1)),
+    "a parameter less": lambda net: net.first.register_parameter("bias", None),
+    "a child": lambda net: setattr(net, "first", nn.Conv2d(1, 2, 3)),
+    "a new child": lambda net: net.add_module("last", nn.ReLU()),
+    "a child less": lambda net: delattr(net, "twin"),
+    "a child's attribute": lambda net: setattr(net.norm, "eps", 0.5),
+    "a mode": lambda net: net.norm.eval(),
+    "a new attribute": lambda net: setattr(net, "more", 1),
+    "an attribute less": lambda net: delattr(net, "scale"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_is_seen(change):
+    net = Net()
+    survey = Survey(net)
+    assert survey.holds()
+    change(net)
+    assert not survey.holds()
+    again = Survey(net)
+    assert again.holds()
+    named = dict(net.named_parameters()) | dict(net.named_buffers())
+    assert list(again.tensors) == list(named)
+    assert all(again.tensors[name] is tensor for name, tensor in named.items())
+
+
+def test_numbers_and_entries_of_a_list_are_not_looked_at():
+    net = Net()
+    survey = Survey(net)
+    with torch.no_grad():
+        net.first.weight.zero_()
+    net.sizes.append(3)
+    assert survey.holds()
+
+
+def test_hooks_are_seen_and_refused():
+    net = Net()
+    survey = Survey(net)
+    handle = net.norm.register_forward_hook(lambda *_: None)
+    assert not survey.holds()
+    with pytest.raises(InputError, match="module 'norm' has hooks"):
+        Survey(net)
+    handle.remove()
+    assert Survey(net).holds()
+
+
+def test_each_dict_has_its_own_entries():
+    first, second = {"a": 1}, {"b": 2}
+    record = [first, "a", 1, second, "b", 2]
+    assert _C.same_entries(record)
+    second["c"] = 3  # the last one has more
+    assert not _C.same_entries(record)
+    del second["c"]
+    first["c"] = 3  # and one before it
+    assert not _C.same_entries(record)
+    first.clear()
+    assert not _C.same_entries(record)
+    first["a"] = 1
+    second.clear()
+    assert not _C.same_entries(record)
+    assert _C.same_entries([first, "a", 1])
+    assert not _C.same_entries([{}, {}, 7])
+    assert _C.same_entries([])
