@@ -191,6 +191,9 @@ def hooked_module(model: nn.Module) -> str | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of this module runs more than its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return any(hooks_of(module))
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Where a module keeps what a call of it runs beside its forward."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import lipfast._C as _C
-from lipfast.engine.runtime import has_hooks
+from lipfast.engine.runtime import has_hooks, hooks_of
 from lipfast.errors import InputError
 
 
@@ -39,9 +39,7 @@ class Survey:
 
 def _dicts_of(module: nn.Module) -> Iterable[dict[Any, Any]]:
     """Where a module keeps what a survey finds; the hooks are none."""
-    yield vars(module)
-    yield from (module._parameters, module._buffers, module._modules)
-    yield from (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return vars(module), module._parameters, module._buffers, module._modules, *hooks_of(module)
 
 
 def _record(dicts: Iterable[dict[Any, Any]]) -> list[Any]:
