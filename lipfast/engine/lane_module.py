@@ -33,7 +33,7 @@ from lipfast.engine.operators import dense_name, lower_to_operators
 from lipfast.engine.plan import Options, Weight
 from lipfast.engine.products import drop_products, exchange_weights, masks_in_graph, read_in_lanes
 from lipfast.engine.runtime import Arrays, Running, hooked_module, layer_weights, pack, unpack, weights_of
-from lipfast.engine.survey import Survey, called, hooked
+from lipfast.engine.survey import Survey, called, hooked, state_of
 from lipfast.engine.watch import Derived, Watch
 from lipfast.errors import InputError
 from lipfast.locks import lock
@@ -205,7 +205,7 @@ class LaneModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without programs: copies and pickles plan their own."""
-        kept = ("_compiled", "_survey", "_lock")
+        kept = ("_compiled", "_lane_survey", "_lock")
         return {name: value for name, value in self.__dict__.items() if name not in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -217,14 +217,14 @@ class LaneModule(nn.Module):
         return self._hidden[0]
 
     def _forget_plans(self) -> None:
-        own: dict[str, Any] = {"_compiled": OrderedDict(), "_survey": None, "_lock": lock()}
+        own: dict[str, Any] = {"_compiled": OrderedDict(), "_lane_survey": None, "_lock": lock()}
         self.__dict__.update(own)  # whatever the original calls so is another matter
 
     def _surveyed(self) -> Survey:
         """The module as it is now."""
-        known: Survey | None = self.__dict__["_survey"]
+        known: Survey | None = self.__dict__["_lane_survey"]
         if known is None or not known.holds():
-            known = self.__dict__["_survey"] = Survey(self._source())
+            known = self.__dict__["_lane_survey"] = Survey(self._source())
         return known
 
     def _compiled_for(self, leaves: Sequence[Any], structure: Any) -> "tuple[Compiled, dict[str, Tensor]]":
@@ -236,7 +236,7 @@ class LaneModule(nn.Module):
             survey = self._surveyed()
             tensors, states = survey.tensors, survey.states
             forms = tuple(map(_SHAPE_AND_KIND, tensors.values()))
-            modes = (torch.is_grad_enabled(), autocast(), survey.training)
+            modes = (torch.is_grad_enabled(), autocast(), *[module.training for module in survey.modules])
             key = (given, _repeated(leaves), str(structure), modes, forms)
             try:
                 known = self._compiled.get(key)
@@ -244,7 +244,7 @@ class LaneModule(nn.Module):
                 raise InputError(f"accelerate: an argument is neither a tensor nor hashable: {failure}") from failure
             if known is None or not equal(known.states, states) or not known.multiplied.holds(tensors):
                 known = self._compiled[key] = self._compile(leaves, structure)
-                known.states = [[module, *snapshot(module).values()] for module, *_ in states]
+                known.states = [state_of(module, snapshot(module)) for module in survey.modules]
                 if len(self._compiled) > PLANS_KEPT:
                     self._say(f"more than {PLANS_KEPT} input sizes and modes: those used longest ago are planned anew")
                     self._compiled.popitem(last=False)

@@ -1,5 +1,8 @@
 """What a survey of a module finds, and when it says that the module has changed."""
 
+import gc
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -7,6 +10,7 @@ import torch
 from torch import nn
 
 import lipfast._C as _C
+from lipfast.engine.lane_module import accelerate
 from lipfast.engine.survey import Survey
 from lipfast.errors import InputError
 
@@ -18,6 +22,7 @@ class Net(nn.Module):
         self.twin = self.first
         self.scale, self.sizes = 2.0, [1, 2]
         self.register_parameter("none", None)
+        self._modules = OrderedDict(self._modules)
 
 
 def replace_by_an_equal_tensor(net: Net) -> None:
@@ -32,12 +37,27 @@ def move_to_the_buffers(net: Net) -> None:
     net._buffers["none"] = net._parameters.pop("none")
 
 
+def replace_all_attributes(net: Net) -> None:
+    net.norm.__dict__ = dict(net.norm.__dict__)
+
+
+def change_class(net: Net) -> None:
+    net.norm.__class__ = nn.BatchNorm1d
+
+
+def reorder(net: Net) -> None:
+    net._modules.move_to_end("first")  # of an OrderedDict
+
+
 CHANGES: dict[str, Callable[[Net], object]] = {
     "an equal parameter": replace_by_an_equal_tensor,
     "a name": rename,
     "parameter to buffer": move_to_the_buffers,
     "a new buffer": lambda net: net.norm.register_buffer("more", torch.zeros(1)),
     "a parameter less": lambda net: net.first.register_parameter("bias", None),
+    "all attributes": replace_all_attributes,
+    "a class": change_class,
+    "an order": reorder,
     "a child": lambda net: setattr(net, "first", nn.Conv2d(1, 2, 3)),
     "a new child": lambda net: net.add_module("last", nn.ReLU()),
     "a child less": lambda net: delattr(net, "twin"),
@@ -69,6 +89,56 @@ def test_numbers_and_entries_of_a_list_are_not_looked_at():
         net.first.weight.zero_()
     net.sizes.append(3)
     assert survey.holds()
+
+
+def test_no_parameter_is_kept_alive():
+    net = Net()
+    survey = Survey(net)
+    weight = weakref.ref(net.first.weight)
+    net.first.weight = nn.Parameter(torch.zeros(2, 1, 3, 3))
+    gc.collect()
+    assert weight() is None
+    assert not survey.holds()
+    net.norm.bias = None  # a tensor that is gone is not None
+    assert not survey.holds()
+
+
+class Switched(nn.BatchNorm2d):
+    """A mode that no attribute of the module tells."""
+
+    on = False
+    training = property(lambda self: Switched.on, lambda self, mode: None)
+
+
+def set_eps_among_new_attributes(model: nn.Module) -> None:
+    norm = model._modules["1"]
+    norm.__dict__ = dict(norm.__dict__)
+    norm.eps = 9.0
+
+
+def replace_the_activation(model: nn.Module) -> None:
+    model._modules["2"].__class__ = nn.Tanh
+
+
+def switch(model: nn.Module) -> None:
+    Switched.on = True
+
+
+@pytest.mark.parametrize(
+    ("norm", "change"),
+    [(nn.BatchNorm2d, set_eps_among_new_attributes), (nn.BatchNorm2d, replace_the_activation), (Switched, switch)],
+)
+def test_an_accelerated_module_runs_as_it_is_now(norm, change, monkeypatch):
+    monkeypatch.setattr(Switched, "on", False)
+    fast = accelerate(nn.Sequential(nn.Conv2d(3, 8, 3), norm(8), nn.ReLU()).eval())
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = fast(x)
+        change(fast)
+        dense = fast.to_dense()
+        after = fast(x)
+        torch.testing.assert_close(after, dense(x), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, after, atol=1e-3)
 
 
 def test_hooks_are_seen_and_refused():
