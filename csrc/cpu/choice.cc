@@ -45,8 +45,13 @@ const Model& ModelOfIsa() {
   return Avx512InHalves() ? kHalves : kAvx512;
 }
 
-bool WinogradPossible(const ConvShape& s) {
-  const bool three = s.kernel_h == 3 && s.stride <= 2, five = s.kernel_h == 5 && s.stride == 1;
+// In a picture of fewer pixels few taps of a 5x5 kernel reach any; the rounding of the others would exceed 1e-5 of the
+// result.
+constexpr int64_t kLeastSideOfFive = 4;
+
+bool WinogradPossible(const ConvShape& s, const ConvGeometry& g) {
+  const bool large = g.height >= kLeastSideOfFive && g.width >= kLeastSideOfFive;
+  const bool three = s.kernel_h == 3 && s.stride <= 2, five = s.kernel_h == 5 && s.stride == 1 && large;
   const bool same = s.pad_h == s.kernel_h / 2 && s.pad_w == s.pad_h;
   return (three || five) && s.kernel_w == s.kernel_h && same && s.dilation == 1 && s.groups == 1;
 }
@@ -95,7 +100,7 @@ double WinogradCost(const Model& model, const Costs& c, const Work& w) {
 ConvKernel ChooseKernel(ConvKernel asked, const ConvShape& shape, const ConvGeometry& geometry, int64_t kept,
                         ConvDirection direction, bool exact) {
   if (shape.groups > 1 || asked == ConvKernel::kSparse) return ConvKernel::kSparse;
-  const bool winograd = WinogradPossible(shape) && !exact;
+  const bool winograd = WinogradPossible(shape, geometry) && !exact;
   if (asked == ConvKernel::kDense || (asked == ConvKernel::kWinograd && winograd)) return asked;
   const Model& model = ModelOfIsa();
   const Costs& costs = model.costs[static_cast<int>(direction)];

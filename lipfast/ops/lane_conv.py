@@ -95,8 +95,8 @@ class LaneConv:
         mask: bool of the weight's shape, True where a weight is kept; None is dense.
         batch, height, width: of the input.
         kernel: ``auto``, ``sparse``, ``winograd`` or ``dense``; None reads ``LIPFAST_KERNEL``. A kernel that cannot do
-            the layer (Winograd other than 3x3, stride 1 or 2, padding 1, and 5x5, stride 1, padding 2) leaves the
-            choice to the cost model.
+            the layer (Winograd other than 3x3, stride 1 or 2, padding 1, and 5x5, stride 1, padding 2, from 4 x 4 px
+            on) leaves the choice to the cost model.
         exact: never Winograd, whose rounding error is a few times larger (relative 1e-6 to 2e-6 instead of 3e-7).
 
     Raises:

@@ -253,6 +253,8 @@ def test_the_choice_can_be_asked_and_overridden(monkeypatch):
     assert set(LaneConv(conv_form, most, 1, 64, 64).kernels.values()) == {"winograd"}
     assert "winograd" not in LaneConv(conv_form, most, 1, 64, 64, exact=True).kernels.values()
     assert set(LaneConv(form(64, 64, 5), None, 1, 64, 64).kernels.values()) == {"winograd"}
+    for size in (1, 1), (3, 40), (40, 3):  # of so few pixels that most taps reach none
+        assert "winograd" not in LaneConv(form(64, 64, 5), None, 1, *size, kernel="winograd").kernels.values()
     assert set(LaneConv(form(64, 64, 5, stride=2), None, 1, 64, 64).kernels.values()) == {"dense"}
     for kernel in ("sparse", "winograd", "dense"):
         monkeypatch.setenv("LIPFAST_KERNEL", kernel)
