@@ -18,7 +18,7 @@ bool Names(PyObject* known, PyObject* object) {
 }
 
 // Whether dicts hold the objects that they held. `record`: each dict, followed by its keys and values in order, values
-// perhaps as weak references. Python itself takes a hundred microseconds for it in a network of 200 modules.
+// perhaps as weak references. Going through a network of 200 modules in Python takes ten times as long.
 bool SameEntries(const py::list& record) {
   const Py_ssize_t count = PyList_GET_SIZE(record.ptr());
   Py_ssize_t at = 0;

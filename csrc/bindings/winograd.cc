@@ -1,7 +1,6 @@
 #include "cpu/winograd.h"
 
 #include "bindings/checks.h"
-#include "cpu/isa.h"
 
 namespace lipfast {
 namespace {
@@ -21,11 +20,12 @@ void CheckPair(const LaneMap& x, const LaneMap& y, int64_t kernel) {
         "winograd: the maps differ in more than channels: " + Size(x) + " and " + Size(y));
 }
 
-const WinogradKernels& KernelsFor(int64_t kernel, int tile) {
+// Of stride 1.
+const WinogradKernels& CheckedKernels(int64_t kernel, int tile) {
   Check(kernel == 3 || kernel == 5, "winograd: kernel is 3 or 5, got " + std::to_string(kernel));
   const bool known = tile == 2 || (tile == 4 && kernel == 3);
   Check(known, std::string("winograd: tile is ") + (kernel == 3 ? "2 or 4" : "2") + ", got " + std::to_string(tile));
-  return kernel == 3 ? Kernels<WinogradKernels>() : Kernels<FiveTapWinogradKernels>().kernels;
+  return WinogradKernelsOf(kernel, 1);
 }
 
 float* Scratch(const py::array& array, int64_t floats) {
@@ -37,7 +37,7 @@ float* Scratch(const py::array& array, int64_t floats) {
 
 void TransformWeights(const py::array& w, int64_t out, int64_t in, int64_t kernel, bool transposed, int tile,
                       const py::array& u, int threads) {
-  const WinogradKernels& kernels = KernelsFor(kernel, tile);
+  const WinogradKernels& kernels = CheckedKernels(kernel, tile);
   const float* from = Flat<float>(w, out * in * kernel * kernel, "w");
   float* to = Flat<float>(u, WinogradWeightFloats(out, in, tile, kernel), "u");
   py::gil_scoped_release release;
@@ -47,7 +47,7 @@ void TransformWeights(const py::array& w, int64_t out, int64_t in, int64_t kerne
 void Forward(const py::array& x, int64_t x_halo, const py::array& u, const py::object& bias, const py::array& y,
              int64_t y_halo, int64_t height, int64_t width, int64_t kernel, int tile, const py::array& scratch,
              int threads) {
-  const WinogradKernels& kernels = KernelsFor(kernel, tile);
+  const WinogradKernels& kernels = CheckedKernels(kernel, tile);
   const LaneMap from = AsLaneMap(x, height, width, x_halo, "x"), to = AsLaneMap(y, height, width, y_halo, "y");
   CheckPair(from, to, kernel);
   const float* weights = Flat<float>(u, WinogradWeightFloats(to.channels, from.channels, tile, kernel), "u");
@@ -59,14 +59,14 @@ void Forward(const py::array& x, int64_t x_halo, const py::array& u, const py::o
 
 int64_t ForwardScratch(const py::array& x, int64_t x_halo, const py::array& y, int64_t y_halo, int64_t height,
                        int64_t width, int64_t kernel, int tile, int threads) {
-  return KernelsFor(kernel, tile)
+  return CheckedKernels(kernel, tile)
       .forward_scratch(AsLaneMap(x, height, width, x_halo, "x"), AsLaneMap(y, height, width, y_halo, "y"), tile,
                        threads);
 }
 
 void WeightGradient(const py::array& x, int64_t x_halo, const py::array& dy, int64_t dy_halo, const py::array& dw,
                     int64_t height, int64_t width, int64_t kernel, int tile, const py::array& scratch, int threads) {
-  const WinogradKernels& kernels = KernelsFor(kernel, tile);
+  const WinogradKernels& kernels = CheckedKernels(kernel, tile);
   const LaneMap in = AsLaneMap(x, height, width, x_halo, "x"), out = AsLaneMap(dy, height, width, dy_halo, "dy");
   CheckPair(in, out, kernel);
   float* gradient = Flat<float>(dw, out.channels * in.channels * kernel * kernel, "dw");
@@ -77,7 +77,7 @@ void WeightGradient(const py::array& x, int64_t x_halo, const py::array& dy, int
 
 int64_t WeightGradientScratch(const py::array& x, int64_t x_halo, const py::array& dy, int64_t dy_halo, int64_t height,
                               int64_t width, int64_t kernel, int tile, int threads) {
-  return KernelsFor(kernel, tile)
+  return CheckedKernels(kernel, tile)
       .weight_gradient_scratch(AsLaneMap(x, height, width, x_halo, "x"), AsLaneMap(dy, height, width, dy_halo, "dy"),
                                tile, threads);
 }

@@ -44,10 +44,7 @@ struct Conv::Impl {
   int64_t TransformedFloats() const {
     return RoundUp(WinogradWeightFloats(shape.out_channels, shape.in_channels, tile, shape.kernel_h));
   }
-  const WinogradKernels& Winograd() const {
-    if (shape.stride == 2) return Kernels<StridedWinogradKernels>().kernels;
-    return shape.kernel_h == 5 ? Kernels<FiveTapWinogradKernels>().kernels : Kernels<WinogradKernels>();
-  }
+  const WinogradKernels& Winograd() const { return WinogradKernelsOf(shape.kernel_h, shape.stride); }
   void Transform(bool transposed, const float* values, float* transformed, float* scratch, int threads) const;
   void AccumulateGradient(const Pass& pass, const float* values, const LaneMap& dy, const LaneMap& dx, float* scratch,
                           int threads) const;

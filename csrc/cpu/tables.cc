@@ -36,4 +36,9 @@ LIPFAST_KERNEL_TABLE(PointwiseKernels, pointwise_kernels)
 LIPFAST_KERNEL_TABLE(PoolKernels, pool_kernels)
 LIPFAST_KERNEL_TABLE(ResampleKernels, resample_kernels)
 
+const WinogradKernels& WinogradKernelsOf(int64_t kernel, int64_t stride) {
+  if (stride == 2) return Kernels<StridedWinogradKernels>().kernels;
+  return kernel == 5 ? Kernels<FiveTapWinogradKernels>().kernels : Kernels<WinogradKernels>();
+}
+
 }  // namespace lipfast

@@ -90,6 +90,9 @@ struct WinogradKernels {
   int64_t (*weight_gradient_scratch)(const LaneMap& x, const LaneMap& dy, int tile, int threads);
 };
 
+// Those of a layer that the first lines name, in the active instruction set.
+const WinogradKernels& WinogradKernelsOf(int64_t kernel, int64_t stride);
+
 // Of 5x5 layers.
 struct FiveTapWinogradKernels {
   WinogradKernels kernels;

@@ -272,7 +272,7 @@ class LaneModule(nn.Module):
             lowered = lower_to_operators(recording, self._masks, device, precision=self._precision)
             self._warn(lowered)
             return Compiled(lowered, self._masks, self._exact, device=device)
-        tensors = Survey(self._source()).tensors
+        tensors = self._surveyed().tensors
         masks, sources, products = masks_in_graph(recording, tensors, self._masks)
         lowered = lower(recording, self._masks | masks)
         exchange_weights((item for item in lowered.items if isinstance(item, Call)), products)
@@ -287,7 +287,7 @@ class LaneModule(nn.Module):
 
     def _dense_stand_ins(self) -> dict[str, Tensor]:
         """Parameters and buffers; the pruned ones as empty tensors of their dense shape."""
-        tensors = Survey(self._source()).tensors
+        tensors = self._surveyed().tensors
         for name, mask in self._masks.items():
             packed = tensors[name]
             tensors[name] = nn.Parameter(packed.new_empty(()).expand(mask.shape), requires_grad=packed.requires_grad)

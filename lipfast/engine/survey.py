@@ -43,7 +43,7 @@ class Survey:
 
     def holds(self) -> bool:
         """Whether all classes, attributes, tensors and children are the same objects still, and nothing has hooks. In a
-        tenth of the time of another survey. What changes within an attribute, a list's entries, is not seen."""
+        twentieth of the time of another survey. What changes within an attribute, a list's entries, is not seen."""
         same_attributes = all(map(operator.is_, map(_ATTRIBUTES, self.modules), self._attributes))
         return same_attributes and [*map(type, self.modules)] == self._classes and _C.same_entries(self._record)
 

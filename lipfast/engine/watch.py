@@ -15,10 +15,9 @@ from torch import Tensor
 
 import lipfast._C as _C
 from lipfast.locks import lock
-from lipfast.ops._memory import memory
+from lipfast.ops._memory import Places, memory, places
 
 T = TypeVar("T")
-_Places = tuple[Sequence[object], ...]
 _cloning = lock(rank=2)  # torch does not lock a storage while it makes it shareable
 
 
@@ -38,7 +37,7 @@ class Watch:
     def __init__(self, tensors: Sequence[Tensor], *, reads: bool = False) -> None:
         self._mark = _mark(tensors)
         self._clones: list[Tensor] = []
-        self._places: _Places = ()  # of the clones
+        self._places: Places = ()  # of the clones
         self._may_clone = not reads
         self._settled = False  # found unchanged; numbers that change all the time are not worth cloning
 
@@ -49,11 +48,11 @@ class Watch:
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these, in the order given at first, hold the same numbers in the same layout."""
-        if self._clones and _places(tensors) == self._places:
+        if self._clones and places(tensors) == self._places:
             return True
         clones = self._clone(tensors)  # before they are read, so that no write falls in between
         self._settled = _mark(tensors) == self._mark
-        self._places = _places(clones)
+        self._places = places(clones)
         self._clones = clones if self._settled else []
         return self._settled
 
@@ -87,12 +86,6 @@ def _mark(tensors: Sequence[Tensor]) -> tuple[object, ...]:
 
 def _without_gaps(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
-
-
-def _places(tensors: Sequence[Tensor]) -> _Places:
-    """Where they lie, and in what order. By whole lists: a network has hundreds."""
-    storages = map(torch._C._data_address, tensors)  # type: ignore[attr-defined]
-    return [*storages], [*map(Tensor.storage_offset, tensors)], [*map(Tensor.stride, tensors)]
 
 
 def _lazy_clones(tensors: Sequence[Tensor]) -> list[Tensor]:
