@@ -129,6 +129,9 @@ def fingerprint(arrays: list[NDArray[Any]], threads: int) -> int: ...
 class AxisTable:
     def __init__(self, first: list[int], second: list[int], weight: list[float]) -> None: ...
 
+# conv, values, bias, epsilon, offsets, act, slope
+_FinishedConv = tuple[int, int, int, float, list[int], int, float]
+
 class Program:
     def __init__(self, keeps_weights: bool) -> None: ...
     def values(self) -> NDArray[Any]: ...
@@ -155,17 +158,20 @@ class Program:
         self, conv: int, values: int, bias: int, x: int, y: int, fill: bool, mode: int, pad: int
     ) -> None: ...
     def conv_finish(
+        self, conv: _FinishedConv, x: int, residual: int, y: int, fill: bool, mode: int, pad: int
+    ) -> None: ...
+    def is_pair(self, first: int, second: int) -> bool: ...
+    def conv_pair(
         self,
-        conv: int,
-        values: int,
-        bias: int,
+        first: _FinishedConv,
+        second: _FinishedConv,
         x: int,
-        residual: int,
+        halo: int,
+        plane: int,
+        between_fill: bool,
+        between_mode: int,
+        between_pad: int,
         y: int,
-        epsilon: float,
-        offsets: list[int],
-        act: int,
-        slope: float,
         fill: bool,
         mode: int,
         pad: int,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -52,21 +53,7 @@ class CheckedProgram {
 
   int AddMap(int64_t offset, const std::vector<int64_t>& shape, int64_t grid, int64_t block_h, int64_t block_w,
              int64_t halo, int64_t plane) {
-    Check(shape.size() == 4, "map: a shape has 4 sides");
-    const int64_t sheets = Sheets(shape[0], grid);
-    for (int64_t side : shape) Check(side >= 1 && side < (int64_t{1} << 31), "map: a side below 1 or above 2^31");
-    Check(block_h >= 1 && block_w >= 1 && halo >= 0 && block_h < (1 << 24) && block_w < (1 << 24) && halo < (1 << 16) &&
-              grid * block_h >= shape[2] && grid * block_w >= shape[3],
-          "map: blocks too small for the picture");
-    LaneMap m = {};
-    m.grid = grid, m.missing = sheets * SheetOn(grid) - shape[0];
-    m.batch = sheets, m.channels = shape[1], m.height = shape[2], m.width = shape[3];
-    m.block_h = block_h, m.block_w = block_w, m.halo = halo;
-    m.row_stride = (block_w + 2 * halo) * kVector;
-    Check(plane >= (block_h + 2 * halo) * (block_w + 2 * halo) && plane < (int64_t{1} << 40),
-          "map: planes of " + std::to_string(plane) + " vectors overlap");
-    m.channel_stride = plane * kVector;
-    m.batch_stride = m.channels * m.channel_stride;
+    const LaneMap m = AsMap(shape, grid, block_h, block_w, halo, plane);
     Check(offset >= 0 && offset % kVector == 0 && m.batch * m.batch_stride <= program_.map_floats() - offset,
           "map: " + SizeOf(m) + " at " + std::to_string(offset) + " leaves the arena");
     return program_.AddMap(m, offset);
@@ -138,28 +125,44 @@ class CheckedProgram {
   }
 
   void ConvForward(int where, int conv, int64_t values, int64_t bias, int x, int y, bool fill, int mode, int64_t pad) {
-    CheckConvReads(conv, values, bias, x, y);
-    program_.ConvForward(AsSection(where), conv, values, bias, x, y, AsHalo(fill, mode, pad, y));
+    CheckConvReads(conv, values, bias, Map(x), Map(y));
+    program_.ConvForward(AsSection(where), conv, values, bias, x, y, AsHalo(fill, mode, pad, Map(y)));
   }
 
-  void ConvFinish(int conv, int64_t values, int64_t bias, int x, int residual, int y, float epsilon,
-                  const std::vector<int64_t>& offsets, int act, float slope, bool fill, int mode, int64_t pad) {
-    CheckConvReads(conv, values, bias, x, y);
+  // conv, values, bias, epsilon, offsets, act, slope
+  using Finished = std::tuple<int, int64_t, int64_t, float, std::vector<int64_t>, int, float>;
+
+  void ConvFinish(const Finished& conv, int x, int residual, int y, bool fill, int mode, int64_t pad) {
+    const Program::FinishedConv finished = AsFinishedConv(conv);
+    CheckConvReads(finished.conv, finished.values, finished.bias, Map(x), Map(y));
     if (residual >= 0) CheckPair(residual, y);
-    const ActivationSpec spec = AsActivation(act, slope);
-    Check(IsSimple(spec.kind), "conv: this activation cannot follow in the same step");
-    program_.ConvFinish(conv, values, bias, x, residual, y, epsilon, AsFinishOffsets(offsets, y), spec,
-                        AsHalo(fill, mode, pad, y));
+    Check(IsSimple(finished.act.kind), "conv: this activation cannot follow in the same step");
+    program_.ConvFinish(finished, x, residual, y, AsHalo(fill, mode, pad, Map(y)));
+  }
+
+  bool IsPair(int first, int second) const { return Conv::IsPair(AsConv(first), AsConv(second)); }
+
+  void ConvPair(const Finished& first, const Finished& second, int x, int64_t halo, int64_t plane, bool between_fill,
+                int between_mode, int64_t between_pad, int y, bool fill, int mode, int64_t pad) {
+    const Program::FinishedConv one = AsFinishedConv(first), two = AsFinishedConv(second);
+    Check(IsPair(one.conv, two.conv), "conv_pair: the second is not a depthwise convolution of what the first makes");
+    const ConvGeometry& g = program_.geometry(two.conv);
+    const std::vector<int64_t> shape = {Map(x).pictures(), program_.shape(one.conv).out_channels, g.height, g.width};
+    const LaneMap between = AsMap(shape, g.grid, g.in_block_h, g.in_block_w, halo, plane);
+    CheckConvReads(one.conv, one.values, one.bias, Map(x), between);
+    CheckConvReads(two.conv, two.values, two.bias, between, Map(y));
+    program_.ConvPair(one, two, x, between, AsHalo(between_fill, between_mode, between_pad, between), y,
+                      AsHalo(fill, mode, pad, Map(y)));
   }
 
   void ConvInputGradient(int where, int conv, int64_t values, int dy, int dx) {
-    CheckConv(conv, values, -1, dx, dy);
+    CheckConv(conv, values, -1, Map(dx), Map(dy));
     Check(Map(dy).halo >= program_.conv(conv).gradient_halo(), "conv: a gradient's halo is too small");
     program_.ConvInputGradient(AsSection(where), conv, values, dy, dx);
   }
 
   void ConvWeightGradient(int conv, int64_t values, int64_t bias, int x, int dy) {
-    CheckConvReads(conv, values, bias, x, dy);
+    CheckConvReads(conv, values, bias, Map(x), Map(dy));
     program_.ConvWeightGradient(conv, values, bias, x, dy);
   }
 
@@ -175,7 +178,7 @@ class CheckedProgram {
     const NormOffsets at = AsOffsets(offsets, spec.channels, 2 * spec.channels);
     Check(training || at.running_mean >= 0, "norm: evaluation needs running statistics");
     Check(!training || Map(x).pixels() > 1, "norm: one value has no variance");
-    const HaloSpec halo = AsHalo(fill, mode, pad, y);
+    const HaloSpec halo = AsHalo(fill, mode, pad, Map(y));
     if (recover) {
       CheckUndoable(spec);
       Check(Map(x).data == Map(y).data, "norm: what does not lie where its input was cannot stand for it");
@@ -198,7 +201,7 @@ class CheckedProgram {
                  bool fill, int mode, int64_t pad) {
     CheckPair(x, y);
     const GroupNormSpec spec = AsGroupNorm(x, groups, epsilon, act, slope);
-    program_.GroupNorm(x, y, spec, AsGroupOffsets(offsets, x, groups), AsHalo(fill, mode, pad, y));
+    program_.GroupNorm(x, y, spec, AsGroupOffsets(offsets, x, groups), AsHalo(fill, mode, pad, Map(y)));
   }
 
   void GroupNormBackward(int x, int dy, int dx, int64_t groups, float epsilon, int act, float slope,
@@ -226,8 +229,8 @@ class CheckedProgram {
               bool fill, int mode, int64_t pad) {
     CheckPair(x, y);
     if (residual >= 0) CheckPair(residual, y);
-    const NormOffsets at = AsFinishOffsets(offsets, y);
-    const HaloSpec halo = AsHalo(fill, mode, pad, y);
+    const NormOffsets at = AsFinishOffsets(offsets, Map(y).channels);
+    const HaloSpec halo = AsHalo(fill, mode, pad, Map(y));
     program_.Finish(x, residual, y, epsilon, at, AsActivation(act, slope), halo);
   }
 
@@ -304,7 +307,7 @@ class CheckedProgram {
     const PoolSpec spec = AsPool(x, y, kernel, stride, pad, maximum);
     const int64_t behind = kernel - stride - pad;
     Check(Map(x).halo >= (pad > behind ? pad : behind), "pool: the input's halo is smaller than the window's reach");
-    program_.Pool(x, y, spec, AsHalo(fill, mode, halo_pad, y));
+    program_.Pool(x, y, spec, AsHalo(fill, mode, halo_pad, Map(y)));
   }
 
   void PoolBackward(int x, int dy, int dx, int64_t kernel, int64_t stride, int64_t pad, bool maximum) {
@@ -368,15 +371,11 @@ class CheckedProgram {
   }
 
   py::tuple ConvKernels(int conv) const {
-    Check(conv >= 0 && conv < program_.conv_count(), "conv: unknown index");
-    const Conv& c = program_.conv(conv);
+    const Conv& c = AsConv(conv);
     return py::make_tuple(c.forward_kernel(), c.input_gradient_kernel(), c.weight_gradient_kernel());
   }
 
-  int64_t GradientHalo(int conv) const {
-    Check(conv >= 0 && conv < program_.conv_count(), "conv: unknown index");
-    return program_.conv(conv).gradient_halo();
-  }
+  int64_t GradientHalo(int conv) const { return AsConv(conv).gradient_halo(); }
 
   Program& program() { return program_; }
 
@@ -384,6 +383,27 @@ class CheckedProgram {
   static Section AsSection(int where) {
     Check(where == 0 || where == 1, "section is 0 (forward) or 1 (backward)");
     return static_cast<Section>(where);
+  }
+
+  // A map without memory.
+  static LaneMap AsMap(const std::vector<int64_t>& shape, int64_t grid, int64_t block_h, int64_t block_w, int64_t halo,
+                       int64_t plane) {
+    Check(shape.size() == 4, "map: a shape has 4 sides");
+    const int64_t sheets = Sheets(shape[0], grid);
+    for (int64_t side : shape) Check(side >= 1 && side < (int64_t{1} << 31), "map: a side below 1 or above 2^31");
+    Check(block_h >= 1 && block_w >= 1 && halo >= 0 && block_h < (1 << 24) && block_w < (1 << 24) && halo < (1 << 16) &&
+              grid * block_h >= shape[2] && grid * block_w >= shape[3],
+          "map: blocks too small for the picture");
+    LaneMap m = {};
+    m.grid = grid, m.missing = sheets * SheetOn(grid) - shape[0];
+    m.batch = sheets, m.channels = shape[1], m.height = shape[2], m.width = shape[3];
+    m.block_h = block_h, m.block_w = block_w, m.halo = halo;
+    m.row_stride = (block_w + 2 * halo) * kVector;
+    Check(plane >= (block_h + 2 * halo) * (block_w + 2 * halo) && plane < (int64_t{1} << 40),
+          "map: planes of " + std::to_string(plane) + " vectors overlap");
+    m.channel_stride = plane * kVector;
+    m.batch_stride = m.channels * m.channel_stride;
+    return m;
   }
 
   const LaneMap& Map(int index) const {
@@ -426,6 +446,18 @@ class CheckedProgram {
           SizeOf(large) + " is not " + std::to_string(r) + " times " + SizeOf(small));
   }
 
+  const Conv& AsConv(int conv) const {
+    Check(conv >= 0 && conv < program_.conv_count(), "conv: unknown index " + std::to_string(conv));
+    return program_.conv(conv);
+  }
+
+  Program::FinishedConv AsFinishedConv(const Finished& f) const {
+    const auto& [conv, values, bias, epsilon, offsets, act, slope] = f;
+    AsConv(conv);
+    const NormOffsets at = AsFinishOffsets(offsets, program_.shape(conv).out_channels);
+    return {conv, values, bias, epsilon, at, AsActivation(act, slope)};
+  }
+
   int64_t Reach(int conv) const {
     const ConvShape& s = program_.shape(conv);
     const int64_t behind_h = s.dilation * (s.kernel_h - 1) - s.pad_h - (s.stride - 1);
@@ -437,11 +469,10 @@ class CheckedProgram {
     Check(offset >= 0 && count <= program_.value_count() - offset, "parameter offset out of range");
   }
 
-  void CheckConv(int conv, int64_t values, int64_t bias, int x, int y) const {
-    Check(conv >= 0 && conv < program_.conv_count(), "conv: unknown index");
+  void CheckConv(int conv, int64_t values, int64_t bias, const LaneMap& in, const LaneMap& out) const {
+    AsConv(conv);
     const ConvShape& s = program_.shape(conv);
     const ConvGeometry& g = program_.geometry(conv);
-    const LaneMap &in = Map(x), &out = Map(y);
     Check(in.batch == g.batch && in.grid == g.grid && in.channels == s.in_channels && in.height == g.height &&
               in.width == g.width && in.block_h == g.in_block_h && in.block_w == g.in_block_w,
           "conv: its input was planned differently from " + SizeOf(in));
@@ -454,13 +485,13 @@ class CheckedProgram {
   }
 
   // The same for a step that reads the convolution's input.
-  void CheckConvReads(int conv, int64_t values, int64_t bias, int x, int y) const {
+  void CheckConvReads(int conv, int64_t values, int64_t bias, const LaneMap& x, const LaneMap& y) const {
     CheckConv(conv, values, bias, x, y);
-    Check(Map(x).halo >= Reach(conv), "conv: the input's halo is smaller than the padding");
+    Check(x.halo >= Reach(conv), "conv: the input's halo is smaller than the padding");
   }
 
-  HaloSpec AsHalo(bool fill, int mode, int64_t pad, int map) const {
-    return {fill, fill ? AsPadding(mode, pad, Map(map)) : Padding::kZero, pad};
+  static HaloSpec AsHalo(bool fill, int mode, int64_t pad, const LaneMap& map) {
+    return {fill, fill ? AsPadding(mode, pad, map) : Padding::kZero, pad};
   }
 
   NormSpec AsNorm(int x, float epsilon, float momentum, int act, float slope) const {
@@ -496,9 +527,9 @@ class CheckedProgram {
   }
 
   // gamma, beta, running mean, running variance
-  NormOffsets AsFinishOffsets(const std::vector<int64_t>& at, int y) const {
+  NormOffsets AsFinishOffsets(const std::vector<int64_t>& at, int64_t channels) const {
     Check(at.size() == 4, "finish: expected 4 offsets");
-    return AsOffsets({at[0], at[1], at[2], at[3], -1}, Map(y).channels, 0);
+    return AsOffsets({at[0], at[1], at[2], at[3], -1}, channels, 0);
   }
 
   // gamma, beta, saved
@@ -597,8 +628,11 @@ void BindEngine(py::module_& m) {
       .def("flatten", &P::Flatten, py::arg("section"), py::arg("map"), py::arg("rows"), py::arg("to_map"))
       .def("conv_forward", &P::ConvForward, py::arg("section"), py::arg("conv"), py::arg("values"), py::arg("bias"),
            py::arg("x"), py::arg("y"), py::arg("fill"), py::arg("mode"), py::arg("pad"))
-      .def("conv_finish", &P::ConvFinish, py::arg("conv"), py::arg("values"), py::arg("bias"), py::arg("x"),
-           py::arg("residual"), py::arg("y"), py::arg("epsilon"), py::arg("offsets"), py::arg("act"), py::arg("slope"),
+      .def("conv_finish", &P::ConvFinish, py::arg("conv"), py::arg("x"), py::arg("residual"), py::arg("y"),
+           py::arg("fill"), py::arg("mode"), py::arg("pad"))
+      .def("is_pair", &P::IsPair, py::arg("first"), py::arg("second"))
+      .def("conv_pair", &P::ConvPair, py::arg("first"), py::arg("second"), py::arg("x"), py::arg("halo"),
+           py::arg("plane"), py::arg("between_fill"), py::arg("between_mode"), py::arg("between_pad"), py::arg("y"),
            py::arg("fill"), py::arg("mode"), py::arg("pad"))
       .def("conv_input_gradient", &P::ConvInputGradient, py::arg("section"), py::arg("conv"), py::arg("values"),
            py::arg("dy"), py::arg("dx"))

@@ -11,8 +11,7 @@ namespace LIPFAST_NS {
 static inline V Exp(V x) {
   const V low = Set(-87.3f), high = Set(88.7f);
   const V bounded = Max(low, Min(high, x));  // NaN comes out as NaN: the second operand wins
-  const V magic = Set(12582912.0f);          // 1.5 * 2^23: adding it rounds to a whole number
-  const V n = Sub(Add(Mul(bounded, Set(1.44269504f)), magic), magic);
+  const V n = Round(Mul(bounded, Set(1.44269504f)));
   const V r = Fma(n, Set(2.12194440e-4f), Fma(n, Set(-0.693359375f), bounded));
   V p = Fma(Set(1.9875691500e-4f), r, Set(1.3981999507e-3f));
   p = Fma(p, r, Set(8.3334519073e-3f));
@@ -20,10 +19,13 @@ static inline V Exp(V x) {
   p = Fma(p, r, Set(1.6666665459e-1f));
   p = Fma(p, r, Set(5.0000001201e-1f));
   p = Add(Fma(Mul(p, r), r, r), Set(1.0f));
-  return Mul(p, PowerOfTwo(n));
+  return TimesPowerOfTwo(p, n);
 }
 
-static inline V Sigmoid(V x) { return Div(Set(1.0f), Add(Set(1.0f), Exp(Sub(Zero(), x)))); }
+// a * sigmoid(x)
+static inline V TimesSigmoid(V a, V x) { return Div(a, Add(Set(1.0f), Exp(Sub(Zero(), x)))); }
+
+static inline V Sigmoid(V x) { return TimesSigmoid(Set(1.0f), x); }
 
 static inline V Tanh(V x) {
   // Through e^(2x) - 1 directly near zero, where 2 sigmoid(2x) - 1 would cancel.
@@ -76,7 +78,7 @@ static inline V Act(V z, V slope) {
     case Activation::kTanh:
       return Tanh(z);
     case Activation::kSilu:
-      return Mul(z, Sigmoid(z));
+      return TimesSigmoid(z, z);
     case Activation::kRelu6:
       return UpTo6(z);
     case Activation::kHardsigmoid:
@@ -86,7 +88,7 @@ static inline V Act(V z, V slope) {
     case Activation::kGelu:
       return Mul(z, NormalCdf(z));
     case Activation::kGeluTanh:
-      return Mul(z, Sigmoid(GeluArgument(z)));
+      return TimesSigmoid(z, GeluArgument(z));
     default:
       return z;
   }

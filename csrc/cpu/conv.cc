@@ -9,6 +9,7 @@
 #include "cpu/border.h"
 #include "cpu/choice.h"
 #include "cpu/isa.h"
+#include "cpu/pair.h"
 #include "cpu/pass.h"
 #include "cpu/pool.h"
 #include "cpu/winograd.h"
@@ -266,6 +267,23 @@ void Conv::ForwardPrepared(const float* prepared, const float* bias, const LaneM
     Accumulate(impl_->forward_pass, prepared, bias, x, y, stored, threads);
   }
   if (end.halo.fill && !stored.halo.fill) Kernels<LaneKernels>().fill_halo(y, end.halo.padding, end.halo.pad, threads);
+}
+
+bool Conv::IsPair(const Conv& first, const Conv& second) {
+  const ConvShape& s = second.impl_->shape;
+  return first.impl_->forward == ConvKernel::kSparse && second.impl_->forward == ConvKernel::kSparse &&
+         s.groups == s.in_channels && s.out_channels == s.in_channels &&
+         first.impl_->shape.out_channels == s.in_channels;
+}
+
+void RunPair(const PreparedConv& first, const PreparedConv& second, const LaneMap& x, const LaneMap& between,
+             const HaloSpec& halo, const LaneMap& y, const HaloSpec& y_halo, int threads) {
+  const Pass &one = first.conv->impl_->forward_pass, &two = second.conv->impl_->forward_pass;
+  const auto one_taps = one.Bind(x), two_taps = two.Bind(between);
+  const std::vector<Region> in = one.Regions(x, between), out = two.Regions(between, y);
+  Kernels<PairKernels>().run(
+      in.data(), out.data(), static_cast<int64_t>(in.size()), {&one_taps->sparse, first.weights, first.bias, first.act},
+      {&two_taps->sparse, second.weights, second.bias, second.act}, between, halo, y, y_halo, threads);
 }
 
 void Conv::Forward(const float* values, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch,

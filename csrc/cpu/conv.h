@@ -66,6 +66,9 @@ class Conv {
   void ForwardPrepared(const float* prepared, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch,
                        int threads, const ConvEnd& end = {}) const;
 
+  // Whether RunPair may run the two: both by the sparse kernel, and the second makes each channel from that channel.
+  static bool IsPair(const Conv& first, const Conv& second);
+
   // How far the halo of dy must reach (filled with zeros, dead pixels too) for the
   // input gradient; the weight gradient wants zero dead pixels only.
   int64_t gradient_halo() const;
@@ -79,8 +82,25 @@ class Conv {
                       int threads) const;
 
  private:
+  friend void RunPair(const struct PreparedConv& first, const PreparedConv& second, const LaneMap& x,
+                      const LaneMap& between, const HaloSpec& halo, const LaneMap& y, const HaloSpec& y_halo,
+                      int threads);
+
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };
+
+// A convolution with prepared weights and what follows its sums; any activation.
+struct PreparedConv {
+  const Conv* conv;
+  const float* weights;
+  const float* bias;  // null: zero
+  ActivationSpec act;
+};
+
+// y = second(first(x)), see cpu/pair.h. `between` has no memory, but the sizes and strides of the map between the two,
+// for which the second's weights were prepared; its halo, filled as `halo` says, reaches as far as the second wants.
+void RunPair(const PreparedConv& first, const PreparedConv& second, const LaneMap& x, const LaneMap& between,
+             const HaloSpec& halo, const LaneMap& y, const HaloSpec& y_halo, int threads);
 
 }  // namespace lipfast

@@ -84,6 +84,7 @@ class Pass {
       index_.reserve(count);
       for (const auto& row : taps) {
         for (const Tap& tap : row) NotePlace(tap.source);
+        one_channel_ = one_channel_ && (row.empty() || row.front().source.channel == row.back().source.channel);
       }
       for (const auto& row : taps) {
         for (const Tap& tap : row) {
@@ -234,6 +235,7 @@ class Pass {
   int64_t Blocks(int64_t channels, int64_t tile_rows) const {
     const double bytes = static_cast<double>(TileVectors(tile_rows) * kVector * sizeof(float) * channels);
     const double level = static_cast<double>(FirstLevelBytes()), taps_per_output = TapsPerOutput();
+    if (one_channel_) return 1;
     int64_t best = 1;
     double least = 0;
     for (int64_t blocks = 1; blocks <= channels; ++blocks) {
@@ -359,6 +361,7 @@ class Pass {
   std::vector<Place> places_;             // that any tap reads, ascending
   mutable std::vector<int32_t> index_;    // packed value of each tap, or of each (output, tap) where dense; likewise
   std::vector<int32_t> ends_;             // of each output's taps
+  bool one_channel_ = true;               // no output reads two
   bool complete_ = false;                 // dense: every output has every tap
   bool in_order_ = false;                 // index_ is empty and would count from 0
   mutable std::mutex mutex_;

@@ -25,22 +25,23 @@ static inline V SumLanes(const LaneMap& m, const LivePixelMask& live, const Term
 
 // One number for each picture is a map of one pixel: in the lane of the picture's first block, 0 in the others.
 static inline V SumPictures(V lanes, int64_t grid) {
+  if (grid == 1) return lanes;
   alignas(64) float each[kLanes], sums[kLanes] = {};
-  const int64_t blocks = grid * grid;
   Store(each, lanes);
-  if (blocks == kLanes) {
+  if (grid == kGrid) {
     sums[0] = Sum(lanes);
   } else {
-    for (int64_t l = 0; l < kLanes; ++l) sums[l - l % blocks] += each[l];
+    for (int l = 0; l < kLanes; ++l) sums[l & ~3] += each[l];  // of four blocks
   }
   return Load(sums);
 }
 
 // The number of each picture in all its lanes.
 static inline V SpreadPictures(const float* pixel, int64_t grid) {
-  const int64_t blocks = grid * grid;
+  if (grid == kGrid) return Set(*pixel);
+  if (grid == 1) return Load(pixel);
   alignas(64) float lanes[kLanes];
-  for (int64_t l = 0; l < kLanes; ++l) lanes[l] = pixel[l - l % blocks];
+  for (int l = 0; l < kLanes; ++l) lanes[l] = pixel[l & ~3];
   return Load(lanes);
 }
 

@@ -9,6 +9,7 @@
 #include "cpu/layer_norm.h"
 #include "cpu/noise.h"
 #include "cpu/norm.h"
+#include "cpu/pair.h"
 #include "cpu/pointwise.h"
 #include "cpu/pool2d.h"
 #include "cpu/resample.h"
@@ -32,6 +33,7 @@ LIPFAST_KERNEL_TABLE(NoiseKernels, noise_kernels)
 LIPFAST_KERNEL_TABLE(NormKernels, norm_kernels)
 LIPFAST_KERNEL_TABLE(GroupNormKernels, group_norm_kernels)
 LIPFAST_KERNEL_TABLE(LayerNormKernels, layer_norm_kernels)
+LIPFAST_KERNEL_TABLE(PairKernels, pair_kernels)
 LIPFAST_KERNEL_TABLE(PointwiseKernels, pointwise_kernels)
 LIPFAST_KERNEL_TABLE(PoolKernels, pool_kernels)
 LIPFAST_KERNEL_TABLE(ResampleKernels, resample_kernels)

@@ -506,6 +506,24 @@ void SparseAccumulate(const Region* regions, int64_t count, const TapList& taps,
   });
 }
 
+void SparseOutputs(const Region& region, const TapList& taps, const float* values, const float* bias,
+                   ActivationSpec act, int64_t first, int64_t last) {
+  const Tiling tiling(region, AccumulateSize(taps));
+  SparseTask task = {};
+  task.region = &region;
+  task.taps = &taps;
+  task.values = values;
+  task.bias = bias;
+  task.end = act;
+  for (task.first = first; task.first < last; task.first = task.last) {
+    task.last = Least(task.first + kOutputsAtOnce, last);
+    for (int64_t i = 0; i < tiling.count(); ++i) {
+      task.tile = TileAt(region, tiling, i);
+      ForTile<Accumulate>(task.tile, region)(task);
+    }
+  }
+}
+
 constexpr int64_t kPerTask = 4096;  // floats of a list
 
 // The first of `chunks` arrays becomes the sum of all, in order.
@@ -898,6 +916,7 @@ void ChannelSums(const Region* regions, int64_t count, int64_t channels, float* 
 
 extern const TapKernels tap_kernels;
 const TapKernels tap_kernels = {SparseAccumulate,
+                                SparseOutputs,
                                 SparseDot,
                                 DotChunks,
                                 DenseAccumulate,

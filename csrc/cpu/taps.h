@@ -70,6 +70,9 @@ struct TapKernels {
   // `values` in the list's order; one float beyond the last is read and not used.
   void (*sparse_accumulate)(const Region* regions, int64_t count, const TapList& taps, const float* values,
                             const float* bias, const TapEnd& end, int threads);
+  // The same for outputs [first, last) of one region, on the calling thread; no halo is written.
+  void (*sparse_outputs)(const Region& region, const TapList& taps, const float* values, const float* bias,
+                         ActivationSpec act, int64_t first, int64_t last);
   // d_values[order[t]] = sum over all regions' positions; d_bias[o] the sum of out[o] alone (null:
   // not wanted). `partial`, 64-byte aligned, holds sparse_dot_chunks(...) * DotFloats(...) floats.
   void (*sparse_dot)(const Region* regions, int64_t count, const TapList& taps, float* partial, float* d_values,

@@ -53,10 +53,10 @@ static inline V IfLarger(V a, V b, V c, V d) {
   const auto larger = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
   return _mm512_mask_blend_ps(static_cast<__mmask16>(larger), d, c);
 }
-// 2^n for whole n from -126 to 127; inf for 128.
-static inline V PowerOfTwo(V n) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
-}
+// To a whole number, ties to even; up to 2^22.
+static inline V Round(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
+// x * 2^n for whole n from -126 to 127; inf for 128.
+static inline V TimesPowerOfTwo(V x, V n) { return _mm512_scalef_ps(x, n); }
 // A register's worth of lanes, for loops in which whole vectors would not fit the registers.
 using R = V;
 static inline R LoadR(const float* p) { return Load(p); }
@@ -103,10 +103,13 @@ static inline __m256 IfLarger(__m256 a, __m256 b, __m256 c, __m256 d) {
   return _mm256_blendv_ps(d, c, larger);
 }
 static inline V IfLarger(V a, V b, V c, V d) { return {IfLarger(a.a, b.a, c.a, d.a), IfLarger(a.b, b.b, c.b, d.b)}; }
+static inline V Round(V x) {
+  return {_mm256_round_ps(x.a, _MM_FROUND_TO_NEAREST_INT), _mm256_round_ps(x.b, _MM_FROUND_TO_NEAREST_INT)};
+}
 static inline __m256 PowerOfTwo(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
-static inline V PowerOfTwo(V n) { return {PowerOfTwo(n.a), PowerOfTwo(n.b)}; }
+static inline V TimesPowerOfTwo(V x, V n) { return Mul(x, {PowerOfTwo(n.a), PowerOfTwo(n.b)}); }
 using R = __m256;
 static inline R LoadR(const float* p) { return _mm256_load_ps(p); }
 static inline R SetR(float x) { return _mm256_set1_ps(x); }
@@ -168,7 +171,6 @@ static inline void StoreU(float* p, V v) {
 static inline V Set(float x) { return {SetR(x), SetR(x), SetR(x), SetR(x)}; }
 static inline V Zero() { return Set(0.0f); }
 static inline V Sqrt(V x) { return {Sqrt(x.a), Sqrt(x.b), Sqrt(x.c), Sqrt(x.d)}; }
-static inline V PowerOfTwo(V n) { return {PowerOfTwo(n.a), PowerOfTwo(n.b), PowerOfTwo(n.c), PowerOfTwo(n.d)}; }
 #define LIPFAST_BINARY(Name) \
   static inline V Name(V x, V y) { return {Name(x.a, y.a), Name(x.b, y.b), Name(x.c, y.c), Name(x.d, y.d)}; }
 LIPFAST_BINARY(Add)
@@ -178,6 +180,13 @@ LIPFAST_BINARY(Div)
 LIPFAST_BINARY(Max)
 LIPFAST_BINARY(Min)
 #undef LIPFAST_BINARY
+static inline V Round(V x) {
+  const V magic = Set(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  return Sub(Add(x, magic), magic);
+}
+static inline V TimesPowerOfTwo(V x, V n) {
+  return Mul(x, {PowerOfTwo(n.a), PowerOfTwo(n.b), PowerOfTwo(n.c), PowerOfTwo(n.d)});
+}
 #define LIPFAST_TERNARY(Name)                                                                    \
   static inline V Name(V x, V y, V z) {                                                          \
     return {Name(x.a, y.a, z.a), Name(x.b, y.b, z.b), Name(x.c, y.c, z.c), Name(x.d, y.d, z.d)}; \

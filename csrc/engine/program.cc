@@ -165,13 +165,9 @@ void Program::Flatten(Section where, int map, int rows, bool to_map) {
   });
 }
 
-void Program::RunConv(int conv, const float* values, const float* bias, const LaneMap& x, const LaneMap& y,
-                      const ConvEnd& end, const RunContext& context) {
+const float* Program::Prepared(int conv, const float* values, const LaneMap& x, const ConvEnd& end,
+                               const RunContext& context) {
   ConvEntry& entry = convs_[conv];
-  if (!keeps_weights_) {
-    entry.conv->Forward(values, bias, x, y, context.scratch, context.threads, end);
-    return;
-  }
   if (!prepared_) {
     int64_t floats = 0;
     for (ConvEntry& each : convs_) {
@@ -181,9 +177,21 @@ void Program::RunConv(int conv, const float* values, const float* bias, const La
     prepared_ = std::make_unique<Arena>(floats * kFloatBytes);
   }
   float* prepared = prepared_->data() + entry.prepared;
-  if (entry.prepared_load != loads_) entry.conv->Prepare(values, x, prepared, context.scratch, context.threads, end);
+  if (!keeps_weights_ || entry.prepared_load != loads_) {
+    entry.conv->Prepare(values, x, prepared, context.scratch, context.threads, end);
+  }
   entry.prepared_load = loads_;
-  entry.conv->ForwardPrepared(prepared, bias, x, y, context.scratch, context.threads, end);
+  return prepared;
+}
+
+void Program::RunConv(int conv, const float* values, const float* bias, const LaneMap& x, const LaneMap& y,
+                      const ConvEnd& end, const RunContext& context) {
+  const Conv& run = *convs_[conv].conv;
+  if (keeps_weights_) {
+    run.ForwardPrepared(Prepared(conv, values, x, end, context), bias, x, y, context.scratch, context.threads, end);
+  } else {
+    run.Forward(values, bias, x, y, context.scratch, context.threads, end);
+  }
 }
 
 void Program::ConvForward(Section where, int conv, int64_t values, int64_t bias, int x, int y, const HaloSpec& halo) {
@@ -195,24 +203,58 @@ void Program::ConvForward(Section where, int conv, int64_t values, int64_t bias,
       });
 }
 
-void Program::ConvFinish(int conv, int64_t values, int64_t bias, int x, int residual, int y, float epsilon,
-                         const NormOffsets& offsets, ActivationSpec act, const HaloSpec& halo) {
-  const float* weight = this->values() + values;
-  const float* shift = bias < 0 ? nullptr : this->values() + bias;
-  const int64_t channels = convs_[conv].shape.out_channels;
-  // Scale and bias of each run: BatchNorm's numbers may change between two.
-  Add(Section::kForward, ConvLabel("conv", convs_[conv].shape, maps_[y]),
-      [this, conv, weight, shift, act, halo, channels, norm = NumbersOf(offsets, epsilon), in = maps_[x],
-       add = residual < 0 ? LaneMap{} : maps_[residual], out = maps_[y], scale = std::vector<float>(channels),
-       full = std::vector<float>(channels)](const RunContext& context) mutable {
-        for (int64_t c = 0; c < channels; ++c) {
-          const FinishAffine affine = FinishAffineOf(norm, c);
-          scale[c] = affine.scale;
-          full[c] = (shift ? shift[c] * affine.scale : 0.0f) + affine.shift;
-        }
-        const bool scaled = norm.mean || norm.gamma;
-        const ConvEnd end = {act, scaled ? scale.data() : nullptr, add.data ? &add : nullptr, halo};
-        RunConv(conv, weight, full.data(), in, out, end, context);
+// Scale and bias of each channel that a convolution's bias and a BatchNorm come to.
+struct Program::Affine {
+  std::vector<float> scale, bias;
+  int64_t load = -1;  // that they were made from
+};
+
+void Program::Renew(const FinishedConv& f, Affine* affine) const {
+  if (keeps_weights_ && affine->load == loads_) return;
+  affine->load = loads_;
+  const NormNumbers norm = NumbersOf(f.offsets, f.epsilon);
+  const int64_t channels = convs_[f.conv].shape.out_channels;
+  affine->scale.resize(channels);
+  affine->bias.resize(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const FinishAffine each = FinishAffineOf(norm, c);
+    affine->scale[c] = each.scale;
+    affine->bias[c] = (f.bias < 0 ? 0.0f : values()[f.bias + c] * each.scale) + each.shift;
+  }
+}
+
+// What follows the sums, but for residual and halo.
+ConvEnd Program::EndOf(const FinishedConv& f, const Affine& affine) const {
+  const bool scaled = f.offsets.running_mean >= 0 || f.offsets.gamma >= 0;
+  return {f.act, scaled ? affine.scale.data() : nullptr, nullptr, {}};
+}
+
+void Program::ConvFinish(const FinishedConv& f, int x, int residual, int y, const HaloSpec& halo) {
+  Add(Section::kForward, ConvLabel("conv", convs_[f.conv].shape, maps_[y]),
+      [this, f, halo, in = maps_[x], add = residual < 0 ? LaneMap{} : maps_[residual], out = maps_[y],
+       affine = Affine{}](const RunContext& context) mutable {
+        Renew(f, &affine);
+        ConvEnd end = EndOf(f, affine);
+        end.residual = add.data ? &add : nullptr;
+        end.halo = halo;
+        RunConv(f.conv, values() + f.values, affine.bias.data(), in, out, end, context);
+      });
+}
+
+void Program::ConvPair(const FinishedConv& first, const FinishedConv& second, int x, const LaneMap& between,
+                       const HaloSpec& between_halo, int y, const HaloSpec& halo) {
+  const std::string label = ConvLabel("conv", convs_[first.conv].shape, between) + ", " +
+                            ConvLabel("depthwise", convs_[second.conv].shape, maps_[y]);
+  Add(Section::kForward, label,
+      [this, first, second, between, between_halo, halo, in = maps_[x], out = maps_[y], one = Affine{},
+       two = Affine{}](const RunContext& context) mutable {
+        const auto prepare = [&](const FinishedConv& f, const LaneMap& read, Affine* affine) -> PreparedConv {
+          Renew(f, affine);
+          const float* weights = Prepared(f.conv, values() + f.values, read, EndOf(f, *affine), context);
+          return {convs_[f.conv].conv.get(), weights, affine->bias.data(), f.act};
+        };
+        RunPair(prepare(first, in, &one), prepare(second, between, &two), in, between, between_halo, out, halo,
+                context.threads);
       });
 }
 

@@ -108,9 +108,19 @@ class Program {
   // Between a map and its items as rows of features: (1, features, height, width), a pixel for each item.
   void Flatten(Section where, int map, int rows, bool to_map);
   void ConvForward(Section where, int conv, int64_t values, int64_t bias, int x, int y, const HaloSpec& halo);
-  // Without gradients: ConvForward and Finish as one, for activations that Conv can do; y lies apart from the residual.
-  void ConvFinish(int conv, int64_t values, int64_t bias, int x, int residual, int y, float epsilon,
-                  const NormOffsets& offsets, ActivationSpec act, const HaloSpec& halo);
+  // A convolution and the Finish behind it.
+  struct FinishedConv {
+    int conv;
+    int64_t values, bias;
+    float epsilon;
+    NormOffsets offsets;
+    ActivationSpec act;
+  };
+  // Without gradients: both as one, for activations that Conv can do; y lies apart from the residual.
+  void ConvFinish(const FinishedConv& conv, int x, int residual, int y, const HaloSpec& halo);
+  // Without gradients: two that Conv::IsPair, with any activations. The map between them gets no memory.
+  void ConvPair(const FinishedConv& first, const FinishedConv& second, int x, const LaneMap& between,
+                const HaloSpec& between_halo, int y, const HaloSpec& halo);
   // In the forward section: a transposed convolution, whose own gradient is ConvForward.
   void ConvInputGradient(Section where, int conv, int64_t values, int dy, int dx);
   void ConvWeightGradient(int conv, int64_t values, int64_t bias, int x, int dy);
@@ -181,6 +191,11 @@ class Program {
   void Add(Section where, std::string label, std::function<void(const RunContext&)> run);
   void RunConv(int conv, const float* values, const float* bias, const LaneMap& x, const LaneMap& y, const ConvEnd& end,
                const RunContext& context);
+  struct Affine;
+  void Renew(const FinishedConv& conv, Affine* affine) const;
+  ConvEnd EndOf(const FinishedConv& conv, const Affine& affine) const;
+  // The weights in their kernel's form, for as long as they stay loaded.
+  const float* Prepared(int conv, const float* values, const LaneMap& x, const ConvEnd& end, const RunContext& context);
   // Memory that every convolution may use, for that many threads.
   float* Scratch(int threads);
   LivePixelMask LiveMask(const LaneMap& map);

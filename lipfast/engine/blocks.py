@@ -182,6 +182,7 @@ class _Edge:
     small: int
     factor: int
     classes: tuple[int, int] = (-1, -1)  # of large and small: edges between the same two agree together
+    recut: list[int] = dataclasses.field(default_factory=list)  # empty where they are; see _recut
 
     def wanted(self, blocks: dict[int, Block]) -> Block:
         """The blocks of ``large`` that fit those of ``small``."""
@@ -264,7 +265,35 @@ def _agree_but(graph: Graph, weights: Sequence[Any], recut: set[tuple[int, int]]
         if not any(changed):
             break
     blocks = {value: classes.block(value) for value in graph.shapes}
+    makers, readers = _producers(graph), graph.consumers()
+    for edge in edges:
+        wanted = edge.wanted(blocks)
+        if blocks[edge.large] != wanted:
+            edge.recut = _recut(graph, edge, wanted, makers, readers)
+            blocks |= dict.fromkeys(edge.recut[:-1], wanted)
     return _Agreement(blocks, edges, _cost(graph, weights, blocks, edges))
+
+
+def _recut(
+    graph: Graph, edge: _Edge, wanted: Block, makers: dict[int, Node], readers: dict[int, list[int]]
+) -> list[int]:
+    """The values from ``large`` up to the one to cut anew: the input of the convolution that makes ``large``, if that
+    has fewer channels and nothing else reads what lies between."""
+    path = [edge.large]
+    while edge.node.kind not in _ENLARGES and len(readers[path[-1]]) == 1 and path[-1] not in graph.outputs:
+        maker = makers.get(path[-1])
+        if maker is None or len(maker.inputs) > 1 or not _hold(wanted, graph, maker.inputs[0]):
+            break
+        path.append(maker.inputs[0])
+        if maker.kind == "conv" and maker.stride == 1 and graph.shapes[path[-1]][1] < graph.shapes[edge.large][1]:
+            return path
+        if maker.kind not in _SAME_BLOCKS:
+            break
+    return [edge.large]
+
+
+def _hold(block: Block, graph: Graph, value: int) -> bool:
+    return all(side >= least for side, least in zip(block, _smallest(graph, value), strict=True))
 
 
 def _cost(graph: Graph, weights: Sequence[Any], blocks: dict[int, Block], edges: list[_Edge]) -> float:
@@ -280,8 +309,8 @@ def _cost(graph: Graph, weights: Sequence[Any], blocks: dict[int, Block], edges:
         if value not in graph.rows:
             total += _PER_VECTOR * _vectors(graph, value, block)
     for edge in edges:
-        if blocks[edge.large] != edge.wanted(blocks):
-            total += _PER_VECTOR_RECUT * _vectors(graph, edge.large, blocks[edge.large])
+        if edge.recut:
+            total += _PER_VECTOR_RECUT * _vectors(graph, edge.recut[-1], blocks[edge.recut[-1]])
     return total
 
 
@@ -355,15 +384,16 @@ class _Classes:
 
 
 def _reblock(graph: Graph, edge: _Edge, blocks: dict[int, Block]) -> None:
-    wanted = edge.wanted(blocks)
-    if blocks[edge.large] == wanted:
+    if not edge.recut:
         return
-    copy = graph.fresh(graph.shapes[edge.large])
-    blocks[copy] = wanted
-    at = next(i for i, node in enumerate(graph.nodes) if node is edge.node)
+    value = edge.recut[-1]
+    copy = graph.fresh(graph.shapes[value])
+    blocks[copy] = edge.wanted(blocks)
+    neighbour = edge.node if len(edge.recut) == 1 else _producers(graph)[edge.recut[-2]]
+    at = next(i for i, node in enumerate(graph.nodes) if node is neighbour)
     if edge.node.kind in _ENLARGES:  # the operator writes the copy, which is re-cut into what others expect
         edge.node.output = copy
-        graph.nodes.insert(at + 1, Node("reblock", [copy], edge.large))
+        graph.nodes.insert(at + 1, Node("reblock", [copy], value))
     else:
-        edge.node.inputs[0] = copy
-        graph.nodes.insert(at, Node("reblock", [edge.large], copy))
+        neighbour.inputs[0] = copy
+        graph.nodes.insert(at, Node("reblock", [value], copy))

@@ -331,9 +331,13 @@ class _Planner:
         for number, value in enumerate(self.graph.inputs):
             self.emit("from_plain", _FORWARD, number, self.home[value])
             self.wrote(self.home[value])
+        pairs = self._pairs()
+        paired = {position for pair in pairs.values() for each in pair for position in each.positions}
         finished = self._finished_convs()
-        waiting = set(finished.values())  # until all that their finish reads is there
+        waiting = paired | set(finished.values())  # until all that their finish reads is there
         for position, node in enumerate(self.graph.nodes):
+            if position in pairs:
+                self._conv_pair(*pairs[position])
             if position in waiting:
                 continue
             if position in finished:
@@ -358,6 +362,39 @@ class _Planner:
             and node.inputs[0] not in self.graph.outputs
         }
 
+    def _pairs(self) -> dict[int, tuple["_Finished", "_Finished"]]:
+        """Convolutions with the depthwise one behind each that run as one, by the position at which both are done."""
+        makers: dict[int, _Finished] = {}
+        for position in self.convs:
+            if self.graph.nodes[position].kind == "conv" and not self.options.backward:
+                each = self._finished(position)
+                makers[self.graph.nodes[each.last].output] = each
+        pairs: dict[int, tuple[_Finished, _Finished]] = {}
+        taken: set[_Finished] = set()
+        for second in makers.values():
+            value = self.graph.nodes[second.conv].inputs[0]
+            first = makers.get(value)
+            if first is None or first in taken or not self._read_once(value):
+                continue
+            if self.program.is_pair(self.convs[first.conv], self.convs[second.conv]):
+                pairs[second.last] = first, second
+                taken.update((first, second))
+        return pairs
+
+    def _finished(self, conv: int) -> "_Finished":
+        """A convolution with the finish behind it, unless that adds something."""
+        value = self.graph.nodes[conv].output
+        reader = self.readers[value][0] if self._read_once(value) else None
+        alone = (
+            reader is not None
+            and self.graph.nodes[reader].kind == "finish"
+            and self.graph.nodes[reader].inputs == [value]
+        )
+        return _Finished(conv, reader if alone else None)
+
+    def _read_once(self, value: int) -> bool:
+        return len(self.readers[value]) == 1 and value not in self.graph.outputs
+
     def offset(self, weight: int | None) -> int:
         """Where a weight starts in the values; -1 for none."""
         return -1 if weight is None else self.values[weight].start
@@ -378,9 +415,27 @@ class _Planner:
         conv = self.graph.nodes[conv_position]
         x, y = self.home[conv.inputs[0]], self.home[finish.output]
         self.need(_FORWARD, x, self.halo_of(conv))
-        weights = self.offset(conv.weight), self.offset(conv.bias)
-        numbers = (finish.epsilon, self._finish_offsets(finish), ACTIVATIONS[finish.act], finish.slope)
-        self._make("conv_finish", finish, self.convs[conv_position], *weights, x, self._residual(finish), y, *numbers)
+        self._make("conv_finish", finish, self._numbers(conv_position, finish), x, self._residual(finish), y)
+
+    def _numbers(self, conv_position: int, finish: Node | None) -> tuple[Any, ...]:
+        """What a step takes that does a convolution and its finish."""
+        conv = self.graph.nodes[conv_position]
+        weights = self.convs[conv_position], self.offset(conv.weight), self.offset(conv.bias)
+        if finish is None:
+            return *weights, 0.0, [-1, -1, -1, -1], ACTIVATIONS["none"], 0.0
+        return *weights, finish.epsilon, self._finish_offsets(finish), ACTIVATIONS[finish.act], finish.slope
+
+    def _conv_pair(self, first: "_Finished", second: "_Finished") -> None:
+        nodes = self.graph.nodes
+        x, last = self.home[nodes[first.conv].inputs[0]], nodes[second.last]
+        self.need(_FORWARD, x, self.halo_of(nodes[first.conv]))
+        value, halo = nodes[second.conv].inputs[0], self.halo_of(nodes[second.conv])
+        between = Storage(self.graph.shapes[value], self.blocks[value], self.graph.side(value))
+        between.halo = halo.reach if halo else 0
+        mode, pad = halo.state if halo else _ZERO
+        numbers = [self._numbers(p.conv, None if p.finish is None else nodes[p.finish]) for p in (first, second)]
+        filled = halo is not None, PADDING_MODES[mode], pad
+        self._make("conv_pair", last, *numbers, x, between.halo, between.plane, *filled, self.home[last.output])
 
     def _residual(self, finish: Node) -> Slot | int:
         return self.home[finish.inputs[1]] if len(finish.inputs) > 1 else -1
@@ -574,6 +629,24 @@ class _Planner:
         padding = PADDING_MODES[node.attributes.get("padding_mode", "zeros")]
         conv: int = self.program.add_conv(shape, geometry, padding, mask, KERNELS[asked_kernel()], self.options.exact)
         return conv
+
+
+@dataclasses.dataclass(frozen=True)
+class _Finished:
+    """Positions of a convolution and of the finish behind it."""
+
+    conv: int
+    finish: int | None
+
+    @property
+    def positions(self) -> list[int]:
+        """Of both."""
+        return [self.conv] if self.finish is None else [self.conv, self.finish]
+
+    @property
+    def last(self) -> int:
+        """Where both are done."""
+        return self.positions[-1]
 
 
 def channels_of(node: Node) -> range:

@@ -97,6 +97,16 @@ inline __m512 Min(__m512 a, __m512 b) {
   return Join(_mm256_min_ps(Half(a, 0), Half(b, 0)), _mm256_min_ps(Half(a, 1), Half(b, 1)));
 }
 inline __m512 Sqrt(__m512 a) { return Join(_mm256_sqrt_ps(Half(a, 0)), _mm256_sqrt_ps(Half(a, 1))); }
+inline __m512 Round(__m512 a) {
+  return Join(_mm256_round_ps(Half(a, 0), _MM_FROUND_TO_NEAREST_INT),
+              _mm256_round_ps(Half(a, 1), _MM_FROUND_TO_NEAREST_INT));
+}
+inline __m512 Scale(__m512 x, __m512 n) {
+  return Floats([&](size_t i) {
+    const float by = F(n, i);
+    return by == by ? std::ldexp(F(x, i), static_cast<int>(by)) : by;
+  });
+}
 inline __m512 UnpackLow(__m512 a, __m512 b) {
   return Join(_mm256_unpacklo_ps(Half(a, 0), Half(b, 0)), _mm256_unpacklo_ps(Half(a, 1), Half(b, 1)));
 }
@@ -167,6 +177,8 @@ inline __m128i SetBytes(Mask mask, int8_t x) {
 #define _mm512_max_ps emulated::Max
 #define _mm512_min_ps emulated::Min
 #define _mm512_sqrt_ps emulated::Sqrt
+#define _mm512_roundscale_ps(x, how) emulated::Round(x)
+#define _mm512_scalef_ps emulated::Scale
 #define _mm512_unpacklo_ps emulated::UnpackLow
 #define _mm512_unpackhi_ps emulated::UnpackHigh
 #define _mm512_unpacklo_pd(a, b) emulated::Unpack(a, b, 0)
@@ -191,13 +203,6 @@ inline __m128i SetBytes(Mask mask, int8_t x) {
     const float x = emulated::F(a_, i), y = emulated::F(b_, i); \
     return (how) == _CMP_UNORD_Q ? x != x || y != y : x > y;    \
   })
-#define _mm512_cvtps_epi32(x) \
-  (emulated::Each<__m512i, int32_t>([x_ = x](size_t i) { return _mm_cvtss_si32(_mm_set_ss(emulated::F(x_, i))); }))
-#define _mm512_add_epi32(a, b) \
-  (emulated::Each<__m512i, int32_t>([a_ = a, b_ = b](size_t i) { return emulated::I(a_, i) + emulated::I(b_, i); }))
-#define _mm512_slli_epi32(x, by) \
-  (emulated::Each<__m512i, uint32_t>([x_ = x](size_t i) { return static_cast<uint32_t>(emulated::I(x_, i)) << (by); }))
-#define _mm512_castsi512_ps(x) reinterpret_cast<__m512>(x)
 #define _mm512_castps_pd(x) reinterpret_cast<__m512d>(x)
 #define _mm512_castpd_ps(x) reinterpret_cast<__m512>(x)
 #define _mm512_castps_si512(x) reinterpret_cast<__m512i>(x)

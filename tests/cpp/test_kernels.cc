@@ -150,6 +150,55 @@ void RunCase(const Case& c, ConvKernel kernel, int threads, const std::string& n
   Expect(Error(dvalues, dvalues_want) < 1e-5, name + " weight gradient");
 }
 
+// A 1x1 convolution and the depthwise one of a case behind it, to the last bit as one after the other.
+void RunPairCase(const Case& c, ActivationSpec act, int threads, const std::string& name) {
+  std::mt19937 random(11);
+  const int64_t out_h = (c.height + 2 * c.pad - c.kernel) / c.stride + 1;
+  const int64_t out_w = (c.width + 2 * c.pad - c.kernel) / c.stride + 1;
+  const auto block = [&](int64_t side) { return (side + c.grid * c.stride - 1) / (c.grid * c.stride); };
+  const int64_t block_h = block(c.height), block_w = block(c.width), sheets = Sheets(c.batch, c.grid);
+  const int64_t in_h = c.stride * block_h, in_w = c.stride * block_w;
+  const Conv one({c.out, c.in, 1, 1, 1, 1, 1, 0, 0, c.padding},
+                 {sheets, c.height, c.width, in_h, in_w, in_h, in_w, c.grid}, nullptr, ConvKernel::kSparse, false);
+  const Conv two({c.out, c.out, c.out, c.kernel, c.kernel, c.stride, 1, c.pad, c.pad, c.padding},
+                 {sheets, c.height, c.width, in_h, in_w, block_h, block_w, c.grid}, nullptr, ConvKernel::kSparse,
+                 false);
+  Expect(Conv::IsPair(one, two) && !Conv::IsPair(two, one), name + " is a pair");
+  const int64_t halo = std::max(c.pad, c.kernel - 1 - c.pad);
+  Map xs(c.batch, c.in, c.height, c.width, in_h, in_w, 0, c.grid);
+  Map between(c.batch, c.out, c.height, c.width, in_h, in_w, halo, c.grid);
+  Map want(c.batch, c.out, out_h, out_w, block_h, block_w, 1, c.grid);
+  Map got(c.batch, c.out, out_h, out_w, block_h, block_w, 1, c.grid);
+  Tensor x = Draw(c.batch * c.in * c.height * c.width, random), bias = Draw(c.out, random);
+  Tensor first = Draw(c.out * c.in, random), second = Draw(c.out * c.kernel * c.kernel, random);
+  const LaneKernels& lanes = Kernels<LaneKernels>();
+  lanes.from_plain(Plain(x, c.batch, c.in, c.height, c.width), xs.lanes, threads);
+  Floats scratch(std::max(one.scratch_floats(threads), two.scratch_floats(threads)));
+  const auto run = [&](const Conv& conv, const Tensor& values, const LaneMap& from, const LaneMap& to) {
+    conv.Forward(values.data(), bias.data(), from, to, scratch.data, threads);
+    Kernels<PointwiseKernels>().activate(to, to, act, threads);
+  };
+  run(one, first, xs.lanes, between.lanes);
+  lanes.fill_halo(between.lanes, c.padding, c.pad, threads);
+  run(two, second, between.lanes, want.lanes);
+  lanes.fill_halo(want.lanes, Padding::kReplicate, 1, threads);
+  LaneMap no_memory = between.lanes;
+  no_memory.data = nullptr;
+  Floats one_weights(one.prepared_floats()), two_weights(two.prepared_floats());
+  one.Prepare(first.data(), xs.lanes, one_weights.data, scratch.data, threads);
+  two.Prepare(second.data(), no_memory, two_weights.data, scratch.data, threads);
+  RunPair({&one, one_weights.data, bias.data(), act}, {&two, two_weights.data, bias.data(), act}, xs.lanes, no_memory,
+          {true, c.padding, c.pad}, got.lanes, {true, Padding::kReplicate, 1}, threads);
+  const size_t bytes = want.floats.size * sizeof(float);
+  Expect(std::memcmp(want.floats.data, got.floats.data, bytes) == 0, name + " as one after the other");
+}
+
+constexpr Case kPairs[] = {
+    {1, 5, 20, 9, 13, 3, 1, 1, Padding::kZero, 1.0},        {2, 3, 40, 7, 7, 5, 1, 2, Padding::kReflect, 1.0},
+    {1, 4, 9, 16, 17, 3, 2, 1, Padding::kCircular, 1.0},    {8, 3, 17, 6, 9, 3, 2, 1, Padding::kZero, 1.0, 2},
+    {19, 2, 3, 5, 4, 3, 1, 1, Padding::kReplicate, 1.0, 1},
+};
+
 constexpr Case kCases[] = {
     {1, 5, 7, 9, 13, 3, 1, 1, Padding::kReflect, 0.3},      {2, 3, 4, 16, 16, 3, 1, 1, Padding::kZero, 1.0},
     {1, 4, 6, 16, 17, 3, 2, 1, Padding::kReflect, 0.5},     {1, 9, 5, 8, 20, 1, 1, 0, Padding::kZero, 0.4},
@@ -177,6 +226,11 @@ int main() {
         RunCase(kCases[i], kernel, 2,
                 std::string(IsaName(isa)) + " kernel " + std::to_string(static_cast<int>(kernel)) + " case " +
                     std::to_string(i));
+      }
+    }
+    for (size_t i = 0; i < std::size(kPairs); ++i) {
+      for (Activation act : {Activation::kRelu6, Activation::kSilu}) {
+        RunPairCase(kPairs[i], {act, 0.0f}, 2, std::string(IsaName(isa)) + " pair " + std::to_string(i));
       }
     }
     RunPasses(2, IsaName(isa));

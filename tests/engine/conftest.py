@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lipfast.engine.capture import call_with, record
 from lipfast.engine.lower import Segment, lower
-from lipfast.engine.plan import Options
+from lipfast.engine.plan import Options, Weight
 from lipfast.engine.runtime import Running, pack, unpack, weights_of
 
 # A float32 sum of n terms of size 1 is off by about sqrt(n) epsilon when errors are random, n epsilon at worst. Every
@@ -39,6 +39,31 @@ def segment_of(module: nn.Module, x: Tensor, masks: dict[str, Tensor] | None = N
     return segment, recording.leaves
 
 
+def load(running: Running, segment: Segment, weights: list[Weight], leaves: dict[int, Tensor]) -> None:
+    for number, ref in enumerate(segment.weights):
+        running.value(number).copy_(pack(leaves[ref.number], weights[number].mask))
+    for views, refs in zip(running.statistics, segment.statistics, strict=True):
+        for view, ref in zip(views, refs, strict=True):
+            view.copy_(leaves[ref.number])
+
+
+@pytest.fixture
+def inference() -> Callable[..., Running]:
+    """A module in evaluation as one program without a backward pass, its weights, pruned to the masks, loaded."""
+
+    def make(module: nn.Module, x: Tensor, masks: dict[str, Tensor]) -> Running:
+        for name, mask in masks.items():
+            module.get_parameter(name).data.mul_(mask)
+        segment, names = segment_of(module.eval(), x, masks)
+        weights = weights_of(segment, names, masks, trained=False)
+        running = Running(segment, weights, Options(backward=False, input_gradients=[False]))
+        leaves = leaves_of(module)
+        load(running, segment, weights, {number: leaves[name] for number, name in names.items()})
+        return running
+
+    return make
+
+
 @pytest.fixture
 def compare() -> Callable[..., None]:
     """Outputs, gradients of input and parameters, and buffers of a module: engine against torch in float64. The outputs
@@ -60,11 +85,7 @@ def compare() -> Callable[..., None]:
         running = Running(segment, weights, Options(backward=True, input_gradients=[True]))
         inference = Running(segment, weights, Options(backward=False, input_gradients=[False]))
         for program in (running, inference):
-            for number, ref in enumerate(segment.weights):
-                program.value(number).copy_(pack(leaves[names[ref.number]], weights[number].mask))
-            for views, refs in zip(program.statistics, segment.statistics, strict=True):
-                for view, ref in zip(views, refs, strict=True):
-                    view.copy_(leaves[names[ref.number]])
+            load(program, segment, weights, {number: leaves[name] for number, name in names.items()})
         (y,) = running.forward([x], 2)
         (dx,) = running.backward([dy], 2)
 
