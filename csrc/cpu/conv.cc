@@ -271,7 +271,7 @@ void Conv::ForwardPrepared(const float* prepared, const float* bias, const LaneM
 
 bool Conv::IsPair(const Conv& first, const Conv& second) {
   const ConvShape& s = second.impl_->shape;
-  return first.impl_->forward == ConvKernel::kSparse && second.impl_->forward == ConvKernel::kSparse &&
+  return first.impl_->forward != ConvKernel::kWinograd && second.impl_->forward == ConvKernel::kSparse &&
          s.groups == s.in_channels && s.out_channels == s.in_channels &&
          first.impl_->shape.out_channels == s.in_channels;
 }
@@ -281,9 +281,11 @@ void RunPair(const PreparedConv& first, const PreparedConv& second, const LaneMa
   const Pass &one = first.conv->impl_->forward_pass, &two = second.conv->impl_->forward_pass;
   const auto one_taps = one.Bind(x), two_taps = two.Bind(between);
   const std::vector<Region> in = one.Regions(x, between), out = two.Regions(between, y);
-  Kernels<PairKernels>().run(
-      in.data(), out.data(), static_cast<int64_t>(in.size()), {&one_taps->sparse, first.weights, first.bias, first.act},
-      {&two_taps->sparse, second.weights, second.bias, second.act}, between, halo, y, y_halo, threads);
+  const PairPart parts[] = {
+      {&one_taps->sparse, one.dense ? &one_taps->dense : nullptr, first.weights, first.bias, first.act},
+      {&two_taps->sparse, nullptr, second.weights, second.bias, second.act}};
+  Kernels<PairKernels>().run(in.data(), out.data(), static_cast<int64_t>(in.size()), parts[0], parts[1], between, halo,
+                             y, y_halo, threads);
 }
 
 void Conv::Forward(const float* values, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch,

@@ -66,7 +66,8 @@ class Conv {
   void ForwardPrepared(const float* prepared, const float* bias, const LaneMap& x, const LaneMap& y, float* scratch,
                        int threads, const ConvEnd& end = {}) const;
 
-  // Whether RunPair may run the two: both by the sparse kernel, and the second makes each channel from that channel.
+  // Whether RunPair may run the two: the second, by the sparse kernel, makes each channel from that channel, and
+  // the first is not Winograd's.
   static bool IsPair(const Conv& first, const Conv& second);
 
   // How far the halo of dy must reach (filled with zeros, dead pixels too) for the

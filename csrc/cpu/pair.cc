@@ -32,7 +32,11 @@ void Make(const Region& region, const PairPart& part, int64_t first, int64_t las
           const HaloFiller* filler) {
   const bool simple = IsSimple(part.act.kind);
   const ActivationSpec stored = simple ? part.act : ActivationSpec{};
-  tap_kernels.sparse_outputs(region, *part.taps, part.values, part.bias, stored, first, last);
+  if (part.dense) {
+    tap_kernels.dense_outputs(region, *part.dense, part.values, part.bias, stored, first, last);
+  } else {
+    tap_kernels.sparse_outputs(region, *part.sparse, part.values, part.bias, stored, first, last);
+  }
   if (!simple) pointwise_kernels.activate(made, made, part.act, 1);
   for (int64_t c = 0; filler && c < made.channels; ++c) filler->Fill(made.At(0, c));
 }
@@ -48,11 +52,13 @@ LaneMap Part(const LaneMap& whole, float* data, int64_t channels) {
 
 void Run(const Region* first, const Region* second, int64_t sheets, const PairPart& one, const PairPart& two,
          const LaneMap& between, const HaloSpec& halo, const LaneMap& y, const HaloSpec& y_halo, int threads) {
-  const int64_t channels = two.taps->outputs, parts = channels < kParts ? channels : kParts;
+  const int64_t channels = two.sparse->outputs, unit = one.dense ? tap_kernels.dense_group : 1;
+  const int64_t units = (channels + unit - 1) / unit, parts = units < kParts ? units : kParts;
   const HaloFiller filler(between, halo.padding, halo.pad), y_filler(y, y_halo.padding, y_halo.pad);
   ParallelFor(threads, sheets * parts, [&](int64_t chunk) {
     const int64_t sheet = chunk / parts, part = chunk % parts;
-    const int64_t begin = channels * part / parts, end = channels * (part + 1) / parts;
+    const int64_t begin = units * part / parts * unit, next = units * (part + 1) / parts * unit;
+    const int64_t end = next < channels ? next : channels;
     float* room = Room((end - begin) * between.channel_stride);
     float* pixels = room + between.halo * (between.row_stride + kLanes);
     Region in = first[sheet], out = second[sheet];

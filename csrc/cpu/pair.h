@@ -12,11 +12,12 @@
 
 namespace lipfast {
 
-// One of the two: taps whose values are in the list's order, and what follows the sums.
+// One of the two, and what follows the sums.
 struct PairPart {
-  const TapList* taps;
-  const float* values;
-  const float* bias;  // null: zero
+  const TapList* sparse;
+  const DenseTaps* dense;  // null: sparse. The second is sparse always
+  const float* values;     // as the taps want them
+  const float* bias;       // null: zero
   ActivationSpec act;
 };
 

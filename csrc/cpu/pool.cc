@@ -60,6 +60,7 @@ struct alignas(kApart) Range {
 };
 
 constexpr int kMaxThreads = 128;
+constexpr int kAnswering = 1;  // the thread that answers messages
 // Claims a thread makes of its own range: few, as each costs as much as a small
 // chunk; enough for others to take the end of a busy thread's range.
 constexpr int64_t kClaims = 64;
@@ -98,6 +99,27 @@ class Pool {
     while (!SpinUntil(finished)) sched_yield();
   }
 
+  // See pool.h. The shortest of a few: the other thread may look elsewhere for a moment.
+  double RoundTrip() {
+    constexpr int kMessages = 3;
+    constexpr double kLongest = 2e-6;
+    const std::unique_lock<std::mutex> only_job(job_mutex_, std::try_to_lock);
+    if (!only_job || inside_chunk || workers_ == 0) return 0;
+    double least = kLongest;
+    for (int i = 0; i < kMessages; ++i) {
+      const auto start = std::chrono::steady_clock::now();
+      const uint64_t message = question_.load(std::memory_order_relaxed) + 1;
+      question_.store(message, std::memory_order_release);
+      double took;
+      do {
+        took = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        if (took >= kLongest) return 0;
+      } while (answer_.load(std::memory_order_acquire) != message);
+      if (took < least) least = took;
+    }
+    return least;
+  }
+
  private:
   // Claims groups of the own range, then of the others', until none is left. The
   // fields of a job are read only after a claim succeeded: until that group is done
@@ -122,8 +144,16 @@ class Pool {
   // seen: the last job that this thread needs not look at.
   void Serve(int self, uint64_t seen) {
     const auto work_waits = [&] { return job_.load(std::memory_order_seq_cst) != seen; };
+    uint64_t answered = 0;
+    const auto answer_or_work = [&] {
+      if (self == kAnswering) {
+        const uint64_t question = question_.load(std::memory_order_acquire);
+        if (question != answered) answer_.store(answered = question, std::memory_order_release);
+      }
+      return work_waits();
+    };
     for (;;) {
-      if (!SpinUntil(work_waits)) {
+      if (!SpinUntil(answer_or_work)) {
         std::unique_lock<std::mutex> lock(sleep_mutex_);
         sleeping_.fetch_add(1, std::memory_order_seq_cst);
         wake_.wait(lock, work_waits);
@@ -149,6 +179,8 @@ class Pool {
   alignas(kApart) std::atomic<uint64_t> job_{0};
   alignas(kApart) std::atomic<int64_t> done_{0};
   alignas(kApart) std::atomic<int> parts_{1};
+  alignas(kApart) std::atomic<uint64_t> question_{0};
+  alignas(kApart) std::atomic<uint64_t> answer_{0};
   std::atomic<int> sleeping_{0};
   std::mutex sleep_mutex_;
   std::condition_variable wake_;
@@ -171,6 +203,8 @@ Pool* pool = [] {
 void RunChunks(int threads, int64_t chunks, ChunkFunction body, void* context) {
   pool->Run(threads, chunks, body, context);
 }
+
+double RoundTrip() { return pool->RoundTrip(); }
 
 void EndOpenMpThreads() {
   constexpr int kSoft = 1;  // omp_pause_soft: settings stay

@@ -29,6 +29,9 @@ void ParallelFor(int threads, int64_t chunks, const Body& body) {
       const_cast<Body*>(&body));
 }
 
+// Seconds that a message takes to another thread of the pool and back; 0 where that is asleep or busy.
+double RoundTrip();
+
 // Ends the threads that torch's OpenMP runtime keeps for the calling thread. After a parallel operator they spin for
 // milliseconds on the cores where the pool's threads are about to run; torch's next one starts them anew, which takes
 // no longer than to wake them.

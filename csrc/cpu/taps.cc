@@ -1,6 +1,7 @@
 #include "cpu/taps.h"
 
 #include <memory>
+#include <utility>
 
 #include "cpu/activation.h"
 #include "cpu/halo.h"
@@ -773,6 +774,18 @@ bool WorthFetchingAhead(const Region* regions, int64_t count, const DenseTaps& t
   return vectors * kLanes * static_cast<int64_t>(sizeof(float)) > kFarBytes;
 }
 
+// Strip `i` of the task's region: its first row and rows.
+std::pair<int64_t, int64_t> RunStrip(DenseTask task, int64_t i) {
+  const Region& g = *task.region;
+  const int64_t row = i * StripRows(g), rows = Least(StripRows(g), g.rows - row);
+  const int64_t positions = rows * g.cols, tiles = Parts(positions, kDenseVectors);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    task.at = row * g.cols + positions * tile / tiles;
+    RunDenseTile<kDenseVectors>(task, positions * (tile + 1) / tiles - positions * tile / tiles);
+  }
+  return {row, rows};
+}
+
 void DenseAccumulate(const Region* regions, int64_t count, const DenseTaps& taps, const float* weights,
                      const float* bias, const TapEnd& end, int threads) {
   const int64_t strips = Total(regions, count, StripsOf);
@@ -785,18 +798,23 @@ void DenseAccumulate(const Region* regions, int64_t count, const DenseTaps& taps
   ParallelFor(threads, strips * parts, [&](int64_t chunk) {
     int64_t strip = chunk / parts;
     const Region& g = *RegionOf(regions, &strip, StripsOf);
-    const int64_t row = strip * StripRows(g), rows = Least(StripRows(g), g.rows - row);
     DenseTask task = {&g, &taps, weights, bias, end.act, block, ahead, 0, 0, 0};
     task.first = groups * (chunk % parts) / parts;
     task.last = groups * (chunk % parts + 1) / parts;
-    const int64_t positions = rows * g.cols, tiles = Parts(positions, kDenseVectors);
-    for (int64_t i = 0; i < tiles; ++i) {
-      task.at = row * g.cols + positions * i / tiles;
-      RunDenseTile<kDenseVectors>(task, positions * (i + 1) / tiles - positions * i / tiles);
-    }
+    const auto [row, rows] = RunStrip(task, strip);
     const int64_t first = task.first * kGroup, last = Least(task.last * kGroup, taps.outputs);
     halo.Follow(g.out + first * g.out_channel, g.out_channel, last - first, g.out_row, row, 0, rows, g.cols);
   });
+}
+
+void DenseOutputs(const Region& region, const DenseTaps& taps, const float* weights, const float* bias,
+                  ActivationSpec act, int64_t first, int64_t last) {
+  const int64_t block = DenseBlock(taps.taps), end = Parts(last, kGroup);
+  DenseTask task = {&region, &taps, weights, bias, act, block, false, 0, first / kGroup, 0};
+  for (; task.first < end; task.first = task.last) {
+    task.last = Least(task.first + kGroupsAtOnce, end);
+    for (int64_t strip = 0; strip < StripsOf(region); ++strip) RunStrip(task, strip);
+  }
 }
 
 // kDotGroup output channels times kTaps taps over rows [row, last) of a region.
@@ -920,6 +938,7 @@ const TapKernels tap_kernels = {SparseAccumulate,
                                 SparseDot,
                                 DotChunks,
                                 DenseAccumulate,
+                                DenseOutputs,
                                 DenseDot,
                                 DenseDotChunks,
                                 ChannelSums,

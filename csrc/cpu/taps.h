@@ -81,6 +81,9 @@ struct TapKernels {
   // The same for dense taps; weights are [ceil(outputs / dense_group)][taps][dense_group].
   void (*dense_accumulate)(const Region* regions, int64_t count, const DenseTaps& taps, const float* weights,
                            const float* bias, const TapEnd& end, int threads);
+  // As sparse_outputs; `first` is a multiple of dense_group.
+  void (*dense_outputs)(const Region& region, const DenseTaps& taps, const float* weights, const float* bias,
+                        ActivationSpec act, int64_t first, int64_t last);
   // The gradients [outputs][taps] end up first in `partial`, which holds
   // dense_dot_chunks(...) * DotFloats(outputs * taps, outputs) floats.
   void (*dense_dot)(const Region* regions, int64_t count, const DenseTaps& taps, float* partial, float* d_bias,

@@ -534,16 +534,22 @@ void Program::MeanBackward(int dy, int dx) {
 }
 
 void Program::Run(Section where, const PlainMap* plains, int threads) {
+  using Clock = std::chrono::steady_clock;
   if (threads > 1) EndOpenMpThreads();
-  const RunContext context = {plains, Scratch(threads), threads};
-  for (Step& step : steps_[static_cast<int>(where)]) {
-    if (!profile_) {
-      step.run(context);
-      continue;
-    }
-    const auto start = std::chrono::steady_clock::now();
-    step.run(context);
-    step.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  std::vector<Step>& steps = steps_[static_cast<int>(where)];
+  Pace& pace = paces_[static_cast<int>(where)];
+  float* scratch = Scratch(threads);
+  pace.Begin(steps.size(), threads);
+  if (pace.Wakes()) ParallelFor(threads, threads, [](int64_t) {});
+  auto start = Clock::now();
+  for (size_t i = 0; i < steps.size(); ++i) {
+    steps[i].run({plains, scratch, pace.IsAlone(i) ? 1 : threads});
+    if (pace.Looks()) pace.Saw(RoundTrip());
+    const auto end = Clock::now();
+    const double took = std::chrono::duration<double>(end - start).count();
+    pace.Took(i, took);
+    if (profile_) steps[i].seconds += took;
+    start = end;
   }
 }
 

@@ -24,6 +24,7 @@
 #include "cpu/pointwise.h"
 #include "cpu/pool2d.h"
 #include "cpu/resample.h"
+#include "engine/pace.h"
 #include "engine/spare.h"
 
 namespace lipfast {
@@ -213,6 +214,7 @@ class Program {
   std::vector<std::unique_ptr<std::vector<float>>> masks_;
   std::map<int64_t, SpareInputs> spares_;
   std::vector<Step> steps_[2];
+  Pace paces_[2];
   std::vector<int> plain_maps_[2];
   int plain_count_[2] = {0, 0};
   int scratch_threads_ = 0;

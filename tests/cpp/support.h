@@ -83,4 +83,7 @@ inline double Error(const Tensor& got, const std::vector<double>& want) {
 // The passes between convolutions, pruning and the optimiser, on the active instruction set; test_passes.cc.
 void RunPasses(int threads, const std::string& name);
 
+// Which steps of a program run on one thread; test_pace.cc.
+void RunPace();
+
 }  // namespace lipfast
