@@ -99,12 +99,13 @@ class Pool {
     while (!SpinUntil(finished)) sched_yield();
   }
 
-  // See pool.h. The shortest of a few: the other thread may look elsewhere for a moment.
+  // See pool.h. The shortest of a few: the other thread may be late for one.
   double RoundTrip() {
     constexpr int kMessages = 3;
     constexpr double kLongest = 2e-6;
-    const std::unique_lock<std::mutex> only_job(job_mutex_, std::try_to_lock);
-    if (!only_job || inside_chunk || workers_ == 0) return 0;
+    std::unique_lock<std::mutex> only_job(job_mutex_, std::defer_lock);
+    if (inside_chunk || !only_job.try_lock() || workers_ == 0 || sleeping_.load(std::memory_order_relaxed) > 0)
+      return 0;
     double least = kLongest;
     for (int i = 0; i < kMessages; ++i) {
       const auto start = std::chrono::steady_clock::now();

@@ -29,7 +29,7 @@ void ParallelFor(int threads, int64_t chunks, const Body& body) {
       const_cast<Body*>(&body));
 }
 
-// Seconds that a message takes to another thread of the pool and back; 0 where that is asleep or busy.
+// Seconds that a message takes to another thread of the pool and back; 0 where none answers, as they sleep or work.
 double RoundTrip();
 
 // Ends the threads that torch's OpenMP runtime keeps for the calling thread. After a parallel operator they spin for

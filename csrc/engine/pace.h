@@ -46,7 +46,7 @@ class Pace {
 
  private:
   static constexpr double kFar = 200e-9;       // seconds; messages take 20 to 140 ns near, 280 to 400 far (Zen 4)
-  static constexpr double kSmall = 400e-6;     // of all threads together
+  static constexpr double kSmall = 250e-6;     // of all threads together
   static constexpr int kRunsBetweenLooks = 8;  // while far: those cost a little more
 
   int threads_ = 0, run_ = 0;
