@@ -23,11 +23,11 @@ class Both(nn.Module):
 
 
 @st.composite
-def convs(draw, c_in: int, c_out: int, stride: int = 1) -> nn.Module:
+def convs(draw, c_in: int, c_out: int, stride: int = 1, groups: int = 1) -> nn.Module:
     kernel = draw(st.sampled_from([1, 3]))
     mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
     pad = kernel // 2
-    return nn.Conv2d(c_in, c_out, kernel, stride, pad, bias=draw(st.booleans()), padding_mode=mode)
+    return nn.Conv2d(c_in, c_out, kernel, stride, pad, 1, groups, draw(st.booleans()), mode)
 
 
 # Smooth ones: at a kink, rounding decides which side a value is on, and gradients differ by more than rounding.
@@ -40,7 +40,7 @@ def networks(draw) -> nn.Module:
     channels, level = 3, 0
     for _ in range(draw(st.integers(1, 5))):
         width = draw(CHANNELS)
-        kind = draw(st.sampled_from(["conv", "norm", "down", "up", "pool", "branch", "act"]))
+        kind = draw(st.sampled_from(["conv", "depthwise", "norm", "down", "up", "pool", "branch", "act"]))
         if (
             kind == "conv"
             or (kind == "down" and level == 2)
@@ -49,6 +49,10 @@ def networks(draw) -> nn.Module:
         ):
             layers.append(draw(convs(channels, width)))
             channels = width
+        elif kind == "depthwise":
+            stride = draw(st.sampled_from([1, 2])) if level < 2 else 1
+            layers.append(draw(convs(channels, channels, stride, groups=channels)))
+            level += stride - 1
         elif kind == "down":
             layers.append(draw(convs(channels, width, stride=2)))
             channels, level = width, level + 1
@@ -69,7 +73,7 @@ def networks(draw) -> nn.Module:
     return nn.Sequential(*layers, draw(convs(channels, 2)))
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     network=networks(),
     batch=st.sampled_from([2, 4, 7, 16, 18]),  # alone in their lanes, or four or sixteen together, some missing
@@ -77,9 +81,11 @@ def networks(draw) -> nn.Module:
     width=st.integers(8, 21),
     seed=st.integers(0, 9),
     dense=st.booleans(),
+    training=st.booleans(),
 )
-def test_any_network_matches_torch(compare, network, batch, height, width, seed, dense):
+def test_any_network_matches_torch(compare, network, batch, height, width, seed, dense, training):
     torch.manual_seed(seed)
+    network.train(training)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.5)
     masks = {n: torch.rand(p.shape) < 0.5 for n, p in network.named_parameters() if p.dim() == 4 and not dense}
