@@ -333,7 +333,7 @@ class _Planner:
             self.wrote(self.home[value])
         pairs = self._pairs()
         paired = {position for pair in pairs.values() for each in pair for position in each.positions}
-        finished = self._finished_convs()
+        finished = {at: conv for at, conv in self._finished_convs().items() if conv not in paired}
         waiting = paired | set(finished.values())  # until all that their finish reads is there
         for position, node in enumerate(self.graph.nodes):
             if position in pairs:

@@ -120,6 +120,19 @@ class Shared(nn.Module):
         return self.second(y) + y
 
 
+class ResidualOfAnother(nn.Module):
+    """What is added is made behind the two, by another pair."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.third, self.fourth = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 5, padding=2, groups=8)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.second(self.first(x)) + self.fourth(self.act(self.third(x))))
+
+
 class Wider(nn.Module):
     """The second makes two channels of each."""
 
@@ -134,6 +147,11 @@ class Wider(nn.Module):
 @pytest.mark.parametrize("module", [Shared, Wider])
 def test_what_does_not_pair(check, module):
     check(module(), torch.randn(2, 3, 9, 12), pairs=0)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.SiLU()], ids=str)
+def test_sums_behind_pairs(check, act):
+    check(ResidualOfAnother(act), torch.randn(2, 3, 9, 12), pairs=2)
 
 
 class ThreeInARow(Shared):
