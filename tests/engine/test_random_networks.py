@@ -64,7 +64,10 @@ def networks(draw) -> nn.Module:
             level += 1
         elif kind == "branch":
             join = draw(st.sampled_from(["cat", "add", "gate"]))
-            layers.append(Both(draw(convs(channels, width)), draw(convs(channels, width)), join))
+            first, second = draw(convs(channels, width)), draw(convs(channels, width))
+            if draw(st.booleans()):
+                first = nn.Sequential(first, draw(st.sampled_from(SMOOTH))(), draw(convs(width, width, groups=width)))
+            layers.append(Both(first, second, join))
             channels = 2 * width + channels if join == "cat" else width
         elif kind == "norm":
             layers.append(nn.BatchNorm2d(channels, affine=draw(st.booleans())))
