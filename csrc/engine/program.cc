@@ -541,15 +541,13 @@ void Program::Run(Section where, const PlainMap* plains, int threads) {
   float* scratch = Scratch(threads);
   pace.Begin(steps.size(), threads);
   if (pace.Wakes()) ParallelFor(threads, threads, [](int64_t) {});
-  auto start = Clock::now();
   for (size_t i = 0; i < steps.size(); ++i) {
+    const auto start = Clock::now();
     steps[i].run({plains, scratch, pace.IsAlone(i) ? 1 : threads});
-    if (pace.Looks()) pace.Saw(RoundTrip());
-    const auto end = Clock::now();
-    const double took = std::chrono::duration<double>(end - start).count();
+    const double took = std::chrono::duration<double>(Clock::now() - start).count();
     pace.Took(i, took);
     if (profile_) steps[i].seconds += took;
-    start = end;
+    if (pace.Looks()) pace.Saw(RoundTrip());  // no part of the step, and what it says is of the next
   }
 }
 

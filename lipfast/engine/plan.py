@@ -232,7 +232,7 @@ class _Planner:
 
     def _may_overwrite(self, node: Node, overwritten: set[int]) -> bool:
         parts = self._parts(node.inputs[0])
-        if any(len(self.readers[value]) != 1 or value in self.graph.outputs for value in parts):
+        if not all(self._read_once(value) for value in parts):
             return False
         maker = self.made_at.get(node.inputs[0])
         if maker is not None and self.graph.nodes[maker].kind == "channels":
@@ -358,8 +358,7 @@ class _Planner:
             if node.kind == "finish"
             and node.act in _DONE_BY_CONV
             and node.inputs[0] in makers
-            and len(self.readers[node.inputs[0]]) == 1
-            and node.inputs[0] not in self.graph.outputs
+            and self._read_once(node.inputs[0])
         }
 
     def _pairs(self) -> dict[int, tuple["_Finished", "_Finished"]]:
@@ -432,10 +431,9 @@ class _Planner:
         value, halo = nodes[second.conv].inputs[0], self.halo_of(nodes[second.conv])
         between = Storage(self.graph.shapes[value], self.blocks[value], self.graph.side(value))
         between.halo = halo.reach if halo else 0
-        mode, pad = halo.state if halo else _ZERO
         numbers = [self._numbers(p.conv, None if p.finish is None else nodes[p.finish]) for p in (first, second)]
-        filled = halo is not None, PADDING_MODES[mode], pad
-        self._make("conv_pair", last, *numbers, x, between.halo, between.plane, *filled, self.home[last.output])
+        maps = x, between.halo, between.plane, *_halo_arguments(halo), self.home[last.output]
+        self._make("conv_pair", last, *numbers, *maps)
 
     def _residual(self, finish: Node) -> Slot | int:
         return self.home[finish.inputs[1]] if len(finish.inputs) > 1 else -1
@@ -480,8 +478,7 @@ class _Planner:
     def _make(self, name: str, node: Node, *args: Any) -> None:
         """Note the step that writes a node's output, and around it the halo that the first reader wants."""
         y, halo = self.home[node.output], self._first_halo(node.output)
-        mode, pad = halo.state if halo else _ZERO
-        self.emit(name, *args, halo is not None, PADDING_MODES[mode], pad)
+        self.emit(name, *args, *_halo_arguments(halo))
         self.wrote(y)
         if halo:
             y.storage.halo = max(y.storage.halo, halo.reach)
@@ -647,6 +644,12 @@ class _Finished:
     def last(self) -> int:
         """Where both are done."""
         return self.positions[-1]
+
+
+def _halo_arguments(halo: Halo | None) -> tuple[bool, int, int]:
+    """What a step takes that fills a halo behind its own writes: whether, with which padding, how wide."""
+    mode, pad = halo.state if halo else _ZERO
+    return halo is not None, PADDING_MODES[mode], pad
 
 
 def channels_of(node: Node) -> range:
