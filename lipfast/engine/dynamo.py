@@ -24,6 +24,7 @@ from lipfast.engine.capture import Call, Recording, record
 from lipfast.engine.lane_module import PLANS_KEPT, Compiled, is_pruned, runs_in_lanes
 from lipfast.engine.lower import lower
 from lipfast.engine.products import exchange_weights, masks_in_graph, read_in_lanes, reads_weight
+from lipfast.engine.survey import Forms
 from lipfast.engine.watch import Watch
 from lipfast.errors import ConfigError, InputError
 
@@ -113,12 +114,15 @@ class _CompiledGraph:
         self._module, self._reads = module, reads
         self._variants: dict[Any, _Variant | None] = {}
         self._warned: set[str] = set()
+        self._names = [str(place) for place, _ in enumerate(module.graph.find_nodes(op="placeholder"))]
+        self._forms: Forms | None = None
 
     def __call__(self, *args: Any) -> Any:
-        tensors = {str(place): arg for place, arg in enumerate(args) if isinstance(arg, Tensor)}
+        tensors = {name: arg for name, arg in zip(self._names, args, strict=True) if isinstance(arg, Tensor)}
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
-        shapes = tuple((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in args)
-        key = (training, shapes)
+        others = tuple(arg for arg in args if not isinstance(arg, Tensor))
+        forms = self._forms = Forms.of(tensors.values(), self._forms)
+        key = (training, others, forms)
         variant = self._variants.get(key)
         changed = variant is not None and not variant.unchanged(tensors)
         if variant is not None and changed and variant.fits(tensors):

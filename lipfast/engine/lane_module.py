@@ -2,11 +2,11 @@
 
 import copy
 import dataclasses
-import operator
 import types
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -46,7 +46,6 @@ FEWEST_ZEROS = 0.05
 # Input sizes and modes whose programs are kept.
 PLANS_KEPT = 8
 CPU = torch.device("cpu")
-_SHAPE_AND_KIND = operator.attrgetter("shape", "dtype", "device", "requires_grad")
 # Layers whose weights may hold zeros.
 _WEIGHTS_OF = {(nn.Conv2d, nn.ConvTranspose2d, nn.Linear): "weight", (nn.MultiheadAttention,): "in_proj_weight"}
 # Functions whose results share no memory with their weights.
@@ -234,15 +233,14 @@ class LaneModule(nn.Module):
         given = tuple(_form(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves)
         with self._lock:  # while another thread records, parameters are exchanged for stand-ins
             survey = self._surveyed()
-            tensors, states = survey.tensors, survey.states
-            forms = tuple(map(_SHAPE_AND_KIND, tensors.values()))
-            modes = (torch.is_grad_enabled(), autocast(), *[module.training for module in survey.modules])
-            key = (given, _repeated(leaves), str(structure), modes, forms)
+            tensors = survey.tensors
+            modes = (torch.is_grad_enabled(), autocast(), survey.modes)
+            key = (given, _repeated(leaves), str(structure), modes, survey.forms(tensors))
             try:
                 known = self._compiled.get(key)
             except TypeError as failure:
                 raise InputError(f"accelerate: an argument is neither a tensor nor hashable: {failure}") from failure
-            if known is None or not equal(known.states, states) or not known.multiplied.holds(tensors):
+            if known is None or not known.is_of(survey) or not known.multiplied.holds(tensors):
                 known = self._compiled[key] = self._compile(leaves, structure)
                 known.states = [state_of(module, snapshot(module)) for module in survey.modules]
                 if len(self._compiled) > PLANS_KEPT:
@@ -356,6 +354,8 @@ class Compiled:
         packed = masks if packed is None else packed
         self.multiplied = Multiplied({}, [], {})
         self.states: list[list[Any]] = []  # of the modules, as they were recorded
+        self._survey: Survey | None = None  # that they were compared with last,
+        self._copied: tuple[list[Any], list[Any]] = [], []  # and what of them is equal there, but not the same
         self._device = device
         self._recording = lowered.recording
         self._given_packed = packed
@@ -368,6 +368,16 @@ class Compiled:
         self._unpacked = Derived(self._unpack)
         self._spent = self._read_last()
         self._counters = _by_amount(lowered.recording.counted)
+
+    def is_of(self, survey: Survey) -> bool:
+        """Whether the modules' attributes are what they were when they were recorded."""
+        if self._survey is not survey:
+            if not equal(self.states, survey.states):
+                return False
+            pairs = zip(chain.from_iterable(self.states), chain.from_iterable(survey.states), strict=True)
+            copied = [(known, found) for known, found in pairs if known is not found]
+            self._survey, self._copied = survey, ([known for known, _ in copied], [found for _, found in copied])
+        return equal(*self._copied)
 
     def run(self, inputs: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Any:
         """The module's result for these inputs and these parameters and buffers.
@@ -504,6 +514,7 @@ class SegmentRunner:
         self._of_layers = layer_weights(segment)
         self._given_packed = packed
         self._kept = {name: mask for name, mask in masks.items() if name not in packed}
+        self._as_given = [self._name_of_given(number, ref) for number, ref in enumerate(segment.weights)]
         self._statistics = [recording.leaves[ref.number] for pair in segment.statistics for ref in pair]
         norms = [node for node in segment.graph.nodes if node.kind == "norm"]
         self._changed_statistics = {n.running for n in norms if n.training and n.running is not None}
@@ -514,7 +525,10 @@ class SegmentRunner:
         """Compute the segment's outputs into ``known``."""
         inputs = [known[ref.number] for ref in self._segment.inputs]
         inputs = [tensor if tensor.dtype == torch.float32 else tensor.float() for tensor in inputs]  # of an autocast
-        weights = [self._weight(number, ref, known, tensors) for number, ref in enumerate(self._segment.weights)]
+        weights = [
+            self._weight(number, known, tensors) if name is None else tensors[name]
+            for number, name in enumerate(self._as_given)
+        ]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in [*inputs, *weights]):
             outputs = _SegmentFunction.apply(self, tensors, len(inputs), *inputs, *weights)  # type: ignore[no-untyped-call]
         else:
@@ -541,15 +555,20 @@ class SegmentRunner:
         running.loaded = Watch(numbers)  # before they are loaded, so that no write falls in between
         return True
 
-    def _weight(self, number: int, ref: Ref, known: Mapping[int, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+    def _name_of_given(self, number: int, ref: Ref) -> str | None:
+        """The leaf whose tensor is a weight just as it is given; None where it is computed."""
+        name = self._leaves.get(ref.number)
+        return None if name in (self._kept if number in self._of_layers else self._given_packed) else name
+
+    def _weight(self, number: int, known: Mapping[int, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+        ref = self._segment.weights[number]
         name = self._leaves.get(ref.number)
         if name is None:
             weight: Tensor = known[ref.number]
             return weight
         if number not in self._of_layers:
             return _dense(name, tensors, self._given_packed)
-        dense = name in self._kept and tensors[name].dim() > 1
-        return _gather(tensors[name], self._kept[name]) if dense else tensors[name]
+        return _gather(tensors[name], self._kept[name]) if tensors[name].dim() > 1 else tensors[name]
 
     @property
     def inputs(self) -> list[Ref]:

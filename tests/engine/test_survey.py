@@ -5,6 +5,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -152,20 +153,71 @@ def test_hooks_are_seen_and_refused():
     assert Survey(net).holds()
 
 
+class Record:
+    """Entries of dicts as they were found, one after the other."""
+
+    def __init__(self, *entries: object) -> None:
+        self.entries = list(entries)
+        self.versions = np.zeros(sum(isinstance(entry, dict) for entry in entries), np.uint64)
+
+    def holds(self) -> bool:
+        return _C.same_entries(self.entries, self.versions)
+
+
 def test_each_dict_has_its_own_entries():
     first, second = {"a": 1}, {"b": 2}
-    record = [first, "a", 1, second, "b", 2]
-    assert _C.same_entries(record)
+    record = Record(first, "a", 1, second, "b", 2)
+    assert record.holds()
     second["c"] = 3  # the last one has more
-    assert not _C.same_entries(record)
+    assert not record.holds()
     del second["c"]
+    assert record.holds()
     first["c"] = 3  # and one before it
-    assert not _C.same_entries(record)
+    assert not record.holds()
     first.clear()
-    assert not _C.same_entries(record)
+    assert not record.holds()
     first["a"] = 1
     second.clear()
-    assert not _C.same_entries(record)
-    assert _C.same_entries([first, "a", 1])
-    assert not _C.same_entries([{}, {}, 7])
-    assert _C.same_entries([])
+    assert not record.holds()
+    assert Record(first, "a", 1).holds()
+    assert not Record({}, {}, 7).holds()
+    assert Record().holds()
+    with pytest.raises(ValueError, match="more dicts than the 1 versions"):
+        _C.same_entries([first, "a", 1, {}], np.zeros(1, np.uint64))
+
+
+class Thing:
+    """Its attributes lie in the object, until its dict is asked for."""
+
+    def __init__(self) -> None:
+        self.a = 1
+
+
+def write_an_attribute(thing: Thing) -> None:
+    thing.a = 2
+
+
+WRITES: dict[str, Callable[[Thing], object]] = {
+    "an attribute": lambda thing: [write_an_attribute(thing) for _ in range(100)],  # so that Python specialises it
+    "setattr": lambda thing: setattr(thing, "a", 2),
+    "an entry": lambda thing: vars(thing).__setitem__("a", 2),
+    "update": lambda thing: vars(thing).update(a=2),
+    "pop and insert": lambda thing: vars(thing).update(a=vars(thing).pop("a") + 1),
+    "another key": lambda thing: vars(thing).update(b=vars(thing).pop("a")),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("combined", [False, True], ids=["of its class", "keys of its own"])
+def test_a_dict_that_was_looked_at_is_looked_at_again_once_it_is_written(write, combined):
+    thing = Thing()
+    if combined:
+        thing.__dict__ = dict(vars(thing))
+    record = Record(vars(thing), "a", thing.a)
+    assert record.holds()
+    assert record.holds()
+    write(thing)
+    assert not record.holds()
+    vars(thing).clear()
+    thing.a = 1
+    assert record.holds()
