@@ -276,8 +276,8 @@ bool Conv::IsPair(const Conv& first, const Conv& second) {
          first.impl_->shape.out_channels == s.in_channels;
 }
 
-void RunPair(const PreparedConv& first, const PreparedConv& second, const LaneMap& x, const LaneMap& between,
-             const HaloSpec& halo, const LaneMap& y, const HaloSpec& y_halo, int threads) {
+void Conv::RunPair(const PreparedConv& first, const PreparedConv& second, const LaneMap& x, const LaneMap& between,
+                   const HaloSpec& halo, const LaneMap& y, const HaloSpec& y_halo, int threads) {
   const Pass &one = first.conv->impl_->forward_pass, &two = second.conv->impl_->forward_pass;
   const auto one_taps = one.Bind(x), two_taps = two.Bind(between);
   const std::vector<Region> in = one.Regions(x, between), out = two.Regions(between, y);

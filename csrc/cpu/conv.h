@@ -34,6 +34,8 @@ struct ConvGeometry {
   int64_t pictures() const { return batch * SheetOn(grid); }  // at most
 };
 
+struct PreparedConv;
+
 class Conv {
  public:
   // mask: bytes [out][in / groups][kh][kw], 1 = kept; null = dense.
@@ -70,6 +72,12 @@ class Conv {
   // the first is not Winograd's.
   static bool IsPair(const Conv& first, const Conv& second);
 
+  // y = second(first(x)), see cpu/pair.h. `between` has no memory, but the sizes and strides of the map between the
+  // two, for which the second's weights were prepared; its halo, filled as `halo` says, reaches as far as the second
+  // wants.
+  static void RunPair(const PreparedConv& first, const PreparedConv& second, const LaneMap& x, const LaneMap& between,
+                      const HaloSpec& halo, const LaneMap& y, const HaloSpec& y_halo, int threads);
+
   // How far the halo of dy must reach (filled with zeros, dead pixels too) for the
   // input gradient; the weight gradient wants zero dead pixels only.
   int64_t gradient_halo() const;
@@ -83,10 +91,6 @@ class Conv {
                       int threads) const;
 
  private:
-  friend void RunPair(const struct PreparedConv& first, const PreparedConv& second, const LaneMap& x,
-                      const LaneMap& between, const HaloSpec& halo, const LaneMap& y, const HaloSpec& y_halo,
-                      int threads);
-
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };
@@ -98,10 +102,5 @@ struct PreparedConv {
   const float* bias;  // null: zero
   ActivationSpec act;
 };
-
-// y = second(first(x)), see cpu/pair.h. `between` has no memory, but the sizes and strides of the map between the two,
-// for which the second's weights were prepared; its halo, filled as `halo` says, reaches as far as the second wants.
-void RunPair(const PreparedConv& first, const PreparedConv& second, const LaneMap& x, const LaneMap& between,
-             const HaloSpec& halo, const LaneMap& y, const HaloSpec& y_halo, int threads);
 
 }  // namespace lipfast

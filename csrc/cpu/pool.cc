@@ -7,8 +7,10 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 
 namespace lipfast {
 namespace {
@@ -97,6 +99,7 @@ class Pool {
     const auto finished = [&] { return done_.load(std::memory_order_acquire) == groups; };
     // A worker in its last chunk: wait a little, then leave the core to it.
     while (!SpinUntil(finished)) sched_yield();
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
   // See pool.h. The shortest of a few: the other thread may be late for one.
@@ -135,11 +138,21 @@ class Pool {
       Range& range = ranges_[(self + i) % parts];
       for (int64_t group; (group = range.Claim(i == 0)) >= 0; ++done) {
         const int64_t end = group * group_ + group_ < chunks_ ? group * group_ + group_ : chunks_;
-        for (int64_t chunk = group * group_; chunk < end; ++chunk) body_(context_, chunk);
+        try {
+          for (int64_t chunk = group * group_; chunk < end; ++chunk) body_(context_, chunk);
+        } catch (...) {  // no memory, say; the other groups end as they would
+          Failed(std::current_exception());
+        }
       }
     }
     if (done > 0) done_.fetch_add(done, std::memory_order_acq_rel);
     inside_chunk = false;
+  }
+
+  // Keeps the first failure of a job for the thread that waits for it.
+  void Failed(std::exception_ptr failure) {
+    std::lock_guard<std::mutex> lock(failure_mutex_);
+    if (!failure_) failure_ = std::move(failure);
   }
 
   // seen: the last job that this thread needs not look at.
@@ -183,6 +196,8 @@ class Pool {
   alignas(kApart) std::atomic<uint64_t> question_{0};
   alignas(kApart) std::atomic<uint64_t> answer_{0};
   std::atomic<int> sleeping_{0};
+  std::mutex failure_mutex_;
+  std::exception_ptr failure_;  // of the job; read once all its groups are done
   std::mutex sleep_mutex_;
   std::condition_variable wake_;
 };

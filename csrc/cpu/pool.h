@@ -18,7 +18,8 @@ namespace lipfast {
 using ChunkFunction = void (*)(void* context, int64_t chunk);
 
 // Runs body(context, chunk) for every chunk in [0, chunks), on up to `threads`
-// threads, the caller among them; returns when all are done. chunks < 2^31.
+// threads, the caller among them; returns when all are done. chunks < 2^31. What a chunk throws, the call throws: the
+// first of several, after the rest of the chunks, of which that one's neighbours may be left out.
 void RunChunks(int threads, int64_t chunks, ChunkFunction body, void* context);
 
 // The same for any callable taking the chunk's index.

@@ -253,8 +253,8 @@ void Program::ConvPair(const FinishedConv& first, const FinishedConv& second, in
           const float* weights = Prepared(f.conv, values() + f.values, read, EndOf(f, *affine), context);
           return {convs_[f.conv].conv.get(), weights, affine->bias.data(), f.act};
         };
-        RunPair(prepare(first, in, &one), prepare(second, between, &two), in, between, between_halo, out, halo,
-                context.threads);
+        Conv::RunPair(prepare(first, in, &one), prepare(second, between, &two), in, between, between_halo, out, halo,
+                      context.threads);
       });
 }
 

@@ -59,11 +59,12 @@ def _fuse_padding(graph: Graph) -> None:
 
 
 def _fuse_activation(graph: Graph) -> None:
-    producers, readers = _producers(graph), graph.consumers()
+    producers, read_once = _producers(graph), graph.read_once()
     for node in graph.nodes:
         source = producers.get(node.inputs[0]) if node.kind == "act" else None
-        alone = source is not None and len(readers[source.output]) == 1 and source.output not in graph.outputs
-        if source is not None and alone and source.kind in ("norm", "group_norm") and source.act == "none":
+        if source is None or source.output not in read_once:
+            continue
+        if source.kind in ("norm", "group_norm") and source.act == "none":
             source.attributes |= {"act": node.act, "slope": node.slope}
             source.output = node.output
             node.kind = "gone"
@@ -71,11 +72,11 @@ def _fuse_activation(graph: Graph) -> None:
 
 
 def _fuse_affine(graph: Graph, weights: Sequence[Any]) -> None:
-    readers = graph.consumers()
+    read_once = graph.read_once()
     norms = {node.output: node for node in graph.nodes if node.kind == "layer_norm" and node.beta is None}
     for node in graph.nodes:
         norm = norms.get(node.inputs[0])
-        if norm is None or len(readers[norm.output]) != 1 or norm.output in graph.outputs or norm.beta is not None:
+        if norm is None or norm.output not in read_once or norm.beta is not None:
             continue
         if norm.gamma is None and _scales_channels(graph, node, weights):
             norm.attributes |= {"gamma": node.weight, "beta": node.bias}
@@ -116,16 +117,15 @@ _PLAIN = {"gamma": None, "beta": None, "running": None, "epsilon": 0.0, "act": "
 
 def _fuse_finish(graph: Graph, weights: Sequence[Any]) -> None:
     """One ``finish`` for each run of norm, sum and act in which nothing else reads what lies between."""
-    readers = graph.consumers()
+    read_once = graph.read_once()
     makers: dict[int, Node] = {}
     for node in graph.nodes:
         own = _as_finish(graph, node, weights)
         if own is None:
             continue
         for place, value in enumerate(node.inputs):
-            source = makers.get(value)
-            alone = len(readers[value]) == 1 and value not in graph.outputs
-            if source is not None and alone and _joins(source, own, node.inputs):
+            source = makers.get(value) if value in read_once else None
+            if source is not None and _joins(source, own, node.inputs):
                 node.inputs = [*source.inputs, *node.inputs[:place], *node.inputs[place + 1 :]]
                 own |= {name: source.attributes[name] for name in ("gamma", "beta", "running", "epsilon")}
                 source.kind = "gone"
@@ -265,22 +265,20 @@ def _agree_but(graph: Graph, weights: Sequence[Any], recut: set[tuple[int, int]]
         if not any(changed):
             break
     blocks = {value: classes.block(value) for value in graph.shapes}
-    makers, readers = _producers(graph), graph.consumers()
+    makers, read_once = _producers(graph), graph.read_once()
     for edge in edges:
         wanted = edge.wanted(blocks)
         if blocks[edge.large] != wanted:
-            edge.recut = _recut(graph, edge, wanted, makers, readers)
+            edge.recut = _recut(graph, edge, wanted, makers, read_once)
             blocks |= dict.fromkeys(edge.recut[:-1], wanted)
     return _Agreement(blocks, edges, _cost(graph, weights, blocks, edges))
 
 
-def _recut(
-    graph: Graph, edge: _Edge, wanted: Block, makers: dict[int, Node], readers: dict[int, list[int]]
-) -> list[int]:
+def _recut(graph: Graph, edge: _Edge, wanted: Block, makers: dict[int, Node], read_once: set[int]) -> list[int]:
     """The values from ``large`` up to the one to cut anew: the input of the convolution that makes ``large``, if that
     has fewer channels and nothing else reads what lies between."""
     path = [edge.large]
-    while edge.node.kind not in _ENLARGES and len(readers[path[-1]]) == 1 and path[-1] not in graph.outputs:
+    while edge.node.kind not in _ENLARGES and path[-1] in read_once:
         maker = makers.get(path[-1])
         if maker is None or len(maker.inputs) > 1 or not _hold(wanted, graph, maker.inputs[0]):
             break

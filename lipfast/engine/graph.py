@@ -121,6 +121,10 @@ class Graph:
                 readers[value].append(position)
         return readers
 
+    def read_once(self) -> set[int]:
+        """Values that one operator reads, once, and nobody outside."""
+        return {value for value, found in self.consumers().items() if len(found) == 1} - set(self.outputs)
+
     def behind(self, outputs: Iterable[int]) -> tuple[set[int], set[int]]:
         """The values and the weights that values are made from."""
         values = set(outputs)

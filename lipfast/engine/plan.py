@@ -169,7 +169,7 @@ class _Planner:
         fuse(graph, options.backward, weights)
         self.blocks = choose_blocks(graph, weights)
         self.graph, self.weights, self.options = graph, weights, options
-        self.readers = graph.consumers()
+        self.readers, self.read_once = graph.consumers(), graph.read_once()
         self.steps: list[tuple[str, tuple[Any, ...]]] = []
         self.filled: dict[Storage, dict[Slot, tuple[str, int]]] = {}
         self.values = _slices([weight.count for weight in weights])
@@ -232,7 +232,7 @@ class _Planner:
 
     def _may_overwrite(self, node: Node, overwritten: set[int]) -> bool:
         parts = self._parts(node.inputs[0])
-        if not all(self._read_once(value) for value in parts):
+        if not self.read_once.issuperset(parts):
             return False
         maker = self.made_at.get(node.inputs[0])
         if maker is not None and self.graph.nodes[maker].kind == "channels":
@@ -358,7 +358,7 @@ class _Planner:
             if node.kind == "finish"
             and node.act in _DONE_BY_CONV
             and node.inputs[0] in makers
-            and self._read_once(node.inputs[0])
+            and node.inputs[0] in self.read_once
         }
 
     def _pairs(self) -> dict[int, tuple["_Finished", "_Finished"]]:
@@ -373,7 +373,7 @@ class _Planner:
         for second in makers.values():
             value = self.graph.nodes[second.conv].inputs[0]
             first = makers.get(value)
-            if first is None or first in taken or not self._read_once(value):
+            if first is None or first in taken or value not in self.read_once:
                 continue
             if self.program.is_pair(self.convs[first.conv], self.convs[second.conv]):
                 pairs[second.last] = first, second
@@ -383,16 +383,13 @@ class _Planner:
     def _finished(self, conv: int) -> "_Finished":
         """A convolution with the finish behind it, unless that adds something."""
         value = self.graph.nodes[conv].output
-        reader = self.readers[value][0] if self._read_once(value) else None
+        reader = self.readers[value][0] if value in self.read_once else None
         alone = (
             reader is not None
             and self.graph.nodes[reader].kind == "finish"
             and self.graph.nodes[reader].inputs == [value]
         )
         return _Finished(conv, reader if alone else None)
-
-    def _read_once(self, value: int) -> bool:
-        return len(self.readers[value]) == 1 and value not in self.graph.outputs
 
     def offset(self, weight: int | None) -> int:
         """Where a weight starts in the values; -1 for none."""

@@ -86,4 +86,7 @@ void RunPasses(int threads, const std::string& name);
 // Which steps of a program run on one thread; test_pace.cc.
 void RunPace();
 
+// What becomes of a chunk that fails; test_pool.cc.
+void RunPool();
+
 }  // namespace lipfast

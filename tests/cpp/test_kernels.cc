@@ -187,8 +187,8 @@ void RunPairCase(const Case& c, ConvKernel kernel, ActivationSpec act, int threa
   Floats one_weights(one.prepared_floats()), two_weights(two.prepared_floats());
   one.Prepare(first.data(), xs.lanes, one_weights.data, scratch.data, threads);
   two.Prepare(second.data(), no_memory, two_weights.data, scratch.data, threads);
-  RunPair({&one, one_weights.data, bias.data(), act}, {&two, two_weights.data, bias.data(), act}, xs.lanes, no_memory,
-          {true, c.padding, c.pad}, got.lanes, {true, Padding::kReplicate, 1}, threads);
+  Conv::RunPair({&one, one_weights.data, bias.data(), act}, {&two, two_weights.data, bias.data(), act}, xs.lanes,
+                no_memory, {true, c.padding, c.pad}, got.lanes, {true, Padding::kReplicate, 1}, threads);
   const size_t bytes = want.floats.size * sizeof(float);
   Expect(std::memcmp(want.floats.data, got.floats.data, bytes) == 0, name + " as one after the other");
 }
@@ -236,6 +236,7 @@ int main() {
     RunPasses(2, IsaName(isa));
   }
   RunPace();
+  RunPool();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0 || passed == 0;
 }
