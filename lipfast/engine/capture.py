@@ -199,6 +199,7 @@ class _Recorder(TorchFunctionMode):
         self._refs: dict[int, Ref] = {}
         self._differentiable: set[int] = set()  # numbers of tensors that require gradients, whatever stand-ins do
         self._alive: list[Tensor] = []
+        self._overwritten: dict[int, list[Tensor]] = {}  # id of a tensor -> those through which its memory was written
         self._count = 0
         self._grad: bool | None = None
         self._outside = torch.is_grad_enabled()
@@ -231,6 +232,11 @@ class _Recorder(TorchFunctionMode):
         """The Ref of a tensor; anything else unchanged."""
         if not isinstance(value, Tensor):
             return value
+        if id(value) in self._overwritten:
+            raise InputError(
+                "engine: the module changes a tensor in place, and then reads another one that shares its memory; "
+                "assign to a part of the tensor that it reads"
+            )
         if id(value) in self._refs:
             return self._refs[id(value)]
         if value.device.type == "meta":
@@ -245,6 +251,9 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.inside:
             return func(*args, **kwargs)
+        if func is Tensor.__setitem__:
+            func = assign_
+            self._put_back(*args)
         if func == _ASKS_FOR_GRADIENTS and id(args[0]) in self._refs:
             return self._refs[id(args[0])].number in self._differentiable
         if func in _OF_DEVICE and id(args[0]) in self._refs:
@@ -283,7 +292,7 @@ class _Recorder(TorchFunctionMode):
         if counts:
             self.counted.append((self.leaves[noted[0][0].number], noted[0][1]))
             return result
-        self._check_writes(written, results)
+        self._check_writes(func, written, results)
         if all(id(leaf) in versions and not written for leaf in results):
             return result  # no tensor, or the very tensor it was given, unchanged
         call = Call(func, noted[0], noted[1], pytree.tree_map(self._written, result), self._grad)
@@ -324,23 +333,32 @@ class _Recorder(TorchFunctionMode):
     def _written(self, value: Any) -> Any:
         return self._new(value) if isinstance(value, Tensor) else value
 
-    def _check_writes(self, written: list[Tensor], results: list[Tensor]) -> None:
-        """A tensor written in place and returned gets a new number; that is wrong if another known tensor shares its
-        memory, and not enough if it is not returned."""
-        for tensor in written:
-            if not any(tensor is result for result in results):
-                raise InputError("engine: the module writes into a tensor (an assignment to a part, or out=)")
-            if id(tensor) in self._perhaps_one:
+    def _check_writes(self, func: Callable[..., Any], written: list[Tensor], results: list[Tensor]) -> None:
+        """A tensor written in place and returned gets a new number. That is not enough if it is not returned; and what
+        shares its memory has none, and may not be read again."""
+        returned = [tensor for tensor in written if any(tensor is result for result in results)]
+        memories = {_memory_of(tensor) for tensor in returned}
+        if any(_memory_of(tensor) not in memories for tensor in written):
+            raise InputError(f"engine: the module writes into a tensor that {_name_of(func)} does not return")
+        for tensor in returned:
+            sharing = [other for other in self._alive if _memory_of(other) == _memory_of(tensor)]
+            if any(id(other) in self._perhaps_one for other in sharing):
                 raise InputError(
                     "engine: the module changes a tensor in place that contiguous() or a memory format may have "
                     "copied; give it contiguous tensors"
                 )
-            if self._refs[id(tensor)].number in self.leaves:
+            if any(self._refs[id(other)].number in self.leaves for other in sharing):
                 raise InputError("engine: the module changes one of its own parameters or buffers while it runs")
-            memory = tensor.untyped_storage()._cdata
-            sharing = sum(1 for other in self._alive if other.untyped_storage()._cdata == memory)
-            if sharing > 1:
-                raise InputError("engine: the module changes a tensor in place that another tensor is a view of")
+            for other in sharing:
+                if other is not tensor:
+                    self._overwritten.setdefault(id(other), []).append(tensor)
+
+    def _put_back(self, tensor: Tensor, index: Any, value: Any) -> None:
+        """``tensor[index] += 1`` writes into a part, and then assigns that to where it lies already: so the tensor may
+        be read again."""
+        writers = self._overwritten.get(id(tensor), [])
+        if writers and all(writer is value for writer in writers) and _lies(tensor[index]) == _lies(value):
+            del self._overwritten[id(tensor)]
 
     def _on_meta(self, value: Any) -> Any:
         if isinstance(value, torch.device):
@@ -354,6 +372,22 @@ class _Recorder(TorchFunctionMode):
         self._count += 1
         self._refs[id(tensor)] = ref
         return ref
+
+
+def assign_(tensor: Tensor, index: Any, value: Any) -> Tensor:
+    """``tensor[index] = value`` as torch's functions in place are: it returns what it writes."""
+    tensor[index] = value
+    return tensor
+
+
+def _lies(tensor: Tensor) -> tuple[Any, ...]:
+    """The part of a memory that a tensor is."""
+    return _memory_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+def _memory_of(tensor: Tensor) -> int:
+    memory: int = tensor.untyped_storage()._cdata
+    return memory
 
 
 def _name_of(func: Callable[..., Any]) -> str:

@@ -128,6 +128,8 @@ class LaneModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's result."""
+        if getattr(torch.compiler, "is_exporting", bool)():  # since torch 2.7
+            raise _unseen("torch.export")
         if torch.compiler.is_compiling():  # a module around this one; no decorator: it loads the compiler, in seconds
             return torch.compiler.disable(self._forward)(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self._forward(*args, **kwargs)
@@ -253,8 +255,9 @@ class LaneModule(nn.Module):
         """``structure``: the tree that the leaves are of; None: they are the arguments."""
         if [name for name, _ in self.named_parameters()] != self._names:
             raise InputError("accelerate: the module's parameters changed; call accelerate() after pruning, not before")
+        tensors = self._surveyed().tensors
         for name, mask in self._masks.items():
-            if self.get_parameter(name).shape != (int(mask.count_nonzero()),):
+            if tensors[name].shape != (int(mask.count_nonzero()),):
                 raise InputError(f"accelerate: parameter {name!r} was replaced; call accelerate() on the new model")
         dense = self._dense_stand_ins()
 
@@ -270,7 +273,6 @@ class LaneModule(nn.Module):
             lowered = lower_to_operators(recording, self._masks, device, precision=self._precision)
             self._warn(lowered)
             return Compiled(lowered, self._masks, self._exact, device=device)
-        tensors = self._surveyed().tensors
         masks, sources, products = masks_in_graph(recording, tensors, self._masks)
         lowered = lower(recording, self._masks | masks)
         exchange_weights((item for item in lowered.items if isinstance(item, Call)), products)
@@ -867,4 +869,8 @@ def _refuse_transforms(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         transform = "forward-mode differentiation"
     else:
         return
-    raise InputError(f"accelerate: {transform} sees no code of an accelerated module; use its to_dense()")
+    raise _unseen(transform)
+
+
+def _unseen(transform: str) -> InputError:
+    return InputError(f"accelerate: {transform} sees no code of an accelerated module; use its to_dense()")

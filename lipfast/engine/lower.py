@@ -965,6 +965,8 @@ def _features_of(b: _Builder, tensor: Any, numbers: Any) -> int | None:
         return None
     count = b.graph.shapes[b.any(tensor)][1]
     behind = b.has_features_last(tensor) or b.has_rows(tensor)
+    if not behind and len(tensor.shape) != 4:  # a map without one of its axes, or both: torch aligns the last ones
+        return None
     axes = [1] * (len(numbers.shape) - 1)
     wanted = (*axes, count) if behind else (*axes[2:], count, 1, 1)
     fits = numbers.shape == wanted and 0 < len(numbers.shape) <= len(tensor.shape)

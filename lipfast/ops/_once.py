@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipfast.errors import InputError
+
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward pass whose results say so when they are differentiated.
@@ -17,6 +19,11 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Tensor | None) -> Any:
+        if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients):
+            raise InputError(
+                "lipfast: gradients for several outputs at once (is_grads_batched, vectorize) are not supported; take "
+                "them one by one"
+            )
         with torch.no_grad():
             found = backward(ctx, *gradients)
         if not torch.is_grad_enabled():

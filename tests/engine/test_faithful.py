@@ -717,6 +717,133 @@ def test_statistics_that_the_module_computes():
     assert_same_output(Written(forward, layer=conv(), last=conv(), **numbers))
 
 
+def a_mask(self, x):
+    mask = torch.zeros(1, 1, *x.shape[2:])
+    for number, rows in enumerate((slice(0, 2), slice(3, None))):
+        mask[..., rows, 1:] = number + 0.5
+    return self.last(self.layer(x) * mask)
+
+
+def a_map(self, x):
+    y = self.layer(x)
+    y[:, 1, 2:] = x[:, 0, 2:]
+    y[y < 0] = 0.5
+    return self.last(y) + y
+
+
+def twice(self, x):
+    y = self.layer(x)
+    z = y * 1
+    z[0] = 1
+    y[1:] = z[:1]
+    return self.last(z) * y
+
+
+def added(self, x):
+    y = self.layer(x)
+    y[:, 1:3] += x[:, :2]
+    y[:, :2] = y[:, :2] * 0.5 + y[:, 1:3]
+    y[0, 1] *= 2
+    return self.last(y) + y
+
+
+def of_a_view(self, x):
+    y = self.layer(x).flatten(2)[:, :, 1:]
+    y[..., 3:] -= 1
+    y.mul_(2)
+    return y
+
+
+def gone(self, x):
+    y = self.layer(x)
+    z = self.last(y[:, :2].repeat(1, 2, 1, 1))
+    y.add_(1)
+    return z * y
+
+
+@pytest.mark.parametrize("forward", [a_mask, a_map, twice, added, of_a_view, gone])
+def test_assignments_to_parts(forward):
+    model = Written(forward, layer=conv(), last=conv())
+    prune.random_unstructured(model.layer, "weight", 0.5)
+    assert_same_output(model)
+    assert_same_training(model, picture())
+
+
+def read_a_view(y, x):
+    part = y[:, :1]
+    y[:, 0] = 1
+    return part
+
+
+def read_the_whole(y, x):
+    y[:, :1].add_(1)
+    return y
+
+
+def put_back_elsewhere(y, x):
+    part = y[:, :1]
+    part += 1
+    y[:, 1:2] = part
+    return y
+
+
+def put_back_after_another_write(y, x):
+    part = y[:, :1]
+    y[:, 1:].add_(1)
+    part += 1
+    y[:, :1] = part
+    return y
+
+
+@pytest.mark.parametrize("change", [read_a_view, read_the_whole, put_back_elsewhere, put_back_after_another_write])
+def test_what_shares_memory_that_was_written_is_not_read(change):
+    model = Written(lambda self, x: change(self.layer(x), x), layer=conv())
+    with pytest.raises(InputError, match="shares its memory"):
+        lipfast.accelerate(model)(picture())
+
+
+def test_writes_to_parts_of_buffers_are_refused():
+    def forward(self, x):
+        self.numbers[:2].add_(1)
+        return self.layer(x)
+
+    with pytest.raises(InputError, match="its own parameters or buffers"):
+        lipfast.accelerate(Written(forward, layer=conv(), numbers=torch.zeros(4)))(picture())
+
+
+@pytest.mark.parametrize("shape", [(CHANNELS, 1, 1), (CHANNELS, 1), (1, CHANNELS, 1), (CHANNELS,), (1, CHANNELS)])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("operator", [torch.mul, torch.add])
+def test_numbers_for_channels_of_a_map_without_its_axes(shape, axes, operator):
+    """As many pictures as channels, so that a parameter for either fits."""
+
+    def forward(self, x):
+        y = self.layer(x).mean((2, 3), keepdim=axes == 3)
+        return operator(y.unsqueeze(-1) if axes == 2 else y.squeeze(-1), self.numbers)
+
+    model = Written(forward, layer=conv())
+    model.numbers = nn.Parameter(torch.randn(shape))
+    prune.random_unstructured(model.layer, "weight", 0.5)
+    assert_same_training(model, picture(batch=CHANNELS))
+
+
+def test_plain_tensors_in_the_place_of_pruned_weights():
+    model = nn.Sequential(conv(), nn.ReLU(), conv())
+    prune.random_unstructured(model[0], "weight", 0.5)
+    fast, x = lipfast.accelerate(model), picture()
+    given = {name: 2 * p.detach() for name, p in fast.named_parameters()}
+    got = torch.func.functional_call(fast, given, (x,))
+    for p in fast.parameters():
+        p.data *= 2
+    assert torch.equal(got, fast(x))
+
+
+def test_batched_gradients_are_refused():
+    fast, x = lipfast.accelerate(conv()), picture()
+    with pytest.raises(InputError, match="is_grads_batched"):
+        torch.autograd.functional.jacobian(fast, x, vectorize=True)
+
+
 def test_under_another_default_device():
     fast, x = lipfast.accelerate(conv()), picture()
     expected = fast(x)
@@ -735,6 +862,8 @@ def test_what_looks_into_the_code_is_refused():
         torch.vmap(fast)(x[None])
     with pytest.raises(InputError, match=r"torch\.jit\.trace"):
         torch.jit.trace(fast, x)
+    with pytest.raises(InputError, match=r"torch\.export"):
+        torch.export.export(fast, (x,))
     with torch.no_grad(), forward_ad.dual_level():
         with pytest.raises(InputError, match="forward-mode"):
             fast(forward_ad.make_dual(x, x))
