@@ -638,7 +638,7 @@ def run(arguments: list[str]) -> int:
         return _fail(f"internal error, {type(error).__name__}: {error}; LIPFAST_DEBUG=1 shows where", 70)
 
 
-_OUT_OF_MEMORY = "out of memory; use a smaller picture"
+_OUT_OF_MEMORY = "out of memory; use a smaller picture or network"
 
 
 def _wrong_command(message: str, code: int) -> int:

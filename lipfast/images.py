@@ -286,7 +286,9 @@ def inside(image: Tensor, border: int) -> Tensor:
     """
     rows, columns = image.shape[-2:]
     if min(rows, columns) <= 2 * border:
-        raise InputError(f"inside: a border of {border} px leaves nothing of {rows} x {columns} px")
+        raise InputError(
+            f"inside: a border of {border} px leaves nothing of a picture of {rows} x {columns} px; use a larger one"
+        )
     return crop_centre(image, rows - 2 * border, columns - 2 * border)
 
 

@@ -67,7 +67,8 @@ def restore(
         callbacks: called after each step of the fit.
 
     Returns:
-        The output at the automatic stop where ``fit_config`` has a stop rule, else the last one.
+        The output at the automatic stop where ``fit_config`` has a stop rule (if that did not fire: at the least
+        variance so far; the report's ``taken`` says so), else the last one.
 
     Raises:
         InputError: a picture, mask or measurement that does not fit.
@@ -105,7 +106,7 @@ def restore(
             "prior": ticket.prior,
         },
         "iterations": fit_config.iterations,
-        "taken": "automatic stop" if result.stopped is not None else "last step",
+        "taken": _taken(result),
         "taken_step": picked.step,
         "loss": float(result.losses[-1]),
         "seconds": round(seconds, 3),
@@ -119,6 +120,12 @@ def restore(
         if tasks.has_similarity(task, image.shape):
             report["ssim"] = tasks.similarity(task.defaults.metric, image, reference)
     return Restored(image, report, result)
+
+
+def _taken(result: FitResult) -> str:
+    if result.stopped is None:
+        return "last step"
+    return "automatic stop" if result.stop_fired else "least variance (the stop rule did not fire)"
 
 
 @dataclass(frozen=True)

@@ -519,7 +519,7 @@ def parse(name: str, **options: Any) -> Task:
     if name == "inpaint" and "mask" not in given:
         given.setdefault("keep", 0.5)
     if name == "cs" and "measurements" not in given:
-        raise ConfigError("task cs: say how many measurements to take")
+        raise ConfigError("task cs: say how many measurements to take (measurements=, --measurements)")
     return make(**given)
 
 

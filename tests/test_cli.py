@@ -335,7 +335,7 @@ def test_running_out_of_memory_is_one_line(here, monkeypatch, words):
         raise RuntimeError(f"[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: {words}: you tried ...")
 
     monkeypatch.setattr("lipfast.doctor.examine", allocate)
-    assert here("doctor")[::2] == (1, "lipfast: out of memory; use a smaller picture\n")
+    assert here("doctor")[::2] == (1, "lipfast: out of memory; use a smaller picture or network\n")
 
 
 @pytest.mark.parametrize(("command", "words"), [("restore", "interrupted\n"), ("demo", "a search continues")])

@@ -95,9 +95,13 @@ def test_it_learns_the_picture(ticket):
 
 
 def test_the_report_says_what_was_done(ticket):
-    report = restore.restore(smooth(16, 16), ticket, fit_config=config(iterations=8, stop="wmv", window=3)).report
-    assert report["taken"] == "automatic stop"
+    rule = {"stop": "wmv", "window": 3}
+    report = restore.restore(smooth(16, 16), ticket, fit_config=config(iterations=8, **rule)).report
+    assert report["taken"] == "least variance (the stop rule did not fire)"
     assert 3 <= report["taken_step"] <= 8
+    fired = restore.restore(smooth(16, 16), ticket, fit_config=config(iterations=60, patience=2, **rule))
+    assert fired.fit.stop_fired
+    assert fired.report["taken"] == "automatic stop"
     assert report["ticket"]["sparsity"] == ticket.sparsity
     assert "psnr" not in report
     assert restore.restore(smooth(16, 16), ticket, fit_config=config()).report["taken"] == "last step"
@@ -135,7 +139,7 @@ def test_bad_input_is_named(ticket, degraded, task, kind, message):
         (torch.zeros(3, 16, 20), None, r"clean picture has shape \(3, 16, 20\), the restored one \(3, 16, 16\)"),
         (torch.zeros(1, 16, 16), None, r"clean picture has shape \(1, 16, 16\)"),
         (torch.full((3, 16, 16), 2.5), None, r"the clean picture: values are on the scale \[0, 1\], got 2.5 to 2.5"),
-        (torch.zeros(3, 8, 8), tasks.SuperResolve(4), "leaves nothing of 8 x 8 px"),
+        (torch.zeros(3, 8, 8), tasks.SuperResolve(4), "leaves nothing of a picture of 8 x 8 px"),
     ],
 )
 def test_a_clean_picture_that_does_not_fit_is_refused_before_the_fit(ticket, clean, task, message):

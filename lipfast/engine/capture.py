@@ -103,7 +103,7 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mappi
             memory where not all that it was given are contiguous.
     """
     given = (*inputs, *leaves.values())
-    device = given[0].device if given else torch.get_default_device()
+    device = next((tensor.device for tensor in given if tensor.device.type != "meta"), torch.get_default_device())
     recorder = _Recorder(all(tensor.is_contiguous() for tensor in given), device)
     grad = torch.is_grad_enabled()
     # Tensors made in inference mode count no writes; leaving it enables gradients.
@@ -174,7 +174,7 @@ _OF_DEVICE: dict[Any, Callable[[torch.device], Any]] = {
     Tensor.get_device: lambda device: -1 if device.type == "cpu" else device.index or 0,
 }
 _ASKS_FOR_GRADIENTS = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
-_ASKS_FOR_LAYOUT = (Tensor.stride, Tensor.is_contiguous)
+_ASKS_FOR_LAYOUT = (Tensor.stride, Tensor.is_contiguous, Tensor.as_strided, torch.as_strided)
 _DETACHES = (torch.detach, Tensor.detach, Tensor.detach_, Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
@@ -199,6 +199,7 @@ class _Recorder(TorchFunctionMode):
         self._refs: dict[int, Ref] = {}
         self._differentiable: set[int] = set()  # numbers of tensors that require gradients, whatever stand-ins do
         self._alive: list[Tensor] = []
+        self._stand_ins: dict[int, Tensor] = {}  # by id of the constant
         self._overwritten: dict[int, list[Tensor]] = {}  # id of a tensor -> those through which its memory was written
         self._count = 0
         self._grad: bool | None = None
@@ -243,6 +244,9 @@ class _Recorder(TorchFunctionMode):
             raise InputError("engine: the module made a tensor in a way that cannot be recorded")
         ref = self._new(value)
         self.constants[ref.number] = value
+        stand_in = self._stand_ins[id(value)] = value.to("meta")
+        self._refs[id(stand_in)] = ref
+        self._alive.append(stand_in)
         return ref
 
     def __torch_function__(
@@ -251,6 +255,8 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.inside:
             return func(*args, **kwargs)
+        if func is Tensor.detach_:
+            return self._detached(args[0])
         if func is Tensor.__setitem__:
             func = assign_
             self._put_back(*args)
@@ -276,17 +282,13 @@ class _Recorder(TorchFunctionMode):
         counts = func is Tensor.add_ and not kwargs and self._is_counter(noted[0])
         if not counts:
             self._check_reads(func, noted)
-        given = pytree.tree_leaves((args, kwargs))
         args, kwargs = pytree.tree_map(self._on_meta, (args, kwargs))
-        copies = [new for new, old in zip(pytree.tree_leaves((args, kwargs)), given, strict=True) if new is not old]
         versions = {id(leaf): leaf._version for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = _stand_in(func, args, kwargs)
         result = _undrawn(func, args, kwargs) if result is None else result
         if not self._contiguous and _changes_layout(func, kwargs):
             result = result.clone() if result is args[0] else result
             self._perhaps_one |= {id(args[0]), id(result)}
-        if any(isinstance(copy, Tensor) and copy._version > 0 for copy in copies):
-            raise InputError("engine: the module writes into a tensor that it made on a device that it named")
         written = [t for t in self._alive if id(t) in versions and t._version != versions[id(t)]]
         results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         if counts:
@@ -344,14 +346,24 @@ class _Recorder(TorchFunctionMode):
             sharing = [other for other in self._alive if _memory_of(other) == _memory_of(tensor)]
             if any(id(other) in self._perhaps_one for other in sharing):
                 raise InputError(
-                    "engine: the module changes a tensor in place that contiguous() or a memory format may have "
-                    "copied; give it contiguous tensors"
+                    "engine: the module changes a tensor in place that contiguous(), reshape() or a memory format may "
+                    "have copied; give it contiguous tensors"
                 )
             if any(self._refs[id(other)].number in self.leaves for other in sharing):
                 raise InputError("engine: the module changes one of its own parameters or buffers while it runs")
+            if any(self._refs[id(other)].number in self.constants for other in sharing):
+                raise InputError(
+                    "engine: the module writes into a tensor that it keeps as a plain attribute, or made on a device "
+                    "that it named"
+                )
             for other in sharing:
                 if other is not tensor:
                     self._overwritten.setdefault(id(other), []).append(tensor)
+
+    def _detached(self, tensor: Tensor) -> Tensor:
+        """``tensor.detach_()``, which leaves its numbers alone: from here on it is another one, detached."""
+        self.calls.append(Call(Tensor.detach, (self.known(tensor),), {}, self._new(tensor), self._grad))
+        return tensor
 
     def _put_back(self, tensor: Tensor, index: Any, value: Any) -> None:
         """``tensor[index] += 1`` writes into a part, and then assigns that to where it lies already: so the tensor may
@@ -363,7 +375,7 @@ class _Recorder(TorchFunctionMode):
     def _on_meta(self, value: Any) -> Any:
         if isinstance(value, torch.device):
             return torch.device("meta") if value == self._device else value
-        return value.to("meta") if isinstance(value, Tensor) and value.device.type != "meta" else value
+        return self._stand_ins.get(id(value), value) if isinstance(value, Tensor) else value
 
     def _new(self, tensor: Tensor) -> Ref:
         if id(tensor) not in self._refs:
@@ -405,7 +417,8 @@ def autocast() -> tuple[torch.dtype | None, ...]:
 
 def _changes_layout(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a function copies a tensor or not, as that happens to lie in memory."""
-    return func is Tensor.contiguous or (func is Tensor.to and "memory_format" in kwargs)
+    shaped = func in (Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten)
+    return shaped or func is Tensor.contiguous or (func is Tensor.to and "memory_format" in kwargs)
 
 
 _one_at_a_time = lock(rank=1)
@@ -746,7 +759,7 @@ def _shared_out(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dty
 
 
 def _thinned(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
-    known = training and not inplace and 0 <= p <= 1 and input.is_floating_point()
+    known = training and not inplace and 0 < p <= 1 and input.is_floating_point()  # with 0 it is its input
     return input.new_empty(input.shape) if known else None
 
 

@@ -108,6 +108,7 @@ class LaneModule(nn.Module):
             found.setdefault(name, source.get_parameter(name).detach() != 0)
         self._other_names = _tied(source, found)
         found = {name: mask.cpu() for name, mask in found.items()}  # wherever the module may be moved
+        self._strides = {name: source.get_parameter(name).stride() for name in found}
         for name, mask in found.items():
             parameter = source.get_parameter(name)
             _replace(source, name, pack(parameter, mask.to(parameter.device)))
@@ -286,11 +287,12 @@ class LaneModule(nn.Module):
         return compiled
 
     def _dense_stand_ins(self) -> dict[str, Tensor]:
-        """Parameters and buffers; the pruned ones as empty tensors of their dense shape."""
+        """Parameters and buffers; the pruned ones as tensors without memory, of the form that they had."""
         tensors = self._surveyed().tensors
         for name, mask in self._masks.items():
             packed = tensors[name]
-            tensors[name] = nn.Parameter(packed.new_empty(()).expand(mask.shape), requires_grad=packed.requires_grad)
+            dense = torch.empty_strided(mask.shape, self._strides[name], dtype=packed.dtype, device="meta")
+            tensors[name] = nn.Parameter(dense, requires_grad=packed.requires_grad)
         return tensors
 
     def _warn(self, lowered: Lowered) -> None:

@@ -89,7 +89,9 @@ class _Form:
     def empty(self) -> Tensor:
         """A fresh tensor, whatever torch's default device is."""
         if self.permuted and self.features_last:
-            return torch.empty(self.map, dtype=torch.float32, device="cpu").permute(0, 2, 3, 1)
+            _, channels, height, width = self.map  # no view: of those that a Function makes torch lets nobody write
+            strides = (channels * height * width, width, 1, height * width)
+            return torch.empty_strided(self.shape, strides, dtype=torch.float32, device="cpu")
         order = torch.channels_last if self.permuted else torch.contiguous_format
         return torch.empty(self.shape, dtype=torch.float32, device="cpu", memory_format=order)
 

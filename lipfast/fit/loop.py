@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lipfast import tasks
+from lipfast import images, tasks
 from lipfast.config import check_fields, checks_types, derive_seed
 from lipfast.engine.trainer import (
     FIRST_MOMENT,
@@ -539,6 +539,8 @@ def _check_clean(clean: Tensor, shape: tuple[int, ...], task: tasks.Task) -> Ten
     clean = _finite("clean", clean)
     if tuple(clean.shape) != shape:
         raise InputError(f"fit: clean must have the shape of the restored image {shape}, got {tuple(clean.shape)}")
+    for picture in clean if clean.dim() == 4 else [clean]:
+        images.check_scale(picture, "fit: clean")
     tasks.score(task.defaults.metric, clean, clean)  # where the metric cannot be taken it says so before the fit
     return clean
 

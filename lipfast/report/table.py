@@ -67,7 +67,18 @@ def verdict(rows: Sequence[Row], stop: str) -> str:
     ]
     sentences = [_compare("the dense network", against_dense), _compare("random masks", against_random)]
     said = "; ".join(filter(None, sentences)) or "no ticket was measured"
-    return f"At the {STOP_NAMES[stop]}: {said}."
+    return f"At the {STOP_NAMES[stop]}: {said}." + (_unfired(rows) if stop == "stopped" else "")
+
+
+def _unfired(rows: Sequence[Row]) -> str:
+    """A sentence on the fits in which the stop rule did not fire, if there are any."""
+    fired = [row.get("stop_fired", {}).get(who, True) for row in rows for who in ("ticket", "random") if row.get(who)]
+    if all(fired):
+        return ""
+    return (
+        f" The rule fired in {sum(fired)} of {len(fired)} fits; in the others they ended before it could, and its "
+        "figures are those of the least variance until then."
+    )
 
 
 def _compare(other: str, gains: Sequence[tuple[float, Row]]) -> str:

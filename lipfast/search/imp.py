@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,15 @@ LOG_EVERY = 50  # steps between the log's lines
 # What a run's own files hold: field -> type. They are read again when a search continues.
 RECORD_KINDS: dict[str, Any] = {
     "outcomes": dict[str, dict[str, float | None] | None],
+    "stop_fired": bool,
     "seconds": float,
     "log_bytes": int,
 }
 CHECKPOINT_KINDS = {"kind": str, "round": int, "seconds": float, "log_bytes": int}
 
 Kind = Literal["ticket", "search", "random"]  # fitted to the degraded picture; to the clean one; a control
+KINDS: tuple[Kind, ...] = get_args(Kind)
+OUTCOMES = {"last", "stopped", "oracle"}
 
 
 @dataclass(frozen=True)
@@ -284,7 +287,8 @@ class _Search:
             "seconds": sum(record["seconds"] for record in records.values()),
             "target": self.config.target,
             "pruning_emptied": emptied,
-            **{kind: records[kind]["outcomes"] if kind in records else None for kind in ("ticket", "search", "random")},
+            "stop_fired": {kind: record["stop_fired"] for kind, record in records.items()},
+            **{kind: records[kind]["outcomes"] if kind in records else None for kind in KINDS},
         }
         if emptied and self.config.empty_layer == "stop":
             return row, None
@@ -295,7 +299,7 @@ class _Search:
         record_name, next_name = _record_name(number, kind), self._ticket_name(number + 1)
         if self.run.exists(record_name) and self.run.exists(next_name):
             self.fits_done += 1
-            record = self.run.read(record_name, **RECORD_KINDS, empty_layers=list[str])
+            record = self._read_record(record_name, empty_layers=list[str])
             return record, self._read_ticket(number + 1, current)
         result, seconds = self._fit(kind, number, current)
         start = result.kept[self.rewind] if number == 0 else current.state
@@ -315,9 +319,15 @@ class _Search:
         """A fit that only measures."""
         if self.run.exists(_record_name(number, kind)):
             self.fits_done += 1
-            return self.run.read(_record_name(number, kind), **RECORD_KINDS)
+            return self._read_record(_record_name(number, kind))
         result, seconds = self._fit(kind, number, ticket)
         return self._record(number, kind, result, seconds)
+
+    def _read_record(self, name: str, **more: Any) -> dict[str, Any]:
+        record = self.run.read(name, **RECORD_KINDS, **more)
+        if record["outcomes"].keys() != OUTCOMES:
+            raise InputError(f"{self.run.path(name)}: 'outcomes' lacks a stop or has others; move the folder away")
+        return record
 
     def _record(self, number: int, kind: Kind, result: FitResult, seconds: float, **more: Any) -> dict[str, Any]:
         """Write down a finished fit. Only now is its checkpoint of no more use."""
@@ -450,6 +460,8 @@ class _Search:
 
     def _dense_state(self) -> dict[str, Tensor]:
         path = self.run.path(DENSE)
+        if not path.exists():
+            raise InputError(f"{path}: is gone, and later rounds begin from it; move the folder away to start anew")
         state = FitState.load(path).tensors
         if state.keys() != self._initial_state().keys():
             raise InputError(f"{path}: is not the dense network of this search; move the folder away")
@@ -478,7 +490,8 @@ class _Search:
 
     def _cut_log(self) -> None:
         """Drop the log's lines about steps that will be taken again."""
-        records = [self.run.read(path.name, **RECORD_KINDS) for path in self.run.folder.glob("round-*.json")]
+        names = [path.name for kind in KINDS for path in self.run.folder.glob(f"round-[0-9][0-9]*-{kind}.json")]
+        records = [self._read_record(name) for name in names]
         lengths = [record["log_bytes"] for record in records]
         if (checkpoint := self._read_checkpoint()) is not None:
             lengths.append(checkpoint.scalars["search"]["log_bytes"])
@@ -499,10 +512,11 @@ def _check_rounds(full: Masks, config: SearchConfig) -> None:
 def _check_rewind(config: SearchConfig, fit_config: FitConfig) -> None:
     """Refuse a rewind step that the dense fit may never reach."""
     step = rewind_step(config.rewind, fit_config.iterations)
-    if fit_config.halt and step > fit_config.patience:  # no stop rule fires before
+    first = fit_config.window + fit_config.patience  # no stop rule fires before
+    if fit_config.halt and step > first:
         raise ConfigError(
-            f"rewind={config.rewind!r} is step {step}, but halt may end the fit from step {fit_config.patience} on "
-            "(its patience); rewind to an earlier step or leave halt out"
+            f"rewind={config.rewind!r} is step {step}, but halt may end the fit from step {first} on (its window and "
+            "patience); rewind to an earlier step or leave halt out"
         )
 
 

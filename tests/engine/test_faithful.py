@@ -802,6 +802,85 @@ def test_what_shares_memory_that_was_written_is_not_read(change):
         lipfast.accelerate(model)(picture())
 
 
+WRITES = {
+    "a part": lambda t: t[:, :2].add_(1),
+    "a part of a part": lambda t: t[:, :2][0].__setitem__(0, 7.0),
+    "all of it": lambda t: t.mul_(2),
+    "an alias": lambda t: t.detach().add_(1),
+    "another shape": lambda t: t.reshape(-1).add_(1),
+    "by an activation": lambda t: F.relu(t[:, :], inplace=True),
+    "behind a conversion that does nothing": lambda t: t.float().add_(1),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_writes_to_plain_attributes_are_refused(write):
+    def forward(self, x):
+        y = self.layer(x)
+        write(self.plain)
+        return y + self.plain
+
+    model = Written(forward, layer=conv())
+    model.plain = torch.zeros(1, CHANNELS, 7, 6)
+    with pytest.raises(InputError, match="keeps as a plain attribute"):
+        lipfast.accelerate(model)(picture())
+
+
+def test_plain_attributes_are_converted():
+    def forward(self, x):
+        plain = self.plain.to(x.device).float().type_as(x)
+        return self.layer(x) * plain + self.plain.expand_as(x)
+
+    model = Written(forward, layer=conv())
+    model.plain = torch.randn(1, CHANNELS, 7, 6)
+    assert_same_output(model)
+    assert_same_training(model, picture())
+
+
+def no_dropout(self, x):
+    y = self.layer(x)
+    part = F.dropout(y, 0.0)
+    part += 1
+    return self.last(y) + part
+
+
+def detached(self, x):
+    y = self.layer(x)
+    return self.last(y.detach_()) * y + self.other(x)
+
+
+@pytest.mark.parametrize("forward", [no_dropout, detached])
+def test_what_torch_gives_back_as_it_was(forward):
+    assert_same_training(Written(forward, layer=conv(), last=conv(), other=conv()), picture())
+
+
+def test_results_with_the_channels_behind_may_be_written():
+    def forward(self, x):
+        y = self.layer(x).permute(0, 2, 3, 1)
+        y[..., :2] += 1
+        return y
+
+    model = Written(forward, layer=conv())
+    assert_same_training(model, picture())
+    y = lipfast.accelerate(model)(picture())
+    y[..., :2] += 1
+    y.sum().backward()
+
+
+def test_what_may_be_a_copy_where_torch_has_a_view_is_not_written():
+    """In torch such a map lies with the channels behind, so that this is a view."""
+
+    def forward(self, x):
+        y = self.layer(x)
+        flat = y.permute(0, 2, 3, 1).reshape(len(x), -1)
+        flat += 1
+        return y * 1
+
+    fast = lipfast.accelerate(Written(forward, layer=conv()).to(memory_format=torch.channels_last))
+    with pytest.raises(InputError, match="may have copied"):
+        fast(picture().contiguous(memory_format=torch.channels_last))
+
+
 def test_writes_to_parts_of_buffers_are_refused():
     def forward(self, x):
         self.numbers[:2].add_(1)

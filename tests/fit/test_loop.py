@@ -211,6 +211,11 @@ def test_without_a_clean_image_metrics_are_absent():
     assert [p.psnr for p in progress] == [None] * 3
 
 
+def test_a_clean_image_in_grey_levels_is_refused():
+    with pytest.raises(InputError, match="fit: clean: values are on the scale"):
+        fit(net(), tasks.Denoise(25), picture(), config=FitConfig(iterations=1), clean=255 * picture())
+
+
 def test_the_clean_image_does_not_change_the_fit():
     observed = tasks.Denoise(25).degrade(picture(), torch.Generator().manual_seed(0))
     with_clean = run(observed=observed, iterations=5)

@@ -71,6 +71,14 @@ def test_each_stop_has_a_table_of_its_own():
     assert "the best -1.00 dB" in text
 
 
+def test_fits_whose_stop_rule_did_not_fire_are_counted():
+    rows = [row(0, 30.0, stopped=28.0), row(1, 31.0, 29.0, stopped=27.0)]
+    assert "fired" not in table.markdown([{**one, "stop_fired": {"ticket": True, "random": True}} for one in rows])
+    text = table.markdown([{**rows[0], "stop_fired": {"ticket": True}}, {**rows[1], "stop_fired": {"ticket": False}}])
+    assert text.count("The rule fired in 2 of 3 fits") == 1
+    assert text.index("At the automatic stop") < text.index("The rule fired")
+
+
 def test_curve_and_panel_are_pictures(tmp_path):
     pictures.save_curve(tmp_path / "curve.png", ROWS, "a title")
     pictures.save_panel(tmp_path / "panel.png", [("colour", torch.rand(3, 8, 8)), ("grey", torch.rand(1, 8, 8))])

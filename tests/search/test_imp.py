@@ -70,8 +70,8 @@ def test_rewinding_to_a_step_is_bit_exact_batchnorm_included(run_search, rewind,
 
 
 def test_a_fit_may_halt_where_the_rewind_step_comes_first(run_search):
-    halting = dataclasses.replace(FIT, iterations=60, window=2, patience=3, halt=True)
-    result = run_search(rewind="3it", fit_config=halting, rounds=1)
+    halting = dataclasses.replace(FIT, iterations=60, window=2, patience=3, halt=True)  # from step 5 on
+    result = run_search(rewind="5it", fit_config=halting, rounds=1)
     assert result.rows[0]["ticket"]["last"]["step"] < 60
     assert len(result.tickets) == 1
 
@@ -266,7 +266,7 @@ MIRRORS_TOO_FAR = {"in_channels": 4, "down": [2, 4, 4], "skip": 2, "kernel_up": 
         ({"rewind": "101%"}, ConfigError, "rewind='101%' lies beyond the last of 12 steps"),
         ({"rewind": "13it"}, ConfigError, "rewind='13it' lies beyond the last of 12 steps"),
         (
-            {"rewind": "5it", "fit_config": dataclasses.replace(FIT, patience=4, halt=True)},
+            {"rewind": "5it", "fit_config": dataclasses.replace(FIT, window=2, patience=2, halt=True)},
             ConfigError,
             "rewind='5it' is step 5, but halt may end the fit from step 4 on",
         ),
@@ -305,7 +305,7 @@ MIRRORS_TOO_FAR = {"in_channels": 4, "down": [2, 4, 4], "skip": 2, "kernel_up": 
         ),
         ({"pictures": [picture(size=4)]}, InputError, "an image of 4 x 4 px is too small"),
         ({"network": {**NETWORK, "out_channels": 1}}, InputError, "the network makes 1 channels"),
-        ({"pictures": [picture(size=8)], "task": tasks.SuperResolve(4)}, InputError, "leaves nothing of 8 x 8 px"),
+        ({"pictures": [picture(size=8)], "task": tasks.SuperResolve(4)}, InputError, "leaves nothing of a picture of 8 x 8 px"),
         (
             {"pictures": torch.rand(3, 35, 33), "degraded": True, "network": {**NETWORK, "skip": 0}},
             InputError,
@@ -390,14 +390,30 @@ def test_a_later_version_may_continue_a_search(run_search, monkeypatch):
     [
         ("round-01-ticket.json", "{}", "outcomes"),
         ("round-01-ticket.json", '{"outcomes": {"last": 3}, "seconds": 1, "log_bytes": 1}', "outcomes"),
-        ("round-01-ticket.json", '{"outcomes": {}, "seconds": 1, "log_bytes": 1}', "empty_layers"),
-        ("round-02-random.json", '{"outcomes": {}, "seconds": "x", "log_bytes": 1}', "seconds"),
+        (
+            "round-01-ticket.json",
+            '{"outcomes": {"last": null, "stopped": null, "oracle": null}, "stop_fired": true, "seconds": 1, '
+            '"log_bytes": 1}',
+            "empty_layers",
+        ),
+        ("round-02-random.json", '{"outcomes": {}, "stop_fired": 2, "seconds": 1, "log_bytes": 1}', "stop_fired"),
+        ("round-02-random.json", '{"outcomes": {}, "stop_fired": true, "seconds": "x", "log_bytes": 1}', "seconds"),
     ],
 )
 def test_a_damaged_record_is_named(run_search, name, content, field):
     result = run_search(controls=(2,))
     (result.folder / name).write_text(content)
     with pytest.raises(InputError, match=rf"{name}: '{field}' is missing or of the wrong kind; move the folder away"):
+        run_search(controls=(2,))
+
+
+def test_a_record_without_its_stops_is_named_and_other_files_are_left_alone(run_search):
+    folder = run_search(controls=(2,)).folder
+    (folder / "round-99-notes.json").write_text("{}")
+    assert run_search(controls=(2,)).folder == folder
+    record = json.loads((folder / "round-02-random.json").read_text())
+    (folder / "round-02-random.json").write_text(json.dumps({**record, "outcomes": {}}))
+    with pytest.raises(InputError, match="round-02-random.json: 'outcomes' lacks a stop"):
         run_search(controls=(2,))
 
 
@@ -411,6 +427,9 @@ def test_exchanged_states_are_named(run_search):
     (folder / "round-01-random.json").unlink()
     fit.FitState({"noise": torch.zeros(3)}, {"step": 3}).save(folder / "rewound.state")
     with pytest.raises(InputError, match=r"rewound\.state: is not the dense network of this search"):
+        run_search(**changes)
+    (folder / "rewound.state").unlink()
+    with pytest.raises(InputError, match=r"rewound\.state: is gone, .* move the folder away"):
         run_search(**changes)
 
 
