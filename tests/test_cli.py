@@ -16,6 +16,7 @@ import torch
 from lipfast import cli, images, tasks
 from lipfast.fit import FitState
 from lipfast.tickets import Ticket
+from lipfast.tickets.description import DEEPEST_NEST
 
 NETWORK = '{"in_channels": 4, "down": [8, 8], "skip": 2}'
 TINY = ["--network", NETWORK, "--iterations", "8", "--rounds", "2", "--stop", "none"]
@@ -380,6 +381,17 @@ def test_ticket_info_shows_no_control_characters(here, runs, tmp_path):
     pictures = [{"name": "bad\x1b[2Jname\nmore"}, {"name": "Bär.png"}]
     dataclasses.replace(loaded, provenance={"pictures": pictures}).save(tmp_path / "foreign.safetensors")
     assert r"searched on bad\x1b[2Jname\nmore, Bär.png (" in here("ticket", "info", tmp_path / "foreign.safetensors")[1]
+
+
+def test_the_deepest_description_that_is_read_is_shown(here, runs, tmp_path):
+    nested = []
+    for _ in range(DEEPEST_NEST - 3):  # the innermost list, the document and its provenance are levels, too
+        nested = [nested]
+    loaded = Ticket.load(runs / "ticket-02.safetensors")
+    dataclasses.replace(loaded, provenance={"deep": nested}).save(tmp_path / "deep.safetensors")
+    code, out, _ = here("ticket", "info", tmp_path / "deep.safetensors", "--json")
+    assert code == 0
+    assert json.loads(out)["provenance"] == {"deep": nested}
 
 
 def test_doctor_names_every_backend_and_why(here):
