@@ -473,6 +473,8 @@ RESTORE = ["restore", "clean.png", "--ticket", "TICKET", "-o", "out.png"]
         ([*RESTORE, "--measurements-seed", "8"], "--measurements-seed 8 belongs to task cs"),
         ([*RESTORE, "--task", "inpaint", "--mask", "mask.png", "--mask-seed", "1"], "leave it out beside --mask"),
         ([*RESTORE, "--window", "5"], "--window 5 belongs to a stop rule; give --stop wmv or emv too"),
+        ([*RESTORE, "--seed", "-1"], "seed=-1 must be a whole number from 0 to 2^63 - 1"),
+        ([*RESTORE, "--seed", "99999999999999999999999"], "seed=99999999999999999999999 must be"),
         ([*RESTORE, "--depth", "12"], "depth must be 8 or 16 bits, got 12"),
         ([*RESTORE, "-o", "out.bmp"], "out.bmp: cannot tell the format"),
         ([*RESTORE, "-o", "nowhere/out.png"], "nowhere/out.png"),
