@@ -33,6 +33,16 @@ def derive_seed(seed: int, purpose: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def check_seed(name: str, seed: int) -> None:
+    """Whether a seed is one that tickets, torch and the noise of a fit can hold.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"{name}={seed} must be a whole number from 0 to 2^63 - 1")
+
+
 def to_json(document: Any, *, indent: int | None = None) -> str:
     """``document`` as JSON. NaN and infinity, which JSON lacks, become null: no figure."""
     return json.dumps(_finite(document), indent=indent, allow_nan=False)

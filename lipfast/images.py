@@ -23,6 +23,7 @@ from lipfast.errors import InputError
 
 # File signatures; the file's content decides, not its name.
 _PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_DEPTH = 24  # where its bits a channel stand: signature 8, length 4, "IHDR" 4, width 4, height 4
 _JPEG = b"\xff\xd8\xff"
 _JPEG_IN_TIFF = (6, 7, 33007, 34892)  # compressions whose decoder turns luma and chroma into RGB
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")  # classic and BigTIFF, either byte order
@@ -320,8 +321,7 @@ def ssim(image: Tensor, reference: Tensor) -> float:
 
 def _decoder(content: bytes) -> Any:
     if content.startswith(_PNG):
-        depth = content[24:25]  # signature 8, length 4, "IHDR" 4, width 4, height 4, depth 1
-        return _decode_png16 if depth == b"\x10" else _decode_with_pillow
+        return _decode_png16 if content[_PNG_DEPTH : _PNG_DEPTH + 1] == b"\x10" else _decode_with_pillow
     if content.startswith(_JPEG):
         return _decode_with_pillow
     if content.startswith(_TIFF):
@@ -334,7 +334,12 @@ def _decode_with_pillow(content: bytes) -> Any:
 
     with Image.open(BytesIO(content), formats=["PNG", "JPEG"]) as file:
         picture = ImageOps.exif_transpose(file)
-        if picture.mode == "P" or "transparency" in picture.info:
+        if picture.mode in ("1", "L") and "transparency" in picture.info:
+            highest = 2 ** content[_PNG_DEPTH] - 1
+            if picture.info["transparency"] <= highest:  # Pillow scales the pixels to 8 bits, but not this level
+                picture.info["transparency"] = picture.info["transparency"] * 255 // highest
+            picture = picture.convert("LA")
+        elif picture.mode == "P" or "transparency" in picture.info:
             picture = picture.convert("RGBA")
         elif picture.mode not in ("L", "LA", "RGB", "RGBA"):
             picture = picture.convert("L" if picture.mode == "1" else "RGB")

@@ -16,6 +16,7 @@ import torch
 from lipfast import cli, images, tasks
 from lipfast.fit import FitState
 from lipfast.tickets import Ticket
+from lipfast.tickets.description import DEEPEST_NEST
 
 NETWORK = '{"in_channels": 4, "down": [8, 8], "skip": 2}'
 TINY = ["--network", NETWORK, "--iterations", "8", "--rounds", "2", "--stop", "none"]
@@ -382,6 +383,17 @@ def test_ticket_info_shows_no_control_characters(here, runs, tmp_path):
     assert r"searched on bad\x1b[2Jname\nmore, Bär.png (" in here("ticket", "info", tmp_path / "foreign.safetensors")[1]
 
 
+def test_the_deepest_description_that_is_read_is_shown(here, runs, tmp_path):
+    nested = []
+    for _ in range(DEEPEST_NEST - 3):  # the innermost list, the document and its provenance are levels, too
+        nested = [nested]
+    loaded = Ticket.load(runs / "ticket-02.safetensors")
+    dataclasses.replace(loaded, provenance={"deep": nested}).save(tmp_path / "deep.safetensors")
+    code, out, _ = here("ticket", "info", tmp_path / "deep.safetensors", "--json")
+    assert code == 0
+    assert json.loads(out)["provenance"] == {"deep": nested}
+
+
 def test_doctor_names_every_backend_and_why(here):
     code, out, _ = here("doctor", "--json")
     facts = json.loads(out)
@@ -461,6 +473,8 @@ RESTORE = ["restore", "clean.png", "--ticket", "TICKET", "-o", "out.png"]
         ([*RESTORE, "--measurements-seed", "8"], "--measurements-seed 8 belongs to task cs"),
         ([*RESTORE, "--task", "inpaint", "--mask", "mask.png", "--mask-seed", "1"], "leave it out beside --mask"),
         ([*RESTORE, "--window", "5"], "--window 5 belongs to a stop rule; give --stop wmv or emv too"),
+        ([*RESTORE, "--seed", "-1"], "seed=-1 must be a whole number from 0 to 2^63 - 1"),
+        ([*RESTORE, "--seed", "99999999999999999999999"], "seed=99999999999999999999999 must be"),
         ([*RESTORE, "--depth", "12"], "depth must be 8 or 16 bits, got 12"),
         ([*RESTORE, "-o", "out.bmp"], "out.bmp: cannot tell the format"),
         ([*RESTORE, "-o", "nowhere/out.png"], "nowhere/out.png"),

@@ -1,6 +1,8 @@
 """Pictures in and out of files, and the figures that compare them."""
 
 import os
+import struct
+import zlib
 
 import imagecodecs
 import numpy
@@ -133,6 +135,35 @@ def test_transparent_palette_colour_counts_as_alpha(tmp_path):
     drawn.save(tmp_path / "a.png", transparency=0)
     red, blank = [1.0, 0.0, 0.0], [1.0, 1.0, 1.0]
     assert images.read(tmp_path / "a.png")[:, 0].T.tolist() == [blank, red]
+
+
+def grey_png(depth: int, transparent: int) -> bytes:
+    """One row of eight pixels, whose levels count up from 0 and start again, one level of which is transparent."""
+    bits = "".join(f"{level % 2**depth:0{depth}b}" for level in range(8))
+    row = b"\0" + int(bits, 2).to_bytes(depth, "big")  # eight pixels are as many bytes as a pixel has bits
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 8, 1, depth, 0, 0, 0, 0)
+    chunks = [
+        (b"IHDR", header),
+        (b"tRNS", struct.pack(">H", transparent)),
+        (b"IDAT", zlib.compress(row)),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in chunks)
+
+
+@pytest.mark.parametrize("transparent", [0, 1])
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_a_grey_png_with_a_transparent_level_stays_grey(tmp_path, depth, transparent):
+    (tmp_path / "a.png").write_bytes(grey_png(depth, transparent))
+    levels = [level % 2**depth for level in range(8)]
+    wanted = [1.0 if level == transparent else level / (2**depth - 1) for level in levels]
+    back = images.read(tmp_path / "a.png")
+    assert back.shape == (1, 1, 8)
+    assert back.flatten().tolist() == pytest.approx(wanted, abs=1e-7)
 
 
 def test_orientation_tag_is_obeyed(tmp_path):

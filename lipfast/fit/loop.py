@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 from lipfast import images, tasks
-from lipfast.config import check_fields, checks_types, derive_seed
+from lipfast.config import check_fields, check_seed, checks_types, derive_seed
 from lipfast.engine.trainer import (
     FIRST_MOMENT,
     SECOND_MOMENT,
@@ -67,6 +68,7 @@ class FitConfig:
         for name, (good, wanted) in checks.items():
             if not good:
                 raise ConfigError(f"FitConfig.{name} must be {wanted}, got {getattr(self, name)!r}")
+        check_seed("seed", self.seed)
 
     @classmethod
     def for_task(cls, task: tasks.Task, **changes: Any) -> "FitConfig":
@@ -152,7 +154,7 @@ def fit(
         masks: parameter name -> bool tensor, False where a weight is dead; those are exactly 0 throughout.
         clean: the clean image(s), only for the metrics and the oracle.
         engine: "auto" or "torch", see ``engine.trainer.make_trainer``.
-        callbacks: called after each step; one that returns True ends the fit.
+        callbacks: called after each step; one that returns True (numpy's or torch's, too) ends the fit.
         keep_weights: steps k whose weights (after k steps; 0: before the first) the result keeps, for rewinding;
             steps that the fit does not reach are absent, as it may go on to them later.
         state: continue from here; every other argument must be as it was, ``iterations`` and ``halt`` excepted.
@@ -170,7 +172,7 @@ def fit(
         run.advance()
         progress = run.progress()
         wishes = [callback(progress) for callback in callbacks]
-        ended = run.finished or any(wish is True for wish in wishes)
+        ended = run.finished or any(map(_is_true, wishes))
     return run.result()
 
 
@@ -193,6 +195,13 @@ def check(
     without_memory = copy.deepcopy(network).to("meta")
     run = _Run(network, task, observed, config, None, clean, engine, ())
     run.check_output_of(without_memory)
+
+
+def _is_true(wish: object) -> bool:
+    """Whether a callback said True: a comparison of numpy's or torch's says it in its own type, and other results,
+    such as a count, say nothing."""
+    single = wish.item() if isinstance(wish, numpy.generic | Tensor) and wish.ndim == 0 else wish
+    return single is True
 
 
 class _Run:

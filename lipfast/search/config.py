@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
-from lipfast.config import check_fields
+from lipfast.config import check_fields, check_seed
 from lipfast.errors import ConfigError
 from lipfast.search import schedule
 
@@ -41,8 +41,7 @@ class SearchConfig:
             raise ConfigError(f"rounds={self.rounds} must be 1 to 1000")
         schedule.prune_count(1, self.prune)
         for name in ("seed", "degrade_seed"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise ConfigError(f"{name}={getattr(self, name)} must be a whole number from 0 to 2^63 - 1")
+            check_seed(name, getattr(self, name))
         if beyond := [number for number in self.controls if not 1 <= number <= self.rounds]:
             raise ConfigError(f"controls: round {beyond[0]} is not one of rounds 1 to {self.rounds}")
         _parse_rewind(self.rewind)

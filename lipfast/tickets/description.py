@@ -16,12 +16,14 @@ VERSION = 1  # raise when a reader of the previous version would misread a file
 LONGEST_TEXT = 1 << 20
 LARGEST_OPTION = 4096
 LONGEST_OPTION_LIST = 64
+DEEPEST_NEST = 64  # lists and objects in each other; Python's JSON and its callers recurse a few times for each
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "prior": dict,
     "task": dict,
     "target": str,
     "round": int,
+    "sparsity": (int, float),
     "pruned": dict,
     "provenance": dict,
     "tensors_sha256": str,
@@ -46,9 +48,19 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write(fields: Mapping[str, Any]) -> str:
-    """The text of a description: ``fields`` with format, version and a checksum over everything else."""
+def write(fields: Mapping[str, Any], where: str) -> str:
+    """The text of a description: ``fields`` with format, version and a checksum over everything else.
+
+    Args:
+        fields: what it says.
+        where: the ticket's name, for messages.
+
+    Raises:
+        TicketError: a field is not JSON: NaN, a tensor, keys of several types.
+    """
     document = {"format": FORMAT, "version": VERSION, **fields}
+    for name, value in document.items():
+        _check_json(name, value, where)
     return canonical({**document, "sha256": _digest(document)})
 
 
@@ -66,26 +78,52 @@ def read(text: str, where: str) -> dict[str, Any]:
         raise TicketError(f"{where}: the description has {len(text)} characters, at most {LONGEST_TEXT} are read")
     try:
         document = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise TicketError(f"{where}: the description is not JSON ({error}); the file is damaged") from None
+    except RecursionError:
+        raise _too_deep(where) from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise TicketError(f"{where}: not a lipfast ticket; tickets are written by `lipfast search`")
     if document.get("version") != VERSION:
         raise TicketError(
             f"{where}: ticket format {document.get('version')!r} but this lipfast reads {VERSION}; update lipfast"
         )
+    if _is_deeper(document, DEEPEST_NEST):
+        raise _too_deep(where)
     found = document.pop("sha256", None)
-    if found != _digest(document):
+    try:
+        expected = _digest(document)
+    except ValueError as error:  # Python reads NaN and infinity, which JSON lacks and canonical text never holds
+        raise TicketError(f"{where}: the description is not JSON ({error}); the file is damaged") from None
+    if found != expected:
         raise TicketError(f"{where}: the description does not match its checksum; the file is damaged")
     _check_fields(document, where)
     return document
 
 
 def _digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical(document).encode()).hexdigest()
+
+
+def _check_json(name: str, value: Any, where: str) -> None:
     try:
-        return hashlib.sha256(canonical(document).encode()).hexdigest()
-    except (ValueError, RecursionError):  # NaN or a deep nest in a file; canonical text never holds one
-        return ""
+        canonical({name: value})
+    except (TypeError, ValueError) as error:
+        raise TicketError(f"{where}: {name!r} cannot be written as JSON ({error})") from None
+    except RecursionError:
+        raise _too_deep(where) from None
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects lie in each other more than ``levels`` deep."""
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(one, levels - 1) for one in inner)
+
+
+def _too_deep(where: str) -> TicketError:
+    return TicketError(f"{where}: the description is nested more than {DEEPEST_NEST} deep; no ticket needs that")
 
 
 def _check_fields(document: Mapping[str, Any], where: str) -> None:

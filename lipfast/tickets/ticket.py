@@ -70,7 +70,8 @@ class Ticket:
         """The file's content. Equal tickets give equal bytes.
 
         Raises:
-            TicketError: :meth:`load` would refuse it, for example because config and state are of two networks.
+            TicketError: :meth:`load` would refuse it, for example because config and state are of two networks, or
+                a field such as provenance is not JSON.
         """
         tensors: dict[str, Tensor] = {}
         for name, value in self.state.items():
@@ -91,7 +92,8 @@ class Ticket:
                 },
                 "provenance": self.provenance,
                 "tensors_sha256": description.checksum(tensors),
-            }
+            },
+            _UNSAVED,
         )
         _checked(description.read(text, _UNSAVED), tensors, _UNSAVED)
         return safetensors.torch.save(tensors, metadata={METADATA_KEY: text})
@@ -168,6 +170,7 @@ def _checked(document: Mapping[str, Any], tensors: Mapping[str, Tensor], where: 
     _check_tensors(document["tensors_sha256"], tensors, where)
     state, found = _decode(document["pruned"], tensors, where)
     order = _check_network(document["prior"], state, where)
+    _check_sparsity(document["sparsity"], found, where)
     return {name: state[name] for name in order}, {name: found[name] for name in order if name in found}
 
 
@@ -197,6 +200,13 @@ def _decode(pruned: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
         if entry["kept"] != values.numel():
             raise TicketError(f"{where}: {name!r} keeps {values.numel()} weights, its description says {entry['kept']}")
     return {**rest, **state}, found
+
+
+def _check_sparsity(stated: float, found: Masks, where: str) -> None:
+    """The stated share is the counted one to the last bit: both are made by one function, and JSON keeps a float."""
+    counted = masks.sparsity(found)
+    if stated != counted:
+        raise TicketError(f"{where}: the description says sparsity {stated!r}, its masks have {counted!r}")
 
 
 def _check_network(prior: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from lipfast import images, ops, priors, tasks
 from lipfast.config import derive_seed
 from lipfast.errors import ConfigError, FitError, InputError
 from lipfast.fit import FitConfig, FitResult, FitState, fit, loop
+from lipfast.search import SearchConfig
 
 NET = {"in_channels": 4, "down": [16, 16], "skip": 2}
 
@@ -214,6 +216,23 @@ def test_without_a_clean_image_metrics_are_absent():
 def test_a_clean_image_in_grey_levels_is_refused():
     with pytest.raises(InputError, match="fit: clean: values are on the scale"):
         fit(net(), tasks.Denoise(25), picture(), config=FitConfig(iterations=1), clean=255 * picture())
+
+
+@pytest.mark.parametrize(
+    ("answer", "steps"),
+    [
+        (True, 1),
+        (numpy.bool_(True), 1),
+        (torch.tensor(True), 1),
+        (numpy.bool_(False), 3),
+        (torch.tensor([True, True]), 3),
+        (1, 3),
+        (numpy.float64(1), 3),
+        (None, 3),
+    ],
+)
+def test_true_of_any_library_ends_a_fit_and_nothing_else_does(answer, steps):
+    assert run(iterations=3, callbacks=[lambda progress: answer]).last.step == steps
 
 
 def test_the_clean_image_does_not_change_the_fit():
@@ -539,6 +558,19 @@ def test_bad_input_is_refused(change, message):
 def test_settings_out_of_range_are_refused(field, value, wanted):
     with pytest.raises(ConfigError, match=rf"FitConfig.{field} must be {wanted}, got {value!r}"):
         FitConfig(**{field: value})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_out_of_range_are_refused_as_a_search_refuses_them(seed):
+    with pytest.raises(ConfigError, match=rf"^seed={seed} must be a whole number from 0 to 2\^63 - 1$") as refused:
+        FitConfig(seed=seed)
+    with pytest.raises(ConfigError) as as_search:
+        SearchConfig(seed=seed)
+    assert str(refused.value) == str(as_search.value)
+
+
+def test_the_largest_seed_is_taken():
+    assert run(seed=2**63 - 1, iterations=1).last.step == 1
 
 
 def test_negative_steps_to_keep_are_refused():

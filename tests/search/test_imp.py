@@ -305,7 +305,11 @@ MIRRORS_TOO_FAR = {"in_channels": 4, "down": [2, 4, 4], "skip": 2, "kernel_up": 
         ),
         ({"pictures": [picture(size=4)]}, InputError, "an image of 4 x 4 px is too small"),
         ({"network": {**NETWORK, "out_channels": 1}}, InputError, "the network makes 1 channels"),
-        ({"pictures": [picture(size=8)], "task": tasks.SuperResolve(4)}, InputError, "leaves nothing of a picture of 8 x 8 px"),
+        (
+            {"pictures": [picture(size=8)], "task": tasks.SuperResolve(4)},
+            InputError,
+            "leaves nothing of a picture of 8 x 8 px",
+        ),
         (
             {"pictures": torch.rand(3, 35, 33), "degraded": True, "network": {**NETWORK, "skip": 0}},
             InputError,

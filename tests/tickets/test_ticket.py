@@ -110,6 +110,14 @@ def test_an_existing_ticket_survives_a_failed_write(path, ticket, monkeypatch):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+def nest(depth):
+    """``depth`` lists in each other."""
+    nested = []
+    for _ in range(depth - 1):
+        nested = [nested]
+    return nested
+
+
 def with_tensor(name, tensor):
     return {"state": {**ticket_of(TINY, 0.7).state, name: tensor}}
 
@@ -127,6 +135,13 @@ def with_tensor(name, tensor):
         ({"config": {**TINY, "down": [6, 7]}}, "belongs to another network"),
         ({"prior": "vgg"}, "unknown prior 'vgg'"),
         ({"provenance": {"pictures": ["baby"]}}, "each of provenance's pictures must have a name"),
+        ({"provenance": {"psnr": float("nan")}}, "'provenance' cannot be written as JSON"),
+        ({"provenance": {"mask": torch.ones(2)}}, "'provenance' cannot be written as JSON .*Tensor"),
+        ({"provenance": {"a": 1, 2: 3}}, "'provenance' cannot be written as JSON"),
+        ({"provenance": {"deep": nest(100_000)}}, "nested more than 64 deep"),
+        ({"task": {"name": "denoise", "sigma": float("inf")}}, "'task' cannot be written as JSON"),
+        ({"task": {"name": "inpaint", "sides": {1, 2}}}, "'task' cannot be written as JSON .*set"),
+        ({"config": {**TINY, "skip": torch.tensor(2)}}, "'prior' cannot be written as JSON .*Tensor"),
     ],
 )
 def test_what_could_not_be_read_again_is_not_written(tmp_path, changes, message):
@@ -167,7 +182,7 @@ def test_a_flipped_bit_anywhere_is_refused(path, tmp_path):
         (struct.pack("<Q", 2**63) + b"{}", "not a whole safetensors file"),
         (safetensors.torch.save({"weight": torch.ones(2)}), "no lipfast ticket"),
         (safetensors.torch.save({"weight": torch.ones(2)}, {"lipfast": "[]"}), "not a lipfast ticket"),
-        (safetensors.torch.save({"weight": torch.ones(2)}, {"lipfast": "[" * 100_000}), "not JSON"),
+        (safetensors.torch.save({"weight": torch.ones(2)}, {"lipfast": "[" * 100_000}), "nested more than 64 deep"),
         (safetensors.torch.save({"weight": torch.ones(2)}, {"lipfast": " " * (1 << 21)}), "at most 1048576 are read"),
     ],
 )
@@ -177,12 +192,28 @@ def test_foreign_files_are_refused(tmp_path, content, message):
         Ticket.load(tmp_path / "foreign")
 
 
-def test_a_description_of_any_depth_is_refused():
+def test_a_deep_description_is_refused_at_any_depth():
     """Python's writer of JSON gives up a little before its reader, how deep depends on the calls around them."""
-    for depth in range(600, 1001):
+    for depth in range(description.DEEPEST_NEST, 1001):  # the document itself is one more
         nested = "[" * depth + "]" * depth
-        with pytest.raises(TicketError):
+        with pytest.raises(TicketError, match="deep: the description is nested more than 64 deep"):
             description.read(f'{{"format":"lipfast-ticket","version":1,"deep":{nested}}}', "deep")
+
+
+def test_the_deepest_nest_that_is_read_is_written_too(ticket):
+    """The document and its provenance are two levels."""
+    allowed = description.DEEPEST_NEST - 2
+    assert dataclasses.replace(ticket, provenance={"deep": nest(allowed)}).to_bytes()
+    with pytest.raises(TicketError, match="this ticket: the description is nested more than 64 deep"):
+        dataclasses.replace(ticket, provenance={"deep": nest(allowed + 1)}).to_bytes()
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-1e999"])
+def test_an_empty_checksum_stands_for_nothing(number):
+    """Such numbers have no canonical text and so no checksum; once it was taken for an empty one."""
+    text = f'{{"format":"lipfast-ticket","version":1,"provenance":{{"x":{number}}},"sha256":""}}'
+    with pytest.raises(TicketError, match="forged: the description is not JSON"):
+        description.read(text, "forged")
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
@@ -204,7 +235,7 @@ def forge(path, tmp_path, change_fields=None, change_tensors=None):
     if change_fields:
         change_fields(fields)
     forged = tmp_path / "forged.safetensors"
-    forged.write_bytes(safetensors.torch.save(tensors, {"lipfast": description.write(fields)}))
+    forged.write_bytes(safetensors.torch.save(tensors, {"lipfast": description.write(fields, "forged")}))
     return forged
 
 
@@ -221,6 +252,10 @@ FIRST = "encoder.0.skip.weight"  # (2, 4, 1, 1): 8 weights, 1 byte of mask
         (lambda f: f.update(version=2), "ticket format 2 but this lipfast reads 1"),
         (lambda f: f.update(round=-1), "round must be a whole number"),
         (lambda f: f.update(round=True), "'round' is missing or of the wrong kind"),
+        (lambda f: f.update(sparsity=0.99), r"says sparsity 0\.99, its masks have 0\.6998"),
+        (lambda f: f.update(sparsity=1), r"says sparsity 1, its masks have 0\.6998"),
+        (lambda f: f.update(sparsity=True), "'sparsity' is missing or of the wrong kind"),
+        (lambda f: f.pop("sparsity"), "'sparsity' is missing"),
         (lambda f: f.update(target="both"), "target must be degraded or clean"),
         (lambda f: f.pop("task"), "'task' is missing"),
         (lambda f: f["prior"].update(kind="vgg"), "unknown prior 'vgg'"),
