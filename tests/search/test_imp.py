@@ -417,7 +417,7 @@ def test_a_record_without_its_stops_is_named_and_other_files_are_left_alone(run_
     assert run_search(controls=(2,)).folder == folder
     record = json.loads((folder / "round-02-random.json").read_text())
     (folder / "round-02-random.json").write_text(json.dumps({**record, "outcomes": {}}))
-    with pytest.raises(InputError, match="round-02-random.json: 'outcomes' lacks a stop"):
+    with pytest.raises(InputError, match=r"round-02-random\.json: 'outcomes' lacks a stop"):
         run_search(controls=(2,))
 
 
