@@ -266,7 +266,7 @@ class _Search:
         """Fit ``current``, prune it, fit its control. Returns the round's row and the next ticket, if there is one."""
         last = number == self.config.rounds
         clean_target = self.config.target == "clean"
-        records: dict[str, dict[str, Any]] = {}
+        records: dict[Kind, dict[str, Any]] = {}
         following = None
         if not last:
             kind: Kind = "search" if clean_target else "ticket"
