@@ -278,7 +278,7 @@ class _Search:
         emptied: list[str] = next(
             (record["empty_layers"] for record in records.values() if "empty_layers" in record), []
         )
-        row = {
+        row: dict[str, Any] = {
             "round": number,
             "sparsity": current.sparsity,
             "kept": current.kept,
