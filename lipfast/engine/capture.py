@@ -199,7 +199,7 @@ class _Recorder(TorchFunctionMode):
         self._refs: dict[int, Ref] = {}
         self._differentiable: set[int] = set()  # numbers of tensors that require gradients, whatever stand-ins do
         self._alive: list[Tensor] = []
-        self._stand_ins: dict[int, Tensor] = {}  # by id of the constant
+        self._stand_ins: dict[int, Tensor] = {}  # of tensors that have numbers, by their id
         self._overwritten: dict[int, list[Tensor]] = {}  # id of a tensor -> those through which its memory was written
         self._count = 0
         self._grad: bool | None = None
@@ -244,9 +244,6 @@ class _Recorder(TorchFunctionMode):
             raise InputError("engine: the module made a tensor in a way that cannot be recorded")
         ref = self._new(value)
         self.constants[ref.number] = value
-        stand_in = self._stand_ins[id(value)] = value.to("meta")
-        self._refs[id(stand_in)] = ref
-        self._alive.append(stand_in)
         return ref
 
     def __torch_function__(
@@ -287,8 +284,9 @@ class _Recorder(TorchFunctionMode):
         result = _stand_in(func, args, kwargs)
         result = _undrawn(func, args, kwargs) if result is None else result
         if not self._contiguous and _changes_layout(func, kwargs):
-            result = result.clone() if result is args[0] else result
-            self._perhaps_one |= {id(args[0]), id(result)}
+            given = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            result = result.clone() if result is given else result
+            self._perhaps_one |= {id(given), id(result)}
         written = [t for t in self._alive if id(t) in versions and t._version != versions[id(t)]]
         results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         if counts:
@@ -351,7 +349,7 @@ class _Recorder(TorchFunctionMode):
                 )
             if any(self._refs[id(other)].number in self.leaves for other in sharing):
                 raise InputError("engine: the module changes one of its own parameters or buffers while it runs")
-            if any(self._refs[id(other)].number in self.constants for other in sharing):
+            if any(other is stand_in for other in sharing for stand_in in self._stand_ins.values()):
                 raise InputError(
                     "engine: the module writes into a tensor that it keeps as a plain attribute, or made on a device "
                     "that it named"
@@ -375,7 +373,17 @@ class _Recorder(TorchFunctionMode):
     def _on_meta(self, value: Any) -> Any:
         if isinstance(value, torch.device):
             return torch.device("meta") if value == self._device else value
-        return self._stand_ins.get(id(value), value) if isinstance(value, Tensor) else value
+        return self._without_numbers(value) if isinstance(value, Tensor) else value
+
+    def _without_numbers(self, tensor: Tensor) -> Tensor:
+        """A tensor's stand-in: always the same one, so that writes to parts of it are seen."""
+        if tensor.device.type == "meta":
+            return tensor
+        if id(tensor) not in self._stand_ins:
+            stand_in = self._stand_ins[id(tensor)] = tensor.to("meta")
+            self._refs[id(stand_in)] = self._refs[id(tensor)]
+            self._alive.append(stand_in)
+        return self._stand_ins[id(tensor)]
 
     def _new(self, tensor: Tensor) -> Ref:
         if id(tensor) not in self._refs:

@@ -872,7 +872,7 @@ def test_what_may_be_a_copy_where_torch_has_a_view_is_not_written():
 
     def forward(self, x):
         y = self.layer(x)
-        flat = y.permute(0, 2, 3, 1).reshape(len(x), -1)
+        flat = torch.reshape(input=y.permute(0, 2, 3, 1), shape=(len(x), -1))
         flat += 1
         return y * 1
 
