@@ -96,8 +96,8 @@ def _check_one_size(named: Sequence[tuple[str, Tensor]]) -> None:
     for name, image in named[1:]:
         if image.shape != first[1].shape:
             raise InputError(
-                f"{name}: is {tuple(image.shape)} but {first[0]} is {tuple(first[1].shape)}, both cut to what the "
-                "network can make; pictures searched together need one size: give --size"
+                f"{name}: is searched as {tuple(image.shape)} but {first[0]} as {tuple(first[1].shape)}; pictures "
+                "searched together need one size: give --size"
             )
 
 
