@@ -4,10 +4,21 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lipfast.errors import InputError
 from lipfast.ops import _padding
+
+_LIMIT = 2**31  # beyond any picture; sums and products of such numbers fit torch's 64 bits
+
+
+def check_dense(op: str, name: str, value: Any) -> None:
+    """``value`` is a tensor, and not one of torch's sparse ones."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise InputError(f"{op}: {name} must be a dense tensor, got layout {value.layout}; use to_dense()")
 
 
 def whole_number(op: str, name: str, value: Any) -> int:
@@ -22,7 +33,8 @@ def whole_number(op: str, name: str, value: Any) -> int:
 
 def pair(op: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """A number for rows and one for columns, from one or both."""
-    given = tuple(value) if isinstance(value, Iterable) else (value, value)
+    several = isinstance(value, Iterable) and not (isinstance(value, Tensor) and value.dim() == 0)
+    given = tuple(value) if several else (value, value)  # type: ignore[arg-type]
     if len(given) != 2:
         raise InputError(f"{op}: {name} is one whole number or two, got {value}")
     return whole_number(op, name, given[0]), whole_number(op, name, given[1])
@@ -47,7 +59,7 @@ def check_window(
     dilation: int = 1,
 ) -> None:
     """A convolution's window fits a padded map of ``size`` (rows, columns)."""
-    if min(*stride, dilation) < 1 or min(padding) < 0:
+    if min(*stride, dilation) < 1 or min(padding) < 0 or max(*stride, *padding, dilation) >= _LIMIT:
         raise InputError(f"{op}: stride {stride}, dilation {dilation}, padding {padding} are out of range")
     check_padding(op, size, padding, padding_mode)
     for side, pad, taps in zip(size, padding, kernel, strict=True):

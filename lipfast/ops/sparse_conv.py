@@ -10,7 +10,7 @@ from torch import Tensor
 from lipfast.errors import InputError
 from lipfast.ops import _dispatch, _padding
 from lipfast.ops._autograd import refuse_double_backward, refuse_tangents, register_gradient
-from lipfast.ops._checks import check_window, pair, whole_number
+from lipfast.ops._checks import check_dense, check_window, pair, whole_number
 from lipfast.ops.lane_conv import ConvForm, fits_lanes
 
 
@@ -39,6 +39,7 @@ class SparseWeight:
         Raises:
             InputError: not four axes, or a mask of another shape or dtype.
         """
+        check_dense("SparseWeight.from_dense", "weight", weight)
         if weight.dim() != 4:
             raise InputError(
                 f"SparseWeight.from_dense: a convolution's weight has 4 axes, got shape {tuple(weight.shape)}"
@@ -122,6 +123,7 @@ def _has_kernel(x: Tensor, layer: ConvForm) -> bool:
 
 
 def _check_weight(x: Tensor, weight: SparseWeight, bias: Tensor | None, groups: int) -> None:
+    check_dense("sparse_conv2d", "x", x)
     if not isinstance(weight, SparseWeight):
         raise InputError(
             f"sparse_conv2d: weight must be a SparseWeight, got {type(weight).__name__}; use SparseWeight.from_dense"

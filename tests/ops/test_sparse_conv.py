@@ -355,6 +355,11 @@ BAD = {
     "bias must be (2,) torch.float32 on cpu, got (3,)": {"bias": torch.zeros(3)},
     "padding_mode 'mirror' is unknown": {"padding_mode": "mirror"},
     "stride (0, 0)": {"stride": 0},
+    f"stride ({2**63}, {2**63})": {"stride": 2**63},
+    f"padding ({2**40}, {2**40})": {"padding": 2**40},
+    f"dilation {2**62}": {"dilation": 2**62},
+    "x must be a tensor, got ndarray": {"x": torch.zeros(1, 3, 8, 8).numpy()},
+    "x must be a dense tensor, got layout torch.sparse_coo": {"x": torch.zeros(1, 3, 8, 8).to_sparse()},
     "stride is one whole number or two, got (1, 1, 1)": {"stride": (1, 1, 1)},
     "reflect padding of 8 is too large for a side of 8": {"padding": 8, "padding_mode": "reflect"},
     "smaller than the kernel": {"x": torch.zeros(1, 3, 2, 2)},
@@ -378,6 +383,19 @@ def test_bad_input_is_answered_by_its_value(message):
     with pytest.raises(InputError) as caught:
         sparse_conv2d(**arguments)
     assert message in str(caught.value)
+
+
+def test_a_stride_may_be_a_tensor_of_one_number():
+    x, weight = torch.randn(1, 3, 8, 8), SparseWeight.from_dense(torch.ones(2, 3, 3, 3))
+    assert torch.equal(sparse_conv2d(x, weight, stride=torch.tensor(2)), sparse_conv2d(x, weight, stride=2))
+
+
+def test_weights_of_another_kind_are_refused():
+    weight = torch.ones(2, 3, 3, 3)
+    with pytest.raises(InputError, match="weight must be a tensor, got ndarray"):
+        SparseWeight.from_dense(weight.numpy())
+    with pytest.raises(InputError, match=r"weight must be a dense tensor, got layout torch\.sparse_coo"):
+        SparseWeight.from_dense(weight.to_sparse())
 
 
 def test_masks_of_another_kind_are_refused():
