@@ -72,6 +72,16 @@ PlainMap AsPlainMap(const py::array& array, const char* name) {
           StrideInFloats(array, 3)};
 }
 
+PlainMap AsPixels(const py::array& array, int64_t height, int64_t width, const char* name) {
+  float* data = FloatData(array, 2, name);
+  const int64_t pixel = StrideInFloats(array, 0), pixels = array.shape(0);
+  if (pixels > height * width) {
+    Refuse(std::string(name) + ": " + Describe(array) + " has more pixels than " + std::to_string(height) + " x " +
+           std::to_string(width));
+  }
+  return {data, 1, array.shape(1), height, width, 0, StrideInFloats(array, 1), width * pixel, pixel, pixels};
+}
+
 Padding AsPadding(int mode, int64_t pad, const LaneMap& map) {
   if (mode < 0 || mode > 3) Refuse("padding mode " + std::to_string(mode) + " is not one of 0 .. 3");
   if (pad < 0 || pad > map.halo) {

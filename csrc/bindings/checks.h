@@ -45,6 +45,9 @@ LaneMap AsLaneMap(const py::array& array, int64_t height, int64_t width, int64_t
 // A float32 tensor (batch, channels, height, width), any strides.
 PlainMap AsPlainMap(const py::array& array, const char* name);
 
+// A float32 tensor (pixels, channels), any strides, as the first pixels of one picture of height x width.
+PlainMap AsPixels(const py::array& array, int64_t height, int64_t width, const char* name);
+
 // Checks that a map's halo reaches as far as a padding asks, and that the picture
 // is large enough for it.
 Padding AsPadding(int mode, int64_t pad, const LaneMap& map);

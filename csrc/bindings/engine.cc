@@ -350,8 +350,9 @@ class CheckedProgram {
     }
     std::vector<PlainMap> plains;
     for (int i = 0; i < static_cast<int>(tensors.size()); ++i) {
-      plains.push_back(AsPlainMap(tensors[i], "run"));
       const LaneMap& m = program_.plain_map(section, i);
+      plains.push_back(tensors[i].ndim() == 2 ? AsPixels(tensors[i], m.height, m.width, "run")
+                                              : AsPlainMap(tensors[i], "run"));
       const PlainMap& p = plains.back();
       if (p.batch != m.pictures() || p.channels != m.channels || p.height != m.height || p.width != m.width) {
         Refuse("run: tensor " + std::to_string(i) + " is " + Describe(tensors[i]) + ", planned for " + SizeOf(m));

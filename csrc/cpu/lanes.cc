@@ -20,9 +20,14 @@ struct alignas(64) Vector {
   float lanes[kLanes];
 };
 
+// A map of one sheet, and how many pixels of a picture the tensor has.
+struct Sheet : LaneMap {
+  int64_t there;
+};
+
 // Sheet n and its pictures, as a map and a tensor of their own.
-LaneMap SheetOf(const LaneMap& m, int64_t n) {
-  LaneMap sheet = m;
+Sheet SheetOf(const LaneMap& m, const PlainMap& p, int64_t n) {
+  Sheet sheet = {m, p.pixels};
   sheet.data = m.At(n, 0);
   sheet.batch = 1;
   if (n + 1 < m.batch) sheet.missing = 0;
@@ -35,13 +40,18 @@ PlainMap SheetOf(const PlainMap& p, const LaneMap& m, int64_t n) {
   return sheet;
 }
 
-// How many of the pixels (row, col), (row, col + 1), .. up to `most` of block
-// `lane` lie in the picture; 0 where the whole row is dead, or the picture missing.
-int64_t LivePixels(const LaneMap& m, int lane, int64_t row, int64_t col, int64_t most) {
+// How many pixels there are from (y, x) on in a row of the picture; 0 where the whole row is dead.
+int64_t LiveFrom(const Sheet& m, int64_t y, int64_t x) {
+  if (y >= m.height) return 0;
+  const int64_t live = AtMost(m.width - x, m.there - (y * m.width + x));
+  return live < 0 ? 0 : live;
+}
+
+// How many of the pixels (row, col), (row, col + 1), .. up to `most` of block `lane` there are.
+int64_t LivePixels(const Sheet& m, int lane, int64_t row, int64_t col, int64_t most) {
   const LanePlace& place = PlaceOf(lane, m.grid);
-  if (place.picture >= m.pictures() || place.row * m.block_h + row >= m.height) return 0;
-  const int64_t live = m.width - (place.col * m.block_w + col);
-  return live < 0 ? 0 : AtMost(live, most);
+  if (place.picture >= m.pictures()) return 0;
+  return AtMost(LiveFrom(m, place.row * m.block_h + row, place.col * m.block_w + col), most);
 }
 
 // From a sheet's first picture to pixel (row, col) of block `lane`.
@@ -57,11 +67,9 @@ int64_t PlainOffset(const PlainMap& p, const LaneMap& m, int lane, int64_t row, 
 #if LIPFAST_TARGET >= 1
 constexpr int64_t kSquare = 8, kFewest = LIPFAST_TARGET == 2 ? 1 : kSquare;
 
-// The first columns of a row that have no dead pixel in any block.
-int64_t WholeCols(const LaneMap& m, int64_t row) {
-  if (m.missing > 0 || (m.grid - 1) * m.block_h + row >= m.height) return 0;
-  const int64_t live = m.width - (m.grid - 1) * m.block_w;
-  return live < 0 ? 0 : live;
+// The first columns of a row that have no dead pixel in any block: the last one has fewest.
+int64_t WholeCols(const Sheet& m, int64_t row) {
+  return m.missing > 0 ? 0 : LiveFrom(m, (m.grid - 1) * m.block_h + row, (m.grid - 1) * m.block_w);
 }
 
 #if LIPFAST_TARGET == 2
@@ -129,7 +137,7 @@ void CrossSquares(float* const* pixels, const At& vector_at, int64_t count, [[ma
 
 // The first columns of a row, by squares; how many it did.
 template <bool kToLanes>
-int64_t CrossRow(float* const* pixels, const LaneMap& m, float* vectors, int64_t row) {
+int64_t CrossRow(float* const* pixels, const Sheet& m, float* vectors, int64_t row) {
   const int64_t cols = WholeCols(m, row);
   if (cols < kFewest) return 0;
   CrossSquares<kToLanes>(pixels, [=](int64_t i) { return vectors + i * kLanes; }, cols, false);
@@ -138,7 +146,7 @@ int64_t CrossRow(float* const* pixels, const LaneMap& m, float* vectors, int64_t
 
 // As CrossPixels, for so few channels that squares hold those of several pixels, where these follow each other.
 template <bool kToLanes>
-int64_t CrossFewChannels(const PlainMap& p, const LaneMap& m, int64_t row, int64_t begin, int64_t end) {
+int64_t CrossFewChannels(const PlainMap& p, const Sheet& m, int64_t row, int64_t begin, int64_t end) {
   const int64_t count = (end - begin) * m.channels;
   if (p.col_stride != m.channels || count < kFewest) return begin;
   float* pixels[kLanes];
@@ -154,7 +162,7 @@ constexpr int64_t kAhead = 3;  // pixels: strides this long have no hardware tha
 // Columns [begin, last) of a row by squares, a few channels at a time: more planes than a core follows would be
 // written at once. Returns the first column that it did not do.
 template <bool kToLanes>
-int64_t CrossPixels(const PlainMap& p, const LaneMap& m, int64_t row, int64_t begin, int64_t last) {
+int64_t CrossPixels(const PlainMap& p, const Sheet& m, int64_t row, int64_t begin, int64_t last) {
   const int64_t end = AtMost(last, WholeCols(m, row));
   if (end <= begin) return begin;
   if (m.channels < kSquare) return CrossFewChannels<kToLanes>(p, m, row, begin, end);
@@ -188,7 +196,7 @@ int64_t CrossPixels(const PlainMap&, const LaneMap&, int64_t, int64_t begin, int
 #endif
 
 // Row-contiguous tensors: 16 columns of 16 blocks at a time, one transpose.
-void RowToLanes(float* const* pixels, const LaneMap& m, float* out, int64_t row) {
+void RowToLanes(float* const* pixels, const Sheet& m, float* out, int64_t row) {
   for (int64_t col = CrossRow<true>(pixels, m, out, row); col < m.block_w; col += kLanes) {
     const int64_t cols = AtMost(kLanes, m.block_w - col);
     V v[kLanes];
@@ -201,7 +209,7 @@ void RowToLanes(float* const* pixels, const LaneMap& m, float* out, int64_t row)
   }
 }
 
-void RowFromLanes(float* const* pixels, float* in, const LaneMap& m, int64_t row) {
+void RowFromLanes(float* const* pixels, float* in, const Sheet& m, int64_t row) {
   if (m.grid == kGrid && m.height == 1 && m.width == 1) {  // what a classifier ends with
     if (row == 0) *pixels[0] = *in;
     return;
@@ -219,7 +227,7 @@ void RowFromLanes(float* const* pixels, float* in, const LaneMap& m, int64_t row
 }
 
 // Channel-contiguous tensors: 16 channels of 16 blocks' pixels, one transpose.
-void PixelsToLanes(const PlainMap& p, const LaneMap& m, int64_t row, int64_t begin, int64_t end) {
+void PixelsToLanes(const PlainMap& p, const Sheet& m, int64_t row, int64_t begin, int64_t end) {
   for (int64_t col = CrossPixels<true>(p, m, row, begin, end); col < end; ++col) {
     for (int64_t c = 0; c < m.channels; c += kLanes) {
       const int64_t count = AtMost(kLanes, m.channels - c);
@@ -234,7 +242,7 @@ void PixelsToLanes(const PlainMap& p, const LaneMap& m, int64_t row, int64_t beg
   }
 }
 
-void PixelsFromLanes(const LaneMap& m, const PlainMap& p, int64_t row, int64_t begin, int64_t end) {
+void PixelsFromLanes(const Sheet& m, const PlainMap& p, int64_t row, int64_t begin, int64_t end) {
   for (int64_t col = CrossPixels<false>(p, m, row, begin, end); col < end; ++col) {
     for (int64_t c = 0; c < m.channels; c += kLanes) {
       const int64_t count = AtMost(kLanes, m.channels - c);
@@ -252,7 +260,7 @@ void PixelsFromLanes(const LaneMap& m, const PlainMap& p, int64_t row, int64_t b
 
 // Any strides, pixel by pixel.
 template <bool kToLanes>
-void RowAnyStride(float* const* pixels, int64_t col_stride, const LaneMap& m, float* vectors, int64_t row) {
+void RowAnyStride(float* const* pixels, int64_t col_stride, const Sheet& m, float* vectors, int64_t row) {
   for (int64_t col = 0; col < m.block_w; ++col) {
     for (int lane = 0; lane < kLanes; ++lane) {
       const bool live = LivePixels(m, lane, row, col, 1);
@@ -276,7 +284,7 @@ void Convert(const PlainMap& plain, const LaneMap& lanes, int threads) {
   ParallelFor(threads, lanes.batch * parts, [&](int64_t i) {
     const int64_t n = i / parts, part = i % parts;
     const PlainMap p = SheetOf(plain, lanes, n);
-    const LaneMap m = SheetOf(lanes, n);
+    const Sheet m = SheetOf(lanes, plain, n);
     if (by_pixel) {
       const int64_t row = part / across, begin = part % across * kColsAtOnce;
       const int64_t end = AtMost(begin + kColsAtOnce, m.block_w);

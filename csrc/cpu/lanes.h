@@ -110,6 +110,7 @@ struct PlainMap {
   float* data;
   int64_t batch, channels, height, width;
   int64_t batch_stride, channel_stride, row_stride, col_stride;
+  int64_t pixels = INT64_MAX;  // of a picture, row by row, that are there; the others count as dead
 };
 
 enum class Padding { kZero = 0, kReflect = 1, kReplicate = 2, kCircular = 3 };

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -54,7 +53,7 @@ class Running:
         outputs = [form.empty() for form in self._outputs]
         maps = [*_as_maps(inputs, self._inputs), *_as_maps(outputs, self._outputs)]
         self.program.run(0, [tensor.detach().numpy() for tensor in maps], threads)
-        return _taken(outputs, maps[len(inputs) :], self._outputs)
+        return outputs
 
     def backward(self, output_gradients: Sequence[Tensor | None], threads: int) -> list[Tensor]:
         """Gradients of the inputs that were asked for; those of the weights are in ``gradients`` afterwards.
@@ -68,7 +67,7 @@ class Running:
         given = [form.empty().zero_() if g is None else g for g, form in zip(found, wanted, strict=True)]
         maps = [*_as_maps(given, wanted), *_as_maps(inputs, forms)]
         self.program.run(1, [tensor.detach().numpy() for tensor in maps], threads)
-        return _taken(inputs, maps[len(given) :], forms)
+        return inputs
 
     def profile(self) -> list[tuple[str, str, float]]:
         """(section, step, seconds) since ``program.set_profile(True)``."""
@@ -78,7 +77,8 @@ class Running:
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """A tensor outside a program and the map that it is inside: itself, flattened, or as rows of features."""
+    """A tensor outside a program and the map that it is inside: itself, flattened, or as rows of features, which fill
+    the map's first pixels."""
 
     shape: Sequence[int]
     map: Shape
@@ -96,23 +96,10 @@ class _Form:
         return torch.empty(self.shape, dtype=torch.float32, device="cpu", memory_format=order)
 
     def as_map(self, tensor: Tensor) -> Tensor:
-        """A view in the map's shape, or where none can be a copy."""
+        """A view in the map's shape, or (rows, features); a copy where none can be."""
         if self.features_last:
             return with_lines(tensor.permute(0, 3, 1, 2))
-        if not self.rows:
-            return with_lines(tensor.reshape(self.map))
-        _, features, height, width = self.map
-        items = tensor.reshape(-1, features)
-        if len(items) < height * width:
-            items = F.pad(items, (0, 0, 0, height * width - len(items)))
-        return items.view(height, width, features).permute(2, 0, 1).unsqueeze(0)
-
-    def take(self, tensor: Tensor, map: Tensor) -> None:
-        """Copy a map's numbers to the tensor that it was made for, if it is no view of that."""
-        features, pixels = self.map[1], self.map[2] * self.map[3]
-        if self.rows and tensor.numel() < features * pixels:
-            items = tensor.view(-1, features)
-            items.copy_(map[0].permute(1, 2, 0).reshape(-1, features)[: len(items)])
+        return with_lines(tensor.reshape((-1, self.map[1]) if self.rows else self.map))
 
 
 def _forms(segment: Segment, values: Sequence[int], tensors: Sequence[Ref]) -> list[_Form]:
@@ -125,12 +112,6 @@ def _forms(segment: Segment, values: Sequence[int], tensors: Sequence[Ref]) -> l
 
 def _as_maps(tensors: Sequence[Tensor], forms: Sequence[_Form]) -> list[Tensor]:
     return [form.as_map(tensor.resolve_neg()) for tensor, form in zip(tensors, forms, strict=True)]
-
-
-def _taken(tensors: list[Tensor], maps: Sequence[Tensor], forms: Sequence[_Form]) -> list[Tensor]:
-    for tensor, map, form in zip(tensors, maps, forms, strict=True):
-        form.take(tensor, map)
-    return tensors
 
 
 class Arrays:

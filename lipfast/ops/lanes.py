@@ -36,9 +36,9 @@ def plane_vectors(vectors: int) -> int:
 
 
 def with_lines(x: Tensor) -> Tensor:
-    """A 4-D tensor whose rows or pixels are contiguous: a copy of others (expanded gradients, say), which the kernels
-    would convert number by number."""
-    return x if 1 in (x.stride(1), x.stride(3)) else x.contiguous()
+    """A tensor, 4-D or (pixels, channels), whose rows or pixels are contiguous: a copy of others (expanded gradients,
+    say), which the kernels would convert number by number."""
+    return x if 1 in (x.stride(1), x.stride(-1)) else x.contiguous()
 
 
 @dataclass(frozen=True)
