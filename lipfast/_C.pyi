@@ -244,6 +244,22 @@ class Program:
     def layer_norm_backward(
         self, x: int, dy: int, dx: int, epsilon: float, gamma: int, beta: int, accumulate: bool
     ) -> None: ...
+    def attention(
+        self, query: int, key: int, value: int, seen: int, sizes: list[int], places: list[list[int]], scale: float
+    ) -> None: ...
+    def attention_backward(
+        self,
+        query: int,
+        key: int,
+        value: int,
+        dy: int,
+        dquery: int,
+        dkey: int,
+        dvalue: int,
+        sizes: list[int],
+        places: list[list[int]],
+        scale: float,
+    ) -> None: ...
     def pixel_norm(self, x: int, y: int, epsilon: float) -> None: ...
     def pixel_norm_backward(self, x: int, dy: int, dx: int, epsilon: float, accumulate: bool) -> None: ...
     def upsample2(self, bilinear: bool, x: int, y: int) -> None: ...

@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <mutex>
 #include <tuple>
 #include <utility>
@@ -223,6 +224,23 @@ class CheckedProgram {
     Check(!accumulate || Map(dx).data != Map(dy).data, "layer norm: a gradient cannot be added to what it comes from");
     program_.LayerNormBackward(x, dy, dx, epsilon, AsOffsets({gamma, beta, -1, -1, -1}, Map(x).channels, 0),
                                accumulate);
+  }
+
+  // sizes: pictures, heads, features, queries, keys. places: of query, key, value and result, as in HeadPlaces.
+  using Sizes = std::array<int64_t, 5>;
+  using Places = std::array<std::array<int64_t, 4>, 4>;
+
+  void Attention(int query, int key, int value, int seen, const Sizes& sizes, const Places& places, float scale) {
+    program_.Attention(query, key, value, seen, AsAttention({query, key, value, seen}, sizes, places, scale));
+  }
+
+  void AttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue, const Sizes& sizes,
+                         const Places& places, float scale) {
+    const AttentionSpec spec = AsAttention({query, key, value, dy}, sizes, places, scale);
+    if (dquery >= 0) CheckPair(query, dquery);
+    if (dkey >= 0) CheckPair(key, dkey);
+    if (dvalue >= 0) CheckPair(value, dvalue);
+    program_.AttentionBackward(query, key, value, dy, dquery, dkey, dvalue, spec);
   }
 
   void Finish(int x, int residual, int y, float epsilon, const std::vector<int64_t>& offsets, int act, float slope,
@@ -506,6 +524,26 @@ class CheckedProgram {
     return {groups, epsilon, AsActivation(act, slope), {nullptr, nullptr}};
   }
 
+  AttentionSpec AsAttention(const std::array<int, 4>& maps, const Sizes& sizes, const Places& places,
+                            float scale) const {
+    const auto [pictures, heads, features, queries, keys] = sizes;
+    Check(pictures > 0 && heads > 0 && features > 0 && queries > 0 && keys > 0, "attention: a size is not positive");
+    HeadPlaces at[4];
+    for (int i = 0; i < 4; ++i) {
+      const auto [first, apart, of_picture, of_token] = places[i];
+      const LaneMap& m = Map(maps[i]);
+      const int64_t tokens = i == 1 || i == 2 ? keys : queries;
+      const int64_t channels = first + (heads - 1) * apart + features;
+      const int64_t pixels = (pictures - 1) * of_picture + (tokens - 1) * of_token + 1;
+      const bool fits = m.pictures() == 1 && channels <= m.channels && pixels <= m.height * m.width;
+      Check(fits && first >= 0 && apart >= 0 && of_picture >= 0 && of_token >= 0,
+            "attention: " + std::to_string(channels) + " channels of " + std::to_string(pixels) +
+                " pixels are not in a map of " + SizeOf(m));
+      at[i] = {first, apart, of_picture, of_token};
+    }
+    return {pictures, heads, features, queries, keys, scale, at[0], at[1], at[2], at[3]};
+  }
+
   static void CheckUndoable(const NormSpec& spec) {
     const Activation act = spec.act.kind;
     Check(act == Activation::kNone || (act == Activation::kLeaky && spec.act.slope > 0),
@@ -664,6 +702,11 @@ void BindEngine(py::module_& m) {
            py::arg("beta"))
       .def("layer_norm_backward", &P::LayerNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("epsilon"),
            py::arg("gamma"), py::arg("beta"), py::arg("accumulate"))
+      .def("attention", &P::Attention, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("seen"),
+           py::arg("sizes"), py::arg("places"), py::arg("scale"))
+      .def("attention_backward", &P::AttentionBackward, py::arg("query"), py::arg("key"), py::arg("value"),
+           py::arg("dy"), py::arg("dquery"), py::arg("dkey"), py::arg("dvalue"), py::arg("sizes"), py::arg("places"),
+           py::arg("scale"))
       .def("pixel_norm", &P::PixelNorm, py::arg("x"), py::arg("y"), py::arg("epsilon"))
       .def("pixel_norm_backward", &P::PixelNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("epsilon"),
            py::arg("accumulate"))

@@ -1,5 +1,6 @@
 // The kernel tables of every family, one line each.
 #include "cpu/adam.h"
+#include "cpu/attention.h"
 #include "cpu/ceiling.h"
 #include "cpu/fingerprint.h"
 #include "cpu/finish.h"
@@ -19,6 +20,7 @@
 
 namespace lipfast {
 
+LIPFAST_KERNEL_TABLE(AttentionKernels, attention_kernels)
 LIPFAST_KERNEL_TABLE(CeilingKernels, ceiling_kernels)
 LIPFAST_KERNEL_TABLE(FingerprintKernels, fingerprint_kernels)
 LIPFAST_KERNEL_TABLE(FinishKernels, finish_kernels)

@@ -387,6 +387,27 @@ void Program::LayerNormBackward(int x, int dy, int dx, float epsilon, const Norm
       });
 }
 
+void Program::Attention(int query, int key, int value, int seen, const AttentionSpec& spec) {
+  scratch_floats_ = std::max(scratch_floats_, Kernels<AttentionKernels>().floats(spec, false));
+  Add(Section::kForward, "attention " + SizeLabel(maps_[seen]),
+      [q = maps_[query], k = maps_[key], v = maps_[value], y = maps_[seen], spec](const RunContext& context) {
+        Kernels<AttentionKernels>().forward(q, k, v, y, spec, context.scratch, context.threads);
+      });
+}
+
+void Program::AttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue,
+                                const AttentionSpec& spec) {
+  scratch_floats_ = std::max(scratch_floats_, Kernels<AttentionKernels>().floats(spec, true));
+  const auto map = [this](int index) { return index < 0 ? LaneMap{} : maps_[index]; };
+  Add(Section::kBackward, "attention backward " + SizeLabel(maps_[dy]),
+      [q = maps_[query], k = maps_[key], v = maps_[value], gradient = maps_[dy], dq = map(dquery), dk = map(dkey),
+       dv = map(dvalue), spec](const RunContext& context) {
+        const auto wanted = [](const LaneMap& m) { return m.data ? &m : nullptr; };
+        Kernels<AttentionKernels>().backward(q, k, v, gradient, wanted(dq), wanted(dk), wanted(dv), spec,
+                                             context.scratch, context.threads);
+      });
+}
+
 void Program::ChannelSums(int64_t bias, int dy) {
   Add(Section::kBackward, "bias " + SizeLabel(maps_[dy]),
       [sums = gradients() + bias, m = maps_[dy]](const RunContext& context) {

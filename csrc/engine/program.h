@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/arena.h"
+#include "cpu/attention.h"
 #include "cpu/conv.h"
 #include "cpu/finish.h"
 #include "cpu/group_norm.h"
@@ -136,6 +137,10 @@ class Program {
   void GroupNormBackward(int x, int dy, int dx, const GroupNormSpec& spec, const NormOffsets& offsets);
   void LayerNorm(int x, int y, float epsilon, const NormOffsets& offsets);
   void LayerNormBackward(int x, int dy, int dx, float epsilon, const NormOffsets& offsets, bool accumulate);
+  void Attention(int query, int key, int value, int seen, const AttentionSpec& spec);
+  // The gradients are added to what their maps hold; -1: not wanted.
+  void AttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue,
+                         const AttentionSpec& spec);
   // Without gradients. residual -1: none; a running mean of -1: no BatchNorm.
   void Finish(int x, int residual, int y, float epsilon, const NormOffsets& offsets, ActivationSpec act,
               const HaloSpec& halo);

@@ -54,6 +54,7 @@ class Node:
                 act, slope
     group_norm  gamma, beta (weight numbers or None), groups, epsilon, act, slope
     layer_norm  gamma, beta (weight numbers or None), epsilon: each pixel over its channels
+    attention   heads: the `Heads` of rows of features: queries, keys, values
     act         act, slope
     finish      act(norm(inputs[0]) + inputs[1]), in inference only: gamma, beta, running (None: no norm, but a factor
                 and a shift of each channel), epsilon, act, slope; the second input is optional
@@ -96,6 +97,33 @@ class Taps:
     first: tuple[int, ...]
     second: tuple[int, ...] = ()
     weight: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How rows of features are cut into heads, and what attention makes of them.
+
+    ``places`` say for queries, keys, values and the result where tokens lie: the first head's first feature, how far
+    apart heads are, and how many rows from a picture to the next and from a token to the next.
+    """
+
+    pictures: int
+    heads: int
+    features: int  # of a head
+    queries: int
+    keys: int
+    places: tuple[tuple[int, int, int, int], ...]
+    scale: float  # of the scores
+
+    @property
+    def sizes(self) -> list[int]:
+        """As the program wants them."""
+        return [self.pictures, self.heads, self.features, self.queries, self.keys]
+
+    def channels(self, which: int) -> set[int]:
+        """The features that queries (0), keys (1), values (2) or the result (3) take."""
+        first, apart, _, _ = self.places[which]
+        return {first + head * apart + feature for head in range(self.heads) for feature in range(self.features)}
 
 
 @dataclass

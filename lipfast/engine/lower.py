@@ -5,6 +5,7 @@ segments. Each handler below has the signature of the torch function it stands f
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lipfast.engine.capture import Call, Recording, Ref, pair, refs_in
-from lipfast.engine.graph import CONV_KINDS, Graph, Node, Taps, consecutive
+from lipfast.engine.graph import CONV_KINDS, Graph, Heads, Node, Taps, consecutive
 from lipfast.engine.patterns import (
     MULTIPLY,
+    attention,
     channel_norm,
     gather_patterns,
     is_pure,
@@ -989,6 +991,20 @@ def _check_epsilon(epsilon: float) -> None:
         raise Unsupported(f"a norm of pixels with epsilon {epsilon}")
 
 
+def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads) -> int:
+    if not any(b.makes(tensor) for tensor in (query, key, value)):
+        raise Unsupported("none of its operands comes from lanes")
+    values = [b.rows(tensor) for tensor in (query, key, value)]
+    if not b.graph.rows.issuperset(values):
+        raise Unsupported("an operand is a map, not rows of features")
+    for one, other in itertools.combinations(range(3), 2):  # gradients of heads are added side by side
+        shared = values[one] == values[other] and not heads.channels(one).isdisjoint(heads.channels(other))
+        if shared and heads.places[one] != heads.places[other]:
+            raise Unsupported("heads of different operands share features")
+    shape = heads.pictures * heads.queries, heads.heads * heads.features
+    return b.node_of_rows("attention", values, shape, heads=heads)
+
+
 def _pixel_norm(b: _Builder, x: Any, epsilon: float) -> int:
     _check_epsilon(epsilon)
     return b.same("pixel_norm", x, epsilon=epsilon)
@@ -1055,6 +1071,7 @@ _HANDLERS: dict[Any, _Handler] = {
     **_spellings(_rsub, torch.rsub, Tensor.__rsub__),
     **_spellings(_mul, *_MULTIPLY),
     **_spellings(_div, torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__),
+    **_spellings(_attention, attention),
     **_spellings(_pixel_norm, pixel_norm),
     **_spellings(_channel_norm, channel_norm),
     **_spellings(_neg, torch.neg, Tensor.neg, Tensor.__neg__),

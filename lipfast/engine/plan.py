@@ -560,6 +560,11 @@ class _Planner:
         self.emit("layer_norm", x, y, node.epsilon, self.offset(node.gamma), self.offset(node.beta))
         self.wrote(y)
 
+    def _attention(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        read = [self.home[value] for value in node.inputs]
+        self.emit("attention", *read, y, *attention_numbers(node))
+        self.wrote(y)
+
     def _pixel_norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         self.emit("pixel_norm", x, y, node.epsilon)
         self.wrote(y)
@@ -652,6 +657,11 @@ def _halo_arguments(halo: Halo | None) -> tuple[bool, int, int]:
 def channels_of(node: Node) -> range:
     """Which channels of its input a ``channels`` operator takes."""
     return range(node.first, node.last, node.step)
+
+
+def attention_numbers(node: Node) -> tuple[Any, ...]:
+    """What both passes of attention take."""
+    return node.heads.sizes, [list(places) for places in node.heads.places], node.heads.scale
 
 
 def _slices(counts: Sequence[int]) -> list[slice]:
@@ -1007,6 +1017,14 @@ class _Backward:
         offsets = planner.offset(node.gamma), planner.offset(node.beta)
         planner.emit("layer_norm_backward", planner.home[x], dy, dx, node.epsilon, *offsets, accumulate)
         self._wrote(x)
+
+    def _attention(self, position: int, node: Node) -> None:
+        wanted = {value: self._cleared(value) for value in dict.fromkeys(node.inputs) if value in self.needed}
+        read = [self.planner.home[value] for value in node.inputs]
+        made = [wanted.get(value, -1) for value in node.inputs]
+        self.planner.emit("attention_backward", *read, self._home(node.output), *made, *attention_numbers(node))
+        for value in wanted:
+            self._wrote(value)
 
     def _pixel_norm(self, position: int, node: Node) -> None:
         x = node.inputs[0]

@@ -1,0 +1,291 @@
+#include "cpu/attention.h"
+
+#include <cstring>
+
+#include "cpu/activation.h"
+#include "cpu/pool.h"
+#include "cpu/vec.h"
+
+namespace lipfast {
+namespace LIPFAST_NS {
+namespace {
+
+constexpr int64_t kMostChunks = 32;                  // of heads that have memory of their own
+constexpr int kAcross = kRegisters >= 32 ? 2 : 1;    // vectors of tokens that are worked on together
+constexpr int kRows = kRegisters >= 32 ? 8 : 6;      // numbers that each of them is multiplied by
+constexpr int64_t kWide = int64_t{kAcross} * kLanes;
+
+int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t Padded(int64_t tokens) { return (tokens + kWide - 1) / kWide * kWide; }
+
+// Numbers in rows: row r, term t lies at data[r * row + t * term].
+struct Numbers {
+  const float* data;
+  int64_t row, term;
+};
+
+// store(r, i, sum over terms of numbers(r, t) * vectors[t]) for kMany rows from `first` on and each of kAcross vectors.
+template <int kMany, class Sum>
+inline void SomeProducts(const Numbers& numbers, int64_t first, int64_t terms, const float* vectors, int64_t apart,
+                         const Sum& store) {
+  const float* data = numbers.data + first * numbers.row;
+  V sums[kMany][kAcross];
+  LIPFAST_UNROLL
+  for (int r = 0; r < kMany; ++r) {
+    LIPFAST_UNROLL
+    for (int i = 0; i < kAcross; ++i) sums[r][i] = Zero();
+  }
+  for (int64_t t = 0; t < terms; ++t) {
+    V v[kAcross];
+    LIPFAST_UNROLL
+    for (int i = 0; i < kAcross; ++i) v[i] = Load(vectors + t * apart + i * kLanes);
+    LIPFAST_UNROLL
+    for (int r = 0; r < kMany; ++r) {
+      const V number = Set(data[r * numbers.row + t * numbers.term]);
+      LIPFAST_UNROLL
+      for (int i = 0; i < kAcross; ++i) sums[r][i] = Fma(number, v[i], sums[r][i]);
+    }
+  }
+  LIPFAST_UNROLL
+  for (int r = 0; r < kMany; ++r) {
+    LIPFAST_UNROLL
+    for (int i = 0; i < kAcross; ++i) store(first + r, i, sums[r][i]);
+  }
+}
+
+// The same for all rows; the last ones may be done twice.
+template <class Sum>
+inline void Products(const Numbers& numbers, int64_t rows, int64_t terms, const float* vectors, int64_t apart,
+                     const Sum& store) {
+  if (rows < kRows) {
+    for (int64_t r = 0; r < rows; ++r) SomeProducts<1>(numbers, r, terms, vectors, apart, store);
+    return;
+  }
+  for (int64_t r = 0; r < rows; r += kRows) {
+    SomeProducts<kRows>(numbers, AtMost(r, rows - kRows), terms, vectors, apart, store);
+  }
+}
+
+// The tokens of a picture and head in a map.
+struct Tokens {
+  const LaneMap& map;
+  const HeadPlaces& places;
+  int64_t picture, head, count, features;
+
+  // calls each(token, at) with the place of each token in the plane of the first feature
+  template <class Each>
+  void ForEach(const Each& each) const {
+    float* plane = map.At(0, places.first + head * places.apart);
+    for (int64_t token = 0; token < count; ++token) {
+      const int64_t pixel = picture * places.of_picture + token * places.of_token;
+      const int64_t y = pixel / map.width, x = pixel % map.width;
+      const int64_t lane = LaneAt(0, y / map.block_h, x / map.block_w, map.grid);
+      each(token, plane + y % map.block_h * map.row_stride + x % map.block_w * kLanes + lane);
+    }
+  }
+
+  // [features][Padded(count)], zeros behind the last token
+  void ToVectors(float factor, float* to) const {
+    const int64_t apart = Padded(count);
+    ForEach([&](int64_t token, const float* from) {
+      for (int64_t f = 0; f < features; ++f) to[f * apart + token] = factor * from[f * map.channel_stride];
+    });
+    for (int64_t f = 0; f < features; ++f) {
+      for (int64_t token = count; token < apart; ++token) to[f * apart + token] = 0.0f;
+    }
+  }
+
+  // [count][features]
+  void ToRows(float factor, float* to) const {
+    ForEach([&](int64_t token, const float* from) {
+      for (int64_t f = 0; f < features; ++f) to[token * features + f] = factor * from[f * map.channel_stride];
+    });
+  }
+
+  // The reverse of ToVectors, put there or added.
+  void FromVectors(const float* from, bool add) const {
+    const int64_t apart = Padded(count);
+    ForEach([&](int64_t token, float* to) {
+      for (int64_t f = 0; f < features; ++f) {
+        float& at = to[f * map.channel_stride];
+        at = add ? at + from[f * apart + token] : from[f * apart + token];
+      }
+    });
+  }
+};
+
+// Memory of one chunk, handed out piece by piece.
+struct Memory {
+  float* next;
+  float* Take(int64_t floats) {
+    float* taken = next;
+    next += (floats + kLanes - 1) / kLanes * kLanes;
+    return taken;
+  }
+};
+
+int64_t Chunks(const AttentionSpec& s) { return AtMost(s.pictures * s.heads, kMostChunks); }
+
+// What a chunk takes: of tokens by vectors and by rows, and of scores.
+int64_t ChunkFloats(const AttentionSpec& s, bool backward) {
+  const int64_t queries = Padded(s.queries), keys = Padded(s.keys), longest = queries > keys ? queries : keys;
+  const int64_t tokens = s.features * (queries + keys);
+  return backward ? 6 * tokens + 3 * queries + 2 * longest * kWide + 16 * kLanes : 2 * tokens + keys * kWide + 8 * kLanes;
+}
+
+int64_t Floats(const AttentionSpec& s, bool backward) { return Chunks(s) * ChunkFloats(s, backward); }
+
+// body(picture, head, memory) for all heads of all pictures
+template <class Body>
+void ForHeads(const AttentionSpec& s, bool backward, float* scratch, int threads, const Body& body) {
+  const int64_t chunks = Chunks(s), all = s.pictures * s.heads;
+  ParallelFor(threads, chunks, [&](int64_t chunk) {
+    for (int64_t i = chunk * all / chunks; i < (chunk + 1) * all / chunks; ++i) {
+      body(i / s.heads, i % s.heads, Memory{scratch + chunk * ChunkFloats(s, backward)});
+    }
+  });
+}
+
+// Of scores [keys][kWide]: their softmax, but for the division by the sums. Gives the largest ones and 1 / sum.
+void Exponentials(int64_t keys, float* scores, V* largest, V* inverse) {
+  for (int i = 0; i < kAcross; ++i) {
+    V most = Load(scores + i * kLanes);
+    for (int64_t k = 1; k < keys; ++k) most = Max(most, Load(scores + k * kWide + i * kLanes));
+    V sum = Zero();
+    for (int64_t k = 0; k < keys; ++k) {
+      float* at = scores + k * kWide + i * kLanes;
+      const V e = Exp(Sub(Load(at), most));
+      Store(at, e);
+      sum = Add(sum, e);
+    }
+    largest[i] = most;
+    inverse[i] = Div(Set(1.0f), sum);
+  }
+}
+
+void Forward(const LaneMap& query, const LaneMap& key, const LaneMap& value, const LaneMap& seen,
+             const AttentionSpec& s, float* scratch, int threads) {
+  if (!seen.whole() || s.pictures * s.queries < seen.pixels()) {
+    ParallelFor(threads, seen.channels, [&](int64_t c) {
+      for (int64_t row = 0; row < seen.block_h; ++row) {
+        std::memset(seen.At(0, c, row), 0, seen.block_w * kLanes * sizeof(float));
+      }
+    });
+  }
+  ForHeads(s, false, scratch, threads, [&](int64_t picture, int64_t head, Memory memory) {
+    const int64_t queries = Padded(s.queries), f = s.features;
+    float *q = memory.Take(f * queries), *k = memory.Take(s.keys * f), *v = memory.Take(s.keys * f);
+    float *y = memory.Take(f * queries), *scores = memory.Take(s.keys * kWide);
+    Tokens{query, s.query, picture, head, s.queries, f}.ToVectors(s.scale, q);
+    Tokens{key, s.key, picture, head, s.keys, f}.ToRows(1.0f, k);
+    Tokens{value, s.value, picture, head, s.keys, f}.ToRows(1.0f, v);
+    for (int64_t at = 0; at < queries; at += kWide) {
+      Products({k, f, 1}, s.keys, f, q + at, queries,
+               [=](int64_t r, int i, V sum) { Store(scores + r * kWide + i * kLanes, sum); });
+      V largest[kAcross], inverse[kAcross];
+      Exponentials(s.keys, scores, largest, inverse);
+      Products({v, 1, f}, f, s.keys, scores, kWide,
+               [&](int64_t r, int i, V sum) { Store(y + r * queries + at + i * kLanes, Mul(sum, inverse[i])); });
+    }
+    Tokens{seen, s.seen, picture, head, s.queries, f}.FromVectors(y, false);
+  });
+}
+
+// One head, as vectors of tokens [features][padded tokens] and as rows of features [tokens][features].
+struct Both {
+  float *vectors, *rows;
+};
+
+struct HeadOfBackward {
+  Both q, k, v, dy;
+  float *largest, *inverse, *dot;           // [queries]: of the softmax, and of its gradient
+  float *weights, *slopes, *dq, *dk, *dv;   // of kWide tokens; gradients by vectors
+};
+
+// With queries in the lanes: what the softmax and its gradient need of each query, and the gradient of the queries.
+void BackwardOfQueries(const AttentionSpec& s, const HeadOfBackward& h) {
+  const int64_t queries = Padded(s.queries), f = s.features;
+  for (int64_t at = 0; at < queries; at += kWide) {
+    Products({h.k.rows, f, 1}, s.keys, f, h.q.vectors + at, queries,
+             [&](int64_t r, int i, V sum) { Store(h.weights + r * kWide + i * kLanes, sum); });
+    V largest[kAcross], inverse[kAcross], dot[kAcross];
+    Exponentials(s.keys, h.weights, largest, inverse);
+    Products({h.v.rows, f, 1}, s.keys, f, h.dy.vectors + at, queries,
+             [&](int64_t r, int i, V sum) { Store(h.slopes + r * kWide + i * kLanes, sum); });
+    for (int i = 0; i < kAcross; ++i) {
+      dot[i] = Zero();
+      for (int64_t k = 0; k < s.keys; ++k) {
+        const int64_t place = k * kWide + i * kLanes;
+        const V weight = Mul(Load(h.weights + place), inverse[i]);
+        Store(h.weights + place, weight);
+        dot[i] = Fma(weight, Load(h.slopes + place), dot[i]);
+      }
+      for (int64_t k = 0; k < s.keys; ++k) {
+        float* slope = h.slopes + k * kWide + i * kLanes;
+        Store(slope, Mul(Load(h.weights + k * kWide + i * kLanes), Sub(Load(slope), dot[i])));
+      }
+      Store(h.largest + at + i * kLanes, largest[i]);
+      Store(h.inverse + at + i * kLanes, inverse[i]);
+      Store(h.dot + at + i * kLanes, dot[i]);
+    }
+    Products({h.k.rows, 1, f}, f, s.keys, h.slopes, kWide, [&](int64_t r, int i, V sum) {
+      Store(h.dq + r * queries + at + i * kLanes, Mul(sum, Set(s.scale)));
+    });
+  }
+}
+
+// With keys in the lanes: the gradients of keys and values.
+void BackwardOfKeys(const AttentionSpec& s, const HeadOfBackward& h) {
+  const int64_t keys = Padded(s.keys), f = s.features;
+  for (int64_t at = 0; at < keys; at += kWide) {
+    Products({h.q.rows, f, 1}, s.queries, f, h.k.vectors + at, keys, [&](int64_t r, int i, V score) {
+      const V weight = Mul(Exp(Sub(score, Set(h.largest[r]))), Set(h.inverse[r]));
+      Store(h.weights + r * kWide + i * kLanes, weight);
+    });
+    Products({h.dy.rows, f, 1}, s.queries, f, h.v.vectors + at, keys, [&](int64_t r, int i, V slope) {
+      const int64_t place = r * kWide + i * kLanes;
+      Store(h.slopes + place, Mul(Load(h.weights + place), Sub(slope, Set(h.dot[r]))));
+    });
+    Products({h.dy.rows, 1, f}, f, s.queries, h.weights, kWide,
+             [&](int64_t r, int i, V sum) { Store(h.dv + r * keys + at + i * kLanes, sum); });
+    Products({h.q.rows, 1, f}, f, s.queries, h.slopes, kWide,
+             [&](int64_t r, int i, V sum) { Store(h.dk + r * keys + at + i * kLanes, sum); });
+  }
+}
+
+void Backward(const LaneMap& query, const LaneMap& key, const LaneMap& value, const LaneMap& dy, const LaneMap* dquery,
+              const LaneMap* dkey, const LaneMap* dvalue, const AttentionSpec& s, float* scratch, int threads) {
+  ForHeads(s, true, scratch, threads, [&](int64_t picture, int64_t head, Memory memory) {
+    const int64_t queries = Padded(s.queries), keys = Padded(s.keys), f = s.features;
+    const auto both = [&](const LaneMap& map, const HeadPlaces& places, int64_t count, float factor) {
+      const Both made = {memory.Take(f * Padded(count)), memory.Take(count * f)};
+      const Tokens tokens = {map, places, picture, head, count, f};
+      tokens.ToVectors(factor, made.vectors);
+      tokens.ToRows(factor, made.rows);
+      return made;
+    };
+    HeadOfBackward h = {};
+    h.q = both(query, s.query, s.queries, s.scale);
+    h.k = both(key, s.key, s.keys, 1.0f);
+    h.v = both(value, s.value, s.keys, 1.0f);
+    h.dy = both(dy, s.seen, s.queries, 1.0f);
+    h.largest = memory.Take(queries), h.inverse = memory.Take(queries), h.dot = memory.Take(queries);
+    const int64_t longest = queries > keys ? queries : keys;
+    h.weights = memory.Take(longest * kWide), h.slopes = memory.Take(longest * kWide);
+    h.dq = memory.Take(f * queries), h.dk = memory.Take(f * keys), h.dv = memory.Take(f * keys);
+    BackwardOfQueries(s, h);
+    if (dquery) Tokens{*dquery, s.query, picture, head, s.queries, f}.FromVectors(h.dq, true);
+    if (!dkey && !dvalue) return;
+    BackwardOfKeys(s, h);
+    if (dkey) Tokens{*dkey, s.key, picture, head, s.keys, f}.FromVectors(h.dk, true);
+    if (dvalue) Tokens{*dvalue, s.value, picture, head, s.keys, f}.FromVectors(h.dv, true);
+  });
+}
+
+}  // namespace
+
+extern const AttentionKernels attention_kernels;
+const AttentionKernels attention_kernels = {Forward, Backward, Floats};
+
+}  // namespace LIPFAST_NS
+}  // namespace lipfast
