@@ -18,32 +18,31 @@ constexpr int64_t kWide = int64_t{kAcross} * kLanes;
 int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t Padded(int64_t tokens) { return (tokens + kWide - 1) / kWide * kWide; }
 
-// Numbers in rows: row r, term t lies at data[r * row + t * term].
+// Of sums of numbers times vectors, the numbers: that of row r and term t is data[t * apart + r].
 struct Numbers {
   const float* data;
-  int64_t row, term;
+  int64_t apart;
 };
 
 // store(r, i, sum over terms of numbers(r, t) * vectors[t]) for kMany rows from `first` on and each of kAcross vectors.
 template <int kMany, class Sum>
 inline void SomeProducts(const Numbers& numbers, int64_t first, int64_t terms, const float* vectors, int64_t apart,
                          const Sum& store) {
-  const float* data = numbers.data + first * numbers.row;
+  const float* number = numbers.data + first;
   V sums[kMany][kAcross];
   LIPFAST_UNROLL
   for (int r = 0; r < kMany; ++r) {
     LIPFAST_UNROLL
     for (int i = 0; i < kAcross; ++i) sums[r][i] = Zero();
   }
-  for (int64_t t = 0; t < terms; ++t) {
+  for (int64_t t = 0; t < terms; ++t, number += numbers.apart, vectors += apart) {
     V v[kAcross];
     LIPFAST_UNROLL
-    for (int i = 0; i < kAcross; ++i) v[i] = Load(vectors + t * apart + i * kLanes);
+    for (int i = 0; i < kAcross; ++i) v[i] = Load(vectors + i * kLanes);
     LIPFAST_UNROLL
     for (int r = 0; r < kMany; ++r) {
-      const V number = Set(data[r * numbers.row + t * numbers.term]);
       LIPFAST_UNROLL
-      for (int i = 0; i < kAcross; ++i) sums[r][i] = Fma(number, v[i], sums[r][i]);
+      for (int i = 0; i < kAcross; ++i) sums[r][i] = Fma(Set(number[r]), v[i], sums[r][i]);
     }
   }
   LIPFAST_UNROLL
@@ -66,54 +65,6 @@ inline void Products(const Numbers& numbers, int64_t rows, int64_t terms, const 
   }
 }
 
-// The tokens of a picture and head in a map.
-struct Tokens {
-  const LaneMap& map;
-  const HeadPlaces& places;
-  int64_t picture, head, count, features;
-
-  // calls each(token, at) with the place of each token in the plane of the first feature
-  template <class Each>
-  void ForEach(const Each& each) const {
-    float* plane = map.At(0, places.first + head * places.apart);
-    for (int64_t token = 0; token < count; ++token) {
-      const int64_t pixel = picture * places.of_picture + token * places.of_token;
-      const int64_t y = pixel / map.width, x = pixel % map.width;
-      const int64_t lane = LaneAt(0, y / map.block_h, x / map.block_w, map.grid);
-      each(token, plane + y % map.block_h * map.row_stride + x % map.block_w * kLanes + lane);
-    }
-  }
-
-  // [features][Padded(count)], zeros behind the last token
-  void ToVectors(float factor, float* to) const {
-    const int64_t apart = Padded(count);
-    ForEach([&](int64_t token, const float* from) {
-      for (int64_t f = 0; f < features; ++f) to[f * apart + token] = factor * from[f * map.channel_stride];
-    });
-    for (int64_t f = 0; f < features; ++f) {
-      for (int64_t token = count; token < apart; ++token) to[f * apart + token] = 0.0f;
-    }
-  }
-
-  // [count][features]
-  void ToRows(float factor, float* to) const {
-    ForEach([&](int64_t token, const float* from) {
-      for (int64_t f = 0; f < features; ++f) to[token * features + f] = factor * from[f * map.channel_stride];
-    });
-  }
-
-  // The reverse of ToVectors, put there or added.
-  void FromVectors(const float* from, bool add) const {
-    const int64_t apart = Padded(count);
-    ForEach([&](int64_t token, float* to) {
-      for (int64_t f = 0; f < features; ++f) {
-        float& at = to[f * map.channel_stride];
-        at = add ? at + from[f * apart + token] : from[f * apart + token];
-      }
-    });
-  }
-};
-
 // Memory of one chunk, handed out piece by piece.
 struct Memory {
   float* next;
@@ -124,13 +75,70 @@ struct Memory {
   }
 };
 
+constexpr int64_t kLine = 16;  // floats
+
+// The tokens of a picture and head in a map.
+struct Tokens {
+  const LaneMap& map;
+  float* plane;             // of the first feature
+  const int64_t* pixels;    // of each token, in a plane
+  int64_t count, features;
+
+  Tokens(const LaneMap& map, const HeadPlaces& places, int64_t picture, int64_t head, int64_t count, int64_t features,
+         Memory* memory)
+      : map(map), plane(map.At(0, places.first + head * places.apart)), count(count), features(features) {
+    auto* found = reinterpret_cast<int64_t*>(memory->Take(2 * count));
+    for (int64_t token = 0; token < count; ++token) {
+      const int64_t pixel = picture * places.of_picture + token * places.of_token;
+      const int64_t y = pixel / map.width, x = pixel % map.width;
+      found[token] = y % map.block_h * map.row_stride + x % map.block_w * kLanes +
+                     LaneAt(0, y / map.block_h, x / map.block_w, map.grid);
+    }
+    pixels = found;
+  }
+
+  float* PlaneOf(int64_t feature) const { return plane + feature * map.channel_stride; }
+
+  // [features][Padded(count)], zeros behind the last token
+  void ToVectors(float factor, float* to) const {
+    for (int64_t f = 0; f < features; ++f, to += Padded(count)) {
+      const float* from = PlaneOf(f);
+      for (int64_t token = 0; token < count; ++token) to[token] = factor * from[pixels[token]];
+      for (int64_t token = count; token < Padded(count); ++token) to[token] = 0.0f;
+    }
+  }
+
+  // [count][features], a line of the cache at a time
+  void ToRows(float factor, float* to) const {
+    for (int64_t first = 0; first < features; first += kLine) {
+      const int64_t last = AtMost(first + kLine, features);
+      for (int64_t token = 0; token < count; ++token) {
+        const float* from = plane + pixels[token];
+        for (int64_t f = first; f < last; ++f) to[token * features + f] = factor * from[f * map.channel_stride];
+      }
+    }
+  }
+
+  // The reverse of ToVectors, put there or added.
+  void FromVectors(const float* from, bool add) const {
+    for (int64_t f = 0; f < features; ++f, from += Padded(count)) {
+      float* to = PlaneOf(f);
+      for (int64_t token = 0; token < count; ++token) {
+        float& at = to[pixels[token]];
+        at = add ? at + from[token] : from[token];
+      }
+    }
+  }
+};
+
 int64_t Chunks(const AttentionSpec& s) { return AtMost(s.pictures * s.heads, kMostChunks); }
 
 // What a chunk takes: of tokens by vectors and by rows, and of scores.
 int64_t ChunkFloats(const AttentionSpec& s, bool backward) {
   const int64_t queries = Padded(s.queries), keys = Padded(s.keys), longest = queries > keys ? queries : keys;
   const int64_t tokens = s.features * (queries + keys);
-  return backward ? 6 * tokens + 3 * queries + 2 * longest * kWide + 16 * kLanes : 2 * tokens + keys * kWide + 8 * kLanes;
+  const int64_t pieces = 32 * kLanes + 8 * (queries + keys);  // what rounding adds to each, and the pixels of tokens
+  return backward ? 6 * tokens + 3 * queries + 2 * longest * kWide + pieces : 2 * tokens + keys * kWide + pieces;
 }
 
 int64_t Floats(const AttentionSpec& s, bool backward) { return Chunks(s) * ChunkFloats(s, backward); }
@@ -173,21 +181,21 @@ void Forward(const LaneMap& query, const LaneMap& key, const LaneMap& value, con
     });
   }
   ForHeads(s, false, scratch, threads, [&](int64_t picture, int64_t head, Memory memory) {
-    const int64_t queries = Padded(s.queries), f = s.features;
-    float *q = memory.Take(f * queries), *k = memory.Take(s.keys * f), *v = memory.Take(s.keys * f);
+    const int64_t queries = Padded(s.queries), keys = Padded(s.keys), f = s.features;
+    float *q = memory.Take(f * queries), *k = memory.Take(f * keys), *v = memory.Take(s.keys * f);
     float *y = memory.Take(f * queries), *scores = memory.Take(s.keys * kWide);
-    Tokens{query, s.query, picture, head, s.queries, f}.ToVectors(s.scale, q);
-    Tokens{key, s.key, picture, head, s.keys, f}.ToRows(1.0f, k);
-    Tokens{value, s.value, picture, head, s.keys, f}.ToRows(1.0f, v);
+    Tokens(query, s.query, picture, head, s.queries, f, &memory).ToVectors(s.scale, q);
+    Tokens(key, s.key, picture, head, s.keys, f, &memory).ToVectors(1.0f, k);
+    Tokens(value, s.value, picture, head, s.keys, f, &memory).ToRows(1.0f, v);
     for (int64_t at = 0; at < queries; at += kWide) {
-      Products({k, f, 1}, s.keys, f, q + at, queries,
+      Products({k, keys}, s.keys, f, q + at, queries,
                [=](int64_t r, int i, V sum) { Store(scores + r * kWide + i * kLanes, sum); });
       V largest[kAcross], inverse[kAcross];
       Exponentials(s.keys, scores, largest, inverse);
-      Products({v, 1, f}, f, s.keys, scores, kWide,
+      Products({v, f}, f, s.keys, scores, kWide,
                [&](int64_t r, int i, V sum) { Store(y + r * queries + at + i * kLanes, Mul(sum, inverse[i])); });
     }
-    Tokens{seen, s.seen, picture, head, s.queries, f}.FromVectors(y, false);
+    Tokens(seen, s.seen, picture, head, s.queries, f, &memory).FromVectors(y, false);
   });
 }
 
@@ -206,11 +214,11 @@ struct HeadOfBackward {
 void BackwardOfQueries(const AttentionSpec& s, const HeadOfBackward& h) {
   const int64_t queries = Padded(s.queries), f = s.features;
   for (int64_t at = 0; at < queries; at += kWide) {
-    Products({h.k.rows, f, 1}, s.keys, f, h.q.vectors + at, queries,
+    Products({h.k.vectors, Padded(s.keys)}, s.keys, f, h.q.vectors + at, queries,
              [&](int64_t r, int i, V sum) { Store(h.weights + r * kWide + i * kLanes, sum); });
     V largest[kAcross], inverse[kAcross], dot[kAcross];
     Exponentials(s.keys, h.weights, largest, inverse);
-    Products({h.v.rows, f, 1}, s.keys, f, h.dy.vectors + at, queries,
+    Products({h.v.vectors, Padded(s.keys)}, s.keys, f, h.dy.vectors + at, queries,
              [&](int64_t r, int i, V sum) { Store(h.slopes + r * kWide + i * kLanes, sum); });
     for (int i = 0; i < kAcross; ++i) {
       dot[i] = Zero();
@@ -228,7 +236,7 @@ void BackwardOfQueries(const AttentionSpec& s, const HeadOfBackward& h) {
       Store(h.inverse + at + i * kLanes, inverse[i]);
       Store(h.dot + at + i * kLanes, dot[i]);
     }
-    Products({h.k.rows, 1, f}, f, s.keys, h.slopes, kWide, [&](int64_t r, int i, V sum) {
+    Products({h.k.rows, f}, f, s.keys, h.slopes, kWide, [&](int64_t r, int i, V sum) {
       Store(h.dq + r * queries + at + i * kLanes, Mul(sum, Set(s.scale)));
     });
   }
@@ -238,17 +246,17 @@ void BackwardOfQueries(const AttentionSpec& s, const HeadOfBackward& h) {
 void BackwardOfKeys(const AttentionSpec& s, const HeadOfBackward& h) {
   const int64_t keys = Padded(s.keys), f = s.features;
   for (int64_t at = 0; at < keys; at += kWide) {
-    Products({h.q.rows, f, 1}, s.queries, f, h.k.vectors + at, keys, [&](int64_t r, int i, V score) {
+    Products({h.q.vectors, Padded(s.queries)}, s.queries, f, h.k.vectors + at, keys, [&](int64_t r, int i, V score) {
       const V weight = Mul(Exp(Sub(score, Set(h.largest[r]))), Set(h.inverse[r]));
       Store(h.weights + r * kWide + i * kLanes, weight);
     });
-    Products({h.dy.rows, f, 1}, s.queries, f, h.v.vectors + at, keys, [&](int64_t r, int i, V slope) {
+    Products({h.dy.vectors, Padded(s.queries)}, s.queries, f, h.v.vectors + at, keys, [&](int64_t r, int i, V slope) {
       const int64_t place = r * kWide + i * kLanes;
       Store(h.slopes + place, Mul(Load(h.weights + place), Sub(slope, Set(h.dot[r]))));
     });
-    Products({h.dy.rows, 1, f}, f, s.queries, h.weights, kWide,
+    Products({h.dy.rows, f}, f, s.queries, h.weights, kWide,
              [&](int64_t r, int i, V sum) { Store(h.dv + r * keys + at + i * kLanes, sum); });
-    Products({h.q.rows, 1, f}, f, s.queries, h.slopes, kWide,
+    Products({h.q.rows, f}, f, s.queries, h.slopes, kWide,
              [&](int64_t r, int i, V sum) { Store(h.dk + r * keys + at + i * kLanes, sum); });
   }
 }
@@ -259,7 +267,7 @@ void Backward(const LaneMap& query, const LaneMap& key, const LaneMap& value, co
     const int64_t queries = Padded(s.queries), keys = Padded(s.keys), f = s.features;
     const auto both = [&](const LaneMap& map, const HeadPlaces& places, int64_t count, float factor) {
       const Both made = {memory.Take(f * Padded(count)), memory.Take(count * f)};
-      const Tokens tokens = {map, places, picture, head, count, f};
+      const Tokens tokens(map, places, picture, head, count, f, &memory);
       tokens.ToVectors(factor, made.vectors);
       tokens.ToRows(factor, made.rows);
       return made;
@@ -274,11 +282,11 @@ void Backward(const LaneMap& query, const LaneMap& key, const LaneMap& value, co
     h.weights = memory.Take(longest * kWide), h.slopes = memory.Take(longest * kWide);
     h.dq = memory.Take(f * queries), h.dk = memory.Take(f * keys), h.dv = memory.Take(f * keys);
     BackwardOfQueries(s, h);
-    if (dquery) Tokens{*dquery, s.query, picture, head, s.queries, f}.FromVectors(h.dq, true);
+    if (dquery) Tokens(*dquery, s.query, picture, head, s.queries, f, &memory).FromVectors(h.dq, true);
     if (!dkey && !dvalue) return;
     BackwardOfKeys(s, h);
-    if (dkey) Tokens{*dkey, s.key, picture, head, s.keys, f}.FromVectors(h.dk, true);
-    if (dvalue) Tokens{*dvalue, s.value, picture, head, s.keys, f}.FromVectors(h.dv, true);
+    if (dkey) Tokens(*dkey, s.key, picture, head, s.keys, f, &memory).FromVectors(h.dk, true);
+    if (dvalue) Tokens(*dvalue, s.value, picture, head, s.keys, f, &memory).FromVectors(h.dv, true);
   });
 }
 
