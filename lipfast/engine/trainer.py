@@ -99,10 +99,28 @@ def fastest_format(network: nn.Module) -> torch.memory_format:
     """The memory format in which torch trains a convolutional network fastest.
 
     channels_last but for CPUs without AVX-512, for which torch has no fast weight gradient in it: there a step of the
-    paper's network takes half as long again (docs/engine.md, "With AVX2").
+    paper's network takes half as long again (docs/engine.md, "With AVX2"), and for networks for which it is not safe.
     """
+    if is_on_gpu(network):
+        return torch.channels_last
     wide = "AVX512" in torch.backends.cpu.get_cpu_capability()
-    return torch.channels_last if wide or is_on_gpu(network) else torch.contiguous_format
+    corrupts = any(_writes_past_its_memory(module) for module in network.modules())
+    return torch.channels_last if wide and not corrupts else torch.contiguous_format
+
+
+def _writes_past_its_memory(module: nn.Module) -> bool:
+    """Whether torch's weight gradient of this layer corrupts the heap in channels_last.
+
+    With AVX-512, that of 1x1 convolutions with a stride and fewer than 16 input channels does, and the process dies
+    later, anywhere (oneDNN 3.12 in torch 2.13, github.com/uxlfoundation/oneDNN/issues/6035). Contiguous tensors are
+    fine.
+    """
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels // module.groups < 16
+    )
 
 
 class TorchTrainer:

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from lipfast import priors
-from lipfast.engine.trainer import STEP_COUNT, make_trainer
+from lipfast.engine.trainer import STEP_COUNT, fastest_format, make_trainer
 from lipfast.errors import ConfigError, InputError
 
 TINY = {"in_channels": 4, "down": [8, 6], "skip": 2}
@@ -158,3 +159,35 @@ def test_the_first_square_root_of_a_process_is_right():
     for _ in range(4):  # without the guard each process goes wrong with a chance of a third
         ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
         assert ran.returncode == 0, ran.stderr
+
+
+def test_a_small_strided_layer_trains_without_corrupting_the_heap():
+    # In channels_last torch's weight gradient of it writes past its memory with AVX-512: killed within 300 steps.
+    layers = "nn.Conv2d(4, 9, 1, stride=2), nn.Hardtanh(), nn.Conv2d(9, 3, 3, padding=1)"
+    program = f"""
+import torch
+from torch import nn
+from lipfast.engine.trainer import make_trainer
+trainer = make_trainer(nn.Sequential({layers}), None, lr=0.01, engine="torch")
+z = torch.randn(3, 4, 56, 56)
+for _ in range(300):
+    trainer.step(z, lambda output: output.square().mean())
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("layer", "safe"),
+    [
+        (nn.Conv2d(15, 64, 1, stride=2), False),
+        (nn.Conv2d(15, 64, 1, stride=(1, 2)), False),
+        (nn.Conv2d(16, 64, 1, stride=2), True),
+        (nn.Conv2d(15, 64, 1), True),
+        (nn.Conv2d(15, 64, 3, stride=2), True),
+    ],
+)
+def test_channels_last_is_left_to_networks_for_which_it_is_safe(monkeypatch, layer, safe):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    expected = torch.channels_last if safe else torch.contiguous_format
+    assert fastest_format(nn.Sequential(nn.ReLU(), layer)) == expected
