@@ -10,9 +10,9 @@ namespace lipfast {
 namespace LIPFAST_NS {
 namespace {
 
-constexpr int64_t kMostChunks = 32;                  // of heads that have memory of their own
-constexpr int kAcross = kRegisters >= 32 ? 2 : 1;    // vectors of tokens that are worked on together
-constexpr int kRows = kRegisters >= 32 ? 8 : 6;      // numbers that each of them is multiplied by
+constexpr int64_t kMostChunks = 32;                // of heads that have memory of their own
+constexpr int kAcross = kRegisters >= 32 ? 2 : 1;  // vectors of tokens that are worked on together
+constexpr int kRows = kRegisters >= 32 ? 8 : 6;    // numbers that each of them is multiplied by
 constexpr int64_t kWide = int64_t{kAcross} * kLanes;
 
 int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -80,8 +80,8 @@ constexpr int64_t kLine = 16;  // floats
 // The tokens of a picture and head in a map.
 struct Tokens {
   const LaneMap& map;
-  float* plane;             // of the first feature
-  const int64_t* pixels;    // of each token, in a plane
+  float* plane;           // of the first feature
+  const int64_t* pixels;  // of each token, in a plane
   int64_t count, features;
 
   Tokens(const LaneMap& map, const HeadPlaces& places, int64_t picture, int64_t head, int64_t count, int64_t features,
@@ -206,8 +206,8 @@ struct Both {
 
 struct HeadOfBackward {
   Both q, k, v, dy;
-  float *largest, *inverse, *dot;           // [queries]: of the softmax, and of its gradient
-  float *weights, *slopes, *dq, *dk, *dv;   // of kWide tokens; gradients by vectors
+  float *largest, *inverse, *dot;          // [queries]: of the softmax, and of its gradient
+  float *weights, *slopes, *dq, *dk, *dv;  // of kWide tokens; gradients by vectors
 };
 
 // With queries in the lanes: what the softmax and its gradient need of each query, and the gradient of the queries.
@@ -236,9 +236,8 @@ void BackwardOfQueries(const AttentionSpec& s, const HeadOfBackward& h) {
       Store(h.inverse + at + i * kLanes, inverse[i]);
       Store(h.dot + at + i * kLanes, dot[i]);
     }
-    Products({h.k.rows, f}, f, s.keys, h.slopes, kWide, [&](int64_t r, int i, V sum) {
-      Store(h.dq + r * queries + at + i * kLanes, Mul(sum, Set(s.scale)));
-    });
+    Products({h.k.rows, f}, f, s.keys, h.slopes, kWide,
+             [&](int64_t r, int i, V sum) { Store(h.dq + r * queries + at + i * kLanes, Mul(sum, Set(s.scale))); });
   }
 }
 

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "cpu/adam.h"
+#include "cpu/attention.h"
 #include "cpu/finish.h"
 #include "cpu/group_norm.h"
 #include "cpu/isa.h"
@@ -196,6 +197,82 @@ void RunNormOfPixels(bool accumulate, int threads, const std::string& name) {
 void RunLayerNorm(int threads, const std::string& name) {
   RunNormOfPixels(false, threads, name);
   RunNormOfPixels(true, threads, name + " added");
+}
+
+// Where a plain tensor has feature f of a token of a picture and head.
+int64_t At(const HeadPlaces& p, int64_t pixels, int64_t picture, int64_t head, int64_t token, int64_t f) {
+  return (p.first + head * p.apart + f) * pixels + picture * p.of_picture + token * p.of_token;
+}
+
+// Attention and its gradients, of maps with more pixels than tokens; queries and the rest lie in different orders.
+void RunAttentionOf(int64_t queries, int64_t keys, int threads, const std::string& name) {
+  std::mt19937 random(7);
+  constexpr int64_t kPictures = 2, kHeads = 3, kFeatures = 5, kWide = 16;
+  const AttentionSpec spec = {kPictures,
+                              kHeads,
+                              kFeatures,
+                              queries,
+                              keys,
+                              0.7f,
+                              {1, kFeatures, queries, 1},
+                              {0, 2 * kFeatures, 1, kPictures},
+                              {kFeatures, 2 * kFeatures, 1, kPictures},
+                              {0, kFeatures, queries, 1}};
+  const auto picture = [&](int64_t channels, int64_t tokens) {
+    const int64_t width = (kPictures * tokens + 3) / 4 + 1;
+    return Picture(1, channels, 4, width, 1, (width + 3) / 4, 0, random);
+  };
+  Picture q = picture(kWide, queries), rest = picture(2 * kHeads * kFeatures, keys), y = picture(kWide, queries);
+  Picture dy = picture(kWide, queries), dq = picture(kWide, queries), drest = picture(2 * kHeads * kFeatures, keys);
+  const int64_t many = q.pixels(), few = rest.pixels();
+  const AttentionKernels& kernels = Kernels<AttentionKernels>();
+  const Floats scratch(kernels.floats(spec, true));
+  std::vector<double> want(y.tensor.size()), dq_want(dq.tensor.begin(), dq.tensor.end());
+  std::vector<double> drest_want(drest.tensor.begin(), drest.tensor.end());
+  for (int64_t n = 0; n < kPictures; ++n) {
+    for (int64_t h = 0; h < kHeads; ++h) {
+      for (int64_t i = 0; i < queries; ++i) {
+        std::vector<double> weights(keys), slopes(keys);
+        const auto product = [&](const Picture& a, const HeadPlaces& of_a, const HeadPlaces& of_b, int64_t j) {
+          double sum = 0;
+          for (int64_t f = 0; f < kFeatures; ++f) {
+            sum += static_cast<double>(a.tensor[At(of_a, many, n, h, i, f)]) * rest.tensor[At(of_b, few, n, h, j, f)];
+          }
+          return sum;
+        };
+        for (int64_t j = 0; j < keys; ++j) weights[j] = std::exp(spec.scale * product(q, spec.query, spec.key, j));
+        const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
+        double along = 0;
+        for (int64_t j = 0; j < keys; ++j) {
+          weights[j] /= total;
+          slopes[j] = product(dy, spec.seen, spec.value, j);
+          along += weights[j] * slopes[j];
+        }
+        for (int64_t j = 0; j < keys; ++j) {
+          const double score = weights[j] * (slopes[j] - along) * spec.scale;
+          for (int64_t f = 0; f < kFeatures; ++f) {
+            const int64_t of_key = At(spec.key, few, n, h, j, f), of_value = At(spec.value, few, n, h, j, f);
+            const int64_t of_query = At(spec.query, many, n, h, i, f), seen = At(spec.seen, many, n, h, i, f);
+            want[seen] += weights[j] * rest.tensor[of_value];
+            dq_want[of_query] += score * rest.tensor[of_key];
+            drest_want[of_key] += score * q.tensor[of_query];
+            drest_want[of_value] += weights[j] * dy.tensor[seen];
+          }
+        }
+      }
+    }
+  }
+  const LaneMap *dquery = &dq.map.lanes, *both = &drest.map.lanes;
+  kernels.forward(q.map.lanes, rest.map.lanes, rest.map.lanes, y.map.lanes, spec, scratch.data, threads);
+  Expect(Error(y.Read(), want) < kTolerance, name + " attention forward");
+  kernels.backward(q.map.lanes, rest.map.lanes, rest.map.lanes, dy.map.lanes, dquery, both, both, spec, scratch.data,
+                   threads);
+  Expect(Error(dq.Read(), dq_want) < kTolerance, name + " attention query gradient");
+  Expect(Error(drest.Read(), drest_want) < kTolerance, name + " attention key and value gradients");
+}
+
+void RunAttention(int threads, const std::string& name) {
+  for (int64_t tokens : {1, 7, 33}) RunAttentionOf(tokens, 34 - tokens, threads, name + " " + std::to_string(tokens));
 }
 
 // A factor of each plane, and its gradient.
@@ -541,8 +618,8 @@ void RunNoise(int threads, const std::string& name) {
 }
 
 void RunPasses(int threads, const std::string& name) {
-  for (const auto& run : {RunNorm, RunGroupNorm, RunLayerNorm, RunPointwise, RunFinish, RunPool, RunSheets, RunResample,
-                          RunPruning, RunSteps, RunNoise}) {
+  for (const auto& run : {RunNorm, RunGroupNorm, RunLayerNorm, RunAttention, RunPointwise, RunFinish, RunPool,
+                          RunSheets, RunResample, RunPruning, RunSteps, RunNoise}) {
     run(threads, name);
   }
 }
