@@ -18,9 +18,14 @@ bool Names(PyObject* known, PyObject* object) {
 }
 
 // A number that a dict has until one of its entries is exchanged, and no other dict has; 0: none that can be relied on.
+// Python 3.13 writes attributes into an object whose dict shares them, and leaves the dict's number as it was; 3.13.0
+// calls no watcher of the dict, either. There, a network of 200 modules takes 0.07 ms longer.
 uint64_t Version(PyObject* dict) {
-#if PY_VERSION_HEX < 0x030C0000  // later headers call it obsolete
+#if PY_VERSION_HEX < 0x030D0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"  // 3.12's headers call it obsolete
   if (PyDict_CheckExact(dict)) return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
 #endif
   return 0;  // what an OrderedDict's order is, is not in it
 }
