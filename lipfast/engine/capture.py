@@ -319,6 +319,8 @@ class _Recorder(TorchFunctionMode):
                 f"engine: the module's forward asks for {func.__name__} of a tensor, which is recorded for contiguous "
                 "inputs, parameters and buffers only"
             )
+        if any(isinstance(leaf, slice) and _has_tensors(leaf) for leaf in pytree.tree_leaves(noted)):
+            raise InputError("engine: the module's forward slices by the number of a tensor, which cannot be recorded")
         if func in (*_UNKNOWN, *_NEEDS_NUMBERS) and refs_in(noted):
             what = "the numbers" if func in _NEEDS_NUMBERS else "the history"
             raise InputError(
@@ -462,6 +464,10 @@ def _functions_noted(recorder: _Recorder) -> Iterator[None]:
             yield
         finally:
             torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+def _has_tensors(part: slice) -> bool:
+    return any(isinstance(bound, Tensor) for bound in (part.start, part.stop, part.step))
 
 
 def call_with(
