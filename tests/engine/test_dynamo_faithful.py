@@ -139,7 +139,7 @@ def over_items(w, x):
     return torch.vmap(lambda z: F.conv2d(z[None], w).relu())(x)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, for jvp
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own, for jvp
 @pytest.mark.parametrize("function", [derivative, tangent, over_items])
 def test_graphs_that_take_derivatives_inside_run_in_torch(function):
     w = torch.randn(8, 8, 3, 3)

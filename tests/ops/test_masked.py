@@ -138,6 +138,7 @@ def test_a_mask_lets_the_gradient_of_the_living_through():
     assert torch.equal(x.grad, alive.float())
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own
 def test_operators_keep_torchs_contracts():
     torch.manual_seed(0)
     x, weight = torch.randn(2, 3, 7, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
@@ -196,7 +197,7 @@ def test_masks_without_rows():
     assert masked.pack_mask(torch.ones(0, 33, dtype=torch.bool)).shape == (0, 2)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # torch's own
 def test_tangents_are_refused():
     x = torch.randn(2, 5)
     words = masked.pack_mask(x > 0)

@@ -67,6 +67,7 @@ def test_the_number_of_threads_changes_nothing(isa, for_each_thread_count):
     assert all(torch.equal(back[0], other) for other in back[1:])
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own
 def test_torch_operator_checks():
     dense, mask = draw(40, 0.5)
     dense.requires_grad_()
@@ -126,7 +127,7 @@ def test_any_byte_but_zero_is_true_on_gpus():
     assert survivors.view(torch.uint8).tolist() == [1, 0, 1, 1]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # torch's own
 def test_tangents_are_refused():
     dense, mask = torch.randn(9), torch.arange(9) % 2 == 0
     with forward_ad.dual_level(), pytest.raises(BackendError, match="gather_kept: forward-mode differentiation"):

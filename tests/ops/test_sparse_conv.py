@@ -302,6 +302,7 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(run, inputs)  # float64 runs the reference
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own
 def test_operators_keep_torchs_contracts():
     x, weight, mask, bias = draw(form(4, 3, 3), (8, 9), 1, 0.4)
     packed = SparseWeight.from_dense(weight, mask)
@@ -530,7 +531,7 @@ def test_a_child_forked_beside_a_thread_computes_the_same(exit_code_of_a_child):
     assert codes == [0] * 5
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # torch's own
 def test_tangents_are_refused_by_the_convolution():
     x, weight = torch.randn(1, 4, 9, 9), packed()
     with forward_ad.dual_level(), pytest.raises(BackendError, match="sparse_conv2d: forward-mode differentiation"):

@@ -55,6 +55,7 @@ def test_the_result_is_contiguous_and_an_empty_batch_stays_empty():
     assert ops.upsample_bilinear(x[:0], (8, 10)).shape == (0, 3, 8, 10)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own
 def test_operators_keep_torchs_contracts():
     op, form = torch.ops.lipfast, (False, [1.7, 1.6], None)
     x, dy = draw(2, 3, 5, 7, dtype=torch.float32).requires_grad_(), draw(2, 3, 8, 11, dtype=torch.float32)
