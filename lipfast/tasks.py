@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lipfast import images
-from lipfast.config import checks_types, derive_seed
+from lipfast.config import check_seed, checks_types, derive_seed
 from lipfast.errors import ConfigError, InputError
 
 Metric = Literal["rgb", "luma"]
@@ -136,10 +136,10 @@ class Inpaint(_Linear):
         mask: (H, W), (1, H, W) or (C, H, W), true or 1 where the pixel is known. Not with ``keep``.
         keep: probability in (0, 1) that a pixel is known; the mask is drawn from ``seed``.
         per_channel: draw the channels of a pixel apart (the authors' code) or together.
-        seed: of the drawn mask.
+        seed: of the drawn mask, 0 to 2^63 - 1.
 
     Raises:
-        ConfigError: keep out of range, or both or neither of mask and keep.
+        ConfigError: keep or seed out of range, or both or neither of mask and keep.
         InputError: the mask has another shape, other values than 0 and 1, or knows no pixel.
     """
 
@@ -154,6 +154,7 @@ class Inpaint(_Linear):
             raise ConfigError("inpaint: give either a mask or the probability `keep` that a pixel is known")
         if keep is not None and not 0 < keep < 1:
             raise ConfigError(f"inpaint: keep is the probability that a pixel is known, in (0, 1), got {keep}")
+        check_seed("inpaint: seed", seed)
         self.keep, self.per_channel, self.seed = keep, per_channel, seed
         self._mask = None if mask is None else _check_mask(mask)
 
@@ -267,7 +268,7 @@ class CompressedSensing(_Linear):
 
     Args:
         measurements: m, at least 1; the image's values times m are at most 2^40.
-        seed: of A.
+        seed: of A, 0 to 2^63 - 1.
         shape: (C, H, W) of the image. None takes that of the first image degraded.
         noise: standard deviation of the measurement noise, 0 or more.
         memory_limit: bytes that A may occupy.
@@ -295,6 +296,7 @@ class CompressedSensing(_Linear):
             raise ConfigError(f"cs: the number of measurements must be at least 1, got {measurements}")
         if not (noise >= 0 and math.isfinite(noise)):
             raise ConfigError(f"cs: the noise's standard deviation must be 0 or more, got {noise}")
+        check_seed("cs: seed", seed)
         if shape is not None:
             _check_measured(tuple(shape), measurements)
         self.measurements, self.seed, self.noise, self.memory_limit = measurements, seed, noise, memory_limit

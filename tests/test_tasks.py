@@ -334,6 +334,14 @@ def test_bad_words_are_refused(name, options, message):
         tasks.parse(name, **options)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63])
+@pytest.mark.parametrize(("name", "options"), [("inpaint", {"keep": 0.5}), ("cs", {"measurements": 5})])
+def test_seeds_out_of_range_are_refused(name, options, seed):
+    with pytest.raises(ConfigError, match=rf"{name}: seed={seed} must be a whole number from 0 to 2\^63 - 1"):
+        tasks.parse(name, **options, seed=seed)
+    assert tasks.parse(name, **options, seed=2**63 - 1).seed == 2**63 - 1
+
+
 def test_bad_factor_is_refused():
     with pytest.raises(ConfigError, match="the factor is 4 or 8, got 3"):
         tasks.SuperResolve(3)
