@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
+from lipfast.config import check_seed, checks_types
 from lipfast.errors import ConfigError
 from lipfast.priors.decoder import DeepDecoder
 from lipfast.priors.skip import SkipNet, from_authors, to_authors
@@ -43,17 +44,19 @@ def kinds() -> list[str]:
     return list(_KINDS)
 
 
+@checks_types
 def build(kind: str, config: dict[str, Any] | None = None, seed: int = 0) -> nn.Module:
     """Build a prior with PyTorch's default initialisation, drawn from ``seed``; the global generators are untouched.
 
     Args:
         kind: a name from :func:`kinds`.
         config: keyword arguments of the network; what is left out has its default.
-        seed: equal seeds give equal weights.
+        seed: equal seeds give equal weights; 0 to 2^63 - 1.
 
     Raises:
-        ConfigError: an unknown kind, an unknown option, or an option out of its range.
+        ConfigError: an unknown kind, an unknown option, or an option or a seed out of its range.
     """
+    check_seed("seed", seed)
     if kind not in _KINDS:
         raise ConfigError(f"unknown prior {kind!r}; known: {', '.join(_KINDS)}")
     with torch.random.fork_rng(devices=[]):

@@ -113,6 +113,12 @@ def test_initialisation_is_seeded_and_leaves_the_global_generator_alone():
     assert not torch.equal(one.output.weight, other.output.weight)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, True, "1", None])
+def test_seeds_are_whole_numbers_in_range(seed):
+    with pytest.raises(ConfigError, match=r"seed.*must be a whole number"):
+        priors.build("skip", TINY, seed)
+
+
 def test_initialisation_is_torchs_default():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
