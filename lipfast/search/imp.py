@@ -196,6 +196,8 @@ def rounds(
     _check_rounds(full, config)
     _check_rewind(config, fit_config)
     place = checked_device(device)
+    dense = _ticket(config, fit_config, task, observation, engine, number=0, state=network.state_dict(), living=full)
+    dense.to_bytes()  # refuses what no ticket of this search could hold
     check(network.to(place), task, observation.observed, config=fit_config, clean=observation.clean, engine=engine)
     scores = {name: mask.float() for name, mask in full.items()}
     masks.prune_globally(full, scores, 0)  # LIPFAST_BACKEND may name what cannot prune here
@@ -420,24 +422,8 @@ class _Search:
         return priors.build(self.config.prior, dict(self.config.network), self.config.seed)
 
     def _ticket(self, number: int, state: Mapping[str, Tensor], living: Masks) -> Ticket:
-        return Ticket(
-            prior=self.config.prior,
-            config=priors.as_prior(self._network()).config,
-            seed=self.config.seed,
-            state={name: tensor.cpu() for name, tensor in state.items()},
-            masks=living,
-            task=self.task.config,
-            target=self.config.target,
-            round=number,
-            provenance={
-                "pictures": self.observation.sources,
-                "search": self.config.identity(),
-                "fit": dataclasses.asdict(self.fit_config),
-                "engine": self.engine,
-                "lipfast": lipfast.__version__,
-                "torch": torch.__version__,
-            },
-        )
+        made_by = (self.config, self.fit_config, self.task, self.observation, self.engine)
+        return _ticket(*made_by, number=number, state=state, living=living)
 
     @staticmethod
     def _ticket_name(number: int) -> str:
@@ -496,6 +482,39 @@ class _Search:
         if (checkpoint := self._read_checkpoint()) is not None:
             lengths.append(checkpoint.scalars["search"]["log_bytes"])
         self.run.cut_log(max(lengths, default=0))
+
+
+def _ticket(
+    config: SearchConfig,
+    fit_config: FitConfig,
+    task: tasks.Task,
+    observation: Observation,
+    engine: str,
+    *,
+    number: int,
+    state: Mapping[str, Tensor],
+    living: Masks,
+) -> Ticket:
+    """The ticket of round ``number``, with where it comes from."""
+    network = priors.build(config.prior, dict(config.network), config.seed)
+    return Ticket(
+        prior=config.prior,
+        config=priors.as_prior(network).config,
+        seed=config.seed,
+        state={name: tensor.cpu() for name, tensor in state.items()},
+        masks=living,
+        task=task.config,
+        target=config.target,
+        round=number,
+        provenance={
+            "pictures": observation.sources,
+            "search": config.identity(),
+            "fit": dataclasses.asdict(fit_config),
+            "engine": engine,
+            "lipfast": lipfast.__version__,
+            "torch": torch.__version__,
+        },
+    )
 
 
 def _check_rounds(full: Masks, config: SearchConfig) -> None:

@@ -9,7 +9,7 @@ from tiny_search import CONFIG, FIT, NETWORK, picture
 
 from lipfast import fit, images, masks, priors, search, tasks
 from lipfast.config import derive_seed
-from lipfast.errors import BackendError, ConfigError, InputError
+from lipfast.errors import BackendError, ConfigError, InputError, TicketError
 from lipfast.search import runs
 from lipfast.search.observation import observe
 from lipfast.tickets import Ticket
@@ -251,6 +251,18 @@ def test_two_physics_objects_of_one_class_are_two_searches(run_search, degraded)
 MIRRORS_TOO_FAR = {"in_channels": 4, "down": [2, 4, 4], "skip": 2, "kernel_up": [3, 1, 9], "downsample": "max"}
 
 
+class Named(tasks.Denoise):
+    """A task of one's own, with something of one's own in its config."""
+
+    def __init__(self, note):
+        super().__init__(25)
+        self.note = note
+
+    @property
+    def config(self):
+        return {**super().config, "note": self.note}
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
@@ -303,6 +315,10 @@ MIRRORS_TOO_FAR = {"in_channels": 4, "down": [2, 4, 4], "skip": 2, "kernel_up": 
             InputError,
             "fit_config must be a FitConfig or None, got {'iterations': 3}",
         ),
+        ({"network": {**NETWORK, "in_channels": 5000}}, TicketError, "'in_channels' is 5000, at most 4096 is read"),
+        ({"pictures": [("x" * 2**20, picture())]}, TicketError, "the description has .* characters, at most 1048576"),
+        ({"task": Named(float("nan"))}, TicketError, "'task' cannot be written as JSON"),
+        ({"task": Named(torch.ones(2))}, TicketError, "'task' cannot be written as JSON .*Tensor"),
         ({"pictures": [picture(size=4)]}, InputError, "an image of 4 x 4 px is too small"),
         ({"network": {**NETWORK, "out_channels": 1}}, InputError, "the network makes 1 channels"),
         (
