@@ -35,6 +35,15 @@ def canonical(document: Mapping[str, Any]) -> str:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def as_read(value: Any, levels: int = DEEPEST_NEST) -> Any:
+    """``value`` as a file gives it back: lists for tuples. What is nested too deep for a file stays as it is."""
+    if levels and isinstance(value, dict):
+        return {name: as_read(one, levels - 1) for name, one in value.items()}
+    if levels and isinstance(value, list | tuple):
+        return [as_read(one, levels - 1) for one in value]
+    return value
+
+
 def checksum(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over all tensors, by name: each one's name, type, shape and little-endian bytes.
 
@@ -56,7 +65,7 @@ def write(fields: Mapping[str, Any], where: str) -> str:
         where: the ticket's name, for messages.
 
     Raises:
-        TicketError: a field is not JSON: NaN, a tensor, keys of several types.
+        TicketError: a field is not JSON: NaN, a tensor, a key that is no text.
     """
     document = {"format": FORMAT, "version": VERSION, **fields}
     for name, value in document.items():
@@ -107,11 +116,14 @@ def _digest(document: Mapping[str, Any]) -> str:
 
 def _check_json(name: str, value: Any, where: str) -> None:
     try:
-        canonical({name: value})
+        text = canonical({name: value})
+        same = json.loads(text) == {name: as_read(value)}
     except (TypeError, ValueError) as error:
         raise TicketError(f"{where}: {name!r} cannot be written as JSON ({error})") from None
     except RecursionError:
         raise _too_deep(where) from None
+    if not same:  # JSON makes texts of other keys, without a word
+        raise TicketError(f"{where}: {name!r} cannot be written as JSON (its keys must be texts): {text[:200]}")
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

@@ -25,6 +25,8 @@ VALUES, BITS = ":values", ":mask"  # suffixes of the two tensors of a pruned par
 class Ticket:
     """A sparse subnetwork: mask, rewound weights and everything needed to build the network again.
 
+    What goes into JSON has lists in the place of tuples, as a file gives it back.
+
     Attributes:
         prior: the network's kind in ``lipfast.priors``.
         config: its keyword arguments, JSON-able.
@@ -50,6 +52,8 @@ class Ticket:
     def __post_init__(self) -> None:
         masks.validate(self.masks, self.state)
         object.__setattr__(self, "state", masks.apply(self.masks, self.state))
+        for name in ("config", "task", "provenance"):
+            object.__setattr__(self, name, description.as_read(getattr(self, name)))
 
     @property
     def kept(self) -> int:

@@ -68,6 +68,16 @@ def test_round_trip_is_bit_exact(tmp_path, share):
         assert getattr(loaded, name) == getattr(ticket, name), name
 
 
+def test_tuples_are_lists_as_in_the_file(tmp_path):
+    fields = {"task": {"name": "mine", "shape": (3, 4)}, "provenance": {"sides": ({"px": (1, 2)},)}}
+    ticket = ticket_of({**TINY, "down": (4, 6)}, 0.5, **fields)
+    ticket.save(tmp_path / "t.safetensors")
+    loaded = Ticket.load(tmp_path / "t.safetensors")
+    assert (loaded.task, loaded.provenance) == (ticket.task, ticket.provenance)
+    assert ticket.task["shape"] == [3, 4]
+    assert ticket.provenance == {"sides": [{"px": [1, 2]}]}
+
+
 def test_to_model_gives_the_rewound_weights_with_exact_zeros(path, ticket):
     state = Ticket.load(path).to_model().state_dict()
     assert same_bits(state, ticket.state)
@@ -138,6 +148,9 @@ def with_tensor(name, tensor):
         ({"provenance": {"psnr": float("nan")}}, "'provenance' cannot be written as JSON"),
         ({"provenance": {"mask": torch.ones(2)}}, "'provenance' cannot be written as JSON .*Tensor"),
         ({"provenance": {"a": 1, 2: 3}}, "'provenance' cannot be written as JSON"),
+        ({"provenance": {1: 2}}, "'provenance' cannot be written as JSON .its keys must be texts"),
+        ({"provenance": {"a": [{None: 2}]}}, "'provenance' cannot be written as JSON .its keys must be texts"),
+        ({"task": {"name": "mine", "scales": {0.5: 1}}}, "'task' cannot be written as JSON .its keys must be texts"),
         ({"provenance": {"deep": nest(100_000)}}, "nested more than 64 deep"),
         ({"task": {"name": "denoise", "sigma": float("inf")}}, "'task' cannot be written as JSON"),
         ({"task": {"name": "inpaint", "sides": {1, 2}}}, "'task' cannot be written as JSON .*set"),
