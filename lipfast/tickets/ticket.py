@@ -143,9 +143,16 @@ class Ticket:
         """The network with the ticket's weights: an ordinary dense module, dead weights exactly zero.
 
         To train it as a ticket pass ``masks`` to ``lipfast.fit.fit``; plain training would bring dead weights back.
+
+        Raises:
+            TicketError: config and state are of two networks.
         """
         network = priors.build(self.prior, self.config, self.seed)
-        network.load_state_dict(self.state)
+        try:
+            network.load_state_dict(self.state)
+        except RuntimeError:  # torch's own words take a line for each tensor
+            _check_network({"kind": self.prior, "config": self.config}, self.state, _UNSAVED)
+            raise
         return network
 
 

@@ -85,6 +85,12 @@ def test_to_model_gives_the_rewound_weights_with_exact_zeros(path, ticket):
         assert state[name][~mask].view(torch.int32).eq(0).all()
 
 
+def test_a_model_of_two_networks_is_refused():
+    wider = dataclasses.replace(ticket_of(TINY, 0.7), config={**TINY, "down": [6, 7]})
+    with pytest.raises(TicketError, match=r"^this ticket: belongs to another network: .* must be \("):
+        wider.to_model()
+
+
 def test_dead_weights_are_zeroed_on_creation():
     fresh = priors.build("skip", TINY, 3)
     ticket = ticket_of(TINY, 0.7)
