@@ -139,6 +139,7 @@ def search(
     stride = priors.as_prior(priors.build(prior, dict(config.network))).stride
     images_ = [_load_picture(path, size) for path in pictures]
     shape = images_[0][1].shape
+    _ask_for_mask(task == "inpaint" and degraded, mask, keep)
     known = None if mask is None else _load_mask(mask, size, shape, 1 if degraded else stride)
     chosen = _make_task(task, sigma=sigma, mask=known, keep=keep, measurements=measurements)
     fit_config = _fit_config(chosen, iterations, lr, average, stop, patience, window)
@@ -201,6 +202,7 @@ def restore(
     own = {"mask": mask, "keep": keep, "mask_seed": mask_seed}
     _refuse_unless(name == "inpaint", f"belongs to task inpaint, not to {name}", **own)
     _refuse_unless(mask is None, "draws a mask; leave it out beside --mask", mask_seed=mask_seed)
+    _ask_for_mask(name == "inpaint" and loaded.task.get("name") != name, mask, keep, mask_seed)
     observed = _load_measurements(degraded) if name == "cs" else images.read(degraded)
     options: dict[str, Any] = {"keep": keep, "seed": mask_seed}
     if name == "cs":
@@ -228,6 +230,8 @@ def restore(
     images.write(out, restored.image, depth)
     images.write_atomically(report_file, (to_json(report, indent=1) + "\n").encode())
     quality = f", PSNR {report['psnr']:.2f} dB" if "psnr" in report else ""
+    if report["task"].get("keep") is not None:
+        quality += f"; known pixels drawn (keep {report['task']['keep']:g}, seed {report['task']['seed']})"
     _print(
         report,
         [f"{out}: {report['taken']} of {report['iterations']} steps, {report['seconds']:.1f} s{quality}"],
@@ -445,6 +449,12 @@ def _refuse_unless(fits: bool, why: str, **options: Any) -> None:
     for name, value in options.items():
         if value is not None and not fits:
             raise ConfigError(f"--{name.replace('_', '-')} {value} {why}")
+
+
+def _ask_for_mask(unknown: bool, *told: object) -> None:
+    """Which pixels of a degraded picture are known is nothing to guess: one that is wrong spoils the result."""
+    if unknown and all(value is None for value in told):
+        raise ConfigError("task inpaint: which pixels are known? give --mask, or --keep where lipfast drew the mask")
 
 
 def _controls(text: str, rounds: int) -> tuple[int, ...]:

@@ -176,6 +176,7 @@ def test_restore_takes_the_task_as_the_ticket_describes_it(here, folder, tmp_pat
     for options, task in changes.items():
         code, out, err = here(*command, *options, "--json")
         assert (code, err, json.loads(out)["task"]) == (0, "", task)
+    assert "; known pixels drawn (keep 0.8, seed 5)\n" in here(*command, "--mask-seed", "5")[1]
     assert "mask_sha256" in json.loads(here(*command, "--mask", folder / "mask.png", "--json")[1])["task"]
 
 
@@ -428,6 +429,7 @@ RESTORE = ["restore", "clean.png", "--ticket", "TICKET", "-o", "out.png"]
         (["search", "clean.png", "other.png"], "need one size: give --size"),
         ([*SEARCH, "--size", "999"], "--size 999"),
         ([*SEARCH, "--task", "inpaint", "--mask", "other.png"], "the mask is 32 x 32 px but the picture 36 x 44"),
+        ([*SEARCH, "--task", "inpaint", "--already-degraded"], "which pixels are known? give --mask"),
         ([*SEARCH, "--task", "blur"], "unknown task 'blur'; known: denoise, inpaint, sr4, sr8, cs"),
         ([*SEARCH, "--task", "cs"], "say how many measurements"),
         ([*SEARCH, "--task", "sr4", "--sigma", "3"], "no option 'sigma'"),
@@ -465,6 +467,7 @@ RESTORE = ["restore", "clean.png", "--ticket", "TICKET", "-o", "out.png"]
         ([*RESTORE, "--ticket", "text.png"], "text.png: not a whole safetensors file"),
         ([*RESTORE, "--ticket", "cut.safetensors"], "is it truncated?"),
         ([*RESTORE, "--task", "inpaint", "--mask", "other.png"], "the mask is 32 x 32 px but the picture 36 x 44"),
+        ([*RESTORE, "--task", "inpaint"], "which pixels are known? give --mask"),
         ([*RESTORE, "--task", "cs", "--shape", "3,8,8"], "task cs needs a .npy file"),
         ([*RESTORE, "--mask-seed", "4"], "--mask-seed 4 belongs to task inpaint, not to denoise"),
         ([*RESTORE, "--task", "cs", "--mask", "mask.png"], "--mask mask.png belongs to task inpaint, not to cs"),
