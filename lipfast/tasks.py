@@ -52,7 +52,11 @@ class Task(Protocol):
         """JSON-able description; :func:`from_config` takes it back where the task has one."""
 
     def degrade(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The measurement of a clean ``image`` (..., C, H, W), noise included, drawn from ``generator``."""
+        """The measurement of a clean ``image`` (..., C, H, W), noise included, drawn from ``generator``.
+
+        Raises:
+            InputError: ``image`` is no float tensor of this shape, or on another scale than [0, 1] where that is cut.
+        """
 
     def loss(self, output: Tensor, observed: Tensor) -> Tensor:
         """Mean squared data misfit () of an output (..., C, H, W); differentiable."""
@@ -118,7 +122,10 @@ class Denoise(_Linear):
     def config(self) -> dict[str, Any]:
         return {"name": self.name, "sigma": self.sigma}
 
+    @checks_types
     def degrade(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        _check_image(self.name, image)
+        _check_scale(self.name, image)
         noise = torch.randn(image.shape, generator=generator, dtype=image.dtype)
         return (image + noise.to(image.device) * (self.sigma / 255)).clamp(0, 1)
 
@@ -185,8 +192,10 @@ class Inpaint(_Linear):
             )
         return self._mask
 
+    @checks_types
     def degrade(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Unknown pixels become 0. Nothing is drawn from ``generator``: the mask belongs to the task."""
+        _check_image(self.name, image)
         return self.A(image)
 
     def loss(self, output: Tensor, observed: Tensor) -> Tensor:
@@ -229,12 +238,15 @@ class SuperResolve(_Linear):
     def config(self) -> dict[str, Any]:
         return {"name": self.name}
 
+    @checks_types
     def degrade(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Lanczos-3 resize, clipped to [0, 1]; (..., C, H, W) -> (..., C, H / factor, W / factor). Draws nothing.
 
         Raises:
             InputError: a side is no multiple of the factor.
         """
+        _check_image(self.name, image)
+        _check_scale(self.name, image)
         self._check_sides(image)
         return _along_both_sides(
             image, functools.partial(_shrink, factor=self.factor, lobes=3, edge="renormalise")
@@ -309,7 +321,9 @@ class CompressedSensing(_Linear):
         config = {"measurements": self.measurements, "seed": self.seed, "shape": shape, "noise": self.noise}
         return {"name": self.name, **config}
 
+    @checks_types
     def degrade(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        _check_image(self.name, image)
         measured = self.A(image)
         noise = torch.randn(measured.shape, generator=generator, dtype=measured.dtype)
         return measured + self.noise * noise.to(measured.device)
@@ -570,6 +584,21 @@ def _image_shape(where: str, observed: Tensor) -> tuple[int, ...]:
     if observed.dim() not in (3, 4) or observed.numel() == 0:
         raise InputError(f"{where}: expected (C, H, W) or (B, C, H, W), got {tuple(observed.shape)}")
     return tuple(observed.shape)
+
+
+def _check_image(where: str, image: Tensor) -> None:
+    """Integers would be cut to whole numbers, most of them to 0."""
+    if not image.is_floating_point() or image.dim() < 3 or image.numel() == 0:
+        raise InputError(
+            f"{where}: an image is a float tensor (..., C, H, W) in [0, 1], got {image.dtype} {tuple(image.shape)}"
+        )
+
+
+def _check_scale(where: str, image: Tensor) -> None:
+    """Where the result is cut to [0, 1], grey levels would become white."""
+    low, high = float(image.detach().min()), float(image.detach().max())
+    if low < -1 or high > 2:
+        raise InputError(f"{where}: values are on the scale [0, 1], got {low:g} to {high:g}; divide grey levels by 255")
 
 
 def _check_mask(mask: Tensor) -> Tensor:

@@ -381,6 +381,32 @@ def test_arguments_of_a_wrong_kind_are_named(make, kind, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ((255 * draw((3, 8, 8))).byte(), r"a float tensor .* got torch.uint8 \(3, 8, 8\)"),
+        (draw((8, 8)), r"\(..., C, H, W\) .* got torch.float32 \(8, 8\)"),
+        (torch.zeros(3, 0, 8), r"got torch.float32 \(3, 0, 8\)"),
+        (numpy.ones((3, 8, 8)), "image must be a Tensor, got ndarray"),
+    ],
+)
+@pytest.mark.parametrize("name", tasks.NAMES)
+def test_what_is_no_image_is_not_degraded(name, image, message):
+    task = tasks.parse(name, measurements=5) if name == "cs" else tasks.parse(name)
+    with pytest.raises(InputError, match=message):
+        task.degrade(image)
+    with pytest.raises(InputError, match="generator must be a Generator or None, got 3"):
+        task.degrade(draw((3, 8, 8)), 3)
+
+
+@pytest.mark.parametrize("name", ["denoise", "sr4"])
+def test_grey_levels_are_not_cut_to_white(name):
+    with pytest.raises(
+        InputError, match=rf"{name}: values are on the scale \[0, 1\], got .*; divide grey levels by 255"
+    ):
+        tasks.parse(name).degrade(255 * draw((3, 8, 8)))
+
+
 def test_numbers_of_numpy_become_plain():
     config = tasks.CompressedSensing(numpy.int64(5), numpy.int32(2), shape=(3, numpy.int64(4), 4)).config
     assert json.loads(json.dumps(config)) == config
