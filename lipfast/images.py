@@ -222,8 +222,9 @@ def shrink_to_square(image: Tensor, size: int) -> Tensor:
     """Scale (C, H, W) so that its shorter side has ``size`` px (bicubic, antialiased) and cut out the middle square.
 
     Raises:
-        InputError: the image is smaller than that; enlarging would invent pixels.
+        InputError: the image is smaller than that (enlarging would invent pixels), or no proper image.
     """
+    image = check(image, "shrink_to_square")
     rows, columns = image.shape[-2:]
     if size < 1 or min(rows, columns) < size:
         raise InputError(
@@ -262,7 +263,7 @@ def psnr(image: Tensor, reference: Tensor) -> float:
         image, reference: tensors of the same shape (..., C, H, W), values in [0, 1].
 
     Raises:
-        InputError: the shapes differ.
+        InputError: the shapes differ, or one is no float tensor.
     """
     _check_pair("psnr", image, reference)
     error = float((image.double() - reference.double()).square().mean())
@@ -465,6 +466,10 @@ def _mirrored(size: int, target: int) -> Tensor:
 
 
 def _check_pair(where: str, image: Tensor, reference: Tensor) -> None:
+    for one in (image, reference):
+        if not isinstance(one, Tensor) or not one.is_floating_point():  # of integers the peak would be wrong
+            kind = one.dtype if isinstance(one, Tensor) else type(one).__name__
+            raise InputError(f"{where}: images are float tensors (..., C, H, W) in [0, 1], got {kind}")
     if image.shape != reference.shape or image.dim() < 3 or image.numel() == 0:
         raise InputError(
             f"{where}: two images of one shape (..., C, H, W) are compared, "

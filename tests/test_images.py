@@ -367,6 +367,16 @@ def test_psnr_as_in_skimage():
     assert images.psnr(a, a) == float("inf")
 
 
+@pytest.mark.parametrize("image", [torch.zeros(3, 16, 16, dtype=torch.uint8), numpy.zeros((3, 16, 16)), None])
+def test_what_is_no_float_image_is_not_judged(image):
+    for measure in (images.psnr, images.psnr_luma, images.ssim):
+        for pair in ((image, picture()), (picture(), image)):
+            with pytest.raises(InputError, match=rf"{measure.__name__}: images are float tensors"):
+                measure(*pair)
+    with pytest.raises(InputError, match="shrink_to_square: an image is a float tensor"):
+        images.shrink_to_square(image, 8)
+
+
 def test_luma_psnr_as_in_skimage():
     a, b = picture(3, 40, 30, seed=1), picture(3, 40, 30, seed=2)
     ours = images.psnr_luma(a, b)
