@@ -155,7 +155,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def check(image: Tensor, where: str, *, channels: tuple[int, ...] = (1, 3)) -> Tensor:
-    """Return ``image`` as float32 if it is a proper image, else raise.
+    """Return ``image`` as float32, without its history, if it is a proper image, else raise.
 
     Args:
         image: (C, H, W) floating point tensor.
@@ -177,7 +177,7 @@ def check(image: Tensor, where: str, *, channels: tuple[int, ...] = (1, 3)) -> T
     if not bool(torch.isfinite(image).all()):
         bad = int((~torch.isfinite(image)).sum())
         raise InputError(f"{where}: {bad} of {image.numel()} values are NaN or infinite")
-    return image.to(torch.float32)
+    return image.detach().to(torch.float32)
 
 
 def check_scale(image: Tensor, where: str) -> Tensor:
@@ -266,7 +266,7 @@ def psnr(image: Tensor, reference: Tensor) -> float:
         InputError: the shapes differ, or one is no float tensor.
     """
     _check_pair("psnr", image, reference)
-    error = float((image.double() - reference.double()).square().mean())
+    error = float((image.detach().double() - reference.detach().double()).square().mean())
     return float("inf") if error == 0 else float(-10 * numpy.log10(error))
 
 

@@ -367,6 +367,12 @@ def test_psnr_as_in_skimage():
     assert images.psnr(a, a) == float("inf")
 
 
+def test_an_images_history_is_nobodys_business():
+    grown = picture().requires_grad_()
+    assert not images.check_scale(grown, "here").requires_grad
+    assert images.psnr(grown, picture(seed=1)) == images.psnr(picture(), picture(seed=1))
+
+
 @pytest.mark.parametrize("image", [torch.zeros(3, 16, 16, dtype=torch.uint8), numpy.zeros((3, 16, 16)), None])
 def test_what_is_no_float_image_is_not_judged(image):
     for measure in (images.psnr, images.psnr_luma, images.ssim):
