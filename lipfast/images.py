@@ -140,7 +140,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         InputError: the folder is missing or not writable, or the disk is full. ``path`` is then as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # short, so that every name that can be had works
+    temporary = path.parent / f".{secrets.token_hex(8)}.part"  # short, so that every name that can be had works
     try:
         try:
             with temporary.open("xb") as file:

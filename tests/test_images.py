@@ -367,6 +367,15 @@ def test_psnr_as_in_skimage():
     assert images.psnr(a, a) == float("inf")
 
 
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_file_needs_a_name(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for ask in (lambda: images.write_atomically(path, b"x"), lambda: images.check_writable(path)):
+        with pytest.raises(InputError, match="cannot be written"):
+            ask()
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_images_history_is_nobodys_business():
     grown = picture().requires_grad_()
     assert not images.check_scale(grown, "here").requires_grad
