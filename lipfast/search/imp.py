@@ -98,7 +98,14 @@ def find_tickets(
     Args:
         seeds: None takes the config's own.
         options: and the other arguments as in ``search``.
+
+    Raises:
+        ConfigError: no seed in ``seeds``; and what ``search`` raises.
     """
+    if seeds is not None and not seeds:
+        raise ConfigError(
+            "find_tickets: seeds is empty, so there is nothing to search; leave it out for the config's own"
+        )
     config = config or SearchConfig()
     configs = [dataclasses.replace(config, seed=seed) for seed in ([config.seed] if seeds is None else seeds)]
     found = []

@@ -358,6 +358,11 @@ def test_a_wrong_seed_is_refused_before_the_first_search(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_no_seed_is_no_search(tmp_path):
+    with pytest.raises(ConfigError, match="seeds is empty"):
+        search.find_tickets(picture(), tasks.Denoise(25), config=CONFIG, fit_config=FIT, out=tmp_path, seeds=[])
+
+
 def test_two_tensors_in_a_tuple_are_two_pictures(run_search):
     pair = (picture(0), picture(1))
     sources = run_search(pair, rounds=1).tickets[0].provenance["pictures"]
