@@ -44,6 +44,7 @@ class SearchConfig:
             check_seed(name, getattr(self, name))
         if beyond := [number for number in self.controls if not 1 <= number <= self.rounds]:
             raise ConfigError(f"controls: round {beyond[0]} is not one of rounds 1 to {self.rounds}")
+        object.__setattr__(self, "controls", tuple(sorted(set(self.controls))))  # one search, however they are named
         _parse_rewind(self.rewind)
 
     def identity(self) -> dict[str, Any]:

@@ -521,6 +521,11 @@ def test_every_field_is_in_the_name():
     assert len(names) == 1 + len(changed)
 
 
+def test_controls_are_a_set_of_rounds():
+    config = dataclasses.replace(CONFIG, controls=(1, 3))
+    assert dataclasses.replace(CONFIG, controls=[3, 1, 1]) == config
+
+
 def test_a_ticket_on_disk_is_the_one_returned(run_search):
     result = run_search()
     assert Ticket.load(result.folder / "ticket-02.safetensors").to_bytes() == result.tickets[1].to_bytes()
