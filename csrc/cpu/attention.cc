@@ -10,7 +10,8 @@ namespace lipfast {
 namespace LIPFAST_NS {
 namespace {
 
-constexpr int64_t kMostChunks = 32;                // of heads that have memory of their own
+// Runs of heads that have memory of their own, and how much all of them take together.
+constexpr int64_t kLeastChunks = 4, kMostChunks = 32, kMostFloats = 1 << 24;
 constexpr int kAcross = kRegisters >= 32 ? 2 : 1;  // vectors of tokens that are worked on together
 constexpr int kRows = kRegisters >= 32 ? 8 : 6;    // numbers that each of them is multiplied by
 constexpr int64_t kWide = int64_t{kAcross} * kLanes;
@@ -131,9 +132,7 @@ struct Tokens {
   }
 };
 
-int64_t Chunks(const AttentionSpec& s) { return AtMost(s.pictures * s.heads, kMostChunks); }
-
-// What a chunk takes: of tokens by vectors and by rows, and of scores.
+// What a chunk takes: tokens as vectors and as rows, scores, and where tokens lie.
 int64_t ChunkFloats(const AttentionSpec& s, bool backward) {
   const int64_t queries = Padded(s.queries), keys = Padded(s.keys), longest = queries > keys ? queries : keys;
   const int64_t tokens = s.features * (queries + keys);
@@ -141,12 +140,18 @@ int64_t ChunkFloats(const AttentionSpec& s, bool backward) {
   return backward ? 6 * tokens + 3 * queries + 2 * longest * kWide + pieces : 2 * tokens + keys * kWide + pieces;
 }
 
-int64_t Floats(const AttentionSpec& s, bool backward) { return Chunks(s) * ChunkFloats(s, backward); }
+// As many as there are heads, unless they take too much memory.
+int64_t Chunks(const AttentionSpec& s, bool backward) {
+  const int64_t fitting = kMostFloats / ChunkFloats(s, backward);
+  return AtMost(s.pictures * s.heads, fitting < kLeastChunks ? kLeastChunks : AtMost(fitting, kMostChunks));
+}
+
+int64_t Floats(const AttentionSpec& s, bool backward) { return Chunks(s, backward) * ChunkFloats(s, backward); }
 
 // body(picture, head, memory) for all heads of all pictures
 template <class Body>
 void ForHeads(const AttentionSpec& s, bool backward, float* scratch, int threads, const Body& body) {
-  const int64_t chunks = Chunks(s), all = s.pictures * s.heads;
+  const int64_t chunks = Chunks(s, backward), all = s.pictures * s.heads;
   ParallelFor(threads, chunks, [&](int64_t chunk) {
     for (int64_t i = chunk * all / chunks; i < (chunk + 1) * all / chunks; ++i) {
       body(i / s.heads, i % s.heads, Memory{scratch + chunk * ChunkFloats(s, backward)});
