@@ -16,6 +16,7 @@ _CUTS = {
     "parts, heads": lambda y, n, t, h: y.reshape(n, t, 3, h, -1).permute(2, 0, 3, 1, 4).unbind(0),
     "heads, parts": lambda y, n, t, h: y.reshape(n, t, h, 3, -1).permute(3, 0, 2, 1, 4).unbind(0),
     "picked": lambda y, n, t, h: list(y.view(n, t, 3, h, -1).permute(2, 0, 3, 1, 4)),
+    "copied": lambda y, n, t, h: [part.view(n, t, h, -1).transpose(1, 2).contiguous() for part in y.chunk(3, dim=-1)],
     "chunks": lambda y, n, t, h: [part.view(n, t, h, -1).transpose(1, 2) for part in y.chunk(3, dim=-1)],
 }
 
@@ -35,7 +36,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, tokens, width = x.shape
         seen = self.attend(*self.cut(self.joined(x), n, tokens, self.heads))
-        return self.out(seen.transpose(1, 2).reshape(n, tokens, width))
+        return self.out(seen.transpose(1, 2).contiguous().view(n, tokens, width))
 
 
 def masks_of(module: nn.Module) -> dict[str, Tensor]:
