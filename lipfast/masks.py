@@ -76,11 +76,20 @@ def empty_layers(masks: Mapping[str, Tensor]) -> list[str]:
 
 
 def nested(inner: Mapping[str, Tensor], outer: Mapping[str, Tensor]) -> bool:
-    """Whether every weight alive in ``inner`` is alive in ``outer`` (a parameter without a mask is all alive)."""
+    """Whether every weight alive in ``inner`` is alive in ``outer`` (a parameter without a mask is all alive).
+
+    Raises:
+        InputError: a parameter has two shapes.
+    """
     for name, mask in outer.items():
         if name not in inner:
             if not bool(mask.all()):
                 return False
+        elif inner[name].shape != mask.shape:
+            raise InputError(
+                f"masks: {name} has shape {tuple(inner[name].shape)} in one set, {tuple(mask.shape)} in the other; "
+                "are they of two networks?"
+            )
         elif bool((inner[name] & ~mask).any()):
             return False
     return True

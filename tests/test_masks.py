@@ -46,6 +46,14 @@ def test_each_layer_loses_its_own_count(state, full):
     assert bool(pruned["second"].all())
 
 
+def test_masks_of_two_networks_are_not_compared(full):
+    shorter = {**full, "second": full["second"][:9]}
+    with pytest.raises(
+        InputError, match=r"masks: second has shape \(9, 4, 3, 3\) in one set, \(10, 4, 3, 3\) in the other"
+    ):
+        masks.nested(shorter, full)
+
+
 def test_nested_counts_a_missing_mask_as_all_alive(full):
     holed = {**full, "first": torch.zeros_like(full["first"])}
     assert masks.nested(holed, full)
