@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from lipfast import masks
-from lipfast.config import derive_seed
+from lipfast.config import check_seed, derive_seed
 from lipfast.masks import Masks
 
 
@@ -19,7 +19,11 @@ def random_masks(like: Mapping[str, torch.Tensor], seed: int, *, each_layer: boo
         like: the masks to match in count.
         seed: of the choice, which is unrelated to the weights that a network draws from the same seed.
         each_layer: match the count in every layer; otherwise over all layers together.
+
+    Raises:
+        ConfigError: a seed below 0 or beyond 2^63 - 1.
     """
+    check_seed("random_masks: seed", seed)
     generator = torch.Generator().manual_seed(derive_seed(seed, "search/controls"))
     scores = {name: torch.rand(mask.shape, generator=generator) for name, mask in like.items()}
     full = {name: torch.ones_like(mask) for name, mask in like.items()}

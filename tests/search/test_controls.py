@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lipfast import masks, priors
+from lipfast.errors import ConfigError
 from lipfast.search import controls
 
 
@@ -33,6 +34,12 @@ def test_the_choice_follows_the_seed(rounds):
     first, again, other = (controls.random_masks(rounds[2], seed=seed, each_layer=False) for seed in (4, 4, 5))
     assert torch.equal(first["a"], again["a"])
     assert not torch.equal(first["a"], other["a"])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_out_of_range_are_refused(rounds, seed):
+    with pytest.raises(ConfigError, match=rf"random_masks: seed={seed} must be"):
+        controls.random_masks(rounds[1], seed, each_layer=False)
 
 
 def test_the_choice_knows_nothing_of_the_weights_drawn_from_the_same_seed():
