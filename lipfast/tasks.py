@@ -550,6 +550,8 @@ def from_config(config: dict[str, Any], *, mask: Tensor | None = None) -> Task:
         ConfigError: no such task, or it cannot be rebuilt from its config.
         InputError: the mask is not the one the config names.
     """
+    if config.get("name") == Physics.name:
+        raise ConfigError(f"physics: {config.get('class')} cannot be rebuilt from its config; give the task again")
     options = {key: value for key, value in config.items() if key != "name"}
     if "mask_sha256" not in options:
         return parse(str(config.get("name")), **options)

@@ -417,6 +417,11 @@ def test_mask_of_another_size_is_refused():
         tasks.Inpaint(torch.ones(4, 4)).degrade(torch.zeros(3, 8, 4))
 
 
+def test_physics_of_ones_own_is_asked_for():
+    with pytest.raises(ConfigError, match=r"physics: .*Blur cannot be rebuilt from its config; give the task again"):
+        tasks.from_config(tasks.as_task(Blur()).config)
+
+
 def test_a_wrong_mask_does_not_stand_in_for_the_configs():
     config = tasks.Inpaint(torch.ones(4, 4)).config
     assert config["mask_sha256"] == hashlib.sha256(b"\x01" * 16).hexdigest()[:16]
