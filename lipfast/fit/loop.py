@@ -27,7 +27,7 @@ from lipfast.errors import ConfigError, FitError, InputError
 from lipfast.fit.device import check_instruction_set
 from lipfast.fit.noise import InputNoise
 from lipfast.fit.state import FitState, grouped
-from lipfast.fit.stopping import MovingVariance, StopRule, WindowedVariance
+from lipfast.fit.stopping import LARGEST_WINDOW, MovingVariance, StopRule, WindowedVariance
 from lipfast.priors import as_prior
 
 INPUT_SCALE = 0.1  # z ~ U(0, 0.1)
@@ -60,7 +60,7 @@ class FitConfig:
             "input_noise": (0 <= self.input_noise < math.inf, "0 or more"),
             "average": (0 <= self.average < 1, "in [0, 1)"),
             "backtrack": (0 <= self.backtrack < math.inf, "dB, 0 or more"),
-            "window": (self.window >= 2, "at least 2"),
+            "window": (2 <= self.window <= LARGEST_WINDOW, f"2 to {LARGEST_WINDOW}"),
             "patience": (self.patience >= 1, "at least 1"),
             "alpha": (0 < self.alpha < 1, "in (0, 1)"),
             "halt": (not self.halt or self.stop != "none", "False without a stop rule"),

@@ -16,6 +16,7 @@ from torch import Tensor
 # sums never drift, and the rounding adds a variance of 2e-11, far below any that occurs.
 _LEVELS = 65535
 _ZERO_LEVEL = 32768
+LARGEST_WINDOW = 2**16  # outputs whose sum 32 bits hold
 
 
 class StopRule(Protocol):
@@ -75,7 +76,7 @@ class WindowedVariance(_Minimum):
     Memory: 2 ``window`` + 4 bytes per value of an output. Cost: a few passes over one output a step.
 
     Args:
-        window: outputs looked at, at least 2.
+        window: outputs looked at, 2 to ``LARGEST_WINDOW``.
         patience: steps without a new minimum before the rule fires, at least 1.
     """
 
