@@ -45,13 +45,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> Tensor
     """Softmax attention of rows of features that are cut into heads, which lie one behind the other in its rows."""
     counts = heads.queries, heads.keys, heads.keys
     given = zip((query, key, value), heads.places, counts, strict=False)
-    q, k, v = (_cut(rows, places, count, heads) for rows, places, count in given)
+    q, k, v = (_as_heads(rows, places, count, heads) for rows, places, count in given)
     seen = _ATTENTION(q, k, v, scale=heads.scale)
     by_picture = heads.places[3][3] == 1
     return seen.permute((0, 2, 1, 3) if by_picture else (2, 0, 1, 3)).flatten(2)
 
 
-def _cut(rows: Tensor, places: tuple[int, int, int, int], count: int, heads: Heads) -> Tensor:
+def _as_heads(rows: Tensor, places: tuple[int, int, int, int], count: int, heads: Heads) -> Tensor:
     """(pictures, heads, tokens, features of a head): a view of contiguous rows."""
     first, apart, of_picture, of_token = places
     sizes, features = (heads.pictures, heads.heads, count, heads.features), rows.shape[-1]
@@ -234,15 +234,15 @@ class _Finder:
         contiguous = [made] if made and made.function is Tensor.contiguous else []
         turned = self._made.get(made.refs()[0].number) if made and contiguous else made
         core = self._maker(turned.refs()[0], [_ATTENTION]) if turned and turned.function in _TRANSPOSE else None
-        if turned is None or core is None:
+        operands = _operands(core) if core else []
+        if turned is None or core is None or not operands:
             return None
-        operands = _operands(core)
         cut = [self._cut(operand) for operand in operands]
-        n, heads, queries, features = operands[0].shape if operands else (0, 0, 0, 0)
+        n, heads, queries, features = operands[0].shape
         turned_sizes = (*_replayed(turned, torch.empty(2, 3, 5, 7, device="meta"))[0].shape,)
         last = {(2, 5, 3, 7): (queries, 1), (5, 2, 3, 7): (1, n)}.get(turned_sizes)
         together = call.result.shape == (*turned.result.shape[:2], heads * features)
-        if not operands or last is None or not together or any(known is None for known in cut):
+        if last is None or not together or any(known is None for known in cut):
             return None
         bases, places, views = zip(*(known for known in cut if known), strict=True)
         scale = core.kwargs.get("scale")
@@ -254,9 +254,12 @@ class _Finder:
         """The rows of features that (pictures, heads, tokens, features) are a view of, where each head lies in them,
         and the calls between."""
         chain: list[tuple[Call, Ref]] = []
-        while (call := self._makers.get(ref.number)) and call.function in _VIEWS and len(call.refs()) == 1:
+        while (call := self._makers.get(ref.number)) and call.function in _VIEWS:
+            of = call.refs()
+            if len(of) != 1 or of[0].dtype != ref.dtype:  # gradients do not pass through another dtype
+                break
             chain.append((call, ref))
-            ref = call.refs()[0]
+            ref = of[0]
         rows = view = torch.empty(ref.shape, dtype=ref.dtype, device="meta")
         for call, result in reversed(chain):
             if call.function is Tensor.contiguous:  # the same numbers, wherever they lie

@@ -135,6 +135,8 @@ class Changed(Attention):
         lambda q, k, v: F.scaled_dot_product_attention(q, k, k + v),
         lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, :4], v[:, :, :4]),
         lambda q, k, v: F.scaled_dot_product_attention(q, k.flip(-1), v),
+        lambda q, k, v: v + F.scaled_dot_product_attention(q[0], k[0], v[0]).permute(1, 0, 2).reshape(7, 24).mean(),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k.view(torch.int32).view(torch.float32), v),
         lambda q, k, v: F.scaled_dot_product_attention(q, k.expand(2, 3, 7, 8), v) + q.mean(),
     ],
 )
