@@ -1,7 +1,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import leaves_of
 from torch import Tensor, nn
 
 import lipfast
@@ -50,7 +49,8 @@ def prune(module: nn.Module) -> None:
 
 def kinds(module: nn.Module, x: Tensor) -> list[list[str]]:
     """The operators of each lane segment."""
-    recording = record(lambda leaves, x: call_with(module, leaves, (x,)), [x], leaves_of(module))
+    leaves = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    recording = record(lambda leaves, x: call_with(module, leaves, (x,)), [x], leaves)
     items = lower(recording, masks_of(module)).items
     return [[node.kind for node in item.graph.nodes] for item in items if isinstance(item, Segment)]
 
