@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent / "lipfast"
 ORDER = [
     *["errors", "config", "locks", "ops", "engine", "images", "tasks", "priors", "masks", "fit"],
-    *["tickets", "search", "restore", "studies", "doctor", "report", "demo", "bench", "cli"],
+    *["tickets", "search", "restore", "doctor", "report", "demo", "bench", "cli"],
 ]
 
 
