@@ -187,10 +187,19 @@ def check_scale(image: Tensor, where: str) -> Tensor:
         InputError: as there, or values of another scale.
     """
     image = check(image, where)
-    low, high = float(image.min()), float(image.max())
+    check_range(image, where)
+    return image
+
+
+def check_range(image: Tensor, where: str) -> None:
+    """Refuse values of another scale than [0, 1], in a tensor of any shape.
+
+    Raises:
+        InputError: a value below -1 or above 2.
+    """
+    low, high = float(image.detach().min()), float(image.detach().max())
     if low < -1 or high > 2:
         raise InputError(f"{where}: values are on the scale [0, 1], got {low:g} to {high:g}; divide grey levels by 255")
-    return image
 
 
 def crop_centre(image: Tensor, height: int, width: int) -> Tensor:
