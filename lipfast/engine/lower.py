@@ -59,11 +59,13 @@ class Segment:
 
 @dataclasses.dataclass
 class Lowered:
-    """A recording with its lane segments; ``refused`` says why torch calls on maps are left."""
+    """A recording with its lane segments; ``refused`` says why torch calls on maps are left, ``of_parameters`` which
+    of the items compute on parameters alone."""
 
     recording: Recording
     items: list["Segment | Call"]
     refused: list[str]
+    of_parameters: list[Call] = dataclasses.field(default_factory=list)
 
 
 def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None, inputs: Container[str] = ()) -> Lowered:
@@ -106,7 +108,7 @@ def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None, input
             items.append(call)
     items += builder.finish(last_use, len(recording.calls))
     minor = _far_from_lanes(items, recording.leaves)
-    return Lowered(recording, items, [why for call, why in refused if id(call) not in minor])
+    return Lowered(recording, items, [why for call, why in refused if id(call) not in minor], first)
 
 
 def _far_from_lanes(items: Sequence[Segment | Call], leaves: Container[int]) -> set[int]:

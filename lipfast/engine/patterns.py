@@ -93,11 +93,12 @@ def _without_unread(calls: list[Call], inner: set[int], result: Any) -> list[Cal
 
 # Functions of nothing but their arguments, by name in torch and as methods.
 _PURE = (
-    "abs", "add", "arange", "cat", "chunk", "clamp", "clone", "contiguous", "cos", "detach", "div", "einsum", "eq",
-    "exp", "expand", "expand_as", "flatten", "float", "full", "ge", "gt", "le", "log", "lt", "matmul", "maximum",
-    "mean", "minimum", "mul", "neg", "norm", "ones", "permute", "pow", "relu", "repeat", "reshape", "round", "rsqrt",
-    "sigmoid", "sign", "sin", "softmax", "split", "sqrt", "square", "squeeze", "stack", "std", "sub", "sum", "t",
-    "tanh", "to", "transpose", "unbind", "unsqueeze", "var", "view", "where", "zeros", "__add__", "__ge__",
+    "_weight_norm", "abs", "add", "addcmul", "arange", "bmm", "cat", "chunk", "clamp", "clone", "contiguous", "cos",
+    "detach", "div", "dot", "einsum", "eq", "exp", "expand", "expand_as", "flatten", "flip", "float", "full", "ge",
+    "gt", "index_select", "le", "log", "lt", "matmul", "maximum", "mean", "minimum", "mm", "mul", "mv", "neg", "norm",
+    "ones", "permute", "pow", "relu", "repeat", "reshape", "reshape_as", "round", "rsqrt", "sigmoid", "sign", "sin",
+    "softmax", "split", "sqrt", "square", "squeeze", "stack", "std", "std_mean", "sub", "sum", "t", "tanh", "to",
+    "transpose", "unbind", "unsqueeze", "var", "var_mean", "view", "view_as", "where", "zeros", "__add__", "__ge__",
     "__getitem__", "__gt__", "__le__", "__lt__", "__mul__", "__neg__", "__pow__", "__radd__", "__rmul__", "__rsub__",
     "__rtruediv__", "__sub__", "__truediv__",
 )  # fmt: skip
@@ -108,7 +109,8 @@ _PURE_FUNCTIONS |= {F.linear, torch._C._nn.linear, F.softmax, F.gelu, F.layer_no
 def is_pure(call: Call) -> bool:
     """Whether a call's result depends on its arguments alone, and it changes nothing."""
     silu = call.function is F.silu and len(call.args) == 1 and not call.kwargs.get("inplace")
-    return (silu or call.function in _PURE_FUNCTIONS) and "out" not in call.kwargs
+    norm = call.function is F.batch_norm and not _running_statistics(call)  # of a weight, to standardise it
+    return (silu or norm or call.function in _PURE_FUNCTIONS) and "out" not in call.kwargs
 
 
 def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
@@ -140,8 +142,14 @@ def written(recording: Recording) -> set[int]:
         if in_place or "out" in call.kwargs:
             numbers.update(ref.number for ref in call.refs())
         elif call.function in (F.batch_norm, F.instance_norm):
-            numbers.update(ref.number for ref in call.refs()[1:])
+            numbers.update(ref.number for ref in _running_statistics(call))
     return numbers
+
+
+def _running_statistics(call: Call) -> list[Ref]:
+    """What a BatchNorm or InstanceNorm is given of them."""
+    named = dict(zip(("input", "running_mean", "running_var"), call.args, strict=False)) | call.kwargs
+    return refs_in([named.get("running_mean"), named.get("running_var")])
 
 
 _Found = tuple[Callable[..., Any], tuple[Any, ...], list[Call]] | None  # a function, its arguments, the inner calls
