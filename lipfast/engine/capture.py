@@ -200,6 +200,7 @@ class _Recorder(TorchFunctionMode):
         self._differentiable: set[int] = set()  # numbers of tensors that require gradients, whatever stand-ins do
         self._alive: list[Tensor] = []
         self._stand_ins: dict[int, Tensor] = {}  # of tensors that have numbers, by their id
+        self._stood_for: dict[int, Tensor] = {}  # and those tensors by their stand-ins' ids
         self._overwritten: dict[int, list[Tensor]] = {}  # id of a tensor -> those through which its memory was written
         self._count = 0
         self._grad: bool | None = None
@@ -294,7 +295,7 @@ class _Recorder(TorchFunctionMode):
             return result
         self._check_writes(func, written, results)
         if all(id(leaf) in versions and not written for leaf in results):
-            return result  # no tensor, or the very tensor it was given, unchanged
+            return pytree.tree_map(self._with_numbers, result)  # no tensor, or the very tensor it was given, unchanged
         call = Call(func, noted[0], noted[1], pytree.tree_map(self._written, result), self._grad)
         self.calls.append(call)
         if self._differentiates(call):
@@ -385,7 +386,11 @@ class _Recorder(TorchFunctionMode):
             stand_in = self._stand_ins[id(tensor)] = tensor.to("meta")
             self._refs[id(stand_in)] = self._refs[id(tensor)]
             self._alive.append(stand_in)
+            self._stood_for[id(stand_in)] = tensor
         return self._stand_ins[id(tensor)]
+
+    def _with_numbers(self, value: Any) -> Any:
+        return self._stood_for.get(id(value), value)
 
     def _new(self, tensor: Tensor) -> Ref:
         if id(tensor) not in self._refs:
@@ -470,38 +475,101 @@ def _has_tensors(part: slice) -> bool:
     return any(isinstance(bound, Tensor) for bound in (part.start, part.stop, part.step))
 
 
+@dataclasses.dataclass(frozen=True)
+class Assigned:
+    """An attribute that a module's forward assigned, or changed the entries of."""
+
+    path: str  # of the module
+    name: str
+    value: Any
+    entries: bool  # it is the same object as before
+    plain: bool  # no parameter, buffer or module
+
+    def can_be_kept(self) -> bool:
+        """Whether it is made of tensors and plain values."""
+        leaves = pytree.tree_leaves(self.value)
+        known = not self.entries or type(self.value) in (dict, list)
+        return self.plain and known and all(isinstance(leaf, (torch.Size, *_PLAIN)) for leaf in leaves)
+
+    def __str__(self) -> str:
+        return f"{self.path}.{self.name}" if self.path else self.name
+
+
+def assigns(changed: Sequence[Assigned]) -> InputError:
+    """What a module's forward assigns cannot be recorded."""
+    names = ", ".join(sorted(map(str, changed)))
+    return InputError(f"engine: the module's forward assigns {names}; only what it returns can be recorded")
+
+
 def call_with(
-    module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    assigned: list[Assigned] | None = None,
 ) -> Any:
     """The module's result with other tensors in place of parameters and buffers, given by the first name of each.
 
     `torch.func.functional_call`, but for two things. A module that stands in two places of another has its tensors
     exchanged once: torch puts the second stand-in back as the original. And what forward assigns to attributes and
-    buffers, which would be lost, is refused.
+    buffers, which would be lost, is refused, or handed out in ``assigned``.
     """
     first = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-    own = {path: (owner, _state(owner)) for path, owner in module.named_modules()}
-    for owner, _ in own.values():
-        for held in (owner._parameters, owner._buffers):
-            for name, tensor in held.items():
-                if tensor is not None and first[id(tensor)] in tensors:
-                    held[name] = tensors[first[id(tensor)]]
-    given = {path: (_state(owner), snapshot(owner)) for path, (owner, _) in own.items()}
-    try:
+    own = dict(module.named_modules())
+    with left_as_it_was(module):
+        for owner in own.values():
+            for held in (owner._parameters, owner._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None and first[id(tensor)] in tensors:
+                        held[name] = tensors[first[id(tensor)]]
+        given = {path: (_state(owner), snapshot(owner)) for path, owner in own.items()}
         result = module(*args, **(kwargs or {}))
         changed = [
-            f"{path}.{name}" if path else name
-            for path, (owner, _) in own.items()
+            _assigned(path, name, owner, given[path][0])
+            for path, owner in own.items()
             for name in _changes(owner, *given[path])
         ]
-    finally:
-        for owner, state in own.values():
-            _restore(owner, state)
-    if changed:
-        raise InputError(
-            f"engine: the module's forward assigns {', '.join(sorted(changed))}; only what it returns can be recorded"
-        )
+    if changed and (assigned is None or not all(one.can_be_kept() for one in changed)):
+        raise assigns(changed)
+    if assigned is not None:
+        assigned += changed
     return result
+
+
+def _assigned(path: str, name: str, owner: nn.Module, before: Mapping[str, Any]) -> Assigned:
+    """An attribute as it is now."""
+    value = _state(owner)[name]
+    plain = name in vars(owner) and name not in _OF_EVERY_MODULE
+    entries = name in before and value is before[name]
+    return Assigned(path, name, pytree.tree_map(lambda leaf: leaf, value) if plain else value, entries, plain)
+
+
+@contextlib.contextmanager
+def left_as_it_was(module: nn.Module) -> Iterator[None]:
+    """Restore the attributes of a module and of those in it, and the entries of their dicts, lists and sets."""
+    states = [(owner, _state(owner)) for owner in module.modules()]
+    entries: list[tuple[Any, Any]] = []
+    for owner, _ in states:
+        for name, value in vars(owner).items():
+            if name not in _OF_EVERY_MODULE:
+                _note_entries(value, entries)
+    try:
+        yield
+    finally:
+        for owner, state in states:
+            _restore(owner, state)
+        for held, before in entries:
+            if not equal(list(held), list(before)) or (isinstance(held, dict) and not equal(held, before)):
+                held.clear()
+                held.extend(before) if isinstance(held, list) else held.update(before)
+
+
+def _note_entries(value: Any, found: list[tuple[Any, Any]]) -> None:
+    if type(value) in (dict, list, set):
+        found.append((value, copy.copy(value)))
+    if type(value) in (dict, list, tuple):
+        for entry in value.values() if isinstance(value, dict) else value:
+            _note_entries(entry, found)
 
 
 def _state(module: nn.Module) -> dict[str, Any]:

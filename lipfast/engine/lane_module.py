@@ -16,10 +16,13 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
+from lipfast.engine.assigned import assign, shares_memory
 from lipfast.engine.capture import (
+    Assigned,
     Call,
     Recording,
     Ref,
+    assigns,
     autocast,
     call_with,
     equal,
@@ -154,7 +157,7 @@ class LaneModule(nn.Module):
     def to_dense(self) -> nn.Module:
         """The ordinary module with the current weights, pruned ones exactly 0; it shares no memory with this one."""
         self._source().training = self.training
-        dense: nn.Module = copy.deepcopy(self._source())
+        dense = _copy(self._source())
         for name, mask in self._masks.items():
             _replace(dense, name, _scatter(dense.get_parameter(name).detach(), mask))
         return dense
@@ -267,16 +270,8 @@ class LaneModule(nn.Module):
         for name, mask in self._masks.items():
             if tensors[name].shape != (int(mask.count_nonzero()),):
                 raise InputError(f"accelerate: parameter {name!r} was replaced; call accelerate() on the new model")
-        dense = self._dense_stand_ins()
-
-        def call(stand_ins: dict[str, Tensor], *tensors: Tensor) -> Any:
-            remaining = iter(tensors)
-            filled = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            args, kwargs = (tuple(filled), {}) if structure is None else pytree.tree_unflatten(filled, structure)
-            return call_with(self._source(), stand_ins, args, kwargs)
-
-        recording = record(call, [leaf for leaf in leaves if isinstance(leaf, Tensor)], dense)
         device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), CPU)
+        recording = self._record(leaves, structure, device)
         if not runs_in_lanes(device):
             lowered = lower_to_operators(recording, self._masks, device, precision=self._precision)
             self._warn(lowered)
@@ -292,6 +287,44 @@ class LaneModule(nn.Module):
         in_lanes = {name: mask for name, mask in masks.items() if name not in read_dense}
         compiled.multiplied = Multiplied(in_lanes, sorted(set(sources.values())), tensors)
         return compiled
+
+    def _record(self, leaves: Sequence[Any], structure: Any, device: torch.device) -> Recording:
+        """The code of a call with these leaves. What it keeps in attributes for the next one is there afterwards."""
+        assigned: list[Assigned] = []
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        dense = self._dense_stand_ins()
+
+        def call(stand_ins: dict[str, Tensor], *tensors: Tensor, found: list[Assigned] | None = None) -> Any:
+            remaining = iter(tensors)
+            filled = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = (tuple(filled), {}) if structure is None else pytree.tree_unflatten(filled, structure)
+            return call_with(self._source(), stand_ins, args, kwargs, found)
+
+        def first(*tensors: Any) -> Any:
+            result = call(*tensors, found=assigned)
+            return result, [one.value for one in assigned]
+
+        recording = record(first, inputs, dense)
+        recording.result, values = recording.result
+        if not assigned:
+            return recording
+        found = [dataclasses.replace(one, value=value) for one, value in zip(assigned, values, strict=True)]
+
+        def run(calls: Sequence[Call], wanted: set[int]) -> Mapping[int, Any]:
+            tensors, numbers = self._surveyed().tensors, {ref.number for made in calls for ref in made.refs()}
+            known: dict[int, Any] = dict(recording.constants)
+            known.update((ref.number, tensor) for ref, tensor in zip(recording.inputs, inputs, strict=True))
+            own = {number: name for number, name in recording.leaves.items() if number in numbers}
+            known.update((number, _dense(name, tensors, self._masks)) for number, name in own.items())
+            for made in calls:
+                with torch.set_grad_enabled(torch.is_grad_enabled() if made.grad is None else made.grad):
+                    _run_call(made, known, device)
+            unpacked = [known[number] for number, name in own.items() if name in self._masks]
+            if any(shares_memory(known[number], unpacked) for number in wanted):
+                raise assigns(found)  # a view of a parameter, whose dense form is a copy
+            return known
+
+        return assign(self._source(), found, recording, lambda: record(call, inputs, dense), run)
 
     def _dense_stand_ins(self) -> dict[str, Tensor]:
         """Parameters and buffers; the pruned ones as tensors without memory, of the form that they had."""
@@ -884,7 +917,7 @@ def _copy(model: nn.Module) -> nn.Module:
     """A deep copy. Pruning hooks leave a computed tensor as an attribute, which torch refuses to copy."""
     known: dict[int, Any] = {}
     for module in model.modules():
-        for value in vars(module).values():
+        for value in pytree.tree_leaves(vars(module)):
             if isinstance(value, Tensor) and not value.is_leaf:
                 known[id(value)] = value.detach().clone()
     return copy.deepcopy(model, known)

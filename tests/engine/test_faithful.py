@@ -132,11 +132,6 @@ def _notes(self, x):
     return self.conv(x)
 
 
-def _caches(self, x):
-    self.notes.setdefault("grid", torch.zeros(x.shape[-1]))
-    return self.conv(x) + self.notes["grid"]
-
-
 def _averages(self, x):
     self.mean = 0.9 * self.mean + 0.1 * x.mean()
     return self.conv(x)
@@ -181,7 +176,6 @@ def _changes_autocast(self, x):
     [
         (_keeps, "forward assigns seen"),
         (_notes, "forward assigns notes"),
-        (_caches, "forward assigns notes"),
         (_averages, "forward assigns mean"),
         (_averages_in_data, "cannot be recorded"),
         (_hooks, "hook"),
