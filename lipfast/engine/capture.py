@@ -15,6 +15,7 @@ import itertools
 import math
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -522,6 +523,10 @@ def call_with(
                 for name, tensor in held.items():
                     if tensor is not None and first[id(tensor)] in tensors:
                         held[name] = tensors[first[id(tensor)]]
+            if isinstance(owner, nn.RNNBase):  # it reads its parameters from a list, which it makes anew for others
+                weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
+                owner._flat_weights = weights
+                owner._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in weights]
         given = {path: (_state(owner), snapshot(owner)) for path, owner in own.items()}
         result = module(*args, **(kwargs or {}))
         changed = [
@@ -644,7 +649,9 @@ def _undrawn(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return result
 
 
-def _stand_in(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _stand_in(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | tuple[Tensor, ...] | None:
     """The result of a function of stand-ins, where shapes alone plainly tell it; None to ask the function.
 
     torch runs many of them through Python, which takes milliseconds a call and, for the first, seconds of imports; a
@@ -930,6 +937,30 @@ def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     return first.new_empty(size)
 
 
+def _recurred(
+    input: Tensor,
+    state: Any,
+    weights: Any,
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, ...] | None:
+    """Of recurrent layers, whose steps torch would take one by one."""
+    states = state if isinstance(state, tuple) else (state,)
+    tensors = [input, *states, *weights]
+    alike = all(tensor.dtype == input.dtype for tensor in tensors) and input.is_floating_point()
+    directions, features = 2 if bidirectional else 1, weights[0].shape[-1]
+    items = input.shape[0 if batch_first else 1]
+    fits = all(tensor.shape[:-1] == (directions * num_layers, items) for tensor in states)
+    if not alike or not fits or input.dim() != 3 or 0 in input.shape or input.shape[-1] != features:
+        return None
+    output = input.new_empty(*input.shape[:-1], directions * states[0].shape[-1])
+    return output, *(tensor.new_empty(tensor.shape) for tensor in states)
+
+
 def pair(value: Any) -> tuple[Any, Any]:
     """What torch makes of a number for both axes, alone or in a sequence, or of one for each."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
@@ -943,7 +974,7 @@ _ELEMENT_BY_ELEMENT = (
     "sigmoid", "tanh", "relu", "minimum", "maximum",
 )  # fmt: skip
 
-_RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: _normalised,
     F.instance_norm: _normalised_by_item,
     F.group_norm: _normalised_by_group,
@@ -969,6 +1000,7 @@ _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     Tensor.log_softmax: _shared_out,
     F.dropout: _thinned,
     F.dropout2d: _thinned,
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurred),
     torch.pixel_shuffle: _shuffled,
     torch.pixel_unshuffle: _unshuffled,
     **dict.fromkeys(

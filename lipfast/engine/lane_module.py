@@ -55,6 +55,7 @@ _WEIGHTS_OF = {(nn.Conv2d, nn.ConvTranspose2d, nn.Linear): "weight", (nn.Multihe
 _LAYERS = (
     *(torch.conv1d, torch.conv2d, torch.conv3d, F.linear, torch._C._nn.linear),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+    *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
 )
 # and others whose results share none with any operand.
 _MAKE_NEW = (
