@@ -6,13 +6,13 @@ is the call after that.
 """
 
 import collections
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lipfast.engine.capture import Assigned, Call, Recording, Ref, assigns, left_as_it_was, refs_in
+from lipfast.engine.capture import Assigned, Call, Recording, Ref, assigns, left_as_it_was, made_by, refs_in
 from lipfast.engine.patterns import written
 
 
@@ -36,7 +36,7 @@ def assign(
         InputError: the next call would assign something, too, or do something else than the first one.
     """
     wanted = {ref.number for one in assigned for ref in refs_in(one.value)}
-    calls = _needed(first, wanted)
+    calls = made_by(first.calls, wanted)
     if first.leaves.keys() & wanted or _overwrites(first, calls):
         raise assigns(assigned)
     known = run(calls, wanted)
@@ -52,17 +52,6 @@ def assign(
         raise assigns(assigned)
     _put(module, assigned, values)
     return settled
-
-
-def _needed(recording: Recording, wanted: Iterable[int]) -> list[Call]:
-    """The calls that these tensors are made by, in order."""
-    numbers = set(wanted)
-    calls: list[Call] = []
-    for call in reversed(recording.calls):
-        if not numbers.isdisjoint(ref.number for ref in call.results()):
-            numbers.update(ref.number for ref in call.refs())
-            calls.append(call)
-    return calls[::-1]
 
 
 def _overwrites(recording: Recording, calls: Sequence[Call]) -> bool:

@@ -16,7 +16,7 @@ import math
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from lipfast.engine.attention import self_attention
@@ -91,6 +92,27 @@ class Recording:
     counted: list[tuple[str, int]]
 
 
+def run_call(call: Call, known: dict[int, Any], device: torch.device) -> None:
+    """Call the function with the tensors known by their numbers, and add what it makes."""
+
+    def fill(leaf: Any) -> Any:
+        if isinstance(leaf, torch.device) and leaf.type == "meta":  # where it was recorded
+            return device
+        return known[leaf.number] if isinstance(leaf, Ref) else leaf
+
+    def fill_all(value: Any) -> Any:  # walking a tree takes as long as a small operator does
+        return pytree.tree_map(fill, value) if isinstance(value, (tuple, list, dict)) else fill(value)
+
+    kwargs = {name: fill_all(value) for name, value in call.kwargs.items()}
+    result = call.function(*map(fill_all, call.args), **kwargs)
+    if isinstance(call.result, Ref):
+        known[call.result.number] = result
+        return
+    for ref, tensor in zip(pytree.tree_leaves(call.result), pytree.tree_leaves(result), strict=True):
+        if isinstance(ref, Ref):
+            known[ref.number] = tensor
+
+
 def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mapping[str, Tensor]) -> Recording:
     """Run ``function(leaves on the meta device, *inputs on the meta device)`` and record it.
 
@@ -122,6 +144,7 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mappi
                 ) from failure
     recording = Recording(refs, recorder.leaves, recorder.constants, recorder.calls, None, recorder.counted)
     recording.result = pytree.tree_map(recorder.known, result)
+    recording.calls = without_unread(recorder.calls, recorder.answered, recording.result)
     _refuse_hidden(recording.result)
     return recording
 
@@ -166,7 +189,11 @@ def _reaches_stand_in(value: Any) -> bool:
 _UNSEEN = (Tensor.data.__set__, Tensor.register_hook, Tensor.retain_grad)  # type: ignore[attr-defined]
 # Stand-ins have other answers than the tensors they stand for.
 _UNKNOWN = tuple(getattr(Tensor, name).__get__ for name in ("grad_fn", "grad", "is_leaf"))
-_NEEDS_NUMBERS = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+_NEEDS_NUMBERS = (
+    *(Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.item, Tensor.is_nonzero, torch.is_nonzero),
+    *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__contains__),
+    *(Tensor.equal, torch.equal, Tensor.allclose, torch.allclose),
+)
 _OF_DEVICE: dict[Any, Callable[[torch.device], Any]] = {
     Tensor.device.__get__: lambda device: device,
     Tensor.is_cpu.__get__: lambda device: device.type == "cpu",  # type: ignore[attr-defined]
@@ -206,6 +233,7 @@ class _Recorder(TorchFunctionMode):
         self._count = 0
         self._grad: bool | None = None
         self._outside = torch.is_grad_enabled()
+        self.answered: set[int] = set()  # ids of calls on whose numbers a question was answered
         self.inside = False  # a function that is noted as one call
 
     def leaf(self, name: str, tensor: Tensor) -> Tensor:
@@ -263,6 +291,10 @@ class _Recorder(TorchFunctionMode):
             return self._refs[id(args[0])].number in self._differentiable
         if func in _OF_DEVICE and id(args[0]) in self._refs:
             return _OF_DEVICE[func](self._device)
+        if func in _NEEDS_NUMBERS:
+            answer = self._answer(func, args, kwargs)
+            if answer is not None:
+                return answer[0]
         if func is torch._C._set_grad_enabled:
             self._grad = None if args[0] == self._outside else args[0]
             return func(*args)
@@ -303,6 +335,34 @@ class _Recorder(TorchFunctionMode):
             self._differentiable |= {ref.number for ref in call.results() if ref.dtype.is_floating_point}
         return result
 
+    def _answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
+        """What a function says of numbers that the code makes of none that it is given, a range's or a mask's: it says
+        the same in each run. None where there are others."""
+        noted_args, noted_kwargs = pytree.tree_map(self.known, (args, kwargs))
+        asks = Call(func, noted_args, noted_kwargs, None)
+        calls = [*made_by(self.calls, {ref.number for ref in asks.refs()}), asks]
+        made = {ref.number for call in calls for ref in call.results()}
+        if any(ref.number not in made for call in calls for ref in call.refs()):
+            return None
+        rounds = self._device.type != "cpu" and any(
+            ref.dtype.is_floating_point for call in calls for ref in call.refs()
+        )
+        if rounds or any(isinstance(call.function, functools.partial) for call in calls):  # code of the user's
+            return None
+        known: dict[int, Any] = {}
+        try:
+            with torch.no_grad(), _NothingUnknown():  # type: ignore[no-untyped-call]
+                for call in calls[:-1]:
+                    run_call(call, known, torch.device("cpu"))
+                args, kwargs = pytree.tree_map(
+                    lambda leaf: known[leaf.number] if isinstance(leaf, Ref) else leaf, (asks.args, asks.kwargs)
+                )
+                answer = func(*args, **kwargs)
+        except _UnknownNumbersError:
+            return None
+        self.answered.update(map(id, calls))
+        return (answer,)
+
     def _differentiates(self, call: Call) -> bool:
         given = any(ref.number in self._differentiable for ref in call.refs())
         return given and torch.is_grad_enabled() and call.function not in _DETACHES
@@ -323,15 +383,15 @@ class _Recorder(TorchFunctionMode):
             )
         if any(isinstance(leaf, slice) and _has_tensors(leaf) for leaf in pytree.tree_leaves(noted)):
             raise InputError("engine: the module's forward slices by the number of a tensor, which cannot be recorded")
-        if func in (*_UNKNOWN, *_NEEDS_NUMBERS) and refs_in(noted):
-            what = "the numbers" if func in _NEEDS_NUMBERS else "the history"
-            raise InputError(
-                f"engine: the module's forward asks for {what} of a tensor ({_name_of(func)}), which cannot be recorded"
-            )
         counted = {name for name, _ in self.counted}
         if counted and any(self.leaves.get(ref.number) in counted for ref in refs_in(noted)):
             raise InputError(
                 "engine: the module reads a counter that it changed while it runs, as BatchNorm with momentum=None does"
+            )
+        if func in (*_UNKNOWN, *_NEEDS_NUMBERS) and refs_in(noted):
+            what = "the numbers" if func in _NEEDS_NUMBERS else "the history"
+            raise InputError(
+                f"engine: the module's forward asks for {what} of a tensor ({_name_of(func)}), which cannot be recorded"
             )
 
     def _written(self, value: Any) -> Any:
@@ -400,6 +460,47 @@ class _Recorder(TorchFunctionMode):
         self._count += 1
         self._refs[id(tensor)] = ref
         return ref
+
+
+def made_by(calls: Sequence[Call], wanted: Iterable[int]) -> list[Call]:
+    """Those of a recording's calls that these tensors are made by, in order."""
+    numbers = set(wanted)
+    found: list[Call] = []
+    for call in reversed(calls):
+        if not numbers.isdisjoint(ref.number for ref in call.results()):
+            numbers.update(ref.number for ref in call.refs())
+            found.append(call)
+    return found[::-1]
+
+
+def without_unread(calls: list[Call], inner: set[int], result: Any) -> list[Call]:
+    """The calls without those of ``inner`` whose results nothing reads any more."""
+    read = {ref.number for ref in refs_in(result)}
+    kept = []
+    for call in reversed(calls):
+        if id(call) not in inner or any(ref.number in read for ref in call.results()):
+            kept.append(call)
+            read.update(ref.number for ref in call.refs())
+    return kept[::-1]
+
+
+class _UnknownNumbersError(Exception):
+    """What is computed is not the same in each run."""
+
+
+class _NothingUnknown(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses random numbers, memory that nobody wrote, and other devices, whose last digits may differ."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        if random or any(word in func.__name__ for word in ("empty", "resize", "set_")):
+            raise _UnknownNumbersError
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) and leaf.device.type != "cpu" for leaf in pytree.tree_leaves(result)):
+            raise _UnknownNumbersError
+        return result
 
 
 def assign_(tensor: Tensor, index: Any, value: Any) -> Tensor:

@@ -28,6 +28,7 @@ from lipfast.engine.capture import (
     equal,
     record,
     refs_in,
+    run_call,
     same_as_before,
     snapshot,
 )
@@ -319,7 +320,7 @@ class LaneModule(nn.Module):
             known.update((number, _dense(name, tensors, self._masks)) for number, name in own.items())
             for made in calls:
                 with torch.set_grad_enabled(torch.is_grad_enabled() if made.grad is None else made.grad):
-                    _run_call(made, known, device)
+                    run_call(made, known, device)
             unpacked = [known[number] for number, name in own.items() if name in self._masks]
             if any(shares_memory(known[number], unpacked) for number in wanted):
                 raise assigns(found)  # a view of a parameter, whose dense form is a copy
@@ -469,7 +470,7 @@ class Compiled:
 
     def _run_item(self, item: "Call | SegmentRunner", known: dict[int, Any], tensors: Mapping[str, Tensor]) -> None:
         if isinstance(item, Call):
-            _run_call(item, known, self._device)
+            run_call(item, known, self._device)
         else:
             item.run(known, tensors)
 
@@ -556,7 +557,7 @@ class _ComputedOnce:
         given = dict(zip((self._leaves[number] for number in self._read), tensors, strict=True))
         known: dict[int, Any] = {n: _dense(self._leaves[n], given, self._packed) for n in self._read}
         for call in self._calls:
-            _run_call(call, known, CPU)
+            run_call(call, known, CPU)
         return {number: known[number] for number in self._wanted}
 
 
@@ -579,25 +580,6 @@ def _by_amount(counted: Sequence[tuple[str, int]]) -> dict[int, list[str]]:
     for name, amount in counted:
         totals[name] = totals.get(name, 0) + amount
     return {total: [name for name in totals if totals[name] == total] for total in set(totals.values())}
-
-
-def _run_call(call: Call, known: dict[int, Any], device: torch.device) -> None:
-    def fill(leaf: Any) -> Any:
-        if isinstance(leaf, torch.device) and leaf.type == "meta":  # where it was recorded
-            return device
-        return known[leaf.number] if isinstance(leaf, Ref) else leaf
-
-    def fill_all(value: Any) -> Any:  # walking a tree takes as long as a small operator does
-        return pytree.tree_map(fill, value) if isinstance(value, (tuple, list, dict)) else fill(value)
-
-    kwargs = {name: fill_all(value) for name, value in call.kwargs.items()}
-    result = call.function(*map(fill_all, call.args), **kwargs)
-    if isinstance(call.result, Ref):
-        known[call.result.number] = result
-        return
-    for ref, tensor in zip(pytree.tree_leaves(call.result), pytree.tree_leaves(result), strict=True):
-        if isinstance(ref, Ref):
-            known[ref.number] = tensor
 
 
 @dataclasses.dataclass(frozen=True)

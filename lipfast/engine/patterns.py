@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lipfast.engine.capture import Call, Recording, Ref, refs_in
+from lipfast.engine.capture import Call, Recording, Ref, refs_in, without_unread
 from lipfast.engine.graph import Heads
 
 MULTIPLY = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
@@ -77,18 +77,7 @@ def gather_patterns(recording: Recording) -> None:
             continue
         calls.append(dataclasses.replace(call, function=function, args=args, kwargs={}))
         inner.update(id(part) for part in parts)
-    recording.calls = _without_unread(calls, inner, recording.result)
-
-
-def _without_unread(calls: list[Call], inner: set[int], result: Any) -> list[Call]:
-    """The calls without those of ``inner`` whose results nothing reads any more."""
-    read = {ref.number for ref in refs_in(result)}
-    kept = []
-    for call in reversed(calls):
-        if id(call) not in inner or any(ref.number in read for ref in call.results()):
-            kept.append(call)
-            read.update(ref.number for ref in call.refs())
-    return kept[::-1]
+    recording.calls = without_unread(calls, inner, recording.result)
 
 
 # Functions of nothing but their arguments, by name in torch and as methods.

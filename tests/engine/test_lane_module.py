@@ -364,7 +364,7 @@ def test_computed_weights_are_computed_once_while_nothing_is_written(kind, prune
         for _ in range(3):
             assert close(fast(x), model(x))
         run, loads = [], []
-        watched.setattr(lane_module, "_run_call", lambda *_: run.append(1))
+        watched.setattr(lane_module, "run_call", lambda *_: run.append(1))
         watched.setattr(SegmentRunner, "load", lambda *_: loads.append(1))
         assert close(fast(x), model(x))
         assert run == loads == []
@@ -930,13 +930,13 @@ def test_inference_mode(training):
 
 
 def test_torch_calls_keep_no_tensor_that_nothing_reads_again(monkeypatch):
-    known, run = [], lane_module._run_call
+    known, run = [], lane_module.run_call
 
     def counted(call: Call, tensors: dict[int, Tensor], device: torch.device) -> None:
         known.append(len(tensors))
         run(call, tensors, device)
 
-    monkeypatch.setattr(lane_module, "_run_call", counted)
+    monkeypatch.setattr(lane_module, "run_call", counted)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), *(nn.Softplus() for _ in range(8))).eval()
     with torch.no_grad():
         call(lipfast.accelerate(model), torch.randn(1, 3, 8, 8))
