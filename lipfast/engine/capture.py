@@ -187,6 +187,8 @@ def _reaches_stand_in(value: Any) -> bool:
 
 # They act on something else than their result.
 _UNSEEN = (Tensor.data.__set__, Tensor.register_hook, Tensor.retain_grad)  # type: ignore[attr-defined]
+_DIFFERENTIATE = {torch.autograd.grad: "torch.autograd.grad", Tensor.backward: "Tensor.backward"}
+_SET_GRADIENTS = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 # Stand-ins have other answers than the tensors they stand for.
 _UNKNOWN = tuple(getattr(Tensor, name).__get__ for name in ("grad_fn", "grad", "is_leaf"))
 _NEEDS_NUMBERS = (
@@ -295,6 +297,8 @@ class _Recorder(TorchFunctionMode):
             answer = self._answer(func, args, kwargs)
             if answer is not None:
                 return answer[0]
+        if func in _SET_GRADIENTS and not self._requires(args[0], *args[1:], **kwargs):
+            raise InputError("engine: the module's forward changes requires_grad of a tensor, which cannot be recorded")
         if func is torch._C._set_grad_enabled:
             self._grad = None if args[0] == self._outside else args[0]
             return func(*args)
@@ -363,6 +367,11 @@ class _Recorder(TorchFunctionMode):
         self.answered.update(map(id, calls))
         return (answer,)
 
+    def _requires(self, tensor: Tensor, requires_grad: bool = True) -> bool:
+        """Whether a tensor requires gradients, or does not, already."""
+        required: bool = self.known(tensor).number in self._differentiable
+        return required == requires_grad
+
     def _differentiates(self, call: Call) -> bool:
         given = any(ref.number in self._differentiable for ref in call.refs())
         return given and torch.is_grad_enabled() and call.function not in _DETACHES
@@ -376,6 +385,11 @@ class _Recorder(TorchFunctionMode):
         """Counters move at the end of a run, and what a function does to anything but its result is not repeated."""
         if func in _UNSEEN:
             raise InputError(f"engine: the module's forward uses {_name_of(func)}, which cannot be recorded")
+        if func in _DIFFERENTIATE:
+            raise InputError(
+                f"engine: the module's forward differentiates ({_DIFFERENTIATE[func]}), which cannot be recorded; "
+                "accelerate the module whose derivative it takes"
+            )
         if func in _ASKS_FOR_LAYOUT and not self._contiguous:
             raise InputError(
                 f"engine: the module's forward asks for {func.__name__} of a tensor, which is recorded for contiguous "
