@@ -679,9 +679,15 @@ def left_as_it_was(module: nn.Module) -> Iterator[None]:
         for owner, state in states:
             _restore(owner, state)
         for held, before in entries:
-            if not equal(list(held), list(before)) or (isinstance(held, dict) and not equal(held, before)):
+            if not _same_entries(held, before):
                 held.clear()
                 held.extend(before) if isinstance(held, list) else held.update(before)
+
+
+def _same_entries(held: Any, before: Any) -> bool:
+    pairs = [zip(held, before, strict=False)]
+    pairs += [zip(held.values(), before.values(), strict=False)] if isinstance(held, dict) else []
+    return len(held) == len(before) and all(one is other for both in pairs for one, other in both)
 
 
 def _note_entries(value: Any, found: list[tuple[Any, Any]]) -> None:
