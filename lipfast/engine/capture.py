@@ -15,7 +15,8 @@ import itertools
 import math
 import threading
 import types
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from lipfast.engine.attention import self_attention
@@ -93,6 +95,27 @@ class Recording:
     differentiable: Container[int] = ()
 
 
+def run_call(call: Call, known: dict[int, Any], device: torch.device) -> None:
+    """Call the function with the tensors known by their numbers, and add what it makes."""
+
+    def fill(leaf: Any) -> Any:
+        if isinstance(leaf, torch.device) and leaf.type == "meta":  # where it was recorded
+            return device
+        return known[leaf.number] if isinstance(leaf, Ref) else leaf
+
+    def fill_all(value: Any) -> Any:  # walking a tree takes as long as a small operator does
+        return pytree.tree_map(fill, value) if isinstance(value, (tuple, list, dict)) else fill(value)
+
+    kwargs = {name: fill_all(value) for name, value in call.kwargs.items()}
+    result = call.function(*map(fill_all, call.args), **kwargs)
+    if isinstance(call.result, Ref):
+        known[call.result.number] = result
+        return
+    for ref, tensor in zip(pytree.tree_leaves(call.result), pytree.tree_leaves(result), strict=True):
+        if isinstance(ref, Ref):
+            known[ref.number] = tensor
+
+
 def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mapping[str, Tensor]) -> Recording:
     """Run ``function(leaves on the meta device, *inputs on the meta device)`` and record it.
 
@@ -125,6 +148,7 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mappi
     recording = Recording(refs, recorder.leaves, recorder.constants, recorder.calls, None, recorder.counted)
     recording.differentiable = recorder.differentiable
     recording.result = pytree.tree_map(recorder.known, result)
+    recording.calls = without_unread(recorder.calls, recorder.answered, recording.result)
     _refuse_hidden(recording.result)
     return recording
 
@@ -167,9 +191,15 @@ def _reaches_stand_in(value: Any) -> bool:
 
 # They act on something else than their result.
 _UNSEEN = (Tensor.data.__set__, Tensor.register_hook, Tensor.retain_grad)  # type: ignore[attr-defined]
+_DIFFERENTIATE = {torch.autograd.grad: "torch.autograd.grad", Tensor.backward: "Tensor.backward"}
+_SET_GRADIENTS = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 # Stand-ins have other answers than the tensors they stand for.
 _UNKNOWN = tuple(getattr(Tensor, name).__get__ for name in ("grad_fn", "grad", "is_leaf"))
-_NEEDS_NUMBERS = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+_NEEDS_NUMBERS = (
+    *(Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.item, Tensor.is_nonzero, torch.is_nonzero),
+    *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__contains__),
+    *(Tensor.equal, torch.equal, Tensor.allclose, torch.allclose),
+)
 _OF_DEVICE: dict[Any, Callable[[torch.device], Any]] = {
     Tensor.device.__get__: lambda device: device,
     Tensor.is_cpu.__get__: lambda device: device.type == "cpu",  # type: ignore[attr-defined]
@@ -204,10 +234,12 @@ class _Recorder(TorchFunctionMode):
         self.differentiable: set[int] = set()  # numbers of tensors that require gradients, whatever stand-ins do
         self._alive: list[Tensor] = []
         self._stand_ins: dict[int, Tensor] = {}  # of tensors that have numbers, by their id
+        self._stood_for: dict[int, Tensor] = {}  # and those tensors by their stand-ins' ids
         self._overwritten: dict[int, list[Tensor]] = {}  # id of a tensor -> those through which its memory was written
         self._count = 0
         self._grad: bool | None = None
         self._outside = torch.is_grad_enabled()
+        self.answered: set[int] = set()  # ids of calls on whose numbers a question was answered
         self.inside = False  # a function that is noted as one call
 
     def leaf(self, name: str, tensor: Tensor) -> Tensor:
@@ -265,6 +297,12 @@ class _Recorder(TorchFunctionMode):
             return self._refs[id(args[0])].number in self.differentiable
         if func in _OF_DEVICE and id(args[0]) in self._refs:
             return _OF_DEVICE[func](self._device)
+        if func in _NEEDS_NUMBERS:
+            answer = self._answer(func, args, kwargs)
+            if answer is not None:
+                return answer[0]
+        if func in _SET_GRADIENTS and not self._requires(args[0], *args[1:], **kwargs):
+            raise InputError("engine: the module's forward changes requires_grad of a tensor, which cannot be recorded")
         if func is torch._C._set_grad_enabled:
             self._grad = None if args[0] == self._outside else args[0]
             return func(*args)
@@ -298,12 +336,45 @@ class _Recorder(TorchFunctionMode):
             return result
         self._check_writes(func, written, results)
         if all(id(leaf) in versions and not written for leaf in results):
-            return result  # no tensor, or the very tensor it was given, unchanged
+            return pytree.tree_map(self._with_numbers, result)  # no tensor, or the very tensor it was given, unchanged
         call = Call(func, noted[0], noted[1], pytree.tree_map(self._written, result), self._grad)
         self.calls.append(call)
         if self._differentiates(call):
             self.differentiable |= {ref.number for ref in call.results() if ref.dtype.is_floating_point}
         return result
+
+    def _answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
+        """What a function says of numbers that the code makes of none that it is given, a range's or a mask's: it says
+        the same in each run. None where there are others."""
+        noted_args, noted_kwargs = pytree.tree_map(self.known, (args, kwargs))
+        asks = Call(func, noted_args, noted_kwargs, None)
+        calls = [*made_by(self.calls, {ref.number for ref in asks.refs()}), asks]
+        made = {ref.number for call in calls for ref in call.results()}
+        if any(ref.number not in made for call in calls for ref in call.refs()):
+            return None
+        rounds = self._device.type != "cpu" and any(
+            ref.dtype.is_floating_point for call in calls for ref in call.refs()
+        )
+        if rounds or any(isinstance(call.function, functools.partial) for call in calls):  # code of the user's
+            return None
+        known: dict[int, Any] = {}
+        try:
+            with torch.no_grad(), _NothingUnknown():  # type: ignore[no-untyped-call]
+                for call in calls[:-1]:
+                    run_call(call, known, torch.device("cpu"))
+                args, kwargs = pytree.tree_map(
+                    lambda leaf: known[leaf.number] if isinstance(leaf, Ref) else leaf, (asks.args, asks.kwargs)
+                )
+                answer = func(*args, **kwargs)
+        except _UnknownNumbersError:
+            return None
+        self.answered.update(map(id, calls))
+        return (answer,)
+
+    def _requires(self, tensor: Tensor, requires_grad: bool = True) -> bool:
+        """Whether a tensor requires gradients, or does not, already."""
+        required: bool = self.known(tensor).number in self.differentiable
+        return required == requires_grad
 
     def _differentiates(self, call: Call) -> bool:
         given = any(ref.number in self.differentiable for ref in call.refs())
@@ -318,6 +389,11 @@ class _Recorder(TorchFunctionMode):
         """Counters move at the end of a run, and what a function does to anything but its result is not repeated."""
         if func in _UNSEEN:
             raise InputError(f"engine: the module's forward uses {_name_of(func)}, which cannot be recorded")
+        if func in _DIFFERENTIATE:
+            raise InputError(
+                f"engine: the module's forward differentiates ({_DIFFERENTIATE[func]}), which cannot be recorded; "
+                "accelerate the module whose derivative it takes"
+            )
         if func in _ASKS_FOR_LAYOUT and not self._contiguous:
             raise InputError(
                 f"engine: the module's forward asks for {func.__name__} of a tensor, which is recorded for contiguous "
@@ -325,15 +401,15 @@ class _Recorder(TorchFunctionMode):
             )
         if any(isinstance(leaf, slice) and _has_tensors(leaf) for leaf in pytree.tree_leaves(noted)):
             raise InputError("engine: the module's forward slices by the number of a tensor, which cannot be recorded")
-        if func in (*_UNKNOWN, *_NEEDS_NUMBERS) and refs_in(noted):
-            what = "the numbers" if func in _NEEDS_NUMBERS else "the history"
-            raise InputError(
-                f"engine: the module's forward asks for {what} of a tensor ({_name_of(func)}), which cannot be recorded"
-            )
         counted = {name for name, _ in self.counted}
         if counted and any(self.leaves.get(ref.number) in counted for ref in refs_in(noted)):
             raise InputError(
                 "engine: the module reads a counter that it changed while it runs, as BatchNorm with momentum=None does"
+            )
+        if func in (*_UNKNOWN, *_NEEDS_NUMBERS) and refs_in(noted):
+            what = "the numbers" if func in _NEEDS_NUMBERS else "the history"
+            raise InputError(
+                f"engine: the module's forward asks for {what} of a tensor ({_name_of(func)}), which cannot be recorded"
             )
 
     def _written(self, value: Any) -> Any:
@@ -389,7 +465,11 @@ class _Recorder(TorchFunctionMode):
             stand_in = self._stand_ins[id(tensor)] = tensor.to("meta")
             self._refs[id(stand_in)] = self._refs[id(tensor)]
             self._alive.append(stand_in)
+            self._stood_for[id(stand_in)] = tensor
         return self._stand_ins[id(tensor)]
+
+    def _with_numbers(self, value: Any) -> Any:
+        return self._stood_for.get(id(value), value)
 
     def _new(self, tensor: Tensor) -> Ref:
         if id(tensor) not in self._refs:
@@ -398,6 +478,47 @@ class _Recorder(TorchFunctionMode):
         self._count += 1
         self._refs[id(tensor)] = ref
         return ref
+
+
+def made_by(calls: Sequence[Call], wanted: Iterable[int]) -> list[Call]:
+    """Those of a recording's calls that these tensors are made by, in order."""
+    numbers = set(wanted)
+    found: list[Call] = []
+    for call in reversed(calls):
+        if not numbers.isdisjoint(ref.number for ref in call.results()):
+            numbers.update(ref.number for ref in call.refs())
+            found.append(call)
+    return found[::-1]
+
+
+def without_unread(calls: list[Call], inner: set[int], result: Any) -> list[Call]:
+    """The calls without those of ``inner`` whose results nothing reads any more."""
+    read = {ref.number for ref in refs_in(result)}
+    kept = []
+    for call in reversed(calls):
+        if id(call) not in inner or any(ref.number in read for ref in call.results()):
+            kept.append(call)
+            read.update(ref.number for ref in call.refs())
+    return kept[::-1]
+
+
+class _UnknownNumbersError(Exception):
+    """What is computed is not the same in each run."""
+
+
+class _NothingUnknown(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses random numbers, memory that nobody wrote, and other devices, whose last digits may differ."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        if random or any(word in func.__name__ for word in ("empty", "resize", "set_")):
+            raise _UnknownNumbersError
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) and leaf.device.type != "cpu" for leaf in pytree.tree_leaves(result)):
+            raise _UnknownNumbersError
+        return result
 
 
 def assign_(tensor: Tensor, index: Any, value: Any) -> Tensor:
@@ -474,38 +595,111 @@ def _has_tensors(part: slice) -> bool:
     return any(isinstance(bound, Tensor) for bound in (part.start, part.stop, part.step))
 
 
+@dataclasses.dataclass(frozen=True)
+class Assigned:
+    """An attribute that a module's forward assigned, or changed the entries of."""
+
+    path: str  # of the module
+    name: str
+    value: Any
+    entries: bool  # it is the same object as before
+    plain: bool  # no parameter, buffer or module
+
+    def can_be_kept(self) -> bool:
+        """Whether it is made of tensors and plain values."""
+        leaves = pytree.tree_leaves(self.value)
+        known = not self.entries or type(self.value) in (dict, list)
+        return self.plain and known and all(isinstance(leaf, (torch.Size, *_PLAIN)) for leaf in leaves)
+
+    def __str__(self) -> str:
+        return f"{self.path}.{self.name}" if self.path else self.name
+
+
+def assigns(changed: Sequence[Assigned]) -> InputError:
+    """What a module's forward assigns cannot be recorded."""
+    names = ", ".join(sorted(map(str, changed)))
+    return InputError(f"engine: the module's forward assigns {names}; only what it returns can be recorded")
+
+
 def call_with(
-    module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    assigned: list[Assigned] | None = None,
 ) -> Any:
     """The module's result with other tensors in place of parameters and buffers, given by the first name of each.
 
     `torch.func.functional_call`, but for two things. A module that stands in two places of another has its tensors
     exchanged once: torch puts the second stand-in back as the original. And what forward assigns to attributes and
-    buffers, which would be lost, is refused.
+    buffers, which would be lost, is refused, or handed out in ``assigned``.
     """
     first = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-    own = {path: (owner, _state(owner)) for path, owner in module.named_modules()}
-    for owner, _ in own.values():
-        for held in (owner._parameters, owner._buffers):
-            for name, tensor in held.items():
-                if tensor is not None and first[id(tensor)] in tensors:
-                    held[name] = tensors[first[id(tensor)]]
-    given = {path: (_state(owner), snapshot(owner)) for path, (owner, _) in own.items()}
-    try:
+    own = dict(module.named_modules())
+    with left_as_it_was(module):
+        for owner in own.values():
+            for held in (owner._parameters, owner._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None and first[id(tensor)] in tensors:
+                        held[name] = tensors[first[id(tensor)]]
+            if isinstance(owner, nn.RNNBase):  # it reads its parameters from a list, which it makes anew for others
+                weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
+                owner._flat_weights = weights
+                owner._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in weights]
+        given = {path: (_state(owner), snapshot(owner)) for path, owner in own.items()}
         result = module(*args, **(kwargs or {}))
         changed = [
-            f"{path}.{name}" if path else name
-            for path, (owner, _) in own.items()
+            _assigned(path, name, owner, given[path][0])
+            for path, owner in own.items()
             for name in _changes(owner, *given[path])
         ]
-    finally:
-        for owner, state in own.values():
-            _restore(owner, state)
-    if changed:
-        raise InputError(
-            f"engine: the module's forward assigns {', '.join(sorted(changed))}; only what it returns can be recorded"
-        )
+    if changed and (assigned is None or not all(one.can_be_kept() for one in changed)):
+        raise assigns(changed)
+    if assigned is not None:
+        assigned += changed
     return result
+
+
+def _assigned(path: str, name: str, owner: nn.Module, before: Mapping[str, Any]) -> Assigned:
+    """An attribute as it is now."""
+    value = _state(owner)[name]
+    plain = name in vars(owner) and name not in _OF_EVERY_MODULE
+    entries = name in before and value is before[name]
+    return Assigned(path, name, pytree.tree_map(lambda leaf: leaf, value) if plain else value, entries, plain)
+
+
+@contextlib.contextmanager
+def left_as_it_was(module: nn.Module) -> Iterator[None]:
+    """Restore the attributes of a module and of those in it, and the entries of their dicts, lists and sets."""
+    states = [(owner, _state(owner)) for owner in module.modules()]
+    entries: list[tuple[Any, Any]] = []
+    for owner, _ in states:
+        for name, value in vars(owner).items():
+            if name not in _OF_EVERY_MODULE:
+                _note_entries(value, entries)
+    try:
+        yield
+    finally:
+        for owner, state in states:
+            _restore(owner, state)
+        for held, before in entries:
+            if not _same_entries(held, before):
+                held.clear()
+                held.extend(before) if isinstance(held, list) else held.update(before)
+
+
+def _same_entries(held: Any, before: Any) -> bool:
+    pairs = [zip(held, before, strict=False)]
+    pairs += [zip(held.values(), before.values(), strict=False)] if isinstance(held, dict) else []
+    return len(held) == len(before) and all(one is other for both in pairs for one, other in both)
+
+
+def _note_entries(value: Any, found: list[tuple[Any, Any]]) -> None:
+    if type(value) in (dict, list, set):
+        found.append((value, copy.copy(value)))
+    if type(value) in (dict, list, tuple):
+        for entry in value.values() if isinstance(value, dict) else value:
+            _note_entries(entry, found)
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
@@ -580,7 +774,9 @@ def _undrawn(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return result
 
 
-def _stand_in(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _stand_in(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | tuple[Tensor, ...] | None:
     """The result of a function of stand-ins, where shapes alone plainly tell it; None to ask the function.
 
     torch runs many of them through Python, which takes milliseconds a call and, for the first, seconds of imports; a
@@ -866,6 +1062,30 @@ def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     return first.new_empty(size)
 
 
+def _recurred(
+    input: Tensor,
+    state: Any,
+    weights: Any,
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, ...] | None:
+    """Of recurrent layers, whose steps torch would take one by one."""
+    states = state if isinstance(state, tuple) else (state,)
+    tensors = [input, *states, *weights]
+    alike = all(tensor.dtype == input.dtype for tensor in tensors) and input.is_floating_point()
+    directions, features = 2 if bidirectional else 1, weights[0].shape[-1]
+    items = input.shape[0 if batch_first else 1]
+    fits = all(tensor.shape[:-1] == (directions * num_layers, items) for tensor in states)
+    if not alike or not fits or input.dim() != 3 or 0 in input.shape or input.shape[-1] != features:
+        return None
+    output = input.new_empty(*input.shape[:-1], directions * states[0].shape[-1])
+    return output, *(tensor.new_empty(tensor.shape) for tensor in states)
+
+
 def pair(value: Any) -> tuple[Any, Any]:
     """What torch makes of a number for both axes, alone or in a sequence, or of one for each."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
@@ -879,7 +1099,7 @@ _ELEMENT_BY_ELEMENT = (
     "sigmoid", "tanh", "relu", "minimum", "maximum",
 )  # fmt: skip
 
-_RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: _normalised,
     F.instance_norm: _normalised_by_item,
     F.group_norm: _normalised_by_group,
@@ -905,6 +1125,7 @@ _RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     Tensor.log_softmax: _shared_out,
     F.dropout: _thinned,
     F.dropout2d: _thinned,
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurred),
     torch.pixel_shuffle: _shuffled,
     torch.pixel_unshuffle: _unshuffled,
     **dict.fromkeys(

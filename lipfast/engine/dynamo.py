@@ -162,7 +162,7 @@ class _CompiledGraph:
         sources = {name: source for name, source in sources.items() if name in masks}
         for refused in lowered.refused:
             self._say(f"{refused}; it runs in torch, and maps are converted to torch's layout and back around it")
-        compiled = Compiled(lowered, masks, exact=False, packed={} if training else masks)
+        compiled = Compiled(lowered, masks, exact=False, packed={} if training else masks, reads=self._reads)
         variant = _Variant(compiled, masks, sources, training, self._reads)
         variant.settle(tensors)
         return variant

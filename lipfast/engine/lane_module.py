@@ -16,15 +16,19 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
+from lipfast.engine.assigned import assign, shares_memory
 from lipfast.engine.capture import (
+    Assigned,
     Call,
     Recording,
     Ref,
+    assigns,
     autocast,
     call_with,
     equal,
     record,
     refs_in,
+    run_call,
     same_as_before,
     snapshot,
 )
@@ -48,10 +52,18 @@ PLANS_KEPT = 8
 CPU = torch.device("cpu")
 # Layers whose weights may hold zeros.
 _WEIGHTS_OF = {(nn.Conv2d, nn.ConvTranspose2d, nn.Linear): "weight", (nn.MultiheadAttention,): "in_proj_weight"}
-# Functions whose results share no memory with their weights.
+# Functions whose results share no memory with their weights,
 _LAYERS = (
     *(torch.conv1d, torch.conv2d, torch.conv3d, F.linear, torch._C._nn.linear),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+    *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
+)
+# and others whose results share none with any operand.
+_MAKE_NEW = (
+    *_LAYERS,
+    *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__),
+    *(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div, Tensor.__truediv__),
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, F.scaled_dot_product_attention),
 )
 
 
@@ -147,7 +159,7 @@ class LaneModule(nn.Module):
     def to_dense(self) -> nn.Module:
         """The ordinary module with the current weights, pruned ones exactly 0; it shares no memory with this one."""
         self._source().training = self.training
-        dense: nn.Module = copy.deepcopy(self._source())
+        dense = _copy(self._source())
         for name, mask in self._masks.items():
             _replace(dense, name, _scatter(dense.get_parameter(name).detach(), mask))
         return dense
@@ -260,16 +272,8 @@ class LaneModule(nn.Module):
         for name, mask in self._masks.items():
             if tensors[name].shape != (int(mask.count_nonzero()),):
                 raise InputError(f"accelerate: parameter {name!r} was replaced; call accelerate() on the new model")
-        dense = self._dense_stand_ins()
-
-        def call(stand_ins: dict[str, Tensor], *tensors: Tensor) -> Any:
-            remaining = iter(tensors)
-            filled = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            args, kwargs = (tuple(filled), {}) if structure is None else pytree.tree_unflatten(filled, structure)
-            return call_with(self._source(), stand_ins, args, kwargs)
-
-        recording = record(call, [leaf for leaf in leaves if isinstance(leaf, Tensor)], dense)
         device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), CPU)
+        recording = self._record(leaves, structure, device)
         if not runs_in_lanes(device):
             lowered = lower_to_operators(recording, self._masks, device, precision=self._precision)
             self._warn(lowered)
@@ -285,6 +289,44 @@ class LaneModule(nn.Module):
         in_lanes = {name: mask for name, mask in masks.items() if name not in read_dense}
         compiled.multiplied = Multiplied(in_lanes, sorted(set(sources.values())), tensors)
         return compiled
+
+    def _record(self, leaves: Sequence[Any], structure: Any, device: torch.device) -> Recording:
+        """The code of a call with these leaves. What it keeps in attributes for the next one is there afterwards."""
+        assigned: list[Assigned] = []
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        dense = self._dense_stand_ins()
+
+        def call(stand_ins: dict[str, Tensor], *tensors: Tensor, found: list[Assigned] | None = None) -> Any:
+            remaining = iter(tensors)
+            filled = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = (tuple(filled), {}) if structure is None else pytree.tree_unflatten(filled, structure)
+            return call_with(self._source(), stand_ins, args, kwargs, found)
+
+        def first(*tensors: Any) -> Any:
+            result = call(*tensors, found=assigned)
+            return result, [one.value for one in assigned]
+
+        recording = record(first, inputs, dense)
+        recording.result, values = recording.result
+        if not assigned:
+            return recording
+        found = [dataclasses.replace(one, value=value) for one, value in zip(assigned, values, strict=True)]
+
+        def run(calls: Sequence[Call], wanted: set[int]) -> Mapping[int, Any]:
+            tensors, numbers = self._surveyed().tensors, {ref.number for made in calls for ref in made.refs()}
+            known: dict[int, Any] = dict(recording.constants)
+            known.update((ref.number, tensor) for ref, tensor in zip(recording.inputs, inputs, strict=True))
+            own = {number: name for number, name in recording.leaves.items() if number in numbers}
+            known.update((number, _dense(name, tensors, self._masks)) for number, name in own.items())
+            for made in calls:
+                with torch.set_grad_enabled(torch.is_grad_enabled() if made.grad is None else made.grad):
+                    run_call(made, known, device)
+            unpacked = [known[number] for number, name in own.items() if name in self._masks]
+            if any(shares_memory(known[number], unpacked) for number in wanted):
+                raise assigns(found)  # a view of a parameter, whose dense form is a copy
+            return known
+
+        return assign(self._source(), found, recording, lambda: record(call, inputs, dense), run)
 
     def _dense_stand_ins(self) -> dict[str, Tensor]:
         """Parameters and buffers; the pruned ones as tensors without memory, of the form that they had."""
@@ -345,6 +387,7 @@ class Compiled:
         exact: never Winograd.
         packed: the masks of those leaves that are given as their kept values, not as dense tensors; None: all.
         device: where calls that make tensors of their own put them.
+        reads: parameters' numbers in each call, instead of asking torch for writes.
     """
 
     def __init__(
@@ -354,6 +397,7 @@ class Compiled:
         exact: bool,
         packed: Mapping[str, Tensor] | None = None,
         device: torch.device = CPU,
+        reads: bool = False,
     ) -> None:
         packed = masks if packed is None else packed
         self.multiplied = Multiplied({}, [], {})
@@ -364,13 +408,15 @@ class Compiled:
         self._recording = lowered.recording
         self._given_packed = packed
         self._items = [
-            SegmentRunner(item, lowered.recording, masks, exact, packed) if isinstance(item, Segment) else item
+            SegmentRunner(item, lowered.recording, masks, exact, packed, reads) if isinstance(item, Segment) else item
             for item in lowered.items
         ]
-        self.leaves_read = self._leaves_read()
-        self._read_dense = [name for name in self._read_by_layers() if name in packed]
-        self._unpacked = Derived(self._unpack)
-        self._spent = self._read_last()
+        self._order = _Order(self._items, lowered.recording)
+        self.leaves_read = self._order.leaves
+        self._kept = _ComputedOnce(lowered, self._items, packed, reads)
+        self._order_beside_kept = _Order(self._kept.rest, lowered.recording)
+        self._read_dense = [name for name in self._order_beside_kept.read_by_layers() if name in packed]
+        self._unpacked = Derived(self._unpack, reads=reads)
         self._counters = _by_amount(lowered.recording.counted)
 
     def is_of(self, survey: Survey) -> bool:
@@ -390,11 +436,15 @@ class Compiled:
         """
         known: dict[int, Any] = dict(self._recording.constants)
         known.update({ref.number: tensor for ref, tensor in zip(self._recording.inputs, inputs, strict=True)})
-        unpacked = self._unpacked_leaves(tensors)
-        for number in self.leaves_read:
+        keeps = not torch.is_grad_enabled() and self._device == CPU
+        order = self._order_beside_kept if keeps else self._order
+        unpacked = self._unpacked_leaves(tensors) if keeps else {}
+        if keeps:
+            known.update(self._kept.of(tensors))
+        for number in order.leaves:
             name = self._recording.leaves[number]
             known[number] = unpacked[name] if name in unpacked else _dense(name, tensors, self._given_packed)
-        for item, spent in zip(self._items, self._spent, strict=True):
+        for item, spent in zip(order.items, order.spent, strict=True):
             if item.grad is None:
                 self._run_item(item, known, tensors)
             else:
@@ -411,10 +461,8 @@ class Compiled:
         return pytree.tree_map(lambda leaf: known[leaf.number] if isinstance(leaf, Ref) else leaf, result)
 
     def _unpacked_leaves(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Without gradients, the pruned leaves that torch's layers read: the same tensors while nothing was written."""
-        if torch.is_grad_enabled() or self._device != CPU or not self._read_dense:
-            return {}
-        return self._unpacked.of([tensors[name] for name in self._read_dense])
+        """The pruned leaves that torch's layers read: the same tensors while nothing was written."""
+        return self._unpacked.of([tensors[name] for name in self._read_dense]) if self._read_dense else {}
 
     def _unpack(self, packed: Sequence[Tensor]) -> dict[str, Tensor]:
         pairs = zip(self._read_dense, packed, strict=True)
@@ -422,36 +470,96 @@ class Compiled:
 
     def _run_item(self, item: "Call | SegmentRunner", known: dict[int, Any], tensors: Mapping[str, Tensor]) -> None:
         if isinstance(item, Call):
-            _run_call(item, known, self._device)
+            run_call(item, known, self._device)
         else:
             item.run(known, tensors)
 
-    def _leaves_read(self) -> list[int]:
-        """Leaves that torch calls read; segments take theirs packed."""
-        read = {ref.number for item in self._items for ref in _tensors_of(item)}
-        read |= {ref.number for ref in refs_in(self._recording.result)}
-        return [number for number in self._recording.leaves if number in read]
 
-    def _read_by_layers(self) -> list[str]:
-        """Those of them that only layers read: what the module returns shares no memory with them, so nobody else can
+class _Order:
+    """Items in the order in which they run.
+
+    Attributes:
+        items: as given.
+        leaves: those that torch calls read; segments take theirs packed.
+        spent: for each item the tensors that nothing reads after it: torch may use their memory again, while it is
+            still in the cache.
+    """
+
+    def __init__(self, items: "Sequence[Call | SegmentRunner]", recording: Recording) -> None:
+        self.items, self._recording = items, recording
+        self._results = {ref.number for ref in refs_in(recording.result)}
+        read = {ref.number for item in items for ref in _tensors_of(item)} | self._results
+        self.leaves = [number for number in recording.leaves if number in read]
+        self.spent = self._read_last()
+
+    def read_by_layers(self) -> list[str]:
+        """The leaves that only layers read: what the module returns shares no memory with them, so nobody else can
         write to them."""
-        others = [item for item in self._items if isinstance(item, Call) and item.function not in _LAYERS]
-        shared = {ref.number for call in others for ref in call.refs()}
-        shared |= {ref.number for ref in refs_in(self._recording.result)}
-        return [self._recording.leaves[number] for number in self.leaves_read if number not in shared]
+        others = [item for item in self.items if isinstance(item, Call) and item.function not in _LAYERS]
+        shared = {ref.number for call in others for ref in call.refs()} | self._results
+        return [self._recording.leaves[number] for number in self.leaves if number not in shared]
 
     def _read_last(self) -> list[list[int]]:
-        """For each item the tensors that nothing reads after it: torch may use their memory again, while it is still in
-        the cache."""
         last: dict[int, int] = {}
-        for position, item in enumerate(self._items):
+        for position, item in enumerate(self.items):
             last.update(dict.fromkeys((ref.number for ref in _tensors_of(item)), position))
-        results = {ref.number for ref in refs_in(self._recording.result)}
-        spent: list[list[int]] = [[] for _ in self._items]
+        spent: list[list[int]] = [[] for _ in self.items]
         for number, position in last.items():
-            if number not in results:
+            if number not in self._results:
                 spent[position].append(number)
         return spent
+
+
+class _ComputedOnce:
+    """What calls make of parameters alone (a standardised weight, a table of positions' biases), kept while those hold
+    the same numbers, where nothing but the items at hand can write to it.
+
+    Attributes:
+        rest: the items without those calls.
+    """
+
+    def __init__(
+        self,
+        lowered: Lowered,
+        items: "Sequence[Call | SegmentRunner]",
+        packed: Mapping[str, Tensor],
+        reads: bool,
+    ) -> None:
+        self._leaves, self._packed = lowered.recording.leaves, packed
+        first = {id(call) for call in lowered.of_parameters}
+        exposed = {ref.number for ref in refs_in(lowered.recording.result)}
+        for item in items:
+            reads = isinstance(item, Call) and item.function in _MAKE_NEW and "out" not in item.kwargs
+            if isinstance(item, Call) and id(item) not in first and not reads:
+                exposed.update(ref.number for ref in item.refs())
+        kept: set[int] = set()
+        for call in reversed(lowered.of_parameters):  # what is made of an exposed tensor's memory may be that memory
+            if call.grad is None and exposed.isdisjoint(ref.number for ref in call.results()):
+                kept.add(id(call))
+            else:
+                exposed.update(ref.number for ref in call.refs())
+        self.rest = [item for item in items if id(item) not in kept]
+        made = {ref.number for call in lowered.of_parameters if id(call) in kept for ref in call.results()}
+        self._wanted = made & {ref.number for item in self.rest for ref in _tensors_of(item)}
+        needed = set(self._wanted)
+        self._calls: list[Call] = []
+        for call in reversed(lowered.of_parameters):
+            if not needed.isdisjoint(ref.number for ref in call.results()):
+                needed.update(ref.number for ref in call.refs())
+                self._calls.insert(0, call)
+        self._read = [number for number in self._leaves if number in needed]
+        self._computed = Derived(self._compute, reads=reads)
+
+    def of(self, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """The tensors by their numbers: the same while nothing was written."""
+        return self._computed.of([tensors[self._leaves[number]] for number in self._read]) if self._wanted else {}
+
+    def _compute(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+        given = dict(zip((self._leaves[number] for number in self._read), tensors, strict=True))
+        known: dict[int, Any] = {n: _dense(self._leaves[n], given, self._packed) for n in self._read}
+        for call in self._calls:
+            run_call(call, known, CPU)
+        return {number: known[number] for number in self._wanted}
 
 
 def _dense(name: str, tensors: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> Tensor:
@@ -475,25 +583,6 @@ def _by_amount(counted: Sequence[tuple[str, int]]) -> dict[int, list[str]]:
     return {total: [name for name in totals if totals[name] == total] for total in set(totals.values())}
 
 
-def _run_call(call: Call, known: dict[int, Any], device: torch.device) -> None:
-    def fill(leaf: Any) -> Any:
-        if isinstance(leaf, torch.device) and leaf.type == "meta":  # where it was recorded
-            return device
-        return known[leaf.number] if isinstance(leaf, Ref) else leaf
-
-    def fill_all(value: Any) -> Any:  # walking a tree takes as long as a small operator does
-        return pytree.tree_map(fill, value) if isinstance(value, (tuple, list, dict)) else fill(value)
-
-    kwargs = {name: fill_all(value) for name, value in call.kwargs.items()}
-    result = call.function(*map(fill_all, call.args), **kwargs)
-    if isinstance(call.result, Ref):
-        known[call.result.number] = result
-        return
-    for ref, tensor in zip(pytree.tree_leaves(call.result), pytree.tree_leaves(result), strict=True):
-        if isinstance(ref, Ref):
-            known[ref.number] = tensor
-
-
 @dataclasses.dataclass(frozen=True)
 class _Use:
     """What a program was built for: which gradients are wanted (none: inference)."""
@@ -512,7 +601,9 @@ class SegmentRunner:
         masks: Mapping[str, Tensor],
         exact: bool,
         packed: Mapping[str, Tensor],
+        reads: bool = False,
     ) -> None:
+        self._reads = reads
         self._segment, self._leaves, self._masks, self._exact = segment, recording.leaves, masks, exact
         self.graph, self.grad = segment.graph, segment.grad
         self._of_layers = layer_weights(segment)
@@ -556,7 +647,7 @@ class SegmentRunner:
         numbers = [*weights, *(tensors[name] for name in self._statistics)]
         if running.loaded is not None and running.loaded.unchanged(numbers):
             return False
-        running.loaded = Watch(numbers)  # before they are loaded, so that no write falls in between
+        running.loaded = Watch(numbers, reads=self._reads)  # before they are loaded, so that no write falls in between
         return True
 
     def _name_of_given(self, number: int, ref: Ref) -> str | None:
@@ -810,7 +901,7 @@ def _copy(model: nn.Module) -> nn.Module:
     """A deep copy. Pruning hooks leave a computed tensor as an attribute, which torch refuses to copy."""
     known: dict[int, Any] = {}
     for module in model.modules():
-        for value in vars(module).values():
+        for value in pytree.tree_leaves(vars(module)):
             if isinstance(value, Tensor) and not value.is_leaf:
                 known[id(value)] = value.detach().clone()
     return copy.deepcopy(model, known)

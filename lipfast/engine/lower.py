@@ -59,11 +59,13 @@ class Segment:
 
 @dataclasses.dataclass
 class Lowered:
-    """A recording with its lane segments; ``refused`` says why torch calls on maps are left."""
+    """A recording with its lane segments; ``refused`` says why torch calls on maps are left, ``of_parameters`` which
+    of the items compute on parameters alone."""
 
     recording: Recording
     items: list["Segment | Call"]
     refused: list[str]
+    of_parameters: list[Call] = dataclasses.field(default_factory=list)
 
 
 def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None, inputs: Container[str] = ()) -> Lowered:
@@ -110,7 +112,7 @@ def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None, input
             items += call.spelled or [call]
     items += builder.finish(last_use, len(recording.calls))
     minor = _far_from_lanes(items, recording.leaves)
-    return Lowered(recording, items, [why for call, why in refused if id(call) not in minor])
+    return Lowered(recording, items, [why for call, why in refused if id(call) not in minor], first)
 
 
 def _far_from_lanes(items: Sequence[Segment | Call], leaves: Container[int]) -> set[int]:
@@ -770,6 +772,13 @@ def _pool(b: _Builder, input: Any, kernel: Any, stride: Any, padding: Any, maxim
     return b.node("pool", [b.map(input)], (n, c, out_h, out_w), kernel=side, stride=step, pad=pad, maximum=maximum)
 
 
+def _fits(input: Any, kernel: Any, stride: Any, padding: Any) -> bool:
+    """Whether the last window ends where the padded picture does, so that rounding up changes nothing."""
+    steps = pair(kernel if stride is None or stride in ([], ()) else stride)
+    axes = zip(input.shape[-2:], pair(kernel), steps, pair(padding), strict=True)
+    return all((side + 2 * pad - taps) % step == 0 for side, taps, step, pad in axes)
+
+
 def _avg_pool2d(
     b: _Builder,
     input: Any,
@@ -780,7 +789,8 @@ def _avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> int:
-    if ceil_mode or divisor_override is not None or (pair(padding) != (0, 0) and not count_include_pad):
+    reaches_out = ceil_mode and not _fits(input, kernel_size, stride, padding)
+    if reaches_out or divisor_override is not None or (pair(padding) != (0, 0) and not count_include_pad):
         raise Unsupported("ceil_mode, divisor_override or count_include_pad=False")
     return _pool(b, input, kernel_size, stride, padding, False)
 
@@ -795,7 +805,8 @@ def _max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> int:
-    if ceil_mode or return_indices or pair(dilation) != (1, 1):
+    reaches_out = ceil_mode and not _fits(input, kernel_size, stride, padding)
+    if reaches_out or return_indices or pair(dilation) != (1, 1):
         raise Unsupported("ceil_mode, return_indices or dilation")
     return _pool(b, input, kernel_size, stride, padding, True)
 

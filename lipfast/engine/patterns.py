@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lipfast.engine.capture import Call, Recording, Ref, refs_in
+from lipfast.engine.capture import Call, Recording, Ref, refs_in, without_unread
 from lipfast.engine.heads import AttentionFinder, Found, added_rows, bias_rows, causal
 
 MULTIPLY = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
@@ -53,27 +53,17 @@ def gather_patterns(recording: Recording) -> None:
             continue
         calls += [*found.before, found.call]
         inner.update(id(part) for part in parts)
-    recording.calls = _without_unread(calls, inner, recording.result)
-
-
-def _without_unread(calls: list[Call], inner: set[int], result: Any) -> list[Call]:
-    """The calls without those of ``inner`` whose results nothing reads any more."""
-    read = {ref.number for ref in refs_in(result)}
-    kept = []
-    for call in reversed(calls):
-        if id(call) not in inner or any(ref.number in read for ref in call.results()):
-            kept.append(call)
-            read.update(ref.number for ref in call.refs())
-    return kept[::-1]
+    recording.calls = without_unread(calls, inner, recording.result)
 
 
 # Functions of nothing but their arguments, by name in torch and as methods.
 _PURE = (
-    "abs", "add", "arange", "cat", "chunk", "clamp", "clone", "contiguous", "cos", "detach", "div", "einsum", "eq",
-    "exp", "expand", "expand_as", "flatten", "float", "full", "ge", "gt", "le", "log", "lt", "matmul", "maximum",
-    "mean", "minimum", "mul", "neg", "norm", "ones", "permute", "pow", "relu", "repeat", "reshape", "round", "rsqrt",
-    "sigmoid", "sign", "sin", "softmax", "split", "sqrt", "square", "squeeze", "stack", "std", "sub", "sum", "t",
-    "tanh", "to", "transpose", "unbind", "unsqueeze", "var", "view", "where", "zeros", "__add__", "__ge__",
+    "_weight_norm", "abs", "add", "addcmul", "arange", "bmm", "cat", "chunk", "clamp", "clone", "contiguous", "cos",
+    "detach", "div", "dot", "einsum", "eq", "exp", "expand", "expand_as", "flatten", "flip", "float", "full", "ge",
+    "gt", "index_select", "le", "log", "lt", "matmul", "maximum", "mean", "minimum", "mm", "mul", "mv", "neg", "norm",
+    "ones", "permute", "pow", "relu", "repeat", "reshape", "reshape_as", "round", "rsqrt", "sigmoid", "sign", "sin",
+    "softmax", "split", "sqrt", "square", "squeeze", "stack", "std", "std_mean", "sub", "sum", "t", "tanh", "to",
+    "transpose", "unbind", "unsqueeze", "var", "var_mean", "view", "view_as", "where", "zeros", "__add__", "__ge__",
     "__getitem__", "__gt__", "__le__", "__lt__", "__mul__", "__neg__", "__pow__", "__radd__", "__rmul__", "__rsub__",
     "__rtruediv__", "__sub__", "__truediv__",
 )  # fmt: skip
@@ -94,7 +84,8 @@ _PURE_FUNCTIONS |= {
 def is_pure(call: Call) -> bool:
     """Whether a call's result depends on its arguments alone, and it changes nothing."""
     silu = call.function is F.silu and len(call.args) == 1 and not call.kwargs.get("inplace")
-    return (silu or call.function in _PURE_FUNCTIONS) and "out" not in call.kwargs
+    norm = call.function is F.batch_norm and not _running_statistics(call)  # of a weight, to standardise it
+    return (silu or norm or call.function in _PURE_FUNCTIONS) and "out" not in call.kwargs
 
 
 def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
@@ -126,8 +117,14 @@ def written(recording: Recording) -> set[int]:
         if in_place or "out" in call.kwargs:
             numbers.update(ref.number for ref in call.refs())
         elif call.function in (F.batch_norm, F.instance_norm):
-            numbers.update(ref.number for ref in call.refs()[1:])
+            numbers.update(ref.number for ref in _running_statistics(call))
     return numbers
+
+
+def _running_statistics(call: Call) -> list[Ref]:
+    """What a BatchNorm or InstanceNorm is given of them."""
+    named = dict(zip(("input", "running_mean", "running_var"), call.args, strict=False)) | call.kwargs
+    return refs_in([named.get("running_mean"), named.get("running_var")])
 
 
 _Found = tuple[Callable[..., Any], tuple[Any, ...], list[Call]] | None  # a function, its arguments, the inner calls

@@ -64,16 +64,16 @@ class Watch:
 
 
 class Derived(Generic[T]):
-    """What is computed from tensors, and computed again once they changed."""
+    """What is computed from tensors, and computed again once they changed; ``reads``: see `Watch`."""
 
-    def __init__(self, compute: Callable[[Sequence[Tensor]], T]) -> None:
-        self._compute = compute
+    def __init__(self, compute: Callable[[Sequence[Tensor]], T], *, reads: bool = False) -> None:
+        self._compute, self._reads = compute, reads
         self._known: tuple[Watch, T] | None = None
 
     def of(self, tensors: Sequence[Tensor]) -> T:
         """What these tensors, in the order given at first, make."""
         if self._known is None or not self._known[0].unchanged(tensors):
-            watch = Watch(tensors)  # before they are read, so that no write falls in between
+            watch = Watch(tensors, reads=self._reads)  # before they are read, so that no write falls in between
             with torch.inference_mode(False), torch.no_grad():  # the next call may be in another mode
                 self._known = watch, self._compute(tensors)
         return self._known[1]

@@ -1,6 +1,7 @@
 """``torch.compile`` with the lipfast backend: the same results, whatever the graph holds."""
 
 import copy
+import ctypes
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -182,6 +183,18 @@ def test_changed_weights_are_seen(change, options):
             assert not torch.equal(after, before)
     change(model)
     with torch.no_grad():
+        assert close(fast(x), model(x))
+
+
+def test_contents_sees_writes_through_pointers_to_dense_weights():
+    model = small().eval()
+    pointers = [parameter.data_ptr() for parameter in model.parameters()]
+    fast, x = compiled(model, {"changes": "contents"}), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        for _ in range(4):
+            assert close(fast(x), model(x))
+        for pointer in pointers:
+            ctypes.c_float.from_address(pointer).value += 1.0
         assert close(fast(x), model(x))
 
 

@@ -132,11 +132,6 @@ def _notes(self, x):
     return self.conv(x)
 
 
-def _caches(self, x):
-    self.notes.setdefault("grid", torch.zeros(x.shape[-1]))
-    return self.conv(x) + self.notes["grid"]
-
-
 def _averages(self, x):
     self.mean = 0.9 * self.mean + 0.1 * x.mean()
     return self.conv(x)
@@ -176,12 +171,40 @@ def _changes_autocast(self, x):
         return self.conv(x)
 
 
+def _differentiates(self, x):
+    x = x.detach().clone()
+    with torch.enable_grad():
+        return torch.autograd.grad(self.conv(x).erf().sum(), self.conv.bias, allow_unused=True)[0]
+
+
+def _goes_back(self, x):
+    with torch.enable_grad():
+        self.conv(x).erf().sum().backward()
+    return self.conv(x)
+
+
+def _wants_gradients(self, x):
+    return self.conv(x.detach().requires_grad_())
+
+
+def _wants_gradients_by_attribute(self, x):
+    y = self.conv(x).detach()
+    y.requires_grad = True
+    return y
+
+
 @pytest.mark.parametrize(
     ("forward", "message"),
     [
+        (
+            _differentiates,
+            r"differentiates \(torch.autograd.grad\), which cannot be recorded; accelerate the module whose",
+        ),
+        (_goes_back, r"differentiates \(Tensor.backward\)"),
+        (_wants_gradients, "changes requires_grad of a tensor"),
+        (_wants_gradients_by_attribute, "changes requires_grad of a tensor"),
         (_keeps, "forward assigns seen"),
         (_notes, "forward assigns notes"),
-        (_caches, "forward assigns notes"),
         (_averages, "forward assigns mean"),
         (_averages_in_data, "cannot be recorded"),
         (_hooks, "hook"),
@@ -201,6 +224,32 @@ def test_state_that_a_recording_would_lose_is_refused_and_left_alone(forward, me
     assert not hasattr(fast, "seen")
     assert all(tensor.device.type == "cpu" for tensor in fast.state_dict().values())
     model(picture())  # is right as it is
+
+
+def test_requires_grad_may_be_set_to_what_it_is():
+    def forward(self, x):
+        y = self.conv(x.requires_grad_(x.requires_grad)).requires_grad_(torch.is_grad_enabled())
+        y.detach().requires_grad = False
+        return y
+
+    model = Written(forward, conv=conv())
+    assert_same_output(model)
+    assert_same_training(model, picture())
+
+
+def test_a_module_that_another_one_differentiates():
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = self.inner(x)
+            return x - torch.autograd.grad(y, x, x - y)[0]
+
+    model, x = Written(forward, inner=nn.Sequential(conv(), nn.ReLU(), conv())), picture()
+    expected = model(x)
+    with pytest.raises(InputError, match="accelerate the module whose derivative it takes"):
+        lipfast.accelerate(Written(lambda self, x: torch.autograd.grad(self.inner(x), x)[0], inner=conv()))(x)
+    model.inner = lipfast.accelerate(model.inner)
+    assert torch.allclose(model(x), expected, atol=1e-5)
 
 
 def test_a_counter_that_only_counts_keeps_counting():

@@ -305,7 +305,35 @@ class StandardisedConv(nn.Conv2d):
         return F.conv2d(x, weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5), self.bias, padding=1)
 
 
-@pytest.mark.parametrize("kind", [MaskedConv, StandardisedConv])
+class NormedConv(nn.Conv2d):
+    """Weight standardisation by torch's BatchNorm, with a gain, which is a view of a parameter or computed."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes, padding=1)
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = (self.gain * 0.5).view(-1) if self.in_channels == 3 else self.gain.view(-1)
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0, eps=1e-5)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, padding=1)
+
+
+class NormedByRow(nn.Conv2d):
+    """Each row of a weight has a given length."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes, padding=1)
+        self.length = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, torch._weight_norm(self.weight, self.length, 0), self.bias, padding=1)
+
+
+COMPUTED = [MaskedConv, StandardisedConv, NormedConv, NormedByRow]
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
 def test_weights_that_forward_computes_cut_no_segment_in_two(kind):
     torch.manual_seed(0)
     model = nn.Sequential(kind(3, 6, 3), nn.ReLU(), kind(6, 6, 3), nn.Sigmoid(), kind(6, 2, 3))
@@ -320,6 +348,61 @@ def test_weights_that_forward_computes_cut_no_segment_in_two(kind):
             parameter.mul_(1.5)
     x = torch.randn(2, 3, 12, 20)
     assert close(fast(x), model(x))
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("kind", COMPUTED[1:])
+def test_computed_weights_are_computed_once_while_nothing_is_written(kind, pruned, monkeypatch):
+    """Without gradients; and they are watched, so that programs prepare them once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(3, 6, 3), nn.ReLU(), kind(6, 2, 3))
+    if pruned:
+        for layer in (model[0], model[2]):
+            layer.weight.data *= torch.rand_like(layer.weight) < 0.5
+    fast, x = lipfast.accelerate(model), torch.randn(2, 3, 12, 20)
+    with torch.inference_mode(), monkeypatch.context() as watched:
+        for _ in range(3):
+            assert close(fast(x), model(x))
+        run, loads = [], []
+        watched.setattr(lane_module, "run_call", lambda *_: run.append(1))
+        watched.setattr(SegmentRunner, "load", lambda *_: loads.append(1))
+        assert close(fast(x), model(x))
+        assert run == loads == []
+    for change in (lambda p: p.data.mul_(1.5), lambda p: p.requires_grad_(False).abs_().requires_grad_(), set_data):
+        for module in (fast, model):
+            change(module.get_parameter("2.weight"))
+            change([*module.parameters()][-1])  # a bias, a gain or a length
+        for _ in range(2):
+            with torch.no_grad():
+                assert close(fast(x), model(x))
+        assert_learns_the_same(fast, model, x)
+        for module in (fast, model):
+            module.zero_grad()
+
+
+class HandsOutItsWeight(nn.Module):
+    """Returns a weight that it computes, and a view of another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.table = nn.Conv2d(3, 6, 3), nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        weight = self.conv.weight * 2
+        shift = self.table.exp()[1].view(6, 1, 1)
+        return F.conv2d(x, weight, self.conv.bias) + shift + self.table[2].view(6, 1, 1), weight.flatten(1), shift
+
+
+def test_computed_weights_that_a_caller_gets_are_the_callers():
+    torch.manual_seed(0)
+    model = HandsOutItsWeight()
+    fast, x = lipfast.accelerate(model), torch.randn(2, 3, 12, 20)
+    with torch.no_grad():
+        for _ in range(4):
+            results, expected = fast(x), model(x)
+            assert all(close(one, other) for one, other in zip(results, expected, strict=True))
+            for result in results:
+                result.mul_(7)
 
 
 def test_a_mask_that_forward_multiplies_by_is_pruning():
@@ -847,13 +930,13 @@ def test_inference_mode(training):
 
 
 def test_torch_calls_keep_no_tensor_that_nothing_reads_again(monkeypatch):
-    known, run = [], lane_module._run_call
+    known, run = [], lane_module.run_call
 
     def counted(call: Call, tensors: dict[int, Tensor], device: torch.device) -> None:
         known.append(len(tensors))
         run(call, tensors, device)
 
-    monkeypatch.setattr(lane_module, "_run_call", counted)
+    monkeypatch.setattr(lane_module, "run_call", counted)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), *(nn.Softplus() for _ in range(8))).eval()
     with torch.no_grad():
         call(lipfast.accelerate(model), torch.randn(1, 3, 8, 8))

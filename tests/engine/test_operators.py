@@ -282,6 +282,21 @@ def test_pooling(compare, size, pool):
     compare(behind_conv(pool, nn.Conv2d(CHANNELS, 2, 1)), torch.randn(2, 3, *size))
 
 
+ROUNDED_UP = [nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False), nn.MaxPool2d(3, 2, 1, ceil_mode=True)]
+
+
+@pytest.mark.parametrize("pool", ROUNDED_UP, ids=str)
+def test_pooling_that_rounds_up_runs_in_lanes_where_nothing_is_left_over(compare, pool):
+    side = 12 if isinstance(pool, nn.AvgPool2d) else 13
+    compare(behind_conv(pool, nn.Conv2d(CHANNELS, 2, 1)), torch.randn(2, 3, side, side + 6))
+    module = behind_conv(pool, nn.Conv2d(CHANNELS, 2, 1))
+    for height, width in (side, side + 5), (side + 1, side):
+        x = torch.randn(2, 3, height, width)
+        recording = record(lambda leaves, x: call_with(module, leaves, (x,)), [x], dict(module.named_parameters()))
+        (reason,) = lower(recording).refused
+        assert "ceil_mode" in reason
+
+
 def test_equal_maxima_go_to_the_first_pixel(compare):
     module = behind_conv(nn.MaxPool2d(3, 2, 1))
     nn.init.zeros_(module[0].weight)
