@@ -320,17 +320,17 @@ class CheckedProgram {
     program_.ResampleBackward(dy, dx, rows, columns);
   }
 
-  void Pool(int x, int y, int64_t kernel, int64_t stride, int64_t pad, bool maximum, bool fill, int mode,
-            int64_t halo_pad) {
-    const PoolSpec spec = AsPool(x, y, kernel, stride, pad, maximum);
+  void Pool(int x, int y, int64_t kernel, int64_t stride, int64_t pad, int64_t counted, bool maximum, bool fill,
+            int mode, int64_t halo_pad) {
+    const PoolSpec spec = AsPool(x, y, kernel, stride, pad, counted, maximum);
     const int64_t behind = kernel - stride - pad;
     Check(Map(x).halo >= (pad > behind ? pad : behind), "pool: the input's halo is smaller than the window's reach");
     program_.Pool(x, y, spec, AsHalo(fill, mode, halo_pad, Map(y)));
   }
 
-  void PoolBackward(int x, int dy, int dx, int64_t kernel, int64_t stride, int64_t pad, bool maximum) {
+  void PoolBackward(int x, int dy, int dx, int64_t kernel, int64_t stride, int64_t pad, int64_t counted, bool maximum) {
     CheckPair(x, dx);
-    program_.PoolBackward(x, dy, dx, AsPool(x, dy, kernel, stride, pad, maximum));
+    program_.PoolBackward(x, dy, dx, AsPool(x, dy, kernel, stride, pad, counted, maximum));
   }
 
   void Mean(int x, int y) {
@@ -341,6 +341,16 @@ class CheckedProgram {
   void MeanBackward(int dy, int dx) {
     CheckOnePixel(dx, dy);
     program_.MeanBackward(dy, dx);
+  }
+
+  void MeanTo(int x, int y) {
+    CheckPlanes(x, y);
+    program_.MeanTo(x, y);
+  }
+
+  void MeanToBackward(int dy, int dx) {
+    CheckPlanes(dx, dy);
+    program_.MeanToBackward(dy, dx);
   }
 
   // arrays[i] goes to `counts[i]` numbers from `starts[i]` on: of the values, and from array `values` on of the
@@ -448,6 +458,12 @@ class CheckedProgram {
     } else {
       CheckOnePixel(a, b);
     }
+  }
+
+  // x and y have as many planes.
+  void CheckPlanes(int x, int y) const {
+    Check(SameSheets(Map(x), Map(y)) && Map(x).channels == Map(y).channels,
+          "maps differ in planes: " + SizeOf(Map(x)) + " and " + SizeOf(Map(y)));
   }
 
   // y holds one number for each plane of x.
@@ -592,15 +608,22 @@ class CheckedProgram {
     CheckAxis(columns, x.width, y.width);
   }
 
-  PoolSpec AsPool(int x, int y, int64_t kernel, int64_t stride, int64_t pad, bool maximum) const {
+  // Of a window's steps along one axis: torch rounds their number down or, the last one starting in the picture, up.
+  static bool AreWindows(int64_t windows, int64_t side, int64_t kernel, int64_t stride, int64_t pad) {
+    const int64_t last = (windows - 1) * stride - pad, end = side + pad;
+    return windows >= 1 && last < side && last + kernel < end + stride && last + stride + kernel > end;
+  }
+
+  PoolSpec AsPool(int x, int y, int64_t kernel, int64_t stride, int64_t pad, int64_t counted, bool maximum) const {
     const LaneMap &in = Map(x), &out = Map(y);
-    Check(kernel >= 1 && kernel < (1 << 16) && stride >= 1 && stride < (1 << 16) && pad >= 0 && 2 * pad <= kernel,
+    Check(kernel >= 1 && kernel < (1 << 16) && stride >= 1 && stride < (1 << 16) && pad >= 0 && 2 * pad <= kernel &&
+              (counted == 0 || counted == pad),
           "pool: kernel, stride or padding out of range");
     Check(SameSheets(in, out) && in.channels == out.channels && in.block_h == stride * out.block_h &&
-              in.block_w == stride * out.block_w && out.height == (in.height + 2 * pad - kernel) / stride + 1 &&
-              out.width == (in.width + 2 * pad - kernel) / stride + 1,
+              in.block_w == stride * out.block_w && AreWindows(out.height, in.height, kernel, stride, pad) &&
+              AreWindows(out.width, in.width, kernel, stride, pad),
           "pool: " + SizeOf(out) + " does not follow from " + SizeOf(in));
-    return {kernel, stride, pad, maximum};
+    return {kernel, stride, pad, counted, maximum};
   }
 
   Program program_;
@@ -718,9 +741,11 @@ void BindEngine(py::module_& m) {
       .def("resample", &P::Resample, py::arg("x"), py::arg("y"), py::arg("rows"), py::arg("columns"))
       .def("resample_backward", &P::ResampleBackward, py::arg("dy"), py::arg("dx"), py::arg("rows"), py::arg("columns"))
       .def("pool", &P::Pool, py::arg("x"), py::arg("y"), py::arg("kernel"), py::arg("stride"), py::arg("pad"),
-           py::arg("maximum"), py::arg("fill"), py::arg("mode"), py::arg("halo_pad"))
+           py::arg("counted"), py::arg("maximum"), py::arg("fill"), py::arg("mode"), py::arg("halo_pad"))
       .def("pool_backward", &P::PoolBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("kernel"),
-           py::arg("stride"), py::arg("pad"), py::arg("maximum"))
+           py::arg("stride"), py::arg("pad"), py::arg("counted"), py::arg("maximum"))
+      .def("mean_to", &P::MeanTo, py::arg("x"), py::arg("y"))
+      .def("mean_to_backward", &P::MeanToBackward, py::arg("dy"), py::arg("dx"))
       .def("mean", &P::Mean, py::arg("x"), py::arg("y"))
       .def("mean_backward", &P::MeanBackward, py::arg("dy"), py::arg("dx"))
       .def("load", &P::Load, py::arg("arrays"), py::arg("starts"), py::arg("counts"), py::arg("values"),

@@ -554,6 +554,19 @@ void Program::MeanBackward(int dy, int dx) {
       });
 }
 
+void Program::MeanTo(int x, int y) {
+  Add(Section::kForward, "mean to " + SizeLabel(maps_[y]), [in = maps_[x], out = maps_[y]](const RunContext& context) {
+    Kernels<PoolKernels>().mean_to(in, out, context.threads);
+  });
+}
+
+void Program::MeanToBackward(int dy, int dx) {
+  Add(Section::kBackward, "mean to backward " + SizeLabel(maps_[dy]),
+      [gradient = maps_[dy], out = maps_[dx]](const RunContext& context) {
+        Kernels<PoolKernels>().mean_to_backward(gradient, out, context.threads);
+      });
+}
+
 void Program::Run(Section where, const PlainMap* plains, int threads) {
   using Clock = std::chrono::steady_clock;
   if (threads > 1) EndOpenMpThreads();

@@ -160,6 +160,8 @@ class Program {
   void Pool(int x, int y, const PoolSpec& spec, const HaloSpec& halo);
   void Mean(int x, int y);
   void MeanBackward(int dy, int dx);
+  void MeanTo(int x, int y);
+  void MeanToBackward(int dy, int dx);
   void PoolBackward(int x, int dy, int dx, const PoolSpec& spec);
 
   // The tensors that FromPlain and ToPlain of a section use, by index.

@@ -67,8 +67,9 @@ class Node:
     upsample2   bilinear (else nearest)
     pixel_shuffle, pixel_unshuffle  factor r: r * r channels become pixels of r x r, or the reverse
     resample    rows, columns: a `Taps` each
-    pool        kernel, stride, pad, maximum
+    pool        kernel, stride, pad, counted (pixels beyond the picture, `pad` or 0, that count in an average), maximum
     mean        over all pixels: (n, c, 1, 1)
+    mean_to     averages of windows that cover the input, as many as the result has pixels
     pixel_norm  epsilon
     flatten     a map's items to rows of features
     unflatten   and back

@@ -610,14 +610,30 @@ def _channel_shuffle(b: _Builder, input: Any, groups: int) -> int:
     return b.node("cat", parts, (n, channels, height, width), interleaved=True)
 
 
-def _pool(b: _Builder, input: Any, kernel: Any, stride: Any, padding: Any, maximum: bool) -> int:
-    n, c, height, width = b.shape(input)
+def _pool(
+    b: _Builder,
+    input: Any,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    maximum: bool,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> int:
+    n, c, *axes = b.shape(input)
     sides, steps, pads = pair(kernel), pair(kernel if stride is None or stride in ([], ()) else stride), pair(padding)
     if sides[0] != sides[1] or steps[0] != steps[1] or pads[0] != pads[1]:
         raise Unsupported("a window that is not square")
-    side, step, pad = sides[0], steps[0], pads[0]
-    out_h, out_w = (height + 2 * pad - side) // step + 1, (width + 2 * pad - side) // step + 1
-    return b.node("pool", [b.map(input)], (n, c, out_h, out_w), kernel=side, stride=step, pad=pad, maximum=maximum)
+    window = {"kernel": sides[0], "stride": steps[0], "pad": pads[0]}
+    out_h, out_w = (_windows(side, **window, ceil_mode=ceil_mode) for side in axes)
+    counted = pads[0] if count_include_pad else 0
+    return b.node("pool", [b.map(input)], (n, c, out_h, out_w), **window, counted=counted, maximum=maximum)
+
+
+def _windows(side: int, kernel: int, stride: int, pad: int, ceil_mode: bool) -> int:
+    """How many windows torch takes along an axis; the last one starts in the picture or in the padding before it."""
+    count = (side + 2 * pad - kernel + (stride - 1 if ceil_mode else 0)) // stride + 1
+    return count - 1 if ceil_mode and (count - 1) * stride >= side + pad else count
 
 
 def _avg_pool2d(
@@ -630,9 +646,9 @@ def _avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> int:
-    if ceil_mode or divisor_override is not None or (pair(padding) != (0, 0) and not count_include_pad):
-        raise Unsupported("ceil_mode, divisor_override or count_include_pad=False")
-    return _pool(b, input, kernel_size, stride, padding, False)
+    if divisor_override is not None:
+        raise Unsupported("divisor_override")
+    return _pool(b, input, kernel_size, stride, padding, False, ceil_mode, count_include_pad)
 
 
 def _max_pool2d(
@@ -645,13 +661,13 @@ def _max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> int:
-    if ceil_mode or return_indices or pair(dilation) != (1, 1):
-        raise Unsupported("ceil_mode, return_indices or dilation")
-    return _pool(b, input, kernel_size, stride, padding, True)
+    if return_indices or pair(dilation) != (1, 1):
+        raise Unsupported("return_indices or dilation")
+    return _pool(b, input, kernel_size, stride, padding, True, ceil_mode)
 
 
 def _adaptive_avg_pool2d(b: _Builder, input: Any, output_size: Any) -> int:
-    height, width = b.shape(input)[2:]
+    n, c, height, width = b.shape(input)
     down, across = pair(output_size)
     rows, columns = height if down is None else down, width if across is None else across
     if (rows, columns) == (height, width):
@@ -659,7 +675,7 @@ def _adaptive_avg_pool2d(b: _Builder, input: Any, output_size: Any) -> int:
     if (rows, columns) == (1, 1):
         return _mean(b, input, (2, 3), True)
     if height % rows or width % columns or height // rows != width // columns:
-        raise Unsupported(f"adaptive pooling of {height} x {width} to {rows} x {columns}")
+        return b.node("mean_to", [b.map(input)], (n, c, rows, columns))
     return _pool(b, input, height // rows, None, 0, False)
 
 

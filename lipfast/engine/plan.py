@@ -283,10 +283,16 @@ class _Planner:
         if node.kind == "upsample2" and node.bilinear:
             return Halo("replicate", 1, 1)
         if node.kind == "pool":
-            reach = max(node.pad, node.kernel - node.stride - node.pad)
+            pad = max(node.pad, self._beyond(node))
+            reach = max(pad, node.kernel - node.stride - node.pad)
             zeros = not node.maximum or self._unmoved_by_zeros(node.inputs[0])
-            return Halo("zeros" if zeros else "replicate", node.pad, reach) if reach > 0 else None
+            return Halo("zeros" if zeros else "replicate", pad, reach) if reach > 0 else None
         return None
+
+    def _beyond(self, pool: Node) -> int:
+        """How many pixels behind the picture the last window of a pooling holds."""
+        sides = zip(self.graph.shapes[pool.inputs[0]][2:], self.graph.shapes[pool.output][2:], strict=True)
+        return max(int((windows - 1) * pool.stride - pool.pad + pool.kernel) - side for side, windows in sides)
 
     def reach(self, conv: Node) -> int:
         """How far beyond a block a convolution reads its input, or a transposed one its result's gradient."""
@@ -550,10 +556,14 @@ class _Planner:
         self.wrote(y)
 
     def _pool(self, position: int, node: Node, x: Slot, y: Slot) -> None:
-        self._make("pool", node, x, y, node.kernel, node.stride, node.pad, node.maximum)
+        self._make("pool", node, x, y, *pool_numbers(node))
 
     def _mean(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         self.emit("mean", x, y)
+        self.wrote(y)
+
+    def _mean_to(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("mean_to", x, y)
         self.wrote(y)
 
     def _layer_norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
@@ -657,6 +667,11 @@ def _halo_arguments(halo: Halo | None) -> tuple[bool, int, int]:
 def channels_of(node: Node) -> range:
     """Which channels of its input a ``channels`` operator takes."""
     return range(node.first, node.last, node.step)
+
+
+def pool_numbers(node: Node) -> tuple[Any, ...]:
+    """What both passes of a pooling take."""
+    return node.kernel, node.stride, node.pad, node.counted, node.maximum
 
 
 def attention_numbers(node: Node) -> tuple[Any, ...]:
@@ -999,13 +1014,17 @@ class _Backward:
     def _pool(self, position: int, node: Node) -> None:
         x = node.inputs[0]
         dx = self._cleared(x)
-        window = (node.kernel, node.stride, node.pad, node.maximum)
-        self.planner.emit("pool_backward", self.planner.home[x], self._home(node.output), dx, *window)
+        self.planner.emit("pool_backward", self.planner.home[x], self._home(node.output), dx, *pool_numbers(node))
         self._wrote(x)
 
     def _mean(self, position: int, node: Node) -> None:
         dx = self._cleared(node.inputs[0])
         self.planner.emit("mean_backward", self._home(node.output), dx)
+        self._wrote(node.inputs[0])
+
+    def _mean_to(self, position: int, node: Node) -> None:
+        dx = self._cleared(node.inputs[0])
+        self.planner.emit("mean_to_backward", self._home(node.output), dx)
         self._wrote(node.inputs[0])
 
     def _layer_norm(self, position: int, node: Node) -> None:

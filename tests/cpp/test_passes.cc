@@ -379,31 +379,38 @@ void RunFinish(int threads, const std::string& name) {
 // Windows on pictures of a batch that fills its sheets.
 struct Pooling {
   int64_t kernel, stride, pad, height, grid;
+  bool counts_padding = true, rounds_up = false;
+
+  int64_t Windows(int64_t side) const { return (side + 2 * pad - kernel + (rounds_up ? stride - 1 : 0)) / stride + 1; }
 };
 
 void RunPooling(const Pooling& c, bool maximum, int threads, const std::string& name) {
   std::mt19937 random(6);
   const int64_t batch = 32 / (c.grid * c.grid), height = c.height, block_h = 2 * ((height + 1) / (2 * c.grid) + 1);
   const int64_t block_w = 2 * (kWidth / (2 * c.grid) + 1);
-  const int64_t out_h = (height + 2 * c.pad - c.kernel) / c.stride + 1;
-  const int64_t out_w = (kWidth + 2 * c.pad - c.kernel) / c.stride + 1;
+  const int64_t out_h = c.Windows(height), out_w = c.Windows(kWidth);
   Picture x(batch, kChannels, height, kWidth, block_h, block_w, 1, random, c.grid),
       dx(batch, kChannels, height, kWidth, block_h, block_w, 0, random, c.grid);
   Picture y(batch, kChannels, out_h, out_w, block_h / 2, block_w / 2, 1, random, c.grid),
       dy(batch, kChannels, out_h, out_w, block_h / 2, block_w / 2, 0, random, c.grid);
   for (size_t i = 0; i < x.tensor.size(); i += 3) x.tensor[i] = 1.0f;  // equal ones
   x.Write();
-  const PoolSpec spec = {c.kernel, c.stride, c.pad, maximum};
+  const int64_t counted = c.counts_padding ? c.pad : 0;
+  const PoolSpec spec = {c.kernel, c.stride, c.pad, counted, maximum};
   const int64_t places = c.kernel * c.kernel;
   std::vector<double> want(y.tensor.size()), dx_want(dx.tensor.begin(), dx.tensor.end());
   for (size_t i = 0; i < want.size(); ++i) {
     const int64_t plane = i / (out_h * out_w), row = i / out_w % out_h, col = i % out_w;
-    int64_t best = -1;
+    int64_t best = -1, count = 0;
+    const auto at_row = [&](int64_t k) { return c.stride * row + k / c.kernel - c.pad; };
+    const auto at_col = [&](int64_t k) { return c.stride * col + k % c.kernel - c.pad; };
+    const auto counts = [&](int64_t at, int64_t side) { return at >= -counted && at < side + counted; };
+    for (int64_t k = 0; k < places; ++k) count += counts(at_row(k), height) && counts(at_col(k), kWidth);
     for (int64_t k = 0; k < places; ++k) {
-      const int64_t r = c.stride * row + k / c.kernel - c.pad, q = c.stride * col + k % c.kernel - c.pad;
+      const int64_t r = at_row(k), q = at_col(k);
       if (r < 0 || q < 0 || r >= height || q >= kWidth) continue;
       const int64_t at = plane * height * kWidth + r * kWidth + q;
-      const double share = 1.0 / static_cast<double>(places);
+      const double share = 1.0 / static_cast<double>(count);
       if (!maximum) want[i] += x.tensor[at] * share, dx_want[at] += dy.tensor[i] * share;
       if (best < 0 || x.tensor[at] > x.tensor[best]) best = at;
     }
@@ -421,16 +428,53 @@ void RunPooling(const Pooling& c, bool maximum, int threads, const std::string& 
   Expect(Error(dx.Read(), dx_want) < kTolerance, name + " backward");
 }
 
+// Windows whose sides differ, of pixels that others take, too.
+void RunMeanTo(int64_t grid, int threads, const std::string& name) {
+  std::mt19937 random(8);
+  constexpr int64_t kRows = 4, kColumns = 5;
+  const int64_t batch = 32 / (grid * grid) - 1, block = 16 / grid;
+  Picture x(batch, kChannels, kHeight, kWidth, block, block, 0, random, grid);
+  Picture dx(batch, kChannels, kHeight, kWidth, block, block, 1, random, grid);
+  Picture y(batch, kChannels, kRows, kColumns, 8 / grid, 8 / grid, 0, random, grid);
+  const Tensor dy = y.tensor;
+  std::vector<double> want(dy.size()), dx_want(dx.tensor.begin(), dx.tensor.end());
+  const auto first = [](int64_t i, int64_t from, int64_t to) { return i * from / to; };
+  const auto last = [](int64_t i, int64_t from, int64_t to) { return ((i + 1) * from + to - 1) / to; };
+  for (int64_t i = 0; i < static_cast<int64_t>(want.size()); ++i) {
+    const int64_t plane = i / (kRows * kColumns), row = i / kColumns % kRows, col = i % kColumns;
+    const int64_t top = first(row, kHeight, kRows), bottom = last(row, kHeight, kRows);
+    const int64_t left = first(col, kWidth, kColumns), right = last(col, kWidth, kColumns);
+    const double share = 1.0 / static_cast<double>((bottom - top) * (right - left));
+    for (int64_t r = top; r < bottom; ++r) {
+      for (int64_t q = left; q < right; ++q) {
+        const int64_t at = (plane * kHeight + r) * kWidth + q;
+        want[i] += x.tensor[at] * share;
+        dx_want[at] += dy[i] * share;
+      }
+    }
+  }
+  Kernels<PoolKernels>().mean_to_backward(y.map.lanes, dx.map.lanes, threads);
+  Kernels<PoolKernels>().mean_to(x.map.lanes, y.map.lanes, threads);
+  Expect(Error(y.Read(), want) < kTolerance, name);
+  Expect(Error(dx.Read(), dx_want) < kTolerance, name + " backward");
+}
+
 void RunPool(int threads, const std::string& name) {
   for (int64_t grid : {1, 2, 4}) {
-    // Windows that overlap; that lie apart; that leave a row out.
-    for (const Pooling& c : {Pooling{3, 2, 1, 9, grid}, {2, 2, 0, 8, grid}, {2, 2, 0, 9, grid}}) {
+    // Windows that overlap; that lie apart; that leave a row out; that count no padding; that reach beyond the picture.
+    for (const Pooling& c : {Pooling{3, 2, 1, 9, grid},
+                             {2, 2, 0, 8, grid},
+                             {2, 2, 0, 9, grid},
+                             {3, 2, 1, 9, grid, false},
+                             {3, 2, 0, 8, grid, true, true},
+                             {2, 2, 0, 9, grid, false, true}}) {
       for (bool maximum : {false, true}) {
         RunPooling(c, maximum, threads,
                    name + (maximum ? " maximum of " : " average of ") + std::to_string(c.kernel) + " on " +
                        std::to_string(c.height) + " rows, grid " + std::to_string(grid));
       }
     }
+    RunMeanTo(grid, threads, name + " means, grid " + std::to_string(grid));
   }
 }
 

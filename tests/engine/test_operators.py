@@ -282,6 +282,43 @@ def test_pooling(compare, size, pool):
     compare(behind_conv(pool, nn.Conv2d(CHANNELS, 2, 1)), torch.randn(2, 3, *size))
 
 
+# The last window starts in the picture (9, 18 px) or would not (21 px); it may lie beyond it by more than the padding.
+# Eighteen pictures share lanes.
+@pytest.mark.parametrize("size", [(1, 3, 16, 16), (3, 3, 9, 21), (3, 3, 18, 7), (18, 3, 7, 6)])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+        nn.AvgPool2d(5, 1, 2, count_include_pad=False),
+        nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+        nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False),
+        nn.AvgPool2d(2, 2, ceil_mode=True),
+        nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+        nn.AvgPool2d(5, 3, 2, ceil_mode=True),
+        nn.AvgPool2d(5, 3, 2, ceil_mode=True, count_include_pad=False),
+        nn.AvgPool2d(1, 2, ceil_mode=True),
+        nn.MaxPool2d(2, 2, ceil_mode=True),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.MaxPool2d(5, 4, ceil_mode=True),
+        nn.MaxPool2d(5, 4, 2, ceil_mode=True),
+    ],
+    ids=str,
+)
+def test_pooling_at_the_edges(compare, size, pool):
+    compare(behind_conv(pool, nn.Conv2d(CHANNELS, 2, 1)), torch.randn(size))
+    compare(behind_conv(nn.ReLU(), pool), torch.randn(size))
+
+
+@pytest.mark.parametrize("channels", [1, 17])
+@pytest.mark.parametrize("size", [(11, 8), (1, 1)])
+@pytest.mark.parametrize(
+    "pool", [nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 2, 1, ceil_mode=True)], ids=str
+)
+def test_pooling_of_any_number_of_channels(compare, pool, size, channels):
+    compare(nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), pool), torch.randn(3, 3, *size))
+
+
 def test_equal_maxima_go_to_the_first_pixel(compare):
     module = behind_conv(nn.MaxPool2d(3, 2, 1))
     nn.init.zeros_(module[0].weight)
@@ -574,6 +611,13 @@ def test_other_transposed_convolutions_stay_in_torch():
 @pytest.mark.parametrize("size", [(12, 8), (3, 2), (None, 8), 4, 1])
 def test_adaptive_pooling_by_whole_windows(compare, size):
     compare(Apply(lambda x: F.adaptive_avg_pool2d(x, size)), torch.randn(2, 3, 12, 8 if size != 4 else 12))
+
+
+@pytest.mark.parametrize(("batch", "channels"), [(1, 17), (3, 1), (18, 5)])
+@pytest.mark.parametrize("size", [(3, 6), 6, (1, 5), (16, 1), (20, 31), (None, 4)])
+def test_adaptive_pooling_by_uneven_windows(compare, size, batch, channels):
+    module = nn.Sequential(nn.Conv2d(3, channels, 1), nn.AdaptiveAvgPool2d(size))
+    compare(module, torch.randn(batch, 3, 16, 13))
 
 
 def _factors(x: Tensor) -> Tensor:
