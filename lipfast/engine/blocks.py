@@ -14,7 +14,8 @@ Block = tuple[int, int]  # rows, columns of pixels
 _MOST_WASTE = 1.3
 
 _NORMS = ("norm", "group_norm", "layer_norm", "pixel_norm")
-_SAME_BLOCKS = (*_NORMS, "act", "finish", "shift", "combine", "multiply", "cat", "channels")
+_OF_CHANNELS = ("cat", "channels", "channel_mean", "largest")
+_SAME_BLOCKS = (*_NORMS, *_OF_CHANNELS, "act", "prelu", "finish", "shift", "gain", "combine", "multiply")
 _STEPS = ("conv", "conv_transpose", "pool")  # one side's blocks are `stride` times the other's
 _ENLARGES = ("conv_transpose", "upsample2", "pixel_shuffle")
 
@@ -80,7 +81,7 @@ def _fuse_affine(graph: Graph, weights: Sequence[Any]) -> None:
             continue
         if norm.gamma is None and _scales_channels(graph, node, weights):
             norm.attributes |= {"gamma": node.weight, "beta": node.bias}
-        elif node.kind == "shift":
+        elif node.kind == "shift" and weights[node.beta].count == graph.shapes[node.output][1]:
             norm.attributes["beta"] = node.beta
         else:
             continue
@@ -127,7 +128,8 @@ def _fuse_finish(graph: Graph, weights: Sequence[Any]) -> None:
             source = makers.get(value) if value in read_once else None
             if source is not None and _joins(source, own, node.inputs):
                 node.inputs = [*source.inputs, *node.inputs[:place], *node.inputs[place + 1 :]]
-                own |= {name: source.attributes[name] for name in ("gamma", "beta", "running", "epsilon")}
+                norm = {name: source.attributes[name] for name in ("gamma", "beta", "running", "epsilon")}
+                own |= norm if norm["beta"] is not None else norm | {"beta": own["beta"]}
                 source.kind = "gone"
                 break
         node.kind, node.attributes = "finish", own
@@ -141,6 +143,8 @@ def _as_finish(graph: Graph, node: Node, weights: Sequence[Any]) -> dict[str, An
         return {name: node.attributes[name] for name in _PLAIN}
     if node.kind == "shift":
         return {**_PLAIN, "beta": node.beta}
+    if node.kind == "gain":
+        return {**_PLAIN, "gamma": node.gamma}
     if _scales_channels(graph, node, weights):
         return {**_PLAIN, "gamma": node.weight, "beta": node.bias}
     if node.kind == "act":
@@ -151,9 +155,11 @@ def _as_finish(graph: Graph, node: Node, weights: Sequence[Any]) -> dict[str, An
 
 
 def _joins(source: Node, own: dict[str, Any], inputs: list[int]) -> bool:
-    """Whether what ``source`` does may come before ``own``: norm, then sum, then act."""
-    plain = all(own[name] is None for name in ("running", "gamma", "beta"))
-    return plain and source.act == "none" and len(source.inputs) + len(inputs) <= 3
+    """Whether what ``source`` does may come before ``own``: norm, then sum, then act. A norm or factor takes the shift
+    behind it."""
+    scales = own["running"] is not None or own["gamma"] is not None
+    shifts = own["beta"] is not None and source.beta is not None
+    return not (scales or shifts) and source.act == "none" and len(source.inputs) + len(inputs) <= 3
 
 
 def _drop_unread(graph: Graph) -> None:
@@ -326,6 +332,8 @@ def _edges(graph: Graph, classes: "_Classes") -> list[_Edge]:
                 classes.join(value, node.output)
         elif node.kind in ("scale", "offset"):
             classes.join(first, node.output)
+            if graph.of_pixels(node):
+                classes.join(node.inputs[1], node.output)
         elif node.kind in _ENLARGES:
             edges.append(_Edge(node, node.output, first, node.attributes.get("factor", 2)))
         elif node.kind == "pixel_unshuffle":
