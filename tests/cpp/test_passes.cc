@@ -392,21 +392,19 @@ void RunChannels(int threads, const std::string& name) {
   kernels.largest(a.map.lanes, sums.map.lanes, threads);
   Expect(Error(sums.Read(), largest) == 0, name + " largest channel");
   for (bool shared : {false, true}) {
-    std::vector<double> equal(largest.size()), want(y.tensor.begin(), y.tensor.end());
-    for (size_t i = 0; i < want.size(); ++i) equal[pixel(i)] += a.tensor[i] == largest[pixel(i)];
-    std::vector<double> left(one.tensor.begin(), one.tensor.end());
-    for (size_t i = 0; i < want.size(); ++i) {
+    std::vector<double> left(one.tensor.begin(), one.tensor.end()), equal(left.size()), change(product.size());
+    for (size_t i = 0; i < change.size(); ++i) equal[pixel(i)] += a.tensor[i] == largest[pixel(i)];
+    for (size_t i = 0; i < change.size(); ++i) {
       if (a.tensor[i] != largest[pixel(i)]) continue;
-      want[i] += shared ? one.tensor[pixel(i)] / equal[pixel(i)] : left[pixel(i)];
-      left[pixel(i)] = 0;
+      change[i] = shared ? left[pixel(i)] / equal[pixel(i)] : left[pixel(i)];
+      if (!shared) left[pixel(i)] = 0;
     }
-    const std::string what = name + (shared ? " largest channels" : " first largest channel") + " backward";
-    kernels.largest_backward(a.map.lanes, one.map.lanes, y.map.lanes, shared, true, threads);
-    Expect(Error(y.Read(), want) < kTolerance, what);
-    for (size_t i = 0; i < want.size(); ++i)
-      want[i] = a.tensor[i] == largest[pixel(i)] ? one.tensor[pixel(i)] / equal[pixel(i)] : 0;
-    kernels.largest_backward(a.map.lanes, one.map.lanes, y.map.lanes, shared, false, threads);
-    if (shared) Expect(Error(y.Read(), want) < kTolerance, what + ", not added");
+    for (bool accumulate : {false, true}) {
+      kernels.largest_backward(a.map.lanes, one.map.lanes, y.map.lanes, shared, accumulate, threads);
+      const std::string what = name + (shared ? " largest channels" : " first largest channel") + " backward";
+      Expect(Error(y.Read(), change) < kTolerance, what + (accumulate ? ", added" : ""));
+      for (double& number : change) number *= 2;
+    }
   }
 }
 
