@@ -644,22 +644,31 @@ class CheckedProgram {
     return {at[0], at[1], at[2], at[3], at[4]};
   }
 
-  // gamma, beta, running mean, running variance, the steps from channel to channel of gamma and beta
+  // gamma, beta, running mean, running variance, the steps from channel to channel of gamma and beta, a learned slope
   NormOffsets AsFinishOffsets(const std::vector<int64_t>& at, int64_t channels) const {
-    Check(at.size() == 6, "finish: expected 4 offsets and 2 steps");
+    Check(at.size() == 7, "finish: expected 4 offsets, 2 steps and the offset of a slope");
     NormOffsets offsets = AsOffsets({-1, -1, at[2], at[3], -1}, channels, 0);
     for (int i = 0; i < 2; ++i) {
       if (at[i] >= 0) CheckSteps(at[i], at[4 + i], channels);
     }
     offsets.gamma = at[0], offsets.beta = at[1];
     offsets.gamma_step = at[4], offsets.beta_step = at[5];
+    offsets.slope = AsSlope(at[6]);
     return offsets;
   }
 
-  // gamma, beta, saved
+  // gamma, beta, saved, a learned slope
   NormOffsets AsGroupOffsets(const std::vector<int64_t>& at, int x, int64_t groups) const {
-    Check(at.size() == 3, "group norm: expected 3 offsets");
-    return AsOffsets({at[0], at[1], -1, -1, at[2]}, Map(x).channels, 2 * Map(x).batch * groups * kVector);
+    Check(at.size() == 4, "group norm: expected 4 offsets");
+    NormOffsets offsets =
+        AsOffsets({at[0], at[1], -1, -1, at[2]}, Map(x).channels, 2 * Map(x).batch * groups * kVector);
+    offsets.slope = AsSlope(at[3]);
+    return offsets;
+  }
+
+  int64_t AsSlope(int64_t at) const {
+    if (at >= 0) CheckValues(at, 1);
+    return at;
   }
 
   static void CheckAxis(const AxisTable& axis, int64_t from, int64_t to) {

@@ -226,7 +226,7 @@ void Program::Renew(const FinishedConv& f, Affine* affine) const {
 // What follows the sums, but for residual and halo.
 ConvEnd Program::EndOf(const FinishedConv& f, const Affine& affine) const {
   const bool scaled = f.offsets.running_mean >= 0 || f.offsets.gamma >= 0;
-  return {f.act, scaled ? affine.scale.data() : nullptr, nullptr, {}};
+  return {WithSlope(f.act, f.offsets), scaled ? affine.scale.data() : nullptr, nullptr, {}};
 }
 
 void Program::ConvFinish(const FinishedConv& f, int x, int residual, int y, const HaloSpec& halo) {
@@ -251,7 +251,7 @@ void Program::ConvPair(const FinishedConv& first, const FinishedConv& second, in
         const auto prepare = [&](const FinishedConv& f, const LaneMap& read, Affine* affine) -> PreparedConv {
           Renew(f, affine);
           const float* weights = Prepared(f.conv, values() + f.values, read, EndOf(f, *affine), context);
-          return {convs_[f.conv].conv.get(), weights, affine->bias.data(), f.act};
+          return {convs_[f.conv].conv.get(), weights, affine->bias.data(), WithSlope(f.act, f.offsets)};
         };
         Conv::RunPair(prepare(first, in, &one), prepare(second, between, &two), in, between, between_halo, out, halo,
                       context.threads);
@@ -350,8 +350,9 @@ void Program::GroupNorm(int x, int y, const GroupNormSpec& spec, const NormOffse
   GroupNormSpec full = spec;
   full.live = LiveMask(maps_[x]);
   Add(Section::kForward, "group norm " + SizeLabel(maps_[x]),
-      [full, halo, state = GroupStateOf(offsets, maps_[x].batch * spec.groups * kGrid * kGrid), in = maps_[x],
-       out = maps_[y]](const RunContext& context) {
+      [this, offsets, full, halo, state = GroupStateOf(offsets, maps_[x].batch * spec.groups * kGrid * kGrid),
+       in = maps_[x], out = maps_[y]](const RunContext& context) mutable {
+        full.act = WithSlope(full.act, offsets);
         Kernels<GroupNormKernels>().forward(in, out, full, state, halo, context.threads);
       });
 }
@@ -433,12 +434,17 @@ NormNumbers Program::NumbersOf(const NormOffsets& offsets, float epsilon) const 
           offsets.beta_step};
 }
 
+ActivationSpec Program::WithSlope(ActivationSpec act, const NormOffsets& offsets) const {
+  return {act.kind, offsets.slope < 0 ? act.slope : values()[offsets.slope]};
+}
+
 void Program::Finish(Section where, int x, int residual, int y, float epsilon, const NormOffsets& offsets,
                      ActivationSpec act, const HaloSpec& halo) {
   Add(where, "finish " + SizeLabel(maps_[y]),
-      [norm = NumbersOf(offsets, epsilon), act, halo, in = maps_[x], add = residual < 0 ? LaneMap{} : maps_[residual],
-       out = maps_[y]](const RunContext& context) {
-        Kernels<FinishKernels>().finish(in, add.data ? &add : nullptr, out, norm, act, halo, context.threads);
+      [this, offsets, norm = NumbersOf(offsets, epsilon), act, halo, in = maps_[x],
+       add = residual < 0 ? LaneMap{} : maps_[residual], out = maps_[y]](const RunContext& context) {
+        Kernels<FinishKernels>().finish(in, add.data ? &add : nullptr, out, norm, WithSlope(act, offsets), halo,
+                                        context.threads);
       });
 }
 

@@ -52,6 +52,7 @@ struct NormOffsets {
   int64_t running_mean, running_variance;  // in statistics
   int64_t saved;                           // in statistics: means, then inverse deviations
   int64_t gamma_step = 1, beta_step = 1;   // of a finish; 0: the first number is that of all channels
+  int64_t slope = -1;                      // in values: of the activation behind a finish or group norm, where learned
 };
 
 // Time spent in one step since the last ResetProfile.
@@ -228,6 +229,8 @@ class Program {
   float* GradientAt(int64_t offset) const;  // null: there is none
   GroupNormState GroupStateOf(const NormOffsets& offsets, int64_t count) const;
   NormNumbers NumbersOf(const NormOffsets& offsets, float epsilon) const;
+  // The activation with the slope that the values hold now.
+  ActivationSpec WithSlope(ActivationSpec act, const NormOffsets& offsets) const;
 
   int64_t map_floats_ = 0, value_count_ = 0, statistic_count_ = 0;
   std::unique_ptr<Arena> memory_, vectors_, scratch_, prepared_;

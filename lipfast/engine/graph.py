@@ -54,12 +54,13 @@ class Node:
     prelu       slopes (weight number): below zero, one for each channel or for all
     norm        gamma, beta (weight numbers or None), running (statistics number or None), training, momentum, epsilon,
                 act, slope
-    group_norm  gamma, beta (weight numbers or None), groups, epsilon, act, slope
+    group_norm  gamma, beta (weight numbers or None), groups, epsilon, act, slope, slopes (weight number of one that is
+                learned, in inference only, or None)
     layer_norm  gamma, beta (weight numbers or None), epsilon: each pixel over its channels
     attention   heads: the `Heads` of rows of features: queries, keys, values
     act         act, slope
     finish      act(norm(inputs[0]) + inputs[1]), in inference only: gamma, beta, running (None: no norm, but a factor
-                and a shift of each channel), epsilon, act, slope; the second input is optional
+                and a shift of each channel), epsilon, act, slope, slopes; the second input is optional
     combine     a_scale, b_scale, shift: a_scale * inputs[0] + b_scale * inputs[1] + shift (second input optional)
     multiply    inputs[0] * inputs[1]
     scale       inputs[0] times inputs[1], which has one number for each plane, (n, c, 1, 1), or pixel, (n, 1, h, w)

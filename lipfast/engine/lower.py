@@ -493,7 +493,7 @@ def _group_norm(
     b: _Builder, input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> int:
     attributes = {"gamma": b.weight(weight), "beta": b.weight(bias), "groups": num_groups, "epsilon": eps}
-    return b.same("group_norm", input, **attributes, act="none", slope=0.0)
+    return b.same("group_norm", input, **attributes, act="none", slope=0.0, slopes=None)
 
 
 def _instance_norm(

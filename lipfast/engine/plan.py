@@ -417,7 +417,7 @@ class _Planner:
 
     def affine(self, gamma: int | None, beta: int | None) -> tuple[Any, ...]:
         """The numbers of a finish that is but a factor and a shift."""
-        offsets = [self.offset(gamma), self.offset(beta), -1, -1, self.step(gamma), self.step(beta)]
+        offsets = [self.offset(gamma), self.offset(beta), -1, -1, self.step(gamma), self.step(beta), -1]
         return 0.0, offsets, ACTIVATIONS["none"], 0.0
 
     def step(self, weight: int | None) -> int:
@@ -453,10 +453,10 @@ class _Planner:
         return self.home[finish.inputs[1]] if len(finish.inputs) > 1 else -1
 
     def _finish_offsets(self, finish: Node) -> list[int]:
-        """gamma, beta, running mean, running variance, the steps of gamma and beta"""
+        """gamma, beta, running mean, running variance, the steps of gamma and beta, a learned slope"""
         running = [-1, -1] if finish.running is None else [part.start for part in self.statistics[finish.running]]
         affine = finish.gamma, finish.beta
-        return [*map(self.offset, affine), *running, *map(self.step, affine)]
+        return [*map(self.offset, affine), *running, *map(self.step, affine), self.offset(finish.slopes)]
 
     def norm_offsets(self, position: int, node: Node) -> list[int]:
         """gamma, beta, running mean, running variance, what backward needs."""
@@ -475,7 +475,7 @@ class _Planner:
         """What both passes of a group norm take."""
         on_sheets = sheets(self.graph.shapes[node.output][0], self.graph.grid)
         saved = self._saved_at(position, 2 * on_sheets * node.groups * LANES)
-        offsets = [self.offset(node.gamma), self.offset(node.beta), saved]
+        offsets = [self.offset(node.gamma), self.offset(node.beta), saved, self.offset(node.slopes)]
         return node.groups, node.epsilon, ACTIVATIONS[node.act], node.slope, offsets
 
     def _finish(self, position: int, node: Node, x: Slot, y: Slot) -> None:

@@ -985,6 +985,21 @@ def test_prelu(compare, shape, channels, slopes):
     )
 
 
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.InstanceNorm2d(5), lambda: nn.BatchNorm2d(5)])
+def test_one_slope_is_part_of_what_comes_before_in_inference(inference, norm):
+    prelu, x = nn.PReLU(), torch.randn(2, 3, 9, 6)
+    module = behind_wide_conv(5, norm(), prelu, nn.Conv2d(5, 5, 3, padding=1), prelu).eval()
+    running = inference(module, x, {})
+    assert not [step for _, step, _ in running.profile() if step.startswith(("prelu", "finish"))]
+    for slope in (0.25, -1.5):
+        slopes = [running.value(number) for number in range(len(running.plan.values))]
+        for value in slopes:
+            if value.numel() == 1:
+                value.fill_(slope)
+        nn.init.constant_(prelu.weight, slope)
+        assert torch.allclose(running.forward([x], 2)[0], module(x), atol=1e-5)
+
+
 @pytest.mark.parametrize("slopes", [1, 7])
 @pytest.mark.parametrize("batch", [1, 3, 50])
 def test_prelu_of_features(compare, batch, slopes):
@@ -1239,6 +1254,29 @@ def of_vectors(m: ResponseNorm, x: Tensor, pixels: tuple[int, int], channels: in
 @pytest.mark.parametrize("form", [of_timm, of_the_paper, of_vectors])
 def test_global_response_norms(compare, form, last, channels, shape):
     compare(ResponseNorm(channels, last, form), torch.randn(shape))
+
+
+def test_the_factors_of_a_response_norm_multiply_its_few_numbers(inference):
+    module, x = ResponseNorm(17, True, of_timm), torch.randn(2, 3, 9, 6)
+    steps = [step for _, step, _ in inference(module, x, {}).profile()]
+    assert [step for step in steps if step.startswith(("response", "finish", "multiply"))] == [
+        "finish 17x9x6",  # GELU
+        "response norm 17x9x6",
+        "finish 17x1x1",
+        "multiply 17x9x6",
+        "finish 17x9x6",
+    ]
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_factors_of_channels_behind_those_of_planes(compare, other):
+    """In a row, of which another operator may read the middle."""
+
+    def form(m: Learned, x: Tensor) -> Tensor:
+        gated = x * torch.sigmoid(x.mean((2, 3), keepdim=True))
+        return gated * m.each * torch.tanh(x.mean((2, 3), keepdim=True)) * m.shift + (gated if other else x)
+
+    compare(Learned(5, form), torch.randn(3, 3, 9, 6))
 
 
 def test_a_channel_of_zeros_has_no_response(compare):
