@@ -223,12 +223,12 @@ class _Builder:
         return last != (call.function in _PERMUTE)
 
     def _lies_permuted(self, call: Call, result: Ref, added: list[Node]) -> bool:
-        """Whether a call's result lies in memory in another order than its axes, as the first of its maps does."""
-        of_first = next((ref.number in self._permuted for ref in call.refs() if len(ref.shape) == 4), False)
+        """Whether a call's result lies in memory in another order than its axes, as the first map of its shape does."""
         if len(result.shape) != 4:
             return False  # flattened, which lays it out anew
         if call.function in _PERMUTE:
-            return not of_first
+            return call.refs()[0].number not in self._permuted
+        of_first = next((ref.number in self._permuted for ref in call.refs() if ref.shape == result.shape), False)
         element_by_element = call.function in _MULTIPLY or all(node.kind in _ELEMENT_BY_ELEMENT for node in added)
         return of_first and element_by_element and call.function is not Tensor.contiguous
 

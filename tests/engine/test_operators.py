@@ -856,9 +856,20 @@ def test_a_map_and_its_permuted_view_may_both_be_results():
             assert torch.allclose(fast.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-4), name
 
 
-@pytest.mark.parametrize("name", ["scaled behind", *list(PIXELS)[4:]])
+PERMUTED = {
+    "a learned number first": ((1, 1, 1, 1), lambda m, x: m.scale * x),
+    "learned numbers first": ((1, 1, 1, 6), lambda m, x: torch.addcmul(m.scale, m.scale, x)),
+    "square": ((1,), lambda m, x: x.square() + m.scale),
+    "slope": ((1,), lambda m, x: F.prelu(x, m.scale)),
+    "gate": ((1,), lambda m, x: x.mean(-1, keepdim=True) * x),
+    "one channel": ((1,), lambda m, x: x.amax(-1, keepdim=True)),
+}
+PERMUTED = {name: (size, lambda m, x, f=form: f(m, x.permute(0, 2, 3, 1))) for name, (size, form) in PERMUTED.items()}
+
+
+@pytest.mark.parametrize("name", ["scaled behind", *list(PIXELS)[4:], *PERMUTED])
 def test_permuted_results_lie_as_in_torch(name):
-    module = Pixels(*PIXELS[name])
+    module = Pixels(*(PIXELS | PERMUTED)[name])
     x = torch.randn(2, 3, 8, 12)
     assert lipfast.accelerate(module)(x).stride() == module(x).stride()
 
@@ -983,6 +994,12 @@ def test_prelu(compare, shape, channels, slopes):
         behind_wide_conv(channels, nn.BatchNorm2d(channels).eval(), prelu, nn.Conv2d(channels, 2, 1)),
         torch.randn(shape),
     )
+
+
+@pytest.mark.parametrize("slopes", [1, 6])
+@pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(2, 6), lambda: nn.InstanceNorm2d(6), lambda: nn.BatchNorm2d(6)])
+def test_prelu_behind_a_norm(compare, norm, slopes):
+    compare(behind_wide_conv(6, norm(), randomised(nn.PReLU(slopes))), torch.randn(3, 3, 9, 7))
 
 
 @pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.InstanceNorm2d(5), lambda: nn.BatchNorm2d(5)])
