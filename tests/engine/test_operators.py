@@ -1286,12 +1286,13 @@ def test_the_factors_of_a_response_norm_multiply_its_few_numbers(inference):
 
 
 @pytest.mark.parametrize("other", [False, True])
-def test_factors_of_channels_behind_those_of_planes(compare, other):
+@pytest.mark.parametrize("axes", [(2, 3), (1,)], ids=["planes", "pixels"])
+def test_factors_of_channels_behind_those_of_planes_and_pixels(compare, axes, other):
     """In a row, of which another operator may read the middle."""
 
     def form(m: Learned, x: Tensor) -> Tensor:
-        gated = x * torch.sigmoid(x.mean((2, 3), keepdim=True))
-        return gated * m.each * torch.tanh(x.mean((2, 3), keepdim=True)) * m.shift + (gated if other else x)
+        gated = x * torch.sigmoid(x.mean(axes, keepdim=True))
+        return gated * m.each * torch.tanh(x.mean(axes, keepdim=True)) * m.shift + (gated if other else x)
 
     compare(Learned(5, form), torch.randn(3, 3, 9, 6))
 
