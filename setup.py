@@ -45,6 +45,7 @@ ONCE = {
     "tables.cc",
     "arena.cc",
     "border.cc",
+    "heads.cc",
     "conv.cc",
     "choice.cc",
     "prune.cc",

@@ -254,7 +254,16 @@ class Program:
         self, x: int, dy: int, dx: int, epsilon: float, gamma: int, beta: int, accumulate: bool
     ) -> None: ...
     def attention(
-        self, query: int, key: int, value: int, seen: int, sizes: list[int], places: list[list[int]], scale: float
+        self,
+        query: int,
+        key: int,
+        value: int,
+        seen: int,
+        sizes: list[int],
+        places: list[tuple[NDArray[Any], NDArray[Any]]],
+        scale: float,
+        safe: bool,
+        biases: list[tuple[int, int, NDArray[Any], bool]],
     ) -> None: ...
     def attention_backward(
         self,
@@ -266,8 +275,10 @@ class Program:
         dkey: int,
         dvalue: int,
         sizes: list[int],
-        places: list[list[int]],
+        places: list[tuple[NDArray[Any], NDArray[Any]]],
         scale: float,
+        safe: bool,
+        biases: list[tuple[int, int, NDArray[Any], bool]],
     ) -> None: ...
     def pixel_norm(self, x: int, y: int, epsilon: float) -> None: ...
     def pixel_norm_backward(self, x: int, dy: int, dx: int, epsilon: float, accumulate: bool) -> None: ...

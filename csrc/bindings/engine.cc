@@ -37,6 +37,8 @@ ActivationSpec AsActivation(int kind, float slope) {
   return {static_cast<Activation>(kind), slope};
 }
 
+using Indices = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+
 // A Program whose every step is checked when it is added, so that running it cannot
 // read or write outside its maps.
 class CheckedProgram {
@@ -226,21 +228,25 @@ class CheckedProgram {
                                accumulate);
   }
 
-  // sizes: pictures, heads, features, queries, keys. places: of query, key, value and result, as in HeadPlaces.
-  using Sizes = std::array<int64_t, 5>;
-  using Places = std::array<std::array<int64_t, 4>, 4>;
+  // sizes: problems, features, queries, keys. places: of query, key, value and result, (pixels, channels) as in
+  // HeadPlaces. biases: where each starts, its rows in all and of each problem, whether its gradient is wanted.
+  using Sizes = std::array<int64_t, 4>;
+  using Places = std::array<std::pair<Indices, Indices>, 4>;
+  using Bias = std::tuple<int64_t, int64_t, Indices, bool>;
 
-  void Attention(int query, int key, int value, int seen, const Sizes& sizes, const Places& places, float scale) {
-    program_.Attention(query, key, value, seen, AsAttention({query, key, value, seen}, sizes, places, scale));
+  void Attention(int query, int key, int value, int seen, const Sizes& sizes, const Places& places, float scale,
+                 bool safe, const std::vector<Bias>& biases) {
+    program_.Attention(query, key, value, seen,
+                       AsAttention({query, key, value, seen}, sizes, places, scale, safe, biases));
   }
 
   void AttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue, const Sizes& sizes,
-                         const Places& places, float scale) {
-    const AttentionSpec spec = AsAttention({query, key, value, dy}, sizes, places, scale);
+                         const Places& places, float scale, bool safe, const std::vector<Bias>& biases) {
+    const auto form = AsAttention({query, key, value, dy}, sizes, places, scale, safe, biases);
     if (dquery >= 0) CheckPair(query, dquery);
     if (dkey >= 0) CheckPair(key, dkey);
     if (dvalue >= 0) CheckPair(value, dvalue);
-    program_.AttentionBackward(query, key, value, dy, dquery, dkey, dvalue, spec);
+    program_.AttentionBackward(query, key, value, dy, dquery, dkey, dvalue, form);
   }
 
   void Finish(int where, int x, int residual, int y, float epsilon, const std::vector<int64_t>& offsets, int act,
@@ -603,24 +609,38 @@ class CheckedProgram {
     return {groups, epsilon, AsActivation(act, slope), {nullptr, nullptr}};
   }
 
-  AttentionSpec AsAttention(const std::array<int, 4>& maps, const Sizes& sizes, const Places& places,
-                            float scale) const {
-    const auto [pictures, heads, features, queries, keys] = sizes;
-    Check(pictures > 0 && heads > 0 && features > 0 && queries > 0 && keys > 0, "attention: a size is not positive");
-    HeadPlaces at[4];
+  // Numbers of a list, each in [0, count).
+  static std::vector<int32_t> AsIndices(const Indices& given, int64_t size, int64_t count, const char* what) {
+    Check(given.ndim() == 1 && given.size() == size,
+          std::string("attention: expected ") + std::to_string(size) + " " + what);
+    std::vector<int32_t> found(given.data(), given.data() + size);
+    for (const int32_t index : found) {
+      Check(index >= 0 && index < count, std::string("attention: ") + what + " " + std::to_string(index) +
+                                             " is not one of 0 .. " + std::to_string(count - 1));
+    }
+    return found;
+  }
+
+  Program::AttentionForm AsAttention(const std::array<int, 4>& maps, const Sizes& sizes, const Places& places,
+                                     float scale, bool safe, const std::vector<Bias>& biases) const {
+    const auto [problems, features, queries, keys] = sizes;
+    Check(problems > 0 && features > 0 && queries > 0 && keys > 0, "attention: a size is not positive");
+    Program::AttentionForm form = {problems, features, queries, keys, scale, safe, {}, {}};
     for (int i = 0; i < 4; ++i) {
-      const auto [first, apart, of_picture, of_token] = places[i];
       const LaneMap& m = Map(maps[i]);
       const int64_t tokens = i == 1 || i == 2 ? keys : queries;
-      const int64_t channels = first + (heads - 1) * apart + features;
-      const int64_t pixels = (pictures - 1) * of_picture + (tokens - 1) * of_token + 1;
-      const bool fits = m.pictures() == 1 && channels <= m.channels && pixels <= m.height * m.width;
-      Check(fits && first >= 0 && apart >= 0 && of_picture >= 0 && of_token >= 0,
-            "attention: " + std::to_string(channels) + " channels of " + std::to_string(pixels) +
-                " pixels are not in a map of " + SizeOf(m));
-      at[i] = {first, apart, of_picture, of_token};
+      form.places[i].pixels = AsIndices(places[i].first, problems * tokens, m.pixels(), "pixels");
+      form.places[i].channels = AsIndices(places[i].second, problems, m.channels - features + 1, "channels");
     }
-    return {pictures, heads, features, queries, keys, scale, at[0], at[1], at[2], at[3]};
+    int trained = 0;
+    for (const auto& [start, count, rows, wanted] : biases) {
+      Check(count > 0, "attention: a bias without rows");
+      CheckValues(start, count * keys * BiasWidth(queries));
+      form.biases.push_back({start, count, wanted, AsIndices(rows, problems, count, "rows")});
+      trained += wanted;
+    }
+    Check(trained <= 1, "attention: gradients of two biases");
+    return form;
   }
 
   static void CheckUndoable(const NormSpec& spec) {
@@ -817,10 +837,10 @@ void BindEngine(py::module_& m) {
       .def("layer_norm_backward", &P::LayerNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("epsilon"),
            py::arg("gamma"), py::arg("beta"), py::arg("accumulate"))
       .def("attention", &P::Attention, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("seen"),
-           py::arg("sizes"), py::arg("places"), py::arg("scale"))
+           py::arg("sizes"), py::arg("places"), py::arg("scale"), py::arg("safe"), py::arg("biases"))
       .def("attention_backward", &P::AttentionBackward, py::arg("query"), py::arg("key"), py::arg("value"),
            py::arg("dy"), py::arg("dquery"), py::arg("dkey"), py::arg("dvalue"), py::arg("sizes"), py::arg("places"),
-           py::arg("scale"))
+           py::arg("scale"), py::arg("safe"), py::arg("biases"))
       .def("pixel_norm", &P::PixelNorm, py::arg("x"), py::arg("y"), py::arg("epsilon"))
       .def("pixel_norm_backward", &P::PixelNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("epsilon"),
            py::arg("accumulate"))

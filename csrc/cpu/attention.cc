@@ -1,6 +1,7 @@
 #include "cpu/attention.h"
 
 #include <cstring>
+#include <limits>
 
 #include "cpu/activation.h"
 #include "cpu/pool.h"
@@ -78,33 +79,25 @@ struct Memory {
 
 constexpr int64_t kLine = 16;  // floats
 
-// The tokens of a picture and head in a map.
+// The tokens of a problem in a map.
 struct Tokens {
-  const LaneMap& map;
-  float* plane;           // of the first feature
-  const int64_t* pixels;  // of each token, in a plane
+  float* data;        // of channel 0
+  const int64_t* at;  // of each token's first feature
+  int64_t apart;      // from a feature to the next
   int64_t count, features;
 
-  Tokens(const LaneMap& map, const HeadPlaces& places, int64_t picture, int64_t head, int64_t count, int64_t features,
-         Memory* memory)
-      : map(map), plane(map.At(0, places.first + head * places.apart)), count(count), features(features) {
-    auto* found = reinterpret_cast<int64_t*>(memory->Take(2 * count));
-    for (int64_t token = 0; token < count; ++token) {
-      const int64_t pixel = picture * places.of_picture + token * places.of_token;
-      const int64_t y = pixel / map.width, x = pixel % map.width;
-      found[token] = y % map.block_h * map.row_stride + x % map.block_w * kLanes +
-                     LaneAt(0, y / map.block_h, x / map.block_w, map.grid);
-    }
-    pixels = found;
-  }
-
-  float* PlaneOf(int64_t feature) const { return plane + feature * map.channel_stride; }
+  Tokens(const HeadMap& heads, int64_t problem, int64_t count, int64_t features)
+      : data(heads.map.data),
+        at(heads.at + problem * count),
+        apart(heads.map.channel_stride),
+        count(count),
+        features(features) {}
 
   // [features][Padded(count)], zeros behind the last token
   void ToVectors(float factor, float* to) const {
     for (int64_t f = 0; f < features; ++f, to += Padded(count)) {
-      const float* from = PlaneOf(f);
-      for (int64_t token = 0; token < count; ++token) to[token] = factor * from[pixels[token]];
+      const float* from = data + f * apart;
+      for (int64_t token = 0; token < count; ++token) to[token] = factor * from[at[token]];
       for (int64_t token = count; token < Padded(count); ++token) to[token] = 0.0f;
     }
   }
@@ -114,8 +107,8 @@ struct Tokens {
     for (int64_t first = 0; first < features; first += kLine) {
       const int64_t last = AtMost(first + kLine, features);
       for (int64_t token = 0; token < count; ++token) {
-        const float* from = plane + pixels[token];
-        for (int64_t f = first; f < last; ++f) to[token * features + f] = factor * from[f * map.channel_stride];
+        const float* from = data + at[token];
+        for (int64_t f = first; f < last; ++f) to[token * features + f] = factor * from[f * apart];
       }
     }
   }
@@ -123,84 +116,137 @@ struct Tokens {
   // The reverse of ToVectors, put there or added.
   void FromVectors(const float* from, bool add) const {
     for (int64_t f = 0; f < features; ++f, from += Padded(count)) {
-      float* to = PlaneOf(f);
+      float* to = data + f * apart;
       for (int64_t token = 0; token < count; ++token) {
-        float& at = to[pixels[token]];
-        at = add ? at + from[token] : from[token];
+        float& there = to[at[token]];
+        there = add ? there + from[token] : from[token];
       }
     }
   }
 };
 
-// What a chunk takes: tokens as vectors and as rows, scores, and where tokens lie.
+// What a chunk takes: tokens as vectors and as rows, and scores.
 int64_t ChunkFloats(const AttentionSpec& s, bool backward) {
   const int64_t queries = Padded(s.queries), keys = Padded(s.keys), longest = queries > keys ? queries : keys;
   const int64_t tokens = s.features * (queries + keys);
-  const int64_t pieces = 32 * kLanes + 8 * (queries + keys);  // what rounding adds to each, and the pixels of tokens
+  const int64_t pieces = 32 * kLanes;  // what rounding adds to each
   return backward ? 6 * tokens + 3 * queries + 2 * longest * kWide + pieces : 2 * tokens + keys * kWide + pieces;
 }
 
-// As many as there are heads, unless they take too much memory.
+// As many as there are problems, unless they take too much memory.
 int64_t Chunks(const AttentionSpec& s, bool backward) {
   const int64_t fitting = kMostFloats / ChunkFloats(s, backward);
-  return AtMost(s.pictures * s.heads, fitting < kLeastChunks ? kLeastChunks : AtMost(fitting, kMostChunks));
+  return AtMost(s.problems, fitting < kLeastChunks ? kLeastChunks : AtMost(fitting, kMostChunks));
 }
 
 int64_t Floats(const AttentionSpec& s, bool backward) { return Chunks(s, backward) * ChunkFloats(s, backward); }
 
-// body(picture, head, memory) for all heads of all pictures
+// body(problem, memory) for all problems
 template <class Body>
-void ForHeads(const AttentionSpec& s, bool backward, float* scratch, int threads, const Body& body) {
-  const int64_t chunks = Chunks(s, backward), all = s.pictures * s.heads;
+void ForProblems(const AttentionSpec& s, bool backward, float* scratch, int threads, const Body& body) {
+  const int64_t chunks = AtMost(Chunks(s, backward), s.runs);
+  const auto end = [&](int64_t chunk) { return chunk == 0 ? 0 : s.ends[chunk * s.runs / chunks - 1]; };
   ParallelFor(threads, chunks, [&](int64_t chunk) {
-    for (int64_t i = chunk * all / chunks; i < (chunk + 1) * all / chunks; ++i) {
-      body(i / s.heads, i % s.heads, Memory{scratch + chunk * ChunkFloats(s, backward)});
+    for (int64_t i = end(chunk); i < end(chunk + 1); ++i) {
+      body(s.order[i], Memory{scratch + chunk * ChunkFloats(s, backward)});
     }
   });
 }
 
-// Of scores [keys][kWide]: their softmax, but for the division by the sums. Gives the largest ones and 1 / sum.
-void Exponentials(int64_t keys, float* scores, V* largest, V* inverse) {
+// The rows of biases that a problem adds to its scores.
+struct Biases {
+  const AttentionSpec& s;
+  int64_t problem;
+
+  int64_t width() const { return BiasWidth(s.queries); }
+  int64_t Row(const ScoreBias& bias) const { return bias.rows[problem] * s.keys * width(); }
+
+  // A score of key `k` and queries from `at` on, with queries in the lanes.
+  V Added(V score, int64_t k, int64_t at) const {
+    for (const ScoreBias* b = s.biases; b < s.biases + s.bias_count; ++b) {
+      score = Add(score, Load(b->scores + Row(*b) + k * width() + at));
+    }
+    return score;
+  }
+
+  // The same of query `q` and keys from `at` on, with keys in the lanes.
+  V AddedAcross(V score, int64_t q, int64_t at) const {
+    for (const ScoreBias* b = s.biases; b < s.biases + s.bias_count; ++b) {
+      const float* from = b->scores + Row(*b) + at * width() + q;
+      alignas(64) float found[kLanes] = {};
+      for (int64_t i = 0; i < AtMost(kLanes, s.keys - at); ++i) found[i] = from[i * width()];
+      score = Add(score, Load(found));
+    }
+    return score;
+  }
+
+  void AddGradient(const float* slopes, int64_t at) const {
+    for (const ScoreBias* b = s.biases; b < s.biases + s.bias_count; ++b) {
+      for (int64_t k = 0; b->gradient && k < s.keys; ++k) {
+        float* to = b->gradient + Row(*b) + k * width() + at;
+        for (int i = 0; i < kAcross; ++i) {
+          Store(to + i * kLanes, Add(Load(to + i * kLanes), Load(slopes + k * kWide + i * kLanes)));
+        }
+      }
+    }
+  }
+};
+
+// Of scores [keys][kWide]: their softmax, but for the division by the sums. Gives the largest ones and 1 / sum; where
+// all are -inf, finite ones and NaN or zero.
+void Exponentials(const AttentionSpec& s, float* scores, V* largest, V* inverse) {
+  const int64_t keys = s.keys;
+  const V of_none = Set(s.safe ? 0.0f : std::numeric_limits<float>::quiet_NaN());
   for (int i = 0; i < kAcross; ++i) {
     V most = Load(scores + i * kLanes);
     for (int64_t k = 1; k < keys; ++k) most = Max(most, Load(scores + k * kWide + i * kLanes));
+    const V finite = Max(most, Set(-std::numeric_limits<float>::max()));
     V sum = Zero();
     for (int64_t k = 0; k < keys; ++k) {
       float* at = scores + k * kWide + i * kLanes;
-      const V e = Exp(Sub(Load(at), most));
+      const V e = Exp(Sub(Load(at), finite));
       Store(at, e);
       sum = Add(sum, e);
     }
-    largest[i] = most;
-    inverse[i] = Div(Set(1.0f), sum);
+    largest[i] = finite;
+    inverse[i] = IfPositive(Sub(finite, most), of_none, Div(Set(1.0f), sum));
   }
 }
 
-void Forward(const LaneMap& query, const LaneMap& key, const LaneMap& value, const LaneMap& seen,
+// Whether a spec's tokens are all that a map has.
+bool Fill(const AttentionSpec& s, const LaneMap& map) {
+  return map.whole() && !map.missing && s.problems * s.queries * s.features == map.channels * map.pixels();
+}
+
+void Clear(const LaneMap& map, int threads) {
+  ParallelFor(threads, map.batch * map.channels, [&](int64_t plane) {
+    for (int64_t row = 0; row < map.block_h; ++row) {
+      std::memset(map.At(plane / map.channels, plane % map.channels, row), 0, map.block_w * kLanes * sizeof(float));
+    }
+  });
+}
+
+void Forward(const HeadMap& query, const HeadMap& key, const HeadMap& value, const HeadMap& seen,
              const AttentionSpec& s, float* scratch, int threads) {
-  if (!seen.whole() || s.pictures * s.queries < seen.pixels()) {
-    ParallelFor(threads, seen.channels, [&](int64_t c) {
-      for (int64_t row = 0; row < seen.block_h; ++row) {
-        std::memset(seen.At(0, c, row), 0, seen.block_w * kLanes * sizeof(float));
-      }
-    });
-  }
-  ForHeads(s, false, scratch, threads, [&](int64_t picture, int64_t head, Memory memory) {
+  if (!Fill(s, seen.map)) Clear(seen.map, threads);
+  ForProblems(s, false, scratch, threads, [&](int64_t problem, Memory memory) {
     const int64_t queries = Padded(s.queries), keys = Padded(s.keys), f = s.features;
     float *q = memory.Take(f * queries), *k = memory.Take(f * keys), *v = memory.Take(s.keys * f);
     float *y = memory.Take(f * queries), *scores = memory.Take(s.keys * kWide);
-    Tokens(query, s.query, picture, head, s.queries, f, &memory).ToVectors(s.scale, q);
-    Tokens(key, s.key, picture, head, s.keys, f, &memory).ToVectors(1.0f, k);
-    Tokens(value, s.value, picture, head, s.keys, f, &memory).ToRows(1.0f, v);
+    const Biases biases = {s, problem};
+    Tokens(query, problem, s.queries, f).ToVectors(s.scale, q);
+    Tokens(key, problem, s.keys, f).ToVectors(1.0f, k);
+    Tokens(value, problem, s.keys, f).ToRows(1.0f, v);
     for (int64_t at = 0; at < queries; at += kWide) {
-      Products({k, keys}, s.keys, f, q + at, queries,
-               [=](int64_t r, int i, V sum) { Store(scores + r * kWide + i * kLanes, sum); });
+      Products({k, keys}, s.keys, f, q + at, queries, [&](int64_t r, int i, V sum) {
+        Store(scores + r * kWide + i * kLanes, biases.Added(sum, r, at + i * kLanes));
+      });
       V largest[kAcross], inverse[kAcross];
-      Exponentials(s.keys, scores, largest, inverse);
+      Exponentials(s, scores, largest, inverse);
       Products({v, f}, f, s.keys, scores, kWide,
                [&](int64_t r, int i, V sum) { Store(y + r * queries + at + i * kLanes, Mul(sum, inverse[i])); });
     }
-    Tokens(seen, s.seen, picture, head, s.queries, f, &memory).FromVectors(y, false);
+    Tokens(seen, problem, s.queries, f).FromVectors(y, false);
   });
 }
 
@@ -216,13 +262,14 @@ struct HeadOfBackward {
 };
 
 // With queries in the lanes: what the softmax and its gradient need of each query, and the gradient of the queries.
-void BackwardOfQueries(const AttentionSpec& s, const HeadOfBackward& h) {
+void BackwardOfQueries(const AttentionSpec& s, const Biases& biases, const HeadOfBackward& h) {
   const int64_t queries = Padded(s.queries), f = s.features;
   for (int64_t at = 0; at < queries; at += kWide) {
-    Products({h.k.vectors, Padded(s.keys)}, s.keys, f, h.q.vectors + at, queries,
-             [&](int64_t r, int i, V sum) { Store(h.weights + r * kWide + i * kLanes, sum); });
+    Products({h.k.vectors, Padded(s.keys)}, s.keys, f, h.q.vectors + at, queries, [&](int64_t r, int i, V sum) {
+      Store(h.weights + r * kWide + i * kLanes, biases.Added(sum, r, at + i * kLanes));
+    });
     V largest[kAcross], inverse[kAcross], dot[kAcross];
-    Exponentials(s.keys, h.weights, largest, inverse);
+    Exponentials(s, h.weights, largest, inverse);
     Products({h.v.vectors, Padded(s.keys)}, s.keys, f, h.dy.vectors + at, queries,
              [&](int64_t r, int i, V sum) { Store(h.slopes + r * kWide + i * kLanes, sum); });
     for (int i = 0; i < kAcross; ++i) {
@@ -241,16 +288,18 @@ void BackwardOfQueries(const AttentionSpec& s, const HeadOfBackward& h) {
       Store(h.inverse + at + i * kLanes, inverse[i]);
       Store(h.dot + at + i * kLanes, dot[i]);
     }
+    biases.AddGradient(h.slopes, at);
     Products({h.k.rows, f}, f, s.keys, h.slopes, kWide,
              [&](int64_t r, int i, V sum) { Store(h.dq + r * queries + at + i * kLanes, Mul(sum, Set(s.scale))); });
   }
 }
 
 // With keys in the lanes: the gradients of keys and values.
-void BackwardOfKeys(const AttentionSpec& s, const HeadOfBackward& h) {
+void BackwardOfKeys(const AttentionSpec& s, const Biases& biases, const HeadOfBackward& h) {
   const int64_t keys = Padded(s.keys), f = s.features;
   for (int64_t at = 0; at < keys; at += kWide) {
-    Products({h.q.vectors, Padded(s.queries)}, s.queries, f, h.k.vectors + at, keys, [&](int64_t r, int i, V score) {
+    Products({h.q.vectors, Padded(s.queries)}, s.queries, f, h.k.vectors + at, keys, [&](int64_t r, int i, V sum) {
+      const V score = biases.AddedAcross(sum, r, at + i * kLanes);
       const V weight = Mul(Exp(Sub(score, Set(h.largest[r]))), Set(h.inverse[r]));
       Store(h.weights + r * kWide + i * kLanes, weight);
     });
@@ -265,32 +314,36 @@ void BackwardOfKeys(const AttentionSpec& s, const HeadOfBackward& h) {
   }
 }
 
-void Backward(const LaneMap& query, const LaneMap& key, const LaneMap& value, const LaneMap& dy, const LaneMap* dquery,
-              const LaneMap* dkey, const LaneMap* dvalue, const AttentionSpec& s, float* scratch, int threads) {
-  ForHeads(s, true, scratch, threads, [&](int64_t picture, int64_t head, Memory memory) {
+void Backward(const HeadMap& query, const HeadMap& key, const HeadMap& value, const HeadMap& dy, const HeadMap* dquery,
+              const HeadMap* dkey, const HeadMap* dvalue, const AttentionSpec& s, float* scratch, int threads) {
+  for (const ScoreBias* b = s.biases; b < s.biases + s.bias_count; ++b) {
+    if (b->gradient) std::memset(b->gradient, 0, b->count * s.keys * BiasWidth(s.queries) * sizeof(float));
+  }
+  ForProblems(s, true, scratch, threads, [&](int64_t problem, Memory memory) {
     const int64_t queries = Padded(s.queries), keys = Padded(s.keys), f = s.features;
-    const auto both = [&](const LaneMap& map, const HeadPlaces& places, int64_t count, float factor) {
+    const auto both = [&](const HeadMap& map, int64_t count, float factor) {
       const Both made = {memory.Take(f * Padded(count)), memory.Take(count * f)};
-      const Tokens tokens(map, places, picture, head, count, f, &memory);
+      const Tokens tokens(map, problem, count, f);
       tokens.ToVectors(factor, made.vectors);
       tokens.ToRows(factor, made.rows);
       return made;
     };
     HeadOfBackward h = {};
-    h.q = both(query, s.query, s.queries, s.scale);
-    h.k = both(key, s.key, s.keys, 1.0f);
-    h.v = both(value, s.value, s.keys, 1.0f);
-    h.dy = both(dy, s.seen, s.queries, 1.0f);
+    h.q = both(query, s.queries, s.scale);
+    h.k = both(key, s.keys, 1.0f);
+    h.v = both(value, s.keys, 1.0f);
+    h.dy = both(dy, s.queries, 1.0f);
     h.largest = memory.Take(queries), h.inverse = memory.Take(queries), h.dot = memory.Take(queries);
     const int64_t longest = queries > keys ? queries : keys;
     h.weights = memory.Take(longest * kWide), h.slopes = memory.Take(longest * kWide);
     h.dq = memory.Take(f * queries), h.dk = memory.Take(f * keys), h.dv = memory.Take(f * keys);
-    BackwardOfQueries(s, h);
-    if (dquery) Tokens(*dquery, s.query, picture, head, s.queries, f, &memory).FromVectors(h.dq, true);
+    const Biases biases = {s, problem};
+    BackwardOfQueries(s, biases, h);
+    if (dquery) Tokens(*dquery, problem, s.queries, f).FromVectors(h.dq, true);
     if (!dkey && !dvalue) return;
-    BackwardOfKeys(s, h);
-    if (dkey) Tokens(*dkey, s.key, picture, head, s.keys, f, &memory).FromVectors(h.dk, true);
-    if (dvalue) Tokens(*dvalue, s.value, picture, head, s.keys, f, &memory).FromVectors(h.dv, true);
+    BackwardOfKeys(s, biases, h);
+    if (dkey) Tokens(*dkey, problem, s.keys, f).FromVectors(h.dk, true);
+    if (dvalue) Tokens(*dvalue, problem, s.keys, f).FromVectors(h.dv, true);
   });
 }
 

@@ -1,9 +1,10 @@
-// Softmax attention on rows of features: maps of one item whose pixels are tokens.
+// Softmax attention of heads, whose tokens are pixels of maps.
 //
-// A picture's tokens are gathered into vectors, sixteen to one, head by head: then a score is a number of a key times
-// vectors of queries, the softmax runs along vectors and never across their lanes, and what a query sees is weights
-// times numbers of the values. Backward computes the scores again, and once more with keys in the lanes for the
-// gradients that are sums over queries.
+// A problem is one head of one picture, or of one window of it: where its tokens lie is a list, so whatever is cut
+// apart, rolled or transposed before is not moved. Its tokens are gathered into vectors, sixteen to one: then a score
+// is a number of a key times vectors of queries, the softmax runs along vectors and never across their lanes, and what
+// a query sees is weights times numbers of the values. Backward computes the scores again, and once more with keys in
+// the lanes for the gradients that are sums over queries.
 //
 // Source: A. Vaswani et al., "Attention Is All You Need", 2017; that no score needs be kept: T. Dao et al.,
 // "FlashAttention", 2022.
@@ -15,26 +16,42 @@
 
 namespace lipfast {
 
-// Where a map has the tokens of each head: number `first + head * apart + f` is feature f's channel, and
-// `picture * of_picture + token * of_token` the pixel.
-struct HeadPlaces {
-  int64_t first, apart, of_picture, of_token;
+// A map and, for each problem and token, the place of the first feature among its floats.
+struct HeadMap {
+  LaneMap map;
+  const int64_t* at;  // [problems][tokens]
 };
 
+// What is added to scores, as rows of [keys][BiasWidth(queries)]: position biases, masks.
+struct ScoreBias {
+  const float* scores;
+  const int32_t* rows;  // [problems]: which of them
+  int64_t count;        // of rows
+  float* gradient;      // overwritten; null: not wanted
+};
+
+// Queries and what fills the last vectors.
+constexpr int64_t BiasWidth(int64_t queries) { return (queries + 31) / 32 * 32; }
+
 struct AttentionSpec {
-  int64_t pictures, heads, features, queries, keys;
+  int64_t problems, features, queries, keys;
   float scale;  // of the scores
-  HeadPlaces query, key, value, seen;
+  bool safe;    // a query that no key may answer sees zeros, not NaN
+  const ScoreBias* biases;
+  int64_t bias_count;
+  // As `ProblemRuns`: problems that add to the same row of a gradient are one run.
+  const int64_t *order, *ends;
+  int64_t runs;
 };
 
 struct AttentionKernels {
-  // seen = softmax(scale * query key^T) value for each picture and head. Maps have one sheet; what `seen` has beside
-  // its tokens becomes zero. `scratch`, 64-byte aligned, holds floats(spec, false).
-  void (*forward)(const LaneMap& query, const LaneMap& key, const LaneMap& value, const LaneMap& seen,
+  // seen = softmax(scale * query key^T + biases) value for each problem. What `seen` has beside its tokens becomes
+  // zero. `scratch`, 64-byte aligned, holds floats(spec, false).
+  void (*forward)(const HeadMap& query, const HeadMap& key, const HeadMap& value, const HeadMap& seen,
                   const AttentionSpec& spec, float* scratch, int threads);
   // Adds the gradients for dy at `seen`; each of the three may be null. `scratch` holds floats(spec, true).
-  void (*backward)(const LaneMap& query, const LaneMap& key, const LaneMap& value, const LaneMap& dy,
-                   const LaneMap* dquery, const LaneMap* dkey, const LaneMap* dvalue, const AttentionSpec& spec,
+  void (*backward)(const HeadMap& query, const HeadMap& key, const HeadMap& value, const HeadMap& dy,
+                   const HeadMap* dquery, const HeadMap* dkey, const HeadMap* dvalue, const AttentionSpec& spec,
                    float* scratch, int threads);
   int64_t (*floats)(const AttentionSpec& spec, bool backward);
 };

@@ -388,25 +388,60 @@ void Program::LayerNormBackward(int x, int dy, int dx, float epsilon, const Norm
       });
 }
 
-void Program::Attention(int query, int key, int value, int seen, const AttentionSpec& spec) {
-  scratch_floats_ = std::max(scratch_floats_, Kernels<AttentionKernels>().floats(spec, false));
-  Add(Section::kForward, "attention " + SizeLabel(maps_[seen]),
-      [q = maps_[query], k = maps_[key], v = maps_[value], y = maps_[seen], spec](const RunContext& context) {
-        Kernels<AttentionKernels>().forward(q, k, v, y, spec, context.scratch, context.threads);
-      });
+// A form with its lists as the kernels read them.
+struct Program::AttentionLists {
+  AttentionForm form;
+  ProblemRuns runs;
+  std::vector<ScoreBias> biases;
+  std::vector<std::vector<int64_t>> places;
+
+  AttentionLists(const AttentionForm& given, float* values, float* gradients) : form(given) {
+    std::vector<int32_t> shared;
+    for (const BiasPlace& bias : form.biases) {
+      const bool wanted = gradients && bias.trained;
+      if (wanted) shared = bias.rows;
+      biases.push_back({values + bias.start, bias.rows.data(), bias.count, wanted ? gradients + bias.start : nullptr});
+    }
+    runs = RunsOf(form.problems, shared);
+    places.reserve(7);
+  }
+
+  AttentionSpec Spec() const {
+    const int64_t count = static_cast<int64_t>(biases.size()), ends = static_cast<int64_t>(runs.ends.size());
+    return {form.problems, form.features, form.queries,      form.keys,        form.scale, form.safe,
+            biases.data(), count,         runs.order.data(), runs.ends.data(), ends};
+  }
+
+  // Heads in a map, as the queries (0), keys (1), values (2) or the result (3) have them.
+  HeadMap In(const LaneMap& map, int which) {
+    places.push_back(PlacesIn(map, form.places[which]));
+    return {map, places.back().data()};
+  }
+};
+
+void Program::Attention(int query, int key, int value, int seen, const AttentionForm& form) {
+  const auto lists = std::make_shared<AttentionLists>(form, values(), nullptr);
+  const HeadMap q = lists->In(maps_[query], 0), k = lists->In(maps_[key], 1), v = lists->In(maps_[value], 2);
+  const HeadMap y = lists->In(maps_[seen], 3);
+  scratch_floats_ = std::max(scratch_floats_, Kernels<AttentionKernels>().floats(lists->Spec(), false));
+  Add(Section::kForward, "attention " + SizeLabel(maps_[seen]), [=](const RunContext& context) {
+    Kernels<AttentionKernels>().forward(q, k, v, y, lists->Spec(), context.scratch, context.threads);
+  });
 }
 
 void Program::AttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue,
-                                const AttentionSpec& spec) {
-  scratch_floats_ = std::max(scratch_floats_, Kernels<AttentionKernels>().floats(spec, true));
-  const auto map = [this](int index) { return index < 0 ? LaneMap{} : maps_[index]; };
-  Add(Section::kBackward, "attention backward " + SizeLabel(maps_[dy]),
-      [q = maps_[query], k = maps_[key], v = maps_[value], gradient = maps_[dy], dq = map(dquery), dk = map(dkey),
-       dv = map(dvalue), spec](const RunContext& context) {
-        const auto wanted = [](const LaneMap& m) { return m.data ? &m : nullptr; };
-        Kernels<AttentionKernels>().backward(q, k, v, gradient, wanted(dq), wanted(dk), wanted(dv), spec,
-                                             context.scratch, context.threads);
-      });
+                                const AttentionForm& form) {
+  const auto lists = std::make_shared<AttentionLists>(form, values(), gradients());
+  const auto wanted = [&](int map, int which) { return map < 0 ? HeadMap{} : lists->In(maps_[map], which); };
+  const HeadMap q = lists->In(maps_[query], 0), k = lists->In(maps_[key], 1), v = lists->In(maps_[value], 2);
+  const HeadMap gradient = lists->In(maps_[dy], 3), dq = wanted(dquery, 0), dk = wanted(dkey, 1),
+                dv = wanted(dvalue, 2);
+  scratch_floats_ = std::max(scratch_floats_, Kernels<AttentionKernels>().floats(lists->Spec(), true));
+  Add(Section::kBackward, "attention backward " + SizeLabel(maps_[dy]), [=](const RunContext& context) {
+    const auto given = [](const HeadMap& m) { return m.at ? &m : nullptr; };
+    Kernels<AttentionKernels>().backward(q, k, v, gradient, given(dq), given(dk), given(dv), lists->Spec(),
+                                         context.scratch, context.threads);
+  });
 }
 
 void Program::ChannelSums(int64_t bias, int dy) {

@@ -7,6 +7,7 @@
 // checks each step when it is added.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -20,6 +21,7 @@
 #include "cpu/conv.h"
 #include "cpu/finish.h"
 #include "cpu/group_norm.h"
+#include "cpu/heads.h"
 #include "cpu/lanes.h"
 #include "cpu/layer_norm.h"
 #include "cpu/norm.h"
@@ -142,10 +144,22 @@ class Program {
   void GroupNormBackward(int x, int dy, int dx, const GroupNormSpec& spec, const NormOffsets& offsets);
   void LayerNorm(int x, int y, float epsilon, const NormOffsets& offsets);
   void LayerNormBackward(int x, int dy, int dx, float epsilon, const NormOffsets& offsets, bool accumulate);
-  void Attention(int query, int key, int value, int seen, const AttentionSpec& spec);
+  struct BiasPlace {
+    int64_t start, count;  // in the values, rows
+    bool trained;
+    std::vector<int32_t> rows;  // of each problem
+  };
+  struct AttentionForm {
+    int64_t problems, features, queries, keys;
+    float scale;
+    bool safe;
+    std::array<HeadPlaces, 4> places;  // of queries, keys, values and what they see
+    std::vector<BiasPlace> biases;     // at most one of them trained
+  };
+  void Attention(int query, int key, int value, int seen, const AttentionForm& form);
   // The gradients are added to what their maps hold; -1: not wanted.
   void AttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue,
-                         const AttentionSpec& spec);
+                         const AttentionForm& form);
   // residual -1: none; a running mean of -1: no BatchNorm.
   void Finish(Section where, int x, int residual, int y, float epsilon, const NormOffsets& offsets, ActivationSpec act,
               const HaloSpec& halo);
@@ -193,6 +207,7 @@ class Program {
   std::vector<StepTime> Profile() const;
 
  private:
+  struct AttentionLists;
   struct RunContext {
     const PlainMap* plains;
     float* scratch;

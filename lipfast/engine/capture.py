@@ -15,7 +15,7 @@ import itertools
 import math
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class Call:
     kwargs: dict[str, Any]
     result: Any  # Refs, in whatever structure the function returned
     grad: bool | None = None  # what the module set gradients to, where that is not what its caller had
+    spelled: Sequence["Call"] = ()  # the calls that this one was made of, which can do without it
 
     @property
     def name(self) -> str:
@@ -80,6 +81,7 @@ class Recording:
         calls: what ran, in order.
         result: what the module returned, with `Ref` for tensors.
         counted: buffers the module adds a number to each time it runs (BatchNorm's batch counter), and that number.
+        differentiable: numbers of the tensors that require gradients.
     """
 
     inputs: list[Ref]
@@ -88,6 +90,7 @@ class Recording:
     calls: list[Call]
     result: Any
     counted: list[tuple[str, int]]
+    differentiable: Container[int] = ()
 
 
 def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mapping[str, Tensor]) -> Recording:
@@ -120,6 +123,7 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor], leaves: Mappi
                     f"engine: the module cannot be recorded on tensors of these shapes without numbers: {failure}"
                 ) from failure
     recording = Recording(refs, recorder.leaves, recorder.constants, recorder.calls, None, recorder.counted)
+    recording.differentiable = recorder.differentiable
     recording.result = pytree.tree_map(recorder.known, result)
     _refuse_hidden(recording.result)
     return recording
@@ -197,7 +201,7 @@ class _Recorder(TorchFunctionMode):
         self.counted: list[tuple[str, int]] = []
         self.input_tensors: list[Tensor] = []
         self._refs: dict[int, Ref] = {}
-        self._differentiable: set[int] = set()  # numbers of tensors that require gradients, whatever stand-ins do
+        self.differentiable: set[int] = set()  # numbers of tensors that require gradients, whatever stand-ins do
         self._alive: list[Tensor] = []
         self._stand_ins: dict[int, Tensor] = {}  # of tensors that have numbers, by their id
         self._overwritten: dict[int, list[Tensor]] = {}  # id of a tensor -> those through which its memory was written
@@ -226,7 +230,7 @@ class _Recorder(TorchFunctionMode):
     def _given(self, tensor: Tensor, stand_in: Tensor) -> Ref:
         ref = self._new(stand_in)
         if tensor.requires_grad:
-            self._differentiable.add(ref.number)
+            self.differentiable.add(ref.number)
         return ref
 
     def known(self, value: Any) -> Any:
@@ -258,7 +262,7 @@ class _Recorder(TorchFunctionMode):
             func = assign_
             self._put_back(*args)
         if func == _ASKS_FOR_GRADIENTS and id(args[0]) in self._refs:
-            return self._refs[id(args[0])].number in self._differentiable
+            return self._refs[id(args[0])].number in self.differentiable
         if func in _OF_DEVICE and id(args[0]) in self._refs:
             return _OF_DEVICE[func](self._device)
         if func is torch._C._set_grad_enabled:
@@ -298,11 +302,11 @@ class _Recorder(TorchFunctionMode):
         call = Call(func, noted[0], noted[1], pytree.tree_map(self._written, result), self._grad)
         self.calls.append(call)
         if self._differentiates(call):
-            self._differentiable |= {ref.number for ref in call.results() if ref.dtype.is_floating_point}
+            self.differentiable |= {ref.number for ref in call.results() if ref.dtype.is_floating_point}
         return result
 
     def _differentiates(self, call: Call) -> bool:
-        given = any(ref.number in self._differentiable for ref in call.refs())
+        given = any(ref.number in self.differentiable for ref in call.refs())
         return given and torch.is_grad_enabled() and call.function not in _DETACHES
 
     def _is_counter(self, args: tuple[Any, ...]) -> bool:

@@ -13,6 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lipfast.ops.lanes import GRID
 
 Shape = tuple[int, int, int, int]  # batch, channels, height, width
@@ -57,7 +60,7 @@ class Node:
     group_norm  gamma, beta (weight numbers or None), groups, epsilon, act, slope, slopes (weight number of one that is
                 learned, in inference only, or None)
     layer_norm  gamma, beta (weight numbers or None), epsilon: each pixel over its channels
-    attention   heads: the `Heads` of rows of features: queries, keys, values
+    attention   heads: the `Heads` of rows of features: queries, keys, values; biases: weight numbers
     act         act, slope
     finish      act(norm(inputs[0]) + inputs[1]), in inference only: gamma, beta, running (None: no norm, but a factor
                 and a shift of each channel), epsilon, act, slope, slopes; the second input is optional
@@ -106,31 +109,41 @@ class Taps:
     weight: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Heads:
-    """How rows of features are cut into heads, and what attention makes of them.
+    """How attention finds its heads in rows of features, and what it makes of them.
 
-    ``places`` say for queries, keys, values and the result where tokens lie: the first head's first feature, how far
-    apart heads are, and how many rows from a picture to the next and from a token to the next.
+    A problem is a head of one picture, or of one window of it. ``pixels`` and ``channels`` say for queries, keys,
+    values and the result which row each token is and which feature the head's first: (problems, tokens), (problems,).
+    ``rows``: for each bias of the scores, which row of it a problem adds.
     """
 
-    pictures: int
-    heads: int
     features: int  # of a head
     queries: int
     keys: int
-    places: tuple[tuple[int, int, int, int], ...]
     scale: float  # of the scores
+    safe: bool  # a query without an answer sees zeros
+    shape: tuple[int, ...]  # of the result
+    pixels: tuple[Tensor, ...]
+    channels: tuple[Tensor, ...]
+    rows: tuple[Tensor, ...]
 
-    @property
-    def sizes(self) -> list[int]:
-        """As the program wants them."""
-        return [self.pictures, self.heads, self.features, self.queries, self.keys]
+    def places(self, which: int, width: int) -> Tensor:
+        """Of queries (0), keys (1), values (2) or the result (3), (problems, tokens, features): the places among the
+        numbers of rows of ``width`` features."""
+        first = self.pixels[which].long() * width + self.channels[which].long()[:, None]
+        return first[..., None] + torch.arange(self.features)
 
-    def channels(self, which: int) -> set[int]:
-        """The features that queries (0), keys (1), values (2) or the result (3) take."""
-        first, apart, _, _ = self.places[which]
-        return {first + head * apart + feature for head in range(self.heads) for feature in range(self.features)}
+    def overlap(self, one: int, other: int, width: int) -> bool:
+        """Whether two operands, both in the same rows, share some of their numbers without being the same."""
+        if self.pixels[one].shape == self.pixels[other].shape:
+            same = torch.equal(self.pixels[one], self.pixels[other])
+            if same and torch.equal(self.channels[one], self.channels[other]):
+                return False
+        first, second = self.places(one, width), self.places(other, width)
+        taken = torch.zeros(int(max(first.max(), second.max())) + 1, dtype=torch.bool)
+        taken[first] = True
+        return bool(taken[second].any())
 
 
 @dataclass
@@ -173,6 +186,7 @@ class Graph:
             if node.output in values:
                 values.update(node.inputs)
                 weights.update(node.attributes.get(name) for name in WEIGHT_NAMES)
+                weights.update(node.attributes.get("biases", ()))
         return values, {weight for weight in weights if weight is not None}
 
     def fresh(self, shape: Shape) -> int:

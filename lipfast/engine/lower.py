@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lipfast.engine.capture import Call, Recording, Ref, pair, refs_in
 from lipfast.engine.graph import CONV_KINDS, Graph, Heads, Node, Taps, consecutive
+from lipfast.engine.heads import attention
 from lipfast.engine.patterns import (
     MULTIPLY,
-    attention,
     channel_norm,
     gather_patterns,
     is_pure,
@@ -105,7 +105,7 @@ def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None, input
             if not moves or any(builder.makes(ref) for ref in call.refs()):
                 items += builder.finish(last_use, position)
                 builder = _Builder(kept, recording.leaves, parameters, call.grad)
-            items.append(call)
+            items += call.spelled or [call]
     items += builder.finish(last_use, len(recording.calls))
     minor = _far_from_lanes(items, recording.leaves)
     return Lowered(recording, items, [why for call, why in refused if id(call) not in minor])
@@ -235,7 +235,7 @@ class _Builder:
     def finish(self, last_use: dict[int, int], position: int) -> "list[Segment | Call]":
         """The segment up to the call at ``position``; the plain calls when there is nothing worth a conversion."""
         if not any(self._repays(node) for node in self.graph.nodes):
-            return list(self._calls)
+            return [part for call in self._calls for part in (call.spelled or [call])]
         outputs = [ref for number, ref in self._made.items() if last_use.get(number, -1) >= position]
         self.graph.outputs = [self._values[ref.number] for ref in outputs]
         self.graph.pad_rows()
@@ -1077,18 +1077,17 @@ def _check_epsilon(epsilon: float) -> None:
         raise Unsupported(f"a norm of pixels with epsilon {epsilon}")
 
 
-def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads) -> int:
+def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads, *biases: Any) -> int:
     if not any(b.makes(tensor) for tensor in (query, key, value)):
         raise Unsupported("none of its operands comes from lanes")
     values = [b.rows(tensor) for tensor in (query, key, value)]
     if not b.graph.rows.issuperset(values):
         raise Unsupported("an operand is a map, not rows of features")
     for one, other in itertools.combinations(range(3), 2):  # gradients of heads are added side by side
-        shared = values[one] == values[other] and not heads.channels(one).isdisjoint(heads.channels(other))
-        if shared and heads.places[one] != heads.places[other]:
+        if values[one] == values[other] and heads.overlap(one, other, b.graph.shapes[values[one]][1]):
             raise Unsupported("heads of different operands share features")
-    shape = heads.pictures * heads.queries, heads.heads * heads.features
-    return b.node_of_rows("attention", values, shape, heads=heads)
+    shape = math.prod(heads.shape[:-1]), heads.shape[-1]
+    return b.node_of_rows("attention", values, shape, heads=heads, biases=[b.weight(bias) for bias in biases])
 
 
 def _response(b: _Builder, x: Any, epsilon: float, features_last: bool) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lipfast.engine.capture import Call, Recording, Ref, refs_in
-from lipfast.engine.graph import Heads
+from lipfast.engine.heads import AttentionFinder, Found, added_rows, bias_rows, causal
 
 MULTIPLY = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 _DIVIDE = (torch.div, Tensor.div, Tensor.__truediv__)
@@ -31,9 +31,6 @@ _ADDCMUL = (torch.addcmul, Tensor.addcmul)
 _NORM = (torch.norm, Tensor.norm, torch.linalg.vector_norm)
 _RESHAPE = (torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten)
 _TRANSPOSE = (torch.transpose, Tensor.transpose, Tensor.permute, torch.permute, Tensor.swapaxes, torch.swapaxes)
-_ATTENTION = F.scaled_dot_product_attention
-_VIEWS = {*_RESHAPE, *_TRANSPOSE, Tensor.unbind, torch.unbind, Tensor.__getitem__, Tensor.select, torch.select}
-_VIEWS |= {torch.chunk, Tensor.chunk, torch.split, Tensor.split, Tensor.unsqueeze, torch.unsqueeze, Tensor.contiguous}
 
 
 def pixel_norm(x: Tensor, epsilon: float) -> Tensor:
@@ -60,44 +57,21 @@ def response(x: Tensor, epsilon: float, features_last: bool) -> Tensor:
     return size / (size.mean(dim=-1 if features_last else 1, keepdim=True) + epsilon)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, heads: Heads) -> Tensor:
-    """Softmax attention of rows of features that are cut into heads, which lie one behind the other in its rows."""
-    counts = heads.queries, heads.keys, heads.keys
-    given = zip((query, key, value), heads.places, counts, strict=False)
-    q, k, v = (_as_heads(rows, places, count, heads) for rows, places, count in given)
-    seen = _ATTENTION(q, k, v, scale=heads.scale)
-    by_picture = heads.places[3][3] == 1
-    return seen.permute((0, 2, 1, 3) if by_picture else (2, 0, 1, 3)).flatten(2)
-
-
-def _as_heads(rows: Tensor, places: tuple[int, int, int, int], count: int, heads: Heads) -> Tensor:
-    """(pictures, heads, tokens, features of a head): a view of contiguous rows."""
-    first, apart, of_picture, of_token = places
-    sizes, features = (heads.pictures, heads.heads, count, heads.features), rows.shape[-1]
-    return rows.reshape(-1).as_strided(sizes, (of_picture * features, apart, of_token * features, 1), first)
-
-
 def gather_patterns(recording: Recording) -> None:
-    """Replace the calls that spell out an operator by one: of a function of torch, or of this file."""
+    """Replace the calls that spell out an operator by one: of a function of torch, of this file or of heads.py."""
     recording.calls = list(_simpler(recording))
     finder, changed = _Finder(recording), written(recording)
+    attentions = {id(found.last): found for found in AttentionFinder(recording).find()}
     calls: list[Call] = []
     inner: set[int] = set()
     for call in recording.calls:
-        found = (
-            finder.channel_norm(call)
-            or finder.pixel_norm(call)
-            or finder.response(call)
-            or finder.of_channels(call)
-            or finder.channel_shuffle(call)
-            or finder.attention(call)
-        )
-        function, args, parts = found or (None, (), [])
-        touched = {ref.number for ref in [*refs_in(args), *(made for part in parts for made in part.results())]}
-        if function is None or touched & changed or any(part.grad != call.grad for part in parts):
+        found = attentions.get(id(call)) or finder.find(call)
+        parts = found.inner if found else []
+        touched = {ref.number for part in (call, *parts) for ref in (*part.refs(), *part.results())}
+        if found is None or touched & changed or any(part.grad != call.grad for part in parts):
             calls.append(call)
             continue
-        calls.append(dataclasses.replace(call, function=function, args=args, kwargs={}))
+        calls += [*found.before, found.call]
         inner.update(id(part) for part in parts)
     recording.calls = _without_unread(calls, inner, recording.result)
 
@@ -164,7 +138,17 @@ _PURE = (
     "__rtruediv__", "__sub__", "__truediv__",
 )  # fmt: skip
 _PURE_FUNCTIONS = {getattr(owner, name) for owner in (torch, Tensor) for name in _PURE if hasattr(owner, name)}
-_PURE_FUNCTIONS |= {F.linear, torch._C._nn.linear, F.softmax, F.gelu, F.layer_norm, F.normalize}
+_PURE_FUNCTIONS |= {
+    F.linear,
+    torch._C._nn.linear,
+    F.softmax,
+    F.gelu,
+    F.layer_norm,
+    F.normalize,
+    added_rows,
+    bias_rows,
+    causal,
+}
 
 
 def is_pure(call: Call) -> bool:
@@ -179,8 +163,9 @@ def _has_out(call: Call) -> bool:
 
 
 def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
-    """Move what is computed from parameters alone (the product of a weight and its mask, a standardised weight) before
-    everything else: where it is called it would cut a run of layers in two. Returns how many calls those are.
+    """Move what is computed from parameters and constants alone (the product of a weight and its mask, a standardised
+    weight) before everything else: where it is called it would cut a run of layers in two. Returns how many calls those
+    are.
 
     ``inputs``: leaves that are none."""
     parameters = {number for number, name in recording.leaves.items() if name not in inputs}
@@ -188,8 +173,7 @@ def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
     first: list[Call] = []
     rest: list[Call] = []
     for call in recording.calls:
-        refs = call.refs()
-        if is_pure(call) and refs and all(ref.number in moved for ref in refs):
+        if is_pure(call) and all(ref.number in moved for ref in call.refs()):
             moved.update(ref.number for ref in call.results())
             first.append(call)
         else:
@@ -219,7 +203,20 @@ class _Finder:
 
     def __init__(self, recording: Recording) -> None:
         self._made = {call.result.number: call for call in recording.calls if isinstance(call.result, Ref)}
-        self._makers = {ref.number: call for call in recording.calls for ref in call.results()}
+
+    def find(self, call: Call) -> Found | None:
+        """The operator that ends in ``call``."""
+        found = (
+            self.channel_norm(call)
+            or self.pixel_norm(call)
+            or self.response(call)
+            or self.of_channels(call)
+            or self.channel_shuffle(call)
+        )
+        if found is None:
+            return None
+        function, args, inner = found
+        return Found(call, dataclasses.replace(call, function=function, args=args, kwargs={}), [], inner)
 
     def pixel_norm(self, call: Call) -> _Found:
         """A pixel norm that ends in ``call``."""
@@ -319,52 +316,6 @@ class _Finder:
             return None
         return torch.channel_shuffle, (x, groups), [*contiguous, turned, split]
 
-    def attention(self, call: Call) -> _Found:
-        """Attention of heads that ends in ``call``, which puts the heads one behind the other."""
-        if call.function not in _RESHAPE or len(call.refs()) != 1 or not isinstance(call.result, Ref):
-            return None
-        made = self._made.get(call.refs()[0].number)
-        contiguous = [made] if made and made.function is Tensor.contiguous else []
-        turned = self._made.get(made.refs()[0].number) if made and contiguous else made
-        core = self._maker(turned.refs()[0], [_ATTENTION]) if turned and turned.function in _TRANSPOSE else None
-        operands = _operands(core) if core else []
-        if turned is None or core is None or not operands:
-            return None
-        cut = [self._cut(operand) for operand in operands]
-        n, heads, queries, features = operands[0].shape
-        turned_sizes = (*_replayed(turned, torch.empty(2, 3, 5, 7, device="meta"))[0].shape,)
-        last = {(2, 5, 3, 7): (queries, 1), (5, 2, 3, 7): (1, n)}.get(turned_sizes)
-        together = call.result.shape == (*turned.result.shape[:2], heads * features)
-        if last is None or not together or any(known is None for known in cut):
-            return None
-        bases, places, views = zip(*(known for known in cut if known), strict=True)
-        scale = core.kwargs.get("scale")
-        scale = features**-0.5 if scale is None else float(scale)
-        form = Heads(n, heads, features, queries, operands[1].shape[2], (*places, (0, features, *last)), scale)
-        return attention, (*bases, form), [*contiguous, turned, core, *(view for chain in views for view in chain)]
-
-    def _cut(self, ref: Ref) -> tuple[Ref, tuple[int, int, int, int], list[Call]] | None:
-        """The rows of features that (pictures, heads, tokens, features) are a view of, where each head lies in them,
-        and the calls between."""
-        chain: list[tuple[Call, Ref]] = []
-        while (call := self._makers.get(ref.number)) and call.function in _VIEWS:
-            of = call.refs()
-            if len(of) != 1 or of[0].dtype != ref.dtype:  # gradients do not pass through another dtype
-                break
-            chain.append((call, ref))
-            ref = of[0]
-        rows = view = torch.empty(ref.shape, dtype=ref.dtype, device="meta")
-        for call, result in reversed(chain):
-            if call.function is Tensor.contiguous:  # the same numbers, wherever they lie
-                continue
-            which = [made.number for made in call.results()].index(result.number)
-            view = _replayed(call, view)[which]
-        is_view = view.untyped_storage()._cdata == rows.untyped_storage()._cdata
-        if not is_view or view.dim() != 4 or rows.dim() < 2 or 0 in rows.shape:
-            return None
-        places = _places(view, rows.shape[-1])
-        return None if places is None else (ref, places, [call for call, _ in chain])
-
     def _maker(self, ref: Ref, functions: Iterable[Callable[..., Any]]) -> Call | None:
         """The call that made a tensor, if it is one of these functions."""
         call = self._made.get(ref.number)
@@ -381,41 +332,6 @@ class _Finder:
             **dict.fromkeys(MULTIPLY, (2, [])),
         }
         return call if (len(call.refs()), others) == wanted[call.function] and not call.kwargs else None
-
-
-def _operands(core: Call) -> list[Ref]:
-    """Queries, keys and values of attention without masks, dropout and the like; none of another."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    named = dict(zip(names, core.args, strict=False)) | core.kwargs
-    operands = [named.pop(name, None) for name in names[:3]]
-    named.pop("scale", None)
-    plain = not any(named.values()) and all(isinstance(operand, Ref) for operand in operands)
-    if not plain or any(operand.dtype != torch.float32 or len(operand.shape) != 4 for operand in operands):
-        return []
-    query, key, value = (operand.shape for operand in operands)
-    return operands if key == value and query[:2] == key[:2] and query[3] == key[3] else []
-
-
-def _replayed(call: Call, operand: Tensor) -> list[Tensor]:
-    """What a call of one tensor makes of another one."""
-    args, kwargs = pytree.tree_map(lambda leaf: operand if isinstance(leaf, Ref) else leaf, (call.args, call.kwargs))
-    return pytree.tree_leaves(call.function(*args, **kwargs))
-
-
-def _places(view: Tensor, features: int) -> tuple[int, int, int, int] | None:
-    """Where (pictures, heads, tokens, features of a head) lie in rows of features that they are a view of, as in
-    `Heads`; None where a head is not a range of features, or two share a number."""
-    pictures, heads, tokens, each = view.shape
-    of_picture, apart, of_token, step = view.stride()
-    apart = apart if heads > 1 else each
-    of_picture, of_token = of_picture if pictures > 1 else 0, of_token if tokens > 1 else 0
-    whole_rows = of_picture % features == of_token % features == 0 and (step == 1 or each == 1)
-    first, picture_rows, token_rows = view.storage_offset(), of_picture // features, of_token // features
-    inside = apart >= each and first + (heads - 1) * apart + each <= features
-    spans = sorted([(picture_rows, pictures), (token_rows, tokens)])
-    distinct = all(rows_apart > 0 or count == 1 for rows_apart, count in spans)
-    distinct = distinct and (spans[0][1] == 1 or spans[1][1] == 1 or spans[1][0] >= spans[0][0] * spans[0][1])
-    return (int(first), apart, picture_rows, token_rows) if whole_rows and inside and distinct else None
 
 
 def _axes_of_norm(norm: Call) -> set[int]:

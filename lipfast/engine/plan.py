@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lipfast._C as _C
 from lipfast.engine.blocks import Block, choose_blocks, fuse, sheets
-from lipfast.engine.graph import ACTIVATIONS, CONV_KINDS, WEIGHT_NAMES, Graph, Node, Shape, Taps, consecutive
+from lipfast.engine.graph import ACTIVATIONS, CONV_KINDS, WEIGHT_NAMES, Graph, Heads, Node, Shape, Taps, consecutive
 from lipfast.ops.lane_conv import KERNELS, asked_kernel
 from lipfast.ops.lanes import LANES, PADDING_MODES, plane_vectors
 
@@ -600,8 +600,19 @@ class _Planner:
 
     def _attention(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         read = [self.home[value] for value in node.inputs]
-        self.emit("attention", *read, y, *attention_numbers(node))
+        self.emit("attention", *read, y, *self.attention_numbers(node))
         self.wrote(y)
+
+    def attention_numbers(self, node: Node) -> tuple[Any, ...]:
+        """What both passes of attention take."""
+        heads: Heads = node.heads
+        places = [(p.numpy().reshape(-1), c.numpy()) for p, c in zip(heads.pixels, heads.channels, strict=True)]
+        biases = [
+            (self.offset(bias), self.weights[bias].shape[0], rows.numpy(), self.weights[bias].trained)
+            for bias, rows in zip(node.biases, heads.rows, strict=True)
+        ]
+        sizes = [len(heads.channels[0]), heads.features, heads.queries, heads.keys]
+        return sizes, places, heads.scale, heads.safe, biases
 
     def _pixel_norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         self.emit("pixel_norm", x, y, node.epsilon)
@@ -700,11 +711,6 @@ def channels_of(node: Node) -> range:
 def pool_numbers(node: Node) -> tuple[Any, ...]:
     """What both passes of a pooling take."""
     return node.kernel, node.stride, node.pad, node.counted, node.maximum
-
-
-def attention_numbers(node: Node) -> tuple[Any, ...]:
-    """What both passes of attention take."""
-    return node.heads.sizes, [list(places) for places in node.heads.places], node.heads.scale
 
 
 def _slices(counts: Sequence[int]) -> list[slice]:
@@ -1121,7 +1127,9 @@ class _Backward:
         wanted = {value: self._cleared(value) for value in dict.fromkeys(node.inputs) if value in self.needed}
         read = [self.planner.home[value] for value in node.inputs]
         made = [wanted.get(value, -1) for value in node.inputs]
-        self.planner.emit("attention_backward", *read, self._home(node.output), *made, *attention_numbers(node))
+        self.planner.emit(
+            "attention_backward", *read, self._home(node.output), *made, *self.planner.attention_numbers(node)
+        )
         for value in wanted:
             self._wrote(value)
 

@@ -8,6 +8,7 @@
 #include "cpu/channels.h"
 #include "cpu/finish.h"
 #include "cpu/group_norm.h"
+#include "cpu/heads.h"
 #include "cpu/isa.h"
 #include "cpu/layer_norm.h"
 #include "cpu/noise.h"
@@ -202,80 +203,132 @@ void RunLayerNorm(int threads, const std::string& name) {
   RunNormOfPixels(true, threads, name + " added");
 }
 
-// Where a plain tensor has feature f of a token of a picture and head.
-int64_t At(const HeadPlaces& p, int64_t pixels, int64_t picture, int64_t head, int64_t token, int64_t f) {
-  return (p.first + head * p.apart + f) * pixels + picture * p.of_picture + token * p.of_token;
+// Where tokens of heads lie in a picture of kChannels channels: `shift` pixels on, heads `apart` channels apart.
+HeadPlaces PlacesOf(int64_t pictures, int64_t heads, int64_t tokens, int64_t first, int64_t apart, int64_t shift) {
+  HeadPlaces places;
+  for (int64_t problem = 0; problem < pictures * heads; ++problem) {
+    places.channels.push_back(static_cast<int32_t>(first + problem % heads * apart));
+    for (int64_t token = 0; token < tokens; ++token) {  // pictures in turn, as attention of windows has them
+      places.pixels.push_back(static_cast<int32_t>((token + shift) % tokens * pictures + problem / heads));
+    }
+  }
+  return places;
 }
 
 // Attention and its gradients, of maps with more pixels than tokens; queries and the rest lie in different orders.
-void RunAttentionOf(int64_t queries, int64_t keys, int threads, const std::string& name) {
+void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, int threads, const std::string& name) {
   std::mt19937 random(7);
-  constexpr int64_t kPictures = 2, kHeads = 3, kFeatures = 5, kWide = 16;
-  const AttentionSpec spec = {kPictures,
-                              kHeads,
-                              kFeatures,
-                              queries,
-                              keys,
-                              0.7f,
-                              {1, kFeatures, queries, 1},
-                              {0, 2 * kFeatures, 1, kPictures},
-                              {kFeatures, 2 * kFeatures, 1, kPictures},
-                              {0, kFeatures, queries, 1}};
-  const auto picture = [&](int64_t channels, int64_t tokens) {
-    const int64_t width = (kPictures * tokens + 3) / 4 + 1;
-    return Picture(1, channels, 4, width, 1, (width + 3) / 4, 0, random);
+  constexpr int64_t kPictures = 2, kHeads = 3, kFeatures = 5, kWide = 16, kProblems = kPictures * kHeads;
+  constexpr float kScale = 0.7f;
+  const HeadPlaces places[4] = {PlacesOf(kPictures, kHeads, queries, 1, kFeatures, 1),
+                                PlacesOf(kPictures, kHeads, keys, 0, 2 * kFeatures, 0),
+                                PlacesOf(kPictures, kHeads, keys, kFeatures, 2 * kFeatures, 0),
+                                PlacesOf(kPictures, kHeads, queries, 0, kFeatures, 2)};
+  const auto picture = [&](int64_t channels, int64_t tokens) {  // of several items where the grid is small
+    const int64_t items = grid == 4 ? 1 : 3, width = (kPictures * tokens + 4 * items - 1) / (4 * items) + 1;
+    return Picture(items, channels, 4, width, (4 + grid - 1) / grid, (width + grid - 1) / grid, 0, random, grid);
   };
   Picture q = picture(kWide, queries), rest = picture(2 * kHeads * kFeatures, keys), y = picture(kWide, queries);
   Picture dy = picture(kWide, queries), dq = picture(kWide, queries), drest = picture(2 * kHeads * kFeatures, keys);
-  const int64_t many = q.pixels(), few = rest.pixels();
+  // One bias for each head, that learns; one for each picture, that hides some keys.
+  const int64_t width = BiasWidth(queries), row = keys * width;
+  std::vector<int32_t> of_head, of_picture;
+  for (int32_t problem = 0; problem < kProblems; ++problem) {
+    of_head.push_back(problem % kHeads);
+    of_picture.push_back(problem / kHeads);
+  }
+  const Floats learned(kHeads * row), gradient(kHeads * row), hidden(kPictures * row);
+  std::uniform_real_distribution<float> value(-1.0f, 1.0f);
+  for (int64_t i = 0; i < kHeads * row; ++i) learned.data[i] = value(random);
+  for (int64_t i = 0; i < kPictures * row; ++i)
+    hidden.data[i] = i % 3 == 1 ? -std::numeric_limits<float>::infinity() : 0;
+  const ScoreBias biases[2] = {{learned.data, of_head.data(), kHeads, gradient.data},
+                               {hidden.data, of_picture.data(), kPictures, nullptr}};
+  const ProblemRuns runs = RunsOf(kProblems, of_head);
+  const AttentionSpec spec = {kProblems,
+                              kFeatures,
+                              queries,
+                              keys,
+                              kScale,
+                              true,
+                              biases,
+                              2,
+                              runs.order.data(),
+                              runs.ends.data(),
+                              static_cast<int64_t>(runs.ends.size())};
+  // The place in a plain tensor of feature f of a token.
+  const auto at = [&](const Picture& p, int which, int64_t problem, int64_t token, int64_t f) {
+    const int64_t tokens = which == 1 || which == 2 ? keys : queries, plane = p.map.lanes.height * p.map.lanes.width;
+    const int64_t pixel = places[which].pixels[problem * tokens + token];
+    const int64_t channel = places[which].channels[problem] + f;
+    return (pixel / plane * p.map.lanes.channels + channel) * plane + pixel % plane;
+  };
   const AttentionKernels& kernels = Kernels<AttentionKernels>();
   const Floats scratch(kernels.floats(spec, true));
   std::vector<double> want(y.tensor.size()), dq_want(dq.tensor.begin(), dq.tensor.end());
-  std::vector<double> drest_want(drest.tensor.begin(), drest.tensor.end());
-  for (int64_t n = 0; n < kPictures; ++n) {
-    for (int64_t h = 0; h < kHeads; ++h) {
-      for (int64_t i = 0; i < queries; ++i) {
-        std::vector<double> weights(keys), slopes(keys);
-        const auto product = [&](const Picture& a, const HeadPlaces& of_a, const HeadPlaces& of_b, int64_t j) {
-          double sum = 0;
-          for (int64_t f = 0; f < kFeatures; ++f) {
-            sum += static_cast<double>(a.tensor[At(of_a, many, n, h, i, f)]) * rest.tensor[At(of_b, few, n, h, j, f)];
-          }
-          return sum;
-        };
-        for (int64_t j = 0; j < keys; ++j) weights[j] = std::exp(spec.scale * product(q, spec.query, spec.key, j));
-        const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
-        double along = 0;
-        for (int64_t j = 0; j < keys; ++j) {
-          weights[j] /= total;
-          slopes[j] = product(dy, spec.seen, spec.value, j);
-          along += weights[j] * slopes[j];
+  std::vector<double> drest_want(drest.tensor.begin(), drest.tensor.end()), dbias_want(kHeads * row);
+  for (int64_t n = 0; n < kProblems; ++n) {
+    for (int64_t i = 0; i < queries; ++i) {
+      std::vector<double> weights(keys), slopes(keys);
+      const auto product = [&](const Picture& a, int of_a, int of_b, int64_t j) {
+        double sum = 0;
+        for (int64_t f = 0; f < kFeatures; ++f) {
+          sum += static_cast<double>(a.tensor[at(a, of_a, n, i, f)]) * rest.tensor[at(rest, of_b, n, j, f)];
         }
-        for (int64_t j = 0; j < keys; ++j) {
-          const double score = weights[j] * (slopes[j] - along) * spec.scale;
-          for (int64_t f = 0; f < kFeatures; ++f) {
-            const int64_t of_key = At(spec.key, few, n, h, j, f), of_value = At(spec.value, few, n, h, j, f);
-            const int64_t of_query = At(spec.query, many, n, h, i, f), seen = At(spec.seen, many, n, h, i, f);
-            want[seen] += weights[j] * rest.tensor[of_value];
-            dq_want[of_query] += score * rest.tensor[of_key];
-            drest_want[of_key] += score * q.tensor[of_query];
-            drest_want[of_value] += weights[j] * dy.tensor[seen];
-          }
+        return sum;
+      };
+      const auto bias = [&](const float* scores, int64_t which, int64_t j) {
+        return scores[which * row + j * width + i];
+      };
+      for (int64_t j = 0; j < keys; ++j) {
+        const double added = bias(learned.data, of_head[n], j) + bias(hidden.data, of_picture[n], j);
+        weights[j] = std::exp(kScale * product(q, 0, 1, j) + added);
+      }
+      const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
+      double along = 0;
+      for (int64_t j = 0; j < keys; ++j) {
+        weights[j] = total > 0 ? weights[j] / total : 0;
+        slopes[j] = product(dy, 3, 2, j);
+        along += weights[j] * slopes[j];
+      }
+      for (int64_t j = 0; j < keys; ++j) {
+        const double score = weights[j] * (slopes[j] - along);
+        dbias_want[of_head[n] * row + j * width + i] += score;
+        for (int64_t f = 0; f < kFeatures; ++f) {
+          const int64_t of_query = at(q, 0, n, i, f), seen = at(y, 3, n, i, f);
+          const int64_t of_key = at(rest, 1, n, j, f), of_value = at(rest, 2, n, j, f);
+          want[seen] += weights[j] * rest.tensor[of_value];
+          dq_want[of_query] += score * kScale * rest.tensor[of_key];
+          drest_want[of_key] += score * kScale * q.tensor[of_query];
+          drest_want[of_value] += weights[j] * dy.tensor[seen];
         }
       }
     }
   }
-  const LaneMap *dquery = &dq.map.lanes, *both = &drest.map.lanes;
-  kernels.forward(q.map.lanes, rest.map.lanes, rest.map.lanes, y.map.lanes, spec, scratch.data, threads);
+  std::vector<std::vector<int64_t>> lists;
+  lists.reserve(7);
+  const auto heads = [&](const Picture& p, int which) {
+    lists.push_back(PlacesIn(p.map.lanes, places[which]));
+    return HeadMap{p.map.lanes, lists.back().data()};
+  };
+  const HeadMap query = heads(q, 0), key = heads(rest, 1), value_map = heads(rest, 2);
+  kernels.forward(query, key, value_map, heads(y, 3), spec, scratch.data, threads);
   Expect(Error(y.Read(), want) < kTolerance, name + " attention forward");
-  kernels.backward(q.map.lanes, rest.map.lanes, rest.map.lanes, dy.map.lanes, dquery, both, both, spec, scratch.data,
-                   threads);
+  const HeadMap dquery = heads(dq, 0), dkey = heads(drest, 1), dvalue = heads(drest, 2);
+  kernels.backward(query, key, value_map, heads(dy, 3), &dquery, &dkey, &dvalue, spec, scratch.data, threads);
   Expect(Error(dq.Read(), dq_want) < kTolerance, name + " attention query gradient");
   Expect(Error(drest.Read(), drest_want) < kTolerance, name + " attention key and value gradients");
+  for (int64_t i = 0; i < kHeads * row; ++i) {
+    if (i % width < queries) Expect(std::abs(gradient.data[i] - dbias_want[i]) < kTolerance, name + " bias gradient");
+  }
 }
 
 void RunAttention(int threads, const std::string& name) {
-  for (int64_t tokens : {1, 7, 33}) RunAttentionOf(tokens, 34 - tokens, threads, name + " " + std::to_string(tokens));
+  for (int64_t tokens : {1, 7, 33}) {
+    for (int64_t grid : {1, 2, 4}) {
+      RunAttentionOf(tokens, 34 - tokens, grid, threads, name + " " + std::to_string(tokens));
+    }
+  }
 }
 
 // A factor of each plane, and its gradient.

@@ -169,17 +169,175 @@ def test_a_head_that_is_also_read_alone():
     assert torch.allclose(lipfast.accelerate(module)(x), module(x), atol=1e-5)
 
 
-def test_bits_do_not_depend_on_threads():
-    module = Attention(48, 4)
+_SPELLINGS = {
+    "scaled queries": lambda q, k, v: ((q * 0.3) @ k.transpose(-2, -1)).softmax(dim=-1) @ v,
+    "scaled scores": lambda q, k, v: torch.matmul(F.softmax(q @ k.mT / 1.7, dim=3), v),
+    "both scaled": lambda q, k, v: torch.softmax(torch.matmul(q * 0.5, (0.5 * k).transpose(2, 3)), -1).matmul(v),
+    "dropout": lambda q, k, v: F.dropout((q @ k.transpose(-2, -1)).softmax(-1), 0.5, training=False) @ v,
+    "einsum": lambda q, k, v: torch.einsum(
+        "bhxy,bhyd->bhxd", torch.einsum("blxd,blyd->blxy", q, k).mul(0.4).softmax(-1), v
+    ),
+    "stacks": lambda q, k, v: torch.bmm(
+        torch.bmm(q.reshape(-1, *q.shape[2:]), k.reshape(-1, *k.shape[2:]).transpose(1, 2)).softmax(-1),
+        v.reshape(-1, *v.shape[2:]),
+    ).view(q.shape),
+    "joined by transformers": lambda q, k, v: F.scaled_dot_product_attention(q, k, v).reshape(2, -1, *q.shape[2:]),
+}
+
+
+@pytest.mark.parametrize("spelling", _SPELLINGS)
+def test_spellings_are_one_segment(compare, spelling):
+    module = Changed(_SPELLINGS[spelling])
+    x = torch.randn(2, 7, 24)
+    assert kinds(module, x) == [["conv", "attention", "conv"]]
+    compare(module, x, masks_of(module))
+
+
+@partly
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda q, k, v: (q @ k.transpose(-2, -1)).softmax(dim=-2) @ v,
+        lambda q, k, v: (q @ k.transpose(-2, -1)).softmax(dim=-1).transpose(2, 3) @ v,
+        lambda q, k, v: (q @ k.transpose(-2, -1) * q.mean()).softmax(-1) @ v,
+        lambda q, k, v: (2 / (3 + q @ k.transpose(-2, -1)).cosh()).softmax(-1) @ v,
+        lambda q, k, v: (q @ k.transpose(-2, -1) + k.mean()).softmax(-1) @ v,
+        lambda q, k, v: (q.transpose(2, 3) @ k).softmax(-1) @ v.new_ones(8, 8) @ v.mT * torch.ones(7),
+        lambda q, k, v: torch.einsum("bhdx,bhyd->bhxy", q.mT, k).softmax(-1) @ v,
+        lambda q, k, v: torch.einsum("bhxd,bgyd->bhxy", q, k).softmax(-1) @ v,
+        lambda q, k, v: (q @ k.transpose(-2, -1)).softmax(-1) @ (v * 3),
+        lambda q, k, v: ((q @ k.transpose(-2, -1)).softmax(-1) * 2) @ v,
+    ],
+)
+def test_other_spellings_stay_right(attend):
+    test_other_attention_stays_right(attend)
+
+
+class Biased(Attention):
+    """Scores get what the module has to add: ``add(module, scores or None)``."""
+
+    def __init__(self, attend, pictures: int = 2) -> None:
+        super().__init__(24, 3, "picked")
+        self.table = nn.Parameter(torch.randn(3, 20))
+        self.scores = nn.Parameter(torch.randn(7, 7))
+        self.register_buffer("mask", torch.where(torch.rand(2, 1, 7, 7) < 0.3, -torch.inf, 0.0))
+        self.mask.diagonal(dim1=2, dim2=3).zero_()
+        self.register_buffer("allowed", torch.rand(7, 7) < 0.5)
+        self.allowed[3] = False  # sees nothing
+        self.add = attend
+
+    def of_table(self) -> Tensor:
+        """A bias for each head, as relative positions have it."""
+        apart = torch.arange(7)[:, None] - torch.arange(7)[None] + 6
+        return self.table[:, apart]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.add(self, query, key, value)
+
+
+def _windows(m: Biased, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As windows of pictures have it: a bias for each head, a mask for each window."""
+    scores = (q * 0.3) @ k.transpose(-2, -1) + m.of_table().unsqueeze(0)
+    scores = scores.view(2, 2, 3, 7, 7) + m.mask.view(1, 2, 1, 7, 7)
+    return scores.view(-1, 3, 7, 7).softmax(-1) @ v
+
+
+_BIASES = {
+    "one": lambda m, q, k, v: (q @ k.transpose(-2, -1) + m.scores).softmax(-1) @ v,
+    "heads": lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, m.of_table()),
+    "windows": _windows,
+    "pictures": lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, m.mask.repeat(2, 1, 1, 1)),
+    "two that learn": lambda m, q, k, v: (m.scores + (q @ k.mT + m.of_table()[None])).softmax(-1) @ v,
+    "allowed": lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, m.allowed),
+    "causal": lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+}
+
+
+@pytest.mark.parametrize("bias", _BIASES)
+def test_biases_of_scores(bias):
+    module = Biased(_BIASES[bias])
+    for layer in (module.joined, module.out):
+        prune(layer)
+    x = torch.randn(4, 7, 24, requires_grad=True)
+    assert kinds(module, x) == [["conv", "attention", "conv"]]
+    fast = lipfast.accelerate(module)
+    expected = module.double()(x.double())
+    dx, *wanted = torch.autograd.grad(
+        expected.square().sum(), [x, *module.parameters()], allow_unused=True, materialize_grads=True
+    )
+    y = fast(x)
+    with torch.no_grad():
+        assert all(torch.allclose(found.double(), expected, atol=1e-5) for found in (y, fast(x)))
+    y.square().sum().backward()
+    assert torch.allclose(x.grad, dx, atol=1e-4)
+    for (name, parameter), gradient in zip(module.named_parameters(), wanted, strict=True):
+        found = fast.get_parameter(name).grad
+        kept = gradient[parameter != 0] if name.endswith("weight") else gradient
+        assert torch.allclose(torch.zeros_like(kept) if found is None else found.double(), kept, atol=1e-4), name
+
+
+class Windows(nn.Module):
+    """Attention in windows of a picture that was rolled, as Swin Transformers have it: heads are cut, shifted and joined
+    without a layer between."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.joined, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.side = side
+        nn.init.normal_(self.joined.weight, std=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, h, w, c = x.shape
+        s, at = self.side, (n, h // self.side, self.side, w // self.side, self.side)
+        y = torch.roll(self.joined(x), (-1, -1), (1, 2)).view(*at, 3 * c).permute(0, 1, 3, 2, 4, 5).contiguous()
+        q, k, v = y.view(-1, s * s, 3, 2, c // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        y = y.transpose(1, 2).reshape(n, h // s, w // s, s, s, c).permute(0, 1, 3, 2, 4, 5).reshape(n, h, w, c)
+        return self.out(torch.roll(y, (1, 1), (1, 2)))
+
+
+@pytest.mark.parametrize(("pictures", "height", "width", "side"), [(1, 4, 6, 2), (3, 6, 3, 3), (2, 10, 15, 5)])
+def test_windows_are_read_where_they_lie(compare, pictures, height, width, side):
+    module = Windows(side)
+    x = torch.randn(pictures, height, width, 16)
+    assert kinds(module, x) == [["conv", "attention", "conv"]]
+    compare(module, x, masks_of(module))
+
+
+def test_attention_that_is_not_in_lanes_keeps_its_calls():
+    """None of its operands is: torch's own kernel is faster than any other spelling."""
+    module = nn.Sequential(nn.Linear(24, 24), nn.ReLU())
     prune(module)
-    fast, x = lipfast.accelerate(module), torch.randn(3, 21, 48, requires_grad=True)
+
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = module
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.view(2, 7, 3, 8).transpose(1, 2)
+            return self.layers(F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2))
+
+    whole, x = Behind(), torch.randn(2, 7, 24)
+    leaves = dict(whole.named_parameters())
+    lowered = lower(record(lambda leaves, x: call_with(whole, leaves, (x,)), [x], leaves), masks_of(whole))
+    assert F.scaled_dot_product_attention in [item.function for item in lowered.items if not isinstance(item, Segment)]
+    with pytest.warns(UserWarning, match="lipfast"):
+        assert torch.allclose(lipfast.accelerate(whole)(x), whole(x), atol=1e-5)
+
+
+def test_bits_do_not_depend_on_threads():
+    module = Biased(_BIASES["heads"])
+    prune(module)
+    fast, x = lipfast.accelerate(module), torch.randn(3, 7, 24, requires_grad=True)
+    table = dict(fast.named_parameters())["table"]
     threads = torch.get_num_threads()
     found = []
     try:
         for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
             y = fast(x)
-            found.append((y, torch.autograd.grad(y.sin().sum(), x)[0]))
+            found.append((y, *torch.autograd.grad(y.sin().sum(), (x, table))))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, other) for rest in found[1:] for one, other in zip(found[0], rest, strict=True))

@@ -1,0 +1,458 @@
+"""Softmax attention in recorded calls: how features are cut into heads, what is added to scores, how heads are joined.
+
+Between linear layers networks view, permute, roll and copy; all of that only says which token of which head lies where.
+So those calls are run once on the numbers of the places, and attention reads and writes its tokens where they are.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lipfast.engine.capture import Call, Recording, Ref, refs_in
+from lipfast.engine.graph import Heads
+
+_SDPA = F.scaled_dot_product_attention
+_MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+_SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
+_MULTIPLY = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+_DIVIDE = (torch.div, Tensor.div, Tensor.__truediv__)
+_ADD = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+_OF_BOTH = (
+    "chunk", "clone", "flatten", "flip", "movedim", "narrow", "permute", "reshape", "roll", "select", "split",
+    "squeeze", "swapaxes", "transpose", "unbind", "unflatten", "unsqueeze",
+)  # fmt: skip
+# Functions of one tensor whose results have its numbers in other places.
+REARRANGE = {getattr(owner, name) for owner in (torch, Tensor) for name in _OF_BOTH}
+REARRANGE |= {Tensor.view, Tensor.contiguous, Tensor.__getitem__, Tensor.mT.__get__, Tensor.T.__get__}  # type: ignore[attr-defined]
+_WIDTH = 32  # what queries are padded to in biases, csrc/cpu/attention.h's BiasWidth
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, heads: Heads, *biases: Tensor) -> Tensor:
+    """Softmax attention of heads that lie in rows of features as ``heads`` says, where they were joined again.
+
+    ``biases``: `bias_rows` each.
+    """
+    q, k, v = (_gathered(rows, heads, which) for which, rows in enumerate((query, key, value)))
+    scores = heads.scale * q @ k.transpose(1, 2)
+    for bias, rows in zip(biases, heads.rows, strict=True):
+        scores = scores + bias[rows.long()].transpose(1, 2)[:, : heads.queries]
+    seen = torch.zeros(heads.shape, dtype=query.dtype).flatten()
+    weights = torch.softmax(scores, -1)
+    weights = weights.nan_to_num(0.0) if heads.safe else weights
+    return seen.index_put((heads.places(3, heads.shape[-1]),), weights @ v).view(heads.shape)
+
+
+def _gathered(rows: Tensor, heads: Heads, which: int) -> Tensor:
+    return rows.reshape(-1)[heads.places(which, rows.shape[-1])]
+
+
+def bias_rows(bias: Tensor) -> Tensor:
+    """What is added to scores, (..., queries, keys), as (rows, keys, queries) with whole vectors of queries; True and
+    False are where there is an answer and where there is none."""
+    if bias.dtype == torch.bool:
+        bias = torch.zeros(bias.shape, device=bias.device).masked_fill(~bias, -torch.inf)
+    turned = bias.reshape(-1, *bias.shape[-2:]).transpose(1, 2)
+    return F.pad(turned, (0, -bias.shape[-2] % _WIDTH))
+
+
+def added_rows(rows: tuple[Tensor, ...], *biases: Tensor) -> Tensor:
+    """The sum of several biases' rows, for each problem one."""
+    each = [bias[which.long()] for which, bias in zip(rows, biases, strict=True)]
+    return functools.reduce(torch.add, each)
+
+
+def causal(queries: int, keys: int) -> Tensor:
+    """The scores' bias of queries that see no later token."""
+    return torch.full((queries, keys), -torch.inf).triu(1)
+
+
+class AttentionFinder:
+    """Finds attention in a recording, by the calls that end it."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._makers = {ref.number: call for call in recording.calls for ref in call.results()}
+        self._read: dict[int, list[Call]] = {}
+        for call in recording.calls:
+            for ref in call.refs():
+                self._read.setdefault(ref.number, []).append(call)
+        self._returned = {ref.number for ref in refs_in(recording.result)}
+        refs = (ref.number for call in recording.calls for ref in (*call.refs(), *call.results()))
+        self._numbers = max([*refs, *recording.leaves, *recording.constants], default=0)
+
+    def find(self) -> Iterator["Found"]:
+        """Each attention."""
+        for call in self._recording.calls:
+            core = self._fused(call) or self._spelled(call)
+            found = self._joined(core) if core else None
+            if found:
+                yield found
+
+    # The product of queries and keys, the softmax, the product with values.
+
+    def _fused(self, call: Call) -> "_Core | None":
+        if call.function is not _SDPA:
+            return None
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        named = dict(zip(names, call.args, strict=False)) | call.kwargs
+        operands = [named.get(name) for name in names[:3]]
+        if named.get("dropout_p") or named.get("enable_gqa") or not all(isinstance(o, Ref) for o in operands):
+            return None
+        cut = [self._cut(ref, scaled=place < 2) for place, ref in enumerate(operands) if isinstance(ref, Ref)]
+        if any(operand is None for operand in cut):
+            return None
+        q, k, v = (operand for operand in cut if operand)
+        problems, queries, keys = q.index.shape[:-2], q.index.shape[-2], k.index.shape[-2]
+        biases: list[_Bias] = []
+        if named.get("is_causal"):
+            biases.append(_Bias(None, torch.zeros(problems, dtype=torch.int32)))
+        mask = named.get("attn_mask")
+        if mask is not None:
+            bias = _bias(mask, problems, queries, keys)
+            if bias is None:
+                return None
+            biases.append(bias)
+        scale = named.get("scale")
+        scale = q.factor * k.factor * (q.index.shape[-1] ** -0.5 if scale is None else float(scale))
+        return _Core(call, q, k, v, scale, True, biases, [])
+
+    def _spelled(self, call: Call) -> "_Core | None":
+        """Attention whose last product ``call`` is."""
+        last = _product(call)
+        if last is None or last.turned:
+            return None
+        inner: list[Call] = []
+        made = self._past_dropout(last.first, inner)
+        softmax = made if made and made.function in _SOFTMAX and _over_last(made) else None
+        if softmax is None:
+            return None
+        inner.append(softmax)
+        scores = self._scores(softmax.refs()[0], inner)
+        value = self._cut(last.second, scaled=False)
+        if scores is None or value is None:
+            return None
+        query, key, scale, biases = scores
+        return _Core(call, query, key, value, scale, False, biases, inner)
+
+    def _past_dropout(self, ref: Ref, inner: list[Call]) -> Call | None:
+        """The call that made a tensor, dropout that drops nothing aside."""
+        call = self._makers.get(ref.number)
+        if call is not None and call.function is F.dropout:
+            named = dict(zip(("input", "p", "training"), call.args, strict=False)) | call.kwargs
+            if named.get("training", True) and named.get("p", 0.5) > 0:
+                return None
+            inner.append(call)
+            call = self._makers.get(call.refs()[0].number)
+        return call
+
+    def _scores(self, ref: Ref, inner: list[Call]) -> "tuple[_Cut, _Cut, float, list[_Bias]] | None":
+        """Queries, keys, scale and biases of scores."""
+        later: list[Call] = []  # what happens to the product, last first
+        scale = 1.0
+        while True:
+            call = self._makers.get(ref.number)
+            if call is None:
+                return None
+            inner.append(call)
+            product = _product(call)
+            if product:
+                break
+            biased = [r for r in call.refs() if r != ref and len(r.shape) >= 2]
+            if call.function in _ADD and len(biased) == 2 and not call.kwargs:
+                later.append(call)
+                ref = next((r for r in biased if self._leads_to_product(r)), biased[0])
+            elif (factor := _factor(call)) is not None and not later:
+                scale *= factor
+                ref = call.refs()[0]
+            elif call.function in REARRANGE and len(call.refs()) == 1:
+                later.append(call)
+                ref = call.refs()[0]
+            else:
+                return None
+        query, key = self._cut(product.first), self._cut(product.second, turned=not product.turned)
+        if query is None or key is None:
+            return None
+        biases = _biases(later, product.call, query.index.shape[:-2], query.index.shape[-2], key.index.shape[-2])
+        if biases is None:
+            return None
+        return query, key, scale * query.factor * key.factor, biases
+
+    def _leads_to_product(self, ref: Ref) -> bool:
+        """Whether scores come from there: a bias is a parameter's, or another tensor from outside."""
+        call = self._makers.get(ref.number)
+        while call is not None and (call.function in (*REARRANGE, *_ADD, *_SCALES)):
+            if _product(call):
+                break
+            call = self._makers.get(call.refs()[0].number) if call.refs() else None
+        return call is not None and _product(call) is not None
+
+    # Heads.
+
+    def _cut(self, ref: Ref, turned: bool = False, scaled: bool = True) -> "_Cut | None":
+        """The rows of features that (..., tokens, features) are made of, and how; ``turned``: (..., features, tokens).
+        ``scaled``: they may be multiples."""
+        chain: list[tuple[Call, Ref]] = []
+        factor = 1.0
+        while (call := self._makers.get(ref.number)) and len(call.refs()) == 1:
+            of = call.refs()[0]
+            multiple = _factor(call) if scaled and of.shape == ref.shape else None
+            if multiple is not None:
+                factor *= multiple
+            elif call.function not in REARRANGE or of.dtype != ref.dtype:  # gradients do not pass another dtype
+                break
+            chain.append((call, ref))
+            ref = of
+        if ref.dtype != torch.float32 or len(ref.shape) < 2 or 0 in ref.shape:
+            return None
+        index = torch.arange(_count(ref), dtype=torch.int32).view(ref.shape)
+        for call, result in reversed(chain):
+            if call.function not in _SCALES:
+                index = _replayed(call, index)[[made.number for made in call.results()].index(result.number)]
+        if index.dim() < 3 or 0 in index.shape:
+            return None
+        return _Cut(ref, index.transpose(-1, -2) if turned else index, factor, [call for call, _ in chain])
+
+    def _joined(self, core: "_Core") -> "Found | None":
+        """Attention up to the call that joins the heads."""
+        operands = (core.query, core.key, core.value)
+        problems, queries, features = core.query.index.shape[:-2], *core.query.index.shape[-2:]
+        keys = core.key.index.shape[-2]
+        same = core.key.index.shape == (*problems, keys, features) and core.value.index.shape == core.key.index.shape
+        if not same or not isinstance(core.call.result, Ref):
+            return None
+        if core.call.result.dtype != torch.float32 or core.call.result.shape != (*problems, queries, features):
+            return None
+        chain = [core.call]
+        while (following := self._only_reader(chain[-1].result)) is not None:
+            chain.append(following)
+        placed = [_places(operand.index, operand.rows.shape[-1]) for operand in operands]
+        while chain:
+            result = _places(_inverse(core.call.result, chain[1:]), chain[-1].result.shape[-1])
+            if result and all(placed):
+                break
+            chain.pop()
+        else:
+            return None
+        pixels, channels = zip(*(known for known in (*placed, result) if known), strict=True)
+        heads = Heads(
+            features, queries, keys, core.scale, core.safe, chain[-1].result.shape, pixels, channels,
+            tuple(bias.rows.flatten() for bias in core.biases),
+        )  # fmt: skip
+        inner = [*core.inner, *(call for operand in operands for call in operand.calls), *chain[:-1]]
+        return self._found(core, chain[-1], inner, heads)
+
+    def _only_reader(self, ref: Any) -> Call | None:
+        """The rearrangement that reads a tensor, where nothing else does."""
+        readers = self._read.get(ref.number, []) if isinstance(ref, Ref) else []
+        if len(readers) != 1 or ref.number in self._returned or readers[0].function not in REARRANGE:
+            return None
+        alone = isinstance(readers[0].result, Ref) and len(readers[0].refs()) == 1
+        return readers[0] if alone and len(readers[0].result.shape) > 1 else None
+
+    def _found(self, core: "_Core", last: Call, inner: list[Call], heads: Heads) -> "Found":
+        """With the calls that prepare biases."""
+        before: list[Call] = []
+        new = functools.partial(self._new_call, before, last.grad)
+        sizes = (heads.queries, heads.keys)
+        refs = []
+        for bias in core.biases:
+            scores = new(causal, sizes, sizes) if bias.scores is None else bias.scores
+            width = -(-heads.queries // _WIDTH) * _WIDTH
+            refs.append(new(bias_rows, (scores,), (_count(scores) // math.prod(sizes), heads.keys, width)))
+        learn = [i for i, bias in enumerate(core.biases) if self._learns(bias)]
+        if len(learn) > 1:  # the kernel adds up one gradient
+            problems, *_ = heads.channels[0].shape
+            rows = tuple(heads.rows[i] for i in learn)
+            total = new(added_rows, (rows, *(refs[i] for i in learn)), (problems, *refs[learn[0]].shape[1:]))
+            refs = [total, *(ref for i, ref in enumerate(refs) if i not in learn)]
+            others = [rows for i, rows in enumerate(heads.rows) if i not in learn]
+            heads = dataclasses.replace(heads, rows=(torch.arange(problems, dtype=torch.int32), *others))
+        args = (core.query.rows, core.key.rows, core.value.rows, heads, *refs)
+        of_it = {id(call) for call in (*inner, last)}
+        spelled = [call for call in self._recording.calls if id(call) in of_it]
+        return Found(
+            last, dataclasses.replace(last, function=attention, args=args, kwargs={}, spelled=spelled), before, inner
+        )
+
+    def _learns(self, bias: "_Bias") -> bool:
+        return bias.scores is not None and bias.scores.number in self._recording.differentiable
+
+    def _new_call(
+        self, calls: list[Call], grad: bool | None, function: Callable[..., Any], args: tuple[Any, ...], shape: Any
+    ) -> Ref:
+        self._numbers += 1
+        ref = Ref(self._numbers, tuple(shape), torch.float32)
+        calls.append(Call(function, args, {}, ref, grad))
+        return ref
+
+
+@dataclasses.dataclass
+class Found:
+    """Attention: the call that ends it, what takes its place, calls before that, and those that may not be needed."""
+
+    last: Call
+    call: Call
+    before: list[Call]
+    inner: list[Call]
+
+
+@dataclasses.dataclass
+class _Cut:
+    """Heads, (..., tokens, features): which numbers of rows of features they are, times a factor."""
+
+    rows: Ref
+    index: Tensor
+    factor: float
+    calls: list[Call]
+
+
+@dataclasses.dataclass
+class _Bias:
+    """What is added to scores (None: causality), and for each problem which row of it."""
+
+    scores: Ref | None
+    rows: Tensor
+
+
+@dataclasses.dataclass
+class _Core:
+    """The calls from queries and keys to what queries see."""
+
+    call: Call
+    query: _Cut
+    key: _Cut
+    value: _Cut
+    scale: float
+    safe: bool
+    biases: list[_Bias]
+    inner: list[Call]
+
+
+@dataclasses.dataclass
+class _Product:
+    """A product of matrices; ``turned``: the second one's last two axes change places first."""
+
+    call: Call
+    first: Ref
+    second: Ref
+    turned: bool
+
+
+_SCALES = (*_MULTIPLY, *_DIVIDE)
+
+
+def _count(ref: Ref) -> int:
+    return int(torch.Size(ref.shape).numel())
+
+
+def _factor(call: Call) -> float | None:
+    """What a product or quotient of a tensor and a number scales by; None for other calls."""
+    numbers = [arg for arg in call.args if isinstance(arg, (int, float)) and not isinstance(arg, bool)]
+    if call.function not in _SCALES or len(numbers) != 1 or len(call.args) != 2 or len(call.refs()) != 1 or call.kwargs:
+        return None
+    if call.function in _DIVIDE:
+        return 1.0 / numbers[0] if isinstance(call.args[0], Ref) and numbers[0] else None
+    return float(numbers[0])
+
+
+def _over_last(softmax: Call) -> bool:
+    """Whether a softmax is over the last axis, of float32."""
+    named = dict(zip(("input", "dim"), softmax.args, strict=False)) | softmax.kwargs
+    axes = len(softmax.refs()[0].shape)
+    return named.get("dim") in (-1, axes - 1) and named.get("dtype") in (None, torch.float32)
+
+
+def _product(call: Call) -> _Product | None:
+    """A call as a product of two stacks of matrices."""
+    refs = call.refs()
+    if len(refs) != 2 or call.kwargs or any(len(ref.shape) < 3 for ref in refs):
+        return None
+    if call.function in _MATMUL:
+        return _Product(call, refs[0], refs[1], False)
+    if call.function is not torch.einsum or not isinstance(call.args[0], str):
+        return None
+    given, _, made = call.args[0].replace(" ", "").partition("->")
+    first, _, second = given.partition(",")
+    stack, row, inner = first[:-2], first[-2:-1], first[-1:]
+    if second[:-2] != stack or made[:-2] != stack or len(set(first)) != len(first) or made[-2:-1] != row:
+        return None
+    turned = second[-1:] == inner and second[-2:-1] == made[-1:]
+    straight = second[-2:-1] == inner and second[-1:] == made[-1:]
+    return _Product(call, refs[0], refs[1], turned) if (turned or straight) and made[-1:] not in first else None
+
+
+def _bias(scores: Any, problems: Iterable[int], queries: int, keys: int) -> _Bias | None:
+    """A tensor that is added to scores, (..., queries, keys), if it is one for whole heads."""
+    problems = tuple(problems)
+    fits = isinstance(scores, Ref) and scores.dtype in (torch.float32, torch.bool) and len(scores.shape) >= 2
+    if not fits or scores.shape[-2:] != (queries, keys):
+        return None
+    stack = scores.shape[:-2]
+    rows = torch.arange(int(torch.Size(stack).numel()), dtype=torch.int32).view(stack)
+    try:
+        return _Bias(scores, rows.expand(problems))
+    except RuntimeError:  # it makes more problems of these
+        return None
+
+
+def _biases(later: list[Call], product: Call, problems: torch.Size, queries: int, keys: int) -> list[_Bias] | None:
+    """What is added to the scores of a product, in the order of its problems; ``later``: what happens to them, last
+    first."""
+    order = torch.arange(int(problems.numel())).view(problems)  # the problem at each place of the scores' stack
+    scores = product.result
+    biases: list[_Bias] = []
+    for call in reversed(later):
+        if call.function in REARRANGE:
+            turned = _replayed(call, order[..., None, None].expand(*order.shape, queries, keys))
+            if len(turned) != 1 or turned[0].shape[-2:] != (queries, keys) or turned[0].numel() != _count(scores):
+                return None
+            if not bool((turned[0] == turned[0][..., :1, :1]).all()):
+                return None
+            order, scores = turned[0][..., 0, 0], call.result
+            continue
+        added = next(ref for ref in call.refs() if ref != scores)
+        bias = _bias(added, order.shape, queries, keys) if added.dtype == torch.float32 else None
+        if bias is None or call.result.shape != scores.shape:
+            return None
+        rows = torch.empty(problems.numel(), dtype=torch.int32)
+        rows[order.flatten()] = bias.rows.flatten()
+        biases.append(_Bias(added, rows))
+        scores = call.result
+    return biases
+
+
+def _replayed(call: Call, operand: Tensor) -> list[Tensor]:
+    """What a call of one tensor makes of another one."""
+    args, kwargs = pytree.tree_map(lambda leaf: operand if isinstance(leaf, Ref) else leaf, (call.args, call.kwargs))
+    return pytree.tree_leaves(call.function(*args, **kwargs))
+
+
+def _inverse(result: Ref, chain: list[Call]) -> Tensor | None:
+    """Where calls put the numbers of a tensor; None where they leave some out."""
+    moved = torch.arange(_count(result), dtype=torch.int32).view(result.shape)
+    for call in chain:
+        moved = _replayed(call, moved)[0]
+    if moved.numel() != _count(result):
+        return None
+    places = torch.empty(moved.numel(), dtype=torch.int32)
+    places[moved.flatten().long()] = torch.arange(moved.numel(), dtype=torch.int32)
+    return places.view(result.shape)
+
+
+def _places(index: Tensor | None, width: int) -> tuple[Tensor, Tensor] | None:
+    """The pixels of each problem's tokens and its first channel, of (..., tokens, features) numbers of rows of features
+    ``width`` wide; None where a head is not a range of features."""
+    if index is None:
+        return None
+    index = index.flatten(0, -3)
+    first, channels = index[..., 0], index[:, 0, 0] % width
+    ranges = torch.equal(index, first[..., None] + torch.arange(index.shape[-1], dtype=torch.int32))
+    together = bool((first % width == channels[:, None]).all()) and int(channels.max()) + index.shape[-1] <= width
+    return (first // width, channels) if ranges and together else None
