@@ -134,6 +134,17 @@ class Heads:
         first = self.pixels[which].long() * width + self.channels[which].long()[:, None]
         return first[..., None] + torch.arange(self.features)
 
+    def order_of_result(self, pixels: Tensor) -> Tensor | None:
+        """For each row of the result the pixel that the query of its tokens has, of the queries' ``pixels``; None where
+        it has more or fewer rows, or heads do not agree."""
+        rows = self.pixels[3].long().flatten()
+        count = math.prod(self.shape[:-1])
+        if any(len(torch.unique(numbers)) != count for numbers in (pixels, rows)):
+            return None
+        order = torch.zeros(count, dtype=torch.long)
+        order[rows] = pixels.long().flatten()
+        return order if torch.equal(order[rows], pixels.long().flatten()) else None
+
     def overlap(self, one: int, other: int, width: int) -> bool:
         """Whether two operands, both in the same rows, share some of their numbers without being the same."""
         if self.pixels[one].shape == self.pixels[other].shape:

@@ -214,7 +214,7 @@ class AttentionFinder:
         index = torch.arange(_count(ref), dtype=torch.int32).view(ref.shape)
         for call, result in reversed(chain):
             if call.function not in _SCALES:
-                index = _replayed(call, index)[[made.number for made in call.results()].index(result.number)]
+                index = replayed(call, index)[[made.number for made in call.results()].index(result.number)]
         if index.dim() < 3 or 0 in index.shape:
             return None
         return _Cut(ref, index.transpose(-1, -2) if turned else index, factor, [call for call, _ in chain])
@@ -410,7 +410,7 @@ def _biases(later: list[Call], product: Call, problems: torch.Size, queries: int
     biases: list[_Bias] = []
     for call in reversed(later):
         if call.function in REARRANGE:
-            turned = _replayed(call, order[..., None, None].expand(*order.shape, queries, keys))
+            turned = replayed(call, order[..., None, None].expand(*order.shape, queries, keys))
             if len(turned) != 1 or turned[0].shape[-2:] != (queries, keys) or turned[0].numel() != _count(scores):
                 return None
             if not bool((turned[0] == turned[0][..., :1, :1]).all()):
@@ -428,17 +428,18 @@ def _biases(later: list[Call], product: Call, problems: torch.Size, queries: int
     return biases
 
 
-def _replayed(call: Call, operand: Tensor) -> list[Tensor]:
-    """What a call of one tensor makes of another one."""
+def replayed(call: Call, operand: Tensor) -> list[Tensor]:
+    """What a call of one tensor makes of another one, however that lies in memory."""
     args, kwargs = pytree.tree_map(lambda leaf: operand if isinstance(leaf, Ref) else leaf, (call.args, call.kwargs))
-    return pytree.tree_leaves(call.function(*args, **kwargs))
+    function = Tensor.reshape if call.function is Tensor.view else call.function
+    return pytree.tree_leaves(function(*args, **kwargs))
 
 
 def _inverse(result: Ref, chain: list[Call]) -> Tensor | None:
     """Where calls put the numbers of a tensor; None where they leave some out."""
     moved = torch.arange(_count(result), dtype=torch.int32).view(result.shape)
     for call in chain:
-        moved = _replayed(call, moved)[0]
+        moved = replayed(call, moved)[0]
     if moved.numel() != _count(result):
         return None
     places = torch.empty(moved.numel(), dtype=torch.int32)

@@ -7,7 +7,7 @@ segments. Each handler below has the signature of the torch function it stands f
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lipfast.engine.capture import Call, Recording, Ref, pair, refs_in
 from lipfast.engine.graph import CONV_KINDS, Graph, Heads, Node, Taps, consecutive
-from lipfast.engine.heads import attention
+from lipfast.engine.heads import REARRANGE, attention, replayed
 from lipfast.engine.patterns import (
     MULTIPLY,
     channel_norm,
@@ -92,19 +92,23 @@ def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None, input
     changed = written(recording)
     items: list[Segment | Call] = list(first)
     refused: list[tuple[Call, str]] = []
-    builder = _Builder(kept, recording.leaves, parameters)
+    numbers = [ref.number for call in recording.calls for ref in (*call.refs(), *call.results())]
+    fresh = itertools.count(
+        max([*numbers, *recording.leaves, *(ref.number for ref in recording.inputs)], default=0) + 1
+    )
+    builder = _Builder(kept, recording.leaves, parameters, fresh)
     for position, call in enumerate(recording.calls[of_parameters:], of_parameters):
         if call.grad != builder.grad:
             items += builder.finish(last_use, position)
-            builder = _Builder(kept, recording.leaves, parameters, call.grad)
+            builder = _Builder(kept, recording.leaves, parameters, fresh, call.grad)
         try:
-            builder.add(call, position)
+            builder.add(call)
         except Unsupported as reason:
             refused.append((call, f"{call.name}: {reason}"))
             moves = is_pure(call) and not any(ref.number in changed for ref in call.refs())
             if not moves or any(builder.makes(ref) for ref in call.refs()):
                 items += builder.finish(last_use, position)
-                builder = _Builder(kept, recording.leaves, parameters, call.grad)
+                builder = _Builder(kept, recording.leaves, parameters, fresh, call.grad)
             items += call.spelled or [call]
     items += builder.finish(last_use, len(recording.calls))
     minor = _far_from_lanes(items, recording.leaves)
@@ -147,9 +151,9 @@ def _check(tensor: Any, axes: int, *, or_more: bool = False) -> None:
         raise Unsupported("an operand is empty")
 
 
-def _channels_second(shape: Sequence[int]) -> Sequence[int]:
-    """The shape of a map whose channels lie behind, as other maps have it."""
-    return (shape[0], shape[3], shape[1], shape[2]) if len(shape) == 4 else shape
+def _rows_in_order(tensor: Tensor, order: Tensor) -> Tensor:
+    """Rows of features where ``order`` says which row of ``tensor`` each one is."""
+    return tensor.reshape(-1, tensor.shape[-1]).index_select(0, order).view(tensor.shape)
 
 
 class _Builder:
@@ -160,23 +164,39 @@ class _Builder:
         kept: Callable[[Ref], int],
         leaves: Mapping[int, str],
         parameters: Container[int],
+        fresh: Iterator[int],
         grad: bool | None = None,
     ) -> None:
         self.graph = Graph([], [], [], {})
         self.kept, self.grad = kept, grad
+        self._fresh = fresh  # numbers of further tensors
+        self.order: Tensor | None = None  # of the rows of what attention just made, if not that of its map
         self._leaves = leaves
         self._parameters = parameters  # and what is computed from them alone
         self._values: dict[int, int] = {}  # tensor number -> value
         self._made: dict[int, Ref] = {}  # tensors that calls of this segment made
-        self._last: set[int] = set()  # tensors that are maps with the channels behind
+        self._last: set[int] = set()  # tensors that are maps with the channels behind, (..., channels)
+        self._orders: dict[int, Tensor] = {}  # of such tensors and rows of features: the pixel of each row, if moved
+        self._scattered: dict[
+            int, tuple[int, Tensor]
+        ] = {}  # tensors in no such form: a value and the places of its numbers
+        self._movers: dict[int, Call] = {}  # what made those of both kinds, where it only moved numbers
         self._permuted: set[int] = set()  # maps whose axes were permuted last, so that their memory was not
         self._inputs: list[Ref] = []
         self._weights: list[Ref] = []
         self._statistics: list[tuple[Ref, Ref]] = []
         self._calls: list[Call] = []
 
-    def add(self, call: Call, position: int) -> None:
+    def add(self, call: Call) -> None:
         """Append a call, or raise `Unsupported` and change nothing that matters."""
+        try:
+            self._lower(call)
+        except Unsupported:
+            if not self._rearrange(call):
+                raise
+        self._calls.append(call)
+
+    def _lower(self, call: Call) -> None:
         handler = _HANDLERS.get(call.function)
         if handler is None:
             raise Unsupported("the engine has no such operator")
@@ -191,35 +211,113 @@ class _Builder:
             if len(values) != len(results):
                 raise Unsupported(f"it returns {len(results)} tensors")
             last = self._puts_features_last(call)
+            order = self._order_of(call)
             for value, result in zip(values, results, strict=True):
                 self._check_result(value, result, last)
         except (Unsupported, TypeError) as reason:
             nodes, self._values, inputs, weights, statistics = before
+            self._last &= self._values.keys()
             for made in (self.graph.nodes, nodes), (self._inputs, inputs), (self._weights, weights):
                 del made[0][made[1] :]
             del self.graph.inputs[inputs:], self._statistics[statistics:]
             self.graph.forget(set(self.graph.shapes) - known)
             raise reason if isinstance(reason, Unsupported) else Unsupported(str(reason)) from reason
-        self._calls.append(call)
         for value, result in zip(values, results, strict=True):
-            self._values[result.number] = value
-            self._made[result.number] = result
-            if last:
-                self._last.add(result.number)
+            self._note(result, value, last, order)
             if self._lies_permuted(call, result, self.graph.nodes[before[0] :]):
                 self._permuted.add(result.number)
+
+    def _note(self, result: Ref, value: int, features_last: bool, order: Tensor | None) -> None:
+        """The value of a tensor that a call made, and how it has it."""
+        self._values[result.number] = value
+        self._made[result.number] = result
+        if features_last:
+            self._last.add(result.number)
+        if order is not None:
+            self._orders[result.number] = order
+
+    def _order_of(self, call: Call) -> Tensor | None:
+        """In which order the rows of a call's operands, and so of its result, are those of their maps."""
+        if call.function is attention:
+            return self.order
+        known = [ref.number for ref in call.refs() if ref.number in self._values]
+        orders = [self._orders[number] for number in known if number in self._orders]
+        if not orders:
+            return None
+        if call.function not in _ROW_BY_ROW or len(orders) < len(known):
+            raise Unsupported("its rows lie in another order")
+        if not all(torch.equal(orders[0], order) for order in orders[1:]):
+            raise Unsupported("rows of its operands lie in different orders")
+        return orders[0]
+
+    def _rearrange(self, call: Call) -> bool:
+        """Note where a call that only moves numbers puts them; False if it is no such call."""
+        refs, results = call.refs(), call.results()
+        if call.function not in REARRANGE or len(refs) != 1 or any(made.dtype != torch.float32 for made in results):
+            return False
+        known = self._places(refs[0])
+        if known is None:
+            return False
+        value, places = known
+        for result, moved in zip(results, replayed(call, places), strict=True):
+            found = self._recognised(value, moved)
+            if found is None:
+                self._scattered[result.number] = value, moved
+                self._made[result.number] = result
+            else:
+                self._note(result, value, *found)
+            if found is None or found[1] is not None:
+                self._movers[result.number] = call
+        return True
+
+    def _places(self, tensor: Ref) -> tuple[int, Tensor] | None:
+        """A tensor's value, and for each of its numbers the place in it, pixel by pixel; None if it has none."""
+        if tensor.number in self._scattered:
+            return self._scattered[tensor.number]
+        if not self.makes(tensor):
+            return None
+        value = self._values[tensor.number]
+        n, channels, height, width = self.graph.shapes[value]
+        places = torch.arange(n * channels * height * width, dtype=torch.int32).view(-1, channels)
+        if tensor.number in self._orders:
+            places = places[self._orders[tensor.number]]
+        if value in self.graph.rows or tensor.number in self._last:
+            return value, places.view(tensor.shape)
+        whole = places.view(n, height, width, channels).permute(0, 3, 1, 2)
+        return (value, whole.reshape(tensor.shape)) if whole.shape == tensor.shape else None
+
+    def _recognised(self, value: int, places: Tensor) -> tuple[bool, Tensor | None] | None:
+        """Whether a tensor of these places of a value is it with the features last, and in which order its rows are."""
+        n, channels, height, width = self.graph.shapes[value]
+        pixels, rows = n * height * width, value in self.graph.rows
+        if places.numel() != pixels * channels:
+            return None
+        whole = torch.arange(pixels * channels, dtype=torch.int32).view(n, height, width, channels).permute(0, 3, 1, 2)
+        if not rows and torch.equal(places, whole):
+            return False, None
+        first = places[..., 0].reshape(-1)
+        ranges = first[:, None] + torch.arange(channels, dtype=torch.int32)
+        if places.dim() < 2 or places.shape[-1] != channels or not torch.equal(places.reshape(-1, channels), ranges):
+            return None
+        if not bool((first % channels == 0).all()):
+            return None
+        order = first.long() // channels
+        return not rows, None if torch.equal(order, torch.arange(pixels)) else order
 
     def _check_result(self, value: int, result: Ref, features_last: bool) -> None:
         if 0 in self.graph.shapes[value]:
             raise Unsupported("an empty result")
-        if not self.graph.holds(value, _channels_second(result.shape) if features_last else result.shape):
+        n, channels, height, width = self.graph.shapes[value]
+        behind = (math.prod(result.shape[:-1]), result.shape[-1]) == (n * height * width, channels)
+        if not (behind if features_last else self.graph.holds(value, result.shape)):
             raise Unsupported(f"a result of shape {result.shape}")
         if result.dtype != torch.float32:
             raise Unsupported(f"a result of {result.dtype}")
 
     def _puts_features_last(self, call: Call) -> bool:
         """Whether a call's result is a map with the channels behind, as its operands are, or as it puts them."""
-        last = any(ref.number in self._last for ref in call.refs())
+        operands = call.refs()[:1] if call.function is attention else call.refs()  # its result lies as queries do
+        last = any(ref.number in self._last for ref in operands)
         return last != (call.function in _PERMUTE)
 
     def _lies_permuted(self, call: Call, result: Ref, added: list[Node]) -> bool:
@@ -236,12 +334,44 @@ class _Builder:
         """The segment up to the call at ``position``; the plain calls when there is nothing worth a conversion."""
         if not any(self._repays(node) for node in self.graph.nodes):
             return [part for call in self._calls for part in (call.spelled or [call])]
-        outputs = [ref for number, ref in self._made.items() if last_use.get(number, -1) >= position]
+        wanted = [ref for number, ref in self._made.items() if last_use.get(number, -1) >= position]
+        outputs, after = self._returned(wanted)
         self.graph.outputs = [self._values[ref.number] for ref in outputs]
         self.graph.pad_rows()
         orders = frozenset(self._last), frozenset(self._permuted)
         weights, statistics = self._weights, self._statistics
-        return [Segment(self.graph, self._inputs, outputs, weights, statistics, self._calls, self.grad, *orders)]
+        segment = Segment(self.graph, self._inputs, outputs, weights, statistics, self._calls, self.grad, *orders)
+        return [segment, *after]
+
+    def _returned(self, wanted: Sequence[Ref]) -> tuple[list[Ref], list[Call]]:
+        """What the segment must return for these tensors, and the torch calls that make those of it that it has in
+        another order."""
+        outputs: dict[int, Ref] = {}
+        after: dict[int, Call] = {}
+        for ref in wanted:
+            missing = [ref]
+            while missing:
+                one = missing.pop()
+                mover = self._movers.get(one.number)
+                if mover is not None:
+                    after[id(mover)] = mover
+                    missing += [of for of in mover.refs() if self.makes(of)]
+                elif one.number in self._orders:
+                    base, call = self._in_order(one)
+                    outputs[base.number] = base
+                    after[id(call)] = call
+                else:
+                    outputs[one.number] = one
+        positions = {id(call): place for place, call in enumerate(self._calls)}
+        return list(outputs.values()), sorted(after.values(), key=lambda call: positions.get(id(call), -1))
+
+    def _in_order(self, tensor: Ref) -> tuple[Ref, Call]:
+        """A tensor of rows as its map has them, and the call that puts them in order."""
+        base = Ref(next(self._fresh), tensor.shape, tensor.dtype)
+        self._values[base.number] = self._values[tensor.number]
+        if tensor.number in self._last:
+            self._last.add(base.number)
+        return base, Call(_rows_in_order, (base, self._orders[tensor.number]), {}, tensor, self.grad)
 
     def _repays(self, node: Node) -> bool:
         """Whether an operator can save more than converting maps costs: a convolution that mixes channels, or a pruned
@@ -258,11 +388,16 @@ class _Builder:
     def map(self, tensor: Any) -> int:
         """The value of a 4-D float32 tensor."""
         _check(tensor, 4)
+        self._check_form(tensor)
         if self.has_rows(tensor) or self.has_features_last(tensor):
             raise Unsupported("an operand is no map with the channels before height and width")
         if tensor.number not in self._values:
             self._values[tensor.number] = self._outside(tensor, self.graph.fresh(tensor.shape))
         return self._values[tensor.number]
+
+    def _check_form(self, tensor: Ref) -> None:
+        if tensor.number in self._scattered:
+            raise Unsupported("the numbers of an operand lie in no map's order")
 
     def _outside(self, tensor: Ref, value: int) -> int:
         """Note that a value is a tensor from outside this segment."""
@@ -293,6 +428,7 @@ class _Builder:
     def rows(self, tensor: Any) -> int:
         """The value of a (..., features) float32 tensor as rows of features, or as the map that it is."""
         _check(tensor, 2, or_more=True)
+        self._check_form(tensor)
         if self.has_features_last(tensor):
             return self._values[tensor.number]
         known = self._values.get(tensor.number)
@@ -312,6 +448,20 @@ class _Builder:
     def any(self, tensor: Any) -> int:
         """The value of a map, flattened or not, or of rows of features, for what works on each number alone."""
         return self._values[tensor.number] if self.knows(tensor) else self.map(tensor)
+
+    def pixels(self, tensor: Ref, rows: Tensor) -> Tensor:
+        """Which pixels of its map these rows of a tensor are."""
+        order = self._orders.get(tensor.number)
+        return rows if order is None else order[rows.long()].int()
+
+    def beside(self, tensor: Any, other: Any) -> None:
+        """Take a tensor from outside as a map, if it has the shape of one with the channels behind."""
+        if self.knows(tensor) or not isinstance(tensor, Ref) or not self.has_features_last(other):
+            return
+        if tensor.shape == other.shape and tensor.dtype == torch.float32:
+            value = self.graph.fresh(self.graph.shapes[self._values[other.number]])
+            self._values[tensor.number] = self._outside(tensor, value)
+            self._last.add(tensor.number)
 
     def map_or_rows(self, tensor: Any) -> int:
         """The value of a map or of rows of features, for what works on each channel or feature."""
@@ -732,6 +882,14 @@ def _maps(b: _Builder, *tensors: Any) -> list[int]:
     return [b.rows(tensor) if all(last) else b.map(tensor) for tensor in tensors]
 
 
+def _check_spread(b: _Builder, what: str, tensors: Sequence[Any]) -> None:
+    """Refuse tensors with the channels behind, of any number of axes, that torch would not align as their maps are."""
+    numbers, whole = sorted((tensor.shape for tensor in tensors), key=math.prod)
+    of_planes = (whole[0], *[1] * (len(whole) - 2), whole[-1])
+    if b.has_features_last(tensors[0]) and numbers not in (whole, of_planes, (*whole[:-1], 1)):
+        raise Unsupported(f"the {what} of shapes {whole} and {numbers} (broadcasting)")
+
+
 def _spread(b: _Builder, what: str, values: Sequence[int]) -> list[int]:
     """Two maps in the order in which the second one has a number for each plane or for each pixel of the first."""
     for whole, numbers in itertools.permutations(values):
@@ -903,7 +1061,12 @@ def _between(positions: Tensor, side: int) -> Taps:
 
 
 def _pad(b: _Builder, input: Any, pad: Any, mode: str = "constant", value: float | None = None) -> int:
-    n, c, height, width = b.shape(input)
+    if not any(pad):
+        return b.any(input)
+    behind = b.has_features_last(input) and len(input.shape) == 4 and tuple(pad[:2]) == (0, 0)
+    whole = b.rows(input) if behind else b.map(input)
+    pad = pad[2:] if behind else pad
+    n, c, height, width = b.graph.shapes[whole]
     before_after = [*pad, *[0] * (4 - len(pad))]
     if len(before_after) > 4 or (mode == "constant" and value):
         raise Unsupported("padding of channels, or with a constant other than 0")
@@ -915,7 +1078,7 @@ def _pad(b: _Builder, input: Any, pad: Any, mode: str = "constant", value: float
     amount = (top, left) if (top, left) == (bottom, right) else None
     names = {"constant": "zeros"}
     attributes = {"rows": Taps(tuple(rows)), "columns": Taps(tuple(columns))}
-    return b.node("resample", [b.map(input)], shape, **attributes, pads=amount, padding_mode=names.get(mode, mode))
+    return b.node("resample", [whole], shape, **attributes, pads=amount, padding_mode=names.get(mode, mode))
 
 
 def _padded(side: int, before: int, after: int, mode: str) -> list[int]:
@@ -934,17 +1097,21 @@ def _getitem(b: _Builder, input: Any, index: Any) -> int:
     entries = list(index) if isinstance(index, tuple) else [index]
     if isinstance(input, Ref) and len(input.shape) == 2 and entries in ([_ALL, _ALL, None, None], [..., None, None]):
         return _unsqueeze(b, input, -1)
-    shape = b.shape(input)
+    behind = b.has_features_last(input) and len(input.shape) == 4
+    whole = b.rows(input) if behind else b.map(input)
+    shape = b.graph.shapes[whole]
     if Ellipsis in entries:
         at = entries.index(Ellipsis)
         entries[at : at + 1] = [slice(None)] * (5 - len(entries))
     entries += [slice(None)] * (4 - len(entries))
     if len(entries) != 4 or not all(isinstance(entry, slice) for entry in entries):
         raise Unsupported("indexing by anything but slices")
+    if behind:
+        entries = [entries[0], entries[3], *entries[1:3]]
     batch, channels, rows, columns = (range(*entry.indices(side)) for entry, side in zip(entries, shape, strict=True))
     if len(batch) != shape[0]:
         raise Unsupported("slices of the batch")
-    value = b.map(input)
+    value = whole
     if len(channels) != shape[1]:
         value = _channels(b, value, channels)
     if (len(rows), len(columns)) == shape[2:] and rows.step == columns.step == 1:
@@ -960,10 +1127,13 @@ def _linear(b: _Builder, first: Any, second: Any, first_scale: float, second_sca
     if isinstance(second, (int, float)):
         return b.each("combine", first, a_scale=first_scale, b_scale=0.0, shift=second_scale * second)
     both = (first, second)
+    b.beside(first, second)
+    b.beside(second, first)
     shifted = _shifted(b, *both) if first_scale == second_scale == 1 else None
     if shifted is not None:
         return shifted
-    rows = len(first.shape) != 4 or any(b.has_rows(tensor) for tensor in both)
+    last = any(b.has_features_last(tensor) for tensor in both)
+    rows = not last and (len(first.shape) != 4 or any(b.has_rows(tensor) for tensor in both))
     values = [b.rows(tensor) for tensor in both] if rows else _maps(b, *both)
     if first.shape == second.shape:
         return b.like("combine", *values, a_scale=first_scale, b_scale=second_scale, shift=0.0)
@@ -973,6 +1143,7 @@ def _linear(b: _Builder, first: Any, second: Any, first_scale: float, second_sca
     ]
     if rows:
         raise Unsupported(f"the sum of shapes {first.shape} and {second.shape} (broadcasting)")
+    _check_spread(b, "sum", both)
     whole, numbers = _spread(b, "sum", scaled)
     return b.node("offset", [whole, numbers], b.graph.shapes[whole])
 
@@ -998,9 +1169,11 @@ def _mul(b: _Builder, input: Any, other: Any) -> int:
     scaled = _scaled(b, tensor, factor)
     if scaled is not None:
         return scaled
-    if b.has_rows(tensor) and b.has_rows(factor) and tensor.shape == factor.shape:
+    behind = [b.has_rows(one) or b.has_features_last(one) for one in (tensor, factor)]
+    if all(behind) and tensor.shape == factor.shape:
         return b.like("multiply", b.rows(tensor), b.rows(factor))
     values = _maps(b, tensor, factor)
+    _check_spread(b, "product", (tensor, factor))
     shapes = [b.graph.shapes[value] for value in values]
     if shapes[0] == shapes[1]:
         return b.node("multiply", values, shapes[0])
@@ -1080,14 +1253,25 @@ def _check_epsilon(epsilon: float) -> None:
 def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads, *biases: Any) -> int:
     if not any(b.makes(tensor) for tensor in (query, key, value)):
         raise Unsupported("none of its operands comes from lanes")
-    values = [b.rows(tensor) for tensor in (query, key, value)]
-    if not b.graph.rows.issuperset(values):
-        raise Unsupported("an operand is a map, not rows of features")
+    operands = query, key, value
+    values = [b.rows(tensor) for tensor in operands]
     for one, other in itertools.combinations(range(3), 2):  # gradients of heads are added side by side
-        if values[one] == values[other] and heads.overlap(one, other, b.graph.shapes[values[one]][1]):
+        if values[one] == values[other] and heads.overlap(one, other, operands[one].shape[-1]):
             raise Unsupported("heads of different operands share features")
-    shape = math.prod(heads.shape[:-1]), heads.shape[-1]
-    return b.node_of_rows("attention", values, shape, heads=heads, biases=[b.weight(bias) for bias in biases])
+    pixels = [b.pixels(tensor, rows) for tensor, rows in zip(operands, heads.pixels, strict=False)]
+    b.order = order = heads.order_of_result(pixels[0])
+    if order is None:
+        raise Unsupported(f"a result of shape {heads.shape}")
+    pixels.append(order[heads.pixels[3].long()].int())
+    b.order = None if torch.equal(order, torch.arange(len(order))) else order
+    attributes = {
+        "heads": dataclasses.replace(heads, pixels=tuple(pixels)),
+        "biases": [b.weight(bias) for bias in biases],
+    }
+    if values[0] in b.graph.rows:
+        return b.node_of_rows("attention", values, (math.prod(heads.shape[:-1]), heads.shape[-1]), **attributes)
+    n, _, height, width = b.graph.shapes[values[0]]
+    return b.node("attention", values, (n, heads.shape[-1], height, width), **attributes)
 
 
 def _response(b: _Builder, x: Any, epsilon: float, features_last: bool) -> int:
@@ -1119,6 +1303,12 @@ _ALL = slice(None)
 _PERMUTE = (Tensor.permute, torch.permute)
 _MULTIPLY = (*MULTIPLY, Tensor.mul_, Tensor.__imul__)
 _ELEMENT_BY_ELEMENT = ("act", "prelu", "combine", "offset", "shift", "gain", "multiply")
+
+# Functions of handlers that do to each row of features the same.
+_ROW_BY_ROW_HANDLERS = (
+    _linear_layer, _layer_norm, _leaky_relu, _gelu, _hardtanh, _dropout, _same_value, _chunk, _split, _glu, _add, _sub,
+    _rsub, _mul, _div, _neg, _pad, _prelu, _square, _pow, _amax, _largest_channel,
+)  # fmt: skip
 
 _HANDLERS: dict[Any, _Handler] = {
     **_spellings(_conv2d, torch.conv2d, F.conv2d),
@@ -1175,4 +1365,10 @@ _HANDLERS: dict[Any, _Handler] = {
     **_spellings(_pixel_norm, pixel_norm),
     **_spellings(_channel_norm, channel_norm),
     **_spellings(_neg, torch.neg, Tensor.neg, Tensor.__neg__),
+}
+
+_ROW_BY_ROW = {
+    function
+    for function, handler in _HANDLERS.items()
+    if handler in _ROW_BY_ROW_HANDLERS or handler.__qualname__.startswith("_activation.")
 }

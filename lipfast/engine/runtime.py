@@ -98,7 +98,8 @@ class _Form:
     def as_map(self, tensor: Tensor) -> Tensor:
         """A view in the map's shape, or (rows, features); a copy where none can be."""
         if self.features_last:
-            return with_lines(tensor.permute(0, 3, 1, 2))
+            n, channels, height, width = self.map
+            return with_lines(tensor.reshape(n, height, width, channels).permute(0, 3, 1, 2))
         return with_lines(tensor.reshape((-1, self.map[1]) if self.rows else self.map))
 
 

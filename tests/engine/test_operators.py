@@ -1129,6 +1129,37 @@ def test_a_maximum_of_which_the_place_is_read_is_as_in_torch():
         assert torch.allclose(lipfast.accelerate(module)(x), module(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda a, b: (
+            a * ((g := sizes(b, 2, (1, 2))) / (g.mean(-1, keepdim=True) + 1e-3)).view(-1, 1, 6)
+        ),  # for each row
+        lambda a, b: a * ((g := sizes(b, 2, (1, 2))) / (g.mean(-1, keepdim=True) + 1e-3)),
+        lambda a, b: a.flatten(1, 2) * b.amax(-1, keepdim=True).flatten(1, 2),
+        lambda a, b: a.view(-1, 8, 6) + b.amax(-1, keepdim=True).view(-1, 8, 1),
+        lambda a, b: a.view(-1, 4, 2, 8, 6).transpose(2, 3).reshape(a.shape).square() * b.amax(-1, keepdim=True),
+        lambda a, b: (a.view(-1, 4, 2, 8, 6).transpose(2, 3).reshape(a.shape) ** 2).amax(-1, keepdim=True) + 1,
+    ],
+    ids=range(6),
+)
+def test_maps_with_channels_behind_in_other_forms_are_as_in_torch(join, batch):
+    """Of equal sides and batch, so that no shape tells the axes apart."""
+    module = Gated(6, lambda a, b: join(a.permute(0, 2, 3, 1).contiguous(), b.permute(0, 2, 3, 1).contiguous()))
+    fast, x = lipfast.accelerate(module), torch.randn(batch, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        results = [fast(x), module(x)]
+    assert torch.allclose(*results, atol=1e-5)
+    for result in results:
+        result.square().sum().backward()
+    read = {name: parameter for name, parameter in module.named_parameters() if parameter.grad is not None}
+    for name, parameter in read.items():
+        scale = float(parameter.grad.abs().max())
+        assert torch.allclose(fast.get_parameter(name).grad, parameter.grad, atol=1e-4 * scale), name
+
+
 class SpatialAttention(nn.Module):
     """As CBAM has it."""
 
