@@ -249,13 +249,26 @@ class CheckedProgram {
     program_.AttentionBackward(query, key, value, dy, dquery, dkey, dvalue, form);
   }
 
-  void Finish(int x, int residual, int y, float epsilon, const std::vector<int64_t>& offsets, int act, float slope,
-              bool fill, int mode, int64_t pad) {
+  void Finish(int where, int x, int residual, int y, float epsilon, const std::vector<int64_t>& offsets, int act,
+              float slope, bool fill, int mode, int64_t pad) {
     CheckPair(x, y);
     if (residual >= 0) CheckPair(residual, y);
     const NormOffsets at = AsFinishOffsets(offsets, Map(y).channels);
     const HaloSpec halo = AsHalo(fill, mode, pad, Map(y));
-    program_.Finish(x, residual, y, epsilon, at, AsActivation(act, slope), halo);
+    program_.Finish(AsSection(where), x, residual, y, epsilon, at, AsActivation(act, slope), halo);
+  }
+
+  void Prelu(int x, int y, int64_t slopes, int64_t step) {
+    CheckPair(x, y);
+    CheckSteps(slopes, step, Map(x).channels);
+    program_.Prelu(x, y, slopes, step);
+  }
+
+  void PreluBackward(int x, int dy, int dx, int64_t slopes, int64_t step, bool accumulate) {
+    CheckPair(x, dy);
+    if (dx >= 0) CheckPair(x, dx);
+    CheckSteps(slopes, step, Map(x).channels);
+    program_.PreluBackward(x, dy, dx, slopes, step, accumulate);
   }
 
   void Activate(int x, int y, int act, float slope) {
@@ -271,13 +284,13 @@ class CheckedProgram {
 
   void Combine(int where, int a, float a_scale, int b, float b_scale, float shift, int y) {
     CheckPair(a, y);
-    if (b >= 0) CheckPairOrPlanes(a, b);
+    if (b >= 0) CheckSpreads(a, b);
     program_.Combine(AsSection(where), a, a_scale, b, b_scale, shift, y);
   }
 
   void Multiply(int where, int a, int b, int y, bool accumulate) {
     CheckPair(a, y);
-    CheckPairOrPlanes(a, b);
+    CheckSpreads(a, b);
     program_.Multiply(AsSection(where), a, b, y, accumulate);
   }
 
@@ -285,6 +298,40 @@ class CheckedProgram {
     if (b >= 0) CheckPair(a, b);
     CheckOnePixel(a, y);
     program_.DotPlanes(a, b, y, accumulate);
+  }
+
+  void Total(int64_t value, int a, int b) {
+    if (b >= 0) CheckPair(a, b);
+    CheckValues(value, 1);
+    program_.Total(value, a, b);
+  }
+
+  void DotChannels(int where, int a, int b, float scale, int y, bool accumulate) {
+    if (b >= 0) CheckPair(a, b);
+    CheckOneChannel(a, y);
+    program_.DotChannels(AsSection(where), a, b, scale, y, accumulate);
+  }
+
+  void LargestChannel(int x, int y) {
+    CheckOneChannel(x, y);
+    program_.LargestChannel(x, y);
+  }
+
+  void LargestChannelBackward(int x, int dy, int dx, bool shared, bool accumulate) {
+    CheckPair(x, dx);
+    CheckOneChannel(x, dy);
+    program_.LargestChannelBackward(x, dy, dx, shared, accumulate);
+  }
+
+  void ResponseNorm(int x, int y, float epsilon) {
+    CheckOnePixel(x, y);
+    program_.ResponseNorm(x, y, epsilon);
+  }
+
+  void ResponseNormBackward(int x, int dy, int dx, float epsilon, bool accumulate) {
+    CheckPair(x, dx);
+    CheckOnePixel(x, dy);
+    program_.ResponseNormBackward(x, dy, dx, epsilon, accumulate);
   }
 
   void PixelNorm(int x, int y, float epsilon) {
@@ -326,17 +373,17 @@ class CheckedProgram {
     program_.ResampleBackward(dy, dx, rows, columns);
   }
 
-  void Pool(int x, int y, int64_t kernel, int64_t stride, int64_t pad, bool maximum, bool fill, int mode,
-            int64_t halo_pad) {
-    const PoolSpec spec = AsPool(x, y, kernel, stride, pad, maximum);
+  void Pool(int x, int y, int64_t kernel, int64_t stride, int64_t pad, int64_t counted, bool maximum, bool fill,
+            int mode, int64_t halo_pad) {
+    const PoolSpec spec = AsPool(x, y, kernel, stride, pad, counted, maximum);
     const int64_t behind = kernel - stride - pad;
     Check(Map(x).halo >= (pad > behind ? pad : behind), "pool: the input's halo is smaller than the window's reach");
     program_.Pool(x, y, spec, AsHalo(fill, mode, halo_pad, Map(y)));
   }
 
-  void PoolBackward(int x, int dy, int dx, int64_t kernel, int64_t stride, int64_t pad, bool maximum) {
+  void PoolBackward(int x, int dy, int dx, int64_t kernel, int64_t stride, int64_t pad, int64_t counted, bool maximum) {
     CheckPair(x, dx);
-    program_.PoolBackward(x, dy, dx, AsPool(x, dy, kernel, stride, pad, maximum));
+    program_.PoolBackward(x, dy, dx, AsPool(x, dy, kernel, stride, pad, counted, maximum));
   }
 
   void Mean(int x, int y) {
@@ -347,6 +394,16 @@ class CheckedProgram {
   void MeanBackward(int dy, int dx) {
     CheckOnePixel(dx, dy);
     program_.MeanBackward(dy, dx);
+  }
+
+  void MeanTo(int x, int y) {
+    CheckPlanes(x, y);
+    program_.MeanTo(x, y);
+  }
+
+  void MeanToBackward(int dy, int dx) {
+    CheckPlanes(dx, dy);
+    program_.MeanToBackward(dy, dx);
   }
 
   // arrays[i] goes to `counts[i]` numbers from `starts[i]` on: of the values, and from array `values` on of the
@@ -447,13 +504,29 @@ class CheckedProgram {
           "maps differ: " + SizeOf(Map(a)) + " and " + SizeOf(Map(b)));
   }
 
-  // b is as a, or holds one number for each plane of it.
-  void CheckPairOrPlanes(int a, int b) const {
-    if (SameSize(Map(a), Map(b))) {
+  // b is as a, or of one channel, or holds one number for each plane of it.
+  void CheckSpreads(int a, int b) const {
+    if (Map(b).channels != Map(a).channels) {
+      CheckOneChannel(a, b);
+    } else if (SameSize(Map(a), Map(b))) {
       CheckPair(a, b);
     } else {
       CheckOnePixel(a, b);
     }
+  }
+
+  // y holds one number for each pixel of x.
+  void CheckOneChannel(int x, int y) const {
+    const LaneMap &m = Map(x), &one = Map(y);
+    Check(
+        SameSheets(m, one) && one.channels == 1 && m.height == one.height && m.width == one.width && SameBlocks(m, one),
+        SizeOf(one) + " is not one channel for all of " + SizeOf(m));
+  }
+
+  // x and y have as many planes.
+  void CheckPlanes(int x, int y) const {
+    Check(SameSheets(Map(x), Map(y)) && Map(x).channels == Map(y).channels,
+          "maps differ in planes: " + SizeOf(Map(x)) + " and " + SizeOf(Map(y)));
   }
 
   // y holds one number for each plane of x.
@@ -492,6 +565,12 @@ class CheckedProgram {
 
   void CheckValues(int64_t offset, int64_t count) const {
     Check(offset >= 0 && count <= program_.value_count() - offset, "parameter offset out of range");
+  }
+
+  // Numbers of channels that lie `step` apart.
+  void CheckSteps(int64_t offset, int64_t step, int64_t channels) const {
+    Check(step == 0 || step == 1, "a step between the numbers of channels that is not 0 or 1");
+    CheckValues(offset, step == 0 ? 1 : channels);
   }
 
   void CheckConv(int conv, int64_t values, int64_t bias, const LaneMap& in, const LaneMap& out) const {
@@ -585,16 +664,31 @@ class CheckedProgram {
     return {at[0], at[1], at[2], at[3], at[4]};
   }
 
-  // gamma, beta, running mean, running variance
+  // gamma, beta, running mean, running variance, the steps from channel to channel of gamma and beta, a learned slope
   NormOffsets AsFinishOffsets(const std::vector<int64_t>& at, int64_t channels) const {
-    Check(at.size() == 4, "finish: expected 4 offsets");
-    return AsOffsets({at[0], at[1], at[2], at[3], -1}, channels, 0);
+    Check(at.size() == 7, "finish: expected 4 offsets, 2 steps and the offset of a slope");
+    NormOffsets offsets = AsOffsets({-1, -1, at[2], at[3], -1}, channels, 0);
+    for (int i = 0; i < 2; ++i) {
+      if (at[i] >= 0) CheckSteps(at[i], at[4 + i], channels);
+    }
+    offsets.gamma = at[0], offsets.beta = at[1];
+    offsets.gamma_step = at[4], offsets.beta_step = at[5];
+    offsets.slope = AsSlope(at[6]);
+    return offsets;
   }
 
-  // gamma, beta, saved
+  // gamma, beta, saved, a learned slope
   NormOffsets AsGroupOffsets(const std::vector<int64_t>& at, int x, int64_t groups) const {
-    Check(at.size() == 3, "group norm: expected 3 offsets");
-    return AsOffsets({at[0], at[1], -1, -1, at[2]}, Map(x).channels, 2 * Map(x).batch * groups * kVector);
+    Check(at.size() == 4, "group norm: expected 4 offsets");
+    NormOffsets offsets =
+        AsOffsets({at[0], at[1], -1, -1, at[2]}, Map(x).channels, 2 * Map(x).batch * groups * kVector);
+    offsets.slope = AsSlope(at[3]);
+    return offsets;
+  }
+
+  int64_t AsSlope(int64_t at) const {
+    if (at >= 0) CheckValues(at, 1);
+    return at;
   }
 
   static void CheckAxis(const AxisTable& axis, int64_t from, int64_t to) {
@@ -612,15 +706,22 @@ class CheckedProgram {
     CheckAxis(columns, x.width, y.width);
   }
 
-  PoolSpec AsPool(int x, int y, int64_t kernel, int64_t stride, int64_t pad, bool maximum) const {
+  // Of a window's steps along one axis: torch rounds their number down or, the last one starting in the picture, up.
+  static bool AreWindows(int64_t windows, int64_t side, int64_t kernel, int64_t stride, int64_t pad) {
+    const int64_t last = (windows - 1) * stride - pad, end = side + pad;
+    return windows >= 1 && last < side && last + kernel < end + stride && last + stride + kernel > end;
+  }
+
+  PoolSpec AsPool(int x, int y, int64_t kernel, int64_t stride, int64_t pad, int64_t counted, bool maximum) const {
     const LaneMap &in = Map(x), &out = Map(y);
-    Check(kernel >= 1 && kernel < (1 << 16) && stride >= 1 && stride < (1 << 16) && pad >= 0 && 2 * pad <= kernel,
+    Check(kernel >= 1 && kernel < (1 << 16) && stride >= 1 && stride < (1 << 16) && pad >= 0 && 2 * pad <= kernel &&
+              (counted == 0 || counted == pad),
           "pool: kernel, stride or padding out of range");
     Check(SameSheets(in, out) && in.channels == out.channels && in.block_h == stride * out.block_h &&
-              in.block_w == stride * out.block_w && out.height == (in.height + 2 * pad - kernel) / stride + 1 &&
-              out.width == (in.width + 2 * pad - kernel) / stride + 1,
+              in.block_w == stride * out.block_w && AreWindows(out.height, in.height, kernel, stride, pad) &&
+              AreWindows(out.width, in.width, kernel, stride, pad),
           "pool: " + SizeOf(out) + " does not follow from " + SizeOf(in));
-    return {kernel, stride, pad, maximum};
+    return {kernel, stride, pad, counted, maximum};
   }
 
   Program program_;
@@ -708,8 +809,12 @@ void BindEngine(py::module_& m) {
            py::arg("act"), py::arg("slope"), py::arg("offsets"), py::arg("fill"), py::arg("mode"), py::arg("pad"))
       .def("group_norm_backward", &P::GroupNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("groups"),
            py::arg("epsilon"), py::arg("act"), py::arg("slope"), py::arg("offsets"))
-      .def("finish", &P::Finish, py::arg("x"), py::arg("residual"), py::arg("y"), py::arg("epsilon"),
-           py::arg("offsets"), py::arg("act"), py::arg("slope"), py::arg("fill"), py::arg("mode"), py::arg("pad"))
+      .def("finish", &P::Finish, py::arg("section"), py::arg("x"), py::arg("residual"), py::arg("y"),
+           py::arg("epsilon"), py::arg("offsets"), py::arg("act"), py::arg("slope"), py::arg("fill"), py::arg("mode"),
+           py::arg("pad"))
+      .def("prelu", &P::Prelu, py::arg("x"), py::arg("y"), py::arg("slopes"), py::arg("step"))
+      .def("prelu_backward", &P::PreluBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("slopes"),
+           py::arg("step"), py::arg("accumulate"))
       .def("activate", &P::Activate, py::arg("x"), py::arg("y"), py::arg("act"), py::arg("slope"))
       .def("activate_backward", &P::ActivateBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("act"),
            py::arg("slope"), py::arg("accumulate"))
@@ -718,6 +823,15 @@ void BindEngine(py::module_& m) {
       .def("multiply", &P::Multiply, py::arg("section"), py::arg("a"), py::arg("b"), py::arg("y"),
            py::arg("accumulate"))
       .def("dot_planes", &P::DotPlanes, py::arg("a"), py::arg("b"), py::arg("y"), py::arg("accumulate"))
+      .def("total", &P::Total, py::arg("value"), py::arg("a"), py::arg("b"))
+      .def("dot_channels", &P::DotChannels, py::arg("section"), py::arg("a"), py::arg("b"), py::arg("scale"),
+           py::arg("y"), py::arg("accumulate"))
+      .def("largest_channel", &P::LargestChannel, py::arg("x"), py::arg("y"))
+      .def("largest_channel_backward", &P::LargestChannelBackward, py::arg("x"), py::arg("dy"), py::arg("dx"),
+           py::arg("shared"), py::arg("accumulate"))
+      .def("response_norm", &P::ResponseNorm, py::arg("x"), py::arg("y"), py::arg("epsilon"))
+      .def("response_norm_backward", &P::ResponseNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"),
+           py::arg("epsilon"), py::arg("accumulate"))
       .def("layer_norm", &P::LayerNorm, py::arg("x"), py::arg("y"), py::arg("epsilon"), py::arg("gamma"),
            py::arg("beta"))
       .def("layer_norm_backward", &P::LayerNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("epsilon"),
@@ -738,9 +852,11 @@ void BindEngine(py::module_& m) {
       .def("resample", &P::Resample, py::arg("x"), py::arg("y"), py::arg("rows"), py::arg("columns"))
       .def("resample_backward", &P::ResampleBackward, py::arg("dy"), py::arg("dx"), py::arg("rows"), py::arg("columns"))
       .def("pool", &P::Pool, py::arg("x"), py::arg("y"), py::arg("kernel"), py::arg("stride"), py::arg("pad"),
-           py::arg("maximum"), py::arg("fill"), py::arg("mode"), py::arg("halo_pad"))
+           py::arg("counted"), py::arg("maximum"), py::arg("fill"), py::arg("mode"), py::arg("halo_pad"))
       .def("pool_backward", &P::PoolBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("kernel"),
-           py::arg("stride"), py::arg("pad"), py::arg("maximum"))
+           py::arg("stride"), py::arg("pad"), py::arg("counted"), py::arg("maximum"))
+      .def("mean_to", &P::MeanTo, py::arg("x"), py::arg("y"))
+      .def("mean_to_backward", &P::MeanToBackward, py::arg("dy"), py::arg("dx"))
       .def("mean", &P::Mean, py::arg("x"), py::arg("y"))
       .def("mean_backward", &P::MeanBackward, py::arg("dy"), py::arg("dx"))
       .def("load", &P::Load, py::arg("arrays"), py::arg("starts"), py::arg("counts"), py::arg("values"),

@@ -20,6 +20,7 @@ struct NormNumbers {
   const float* mean;
   const float* variance;
   float epsilon;
+  int64_t gamma_step = 1, beta_step = 1;  // 0: the first number is that of all channels
 };
 
 // gamma * (x - mean) / deviation + beta = scale * x + shift
@@ -28,7 +29,8 @@ struct FinishAffine {
 };
 
 static inline FinishAffine FinishAffineOf(const NormNumbers& norm, int64_t c) {
-  const float gamma = norm.gamma ? norm.gamma[c] : 1.0f, beta = norm.beta ? norm.beta[c] : 0.0f;
+  const float gamma = norm.gamma ? norm.gamma[c * norm.gamma_step] : 1.0f;
+  const float beta = norm.beta ? norm.beta[c * norm.beta_step] : 0.0f;
   if (!norm.mean) return {gamma, beta};
   const double deviation = std::sqrt(static_cast<double>(norm.variance[c]) + norm.epsilon);
   const float scale = static_cast<float>(1.0 / deviation) * gamma;

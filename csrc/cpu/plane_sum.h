@@ -23,6 +23,16 @@ static inline V SumLanes(const LaneMap& m, const LivePixelMask& live, const Term
   return total;
 }
 
+// Numbers of planes, summed up over the batch: out[c * step] is that of channel c, or with step 0 *out that of all.
+static inline void SumPlanes(const float* of_planes, const LaneMap& m, int64_t step, float* out) {
+  double total = 0;
+  for (int64_t c = 0; c < m.channels; ++c) {
+    for (int64_t n = 0; n < m.batch; ++n) total += of_planes[n * m.channels + c];
+    out[c * step] = static_cast<float>(total);
+    if (step > 0) total = 0;
+  }
+}
+
 // One number for each picture is a map of one pixel: in the lane of the picture's first block, 0 in the others.
 static inline V SumPictures(V lanes, int64_t grid) {
   if (grid == 1) return lanes;

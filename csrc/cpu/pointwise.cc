@@ -59,13 +59,16 @@ bool IsOfPlanes(const LaneMap& one, const LaneMap& map) {
   return one.height == 1 && one.width == 1 && (map.height > 1 || map.width > 1);
 }
 
+// The channel of `one` that goes with channel c of a map that has several, or as many.
+int64_t ChannelOf(const LaneMap& one, int64_t c) { return one.channels == 1 ? 0 : c; }
+
 void Combine(const LaneMap& a, float a_scale, const LaneMap* b, float b_scale, float shift, const LaneMap& y,
              int threads) {
   const bool of_planes = b && IsOfPlanes(*b, a);
   const V as = Set(a_scale), bs = Set(b_scale), base = Set(shift);
   ForEachRow(a, threads, [&](int64_t n, int64_t c, int64_t row) {
     const float* first = a.At(n, c, row);
-    const float* second = b && !of_planes ? b->At(n, c, row) : nullptr;
+    const float* second = b && !of_planes ? b->At(n, ChannelOf(*b, c), row) : nullptr;
     const V start = of_planes ? Fma(bs, SpreadPictures(b->At(n, c), a.grid), base) : base;
     float* out = y.At(n, c, row);
     for (int64_t i = 0; i < a.block_w * kLanes; i += kLanes) {
@@ -80,7 +83,7 @@ void Multiply(const LaneMap& a, const LaneMap& b, const LaneMap& y, bool accumul
   const bool factor = IsOfPlanes(b, a);
   ForEachRow(a, threads, [&](int64_t n, int64_t c, int64_t row) {
     const float* first = a.At(n, c, row);
-    const float* second = b.At(n, c, factor ? 0 : row);
+    const float* second = b.At(n, ChannelOf(b, c), factor ? 0 : row);
     const V same = factor ? SpreadPictures(second, a.grid) : Zero();
     float* out = y.At(n, c, row);
     for (int64_t i = 0; i < a.block_w * kLanes; i += kLanes) {
@@ -90,16 +93,26 @@ void Multiply(const LaneMap& a, const LaneMap& b, const LaneMap& y, bool accumul
   });
 }
 
+// The sums of a * b in each lane of a plane; b null: of a.
+V DotLanes(const LaneMap& a, const LaneMap* b, const LivePixelMask& live, int64_t n, int64_t c) {
+  return SumLanes(a, live, [&](int64_t row, int64_t i) {
+    const V v = Load(a.At(n, c, row) + i);
+    return b ? Mul(v, Load(b->At(n, c, row) + i)) : v;
+  });
+}
+
 void DotPlanes(const LaneMap& a, const LaneMap* b, const LaneMap& y, const LivePixelMask& live, bool accumulate,
                int threads) {
   ParallelFor(threads, a.batch * a.channels, [&](int64_t i) {
     const int64_t n = i / a.channels, c = i % a.channels;
-    const V products = SumLanes(a, live, [&](int64_t row, int64_t i) {
-      const V v = Load(a.At(n, c, row) + i);
-      return b ? Mul(v, Load(b->At(n, c, row) + i)) : v;
-    });
-    Put(y.At(n, c), SumPictures(products, a.grid), accumulate);
+    Put(y.At(n, c), SumPictures(DotLanes(a, b, live, n, c), a.grid), accumulate);
   });
+}
+
+void Total(const LaneMap& a, const LaneMap* b, const LivePixelMask& live, float* partial, float* sum, int threads) {
+  ParallelFor(threads, a.batch * a.channels,
+              [&](int64_t i) { partial[i] = Sum(DotLanes(a, b, live, i / a.channels, i % a.channels)); });
+  SumPlanes(partial, a, 0, sum);
 }
 
 // body(n, row, col) for every pixel vector of every image; a row is one chunk.
@@ -147,7 +160,7 @@ void PixelNormBackward(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, f
 }  // namespace
 
 extern const PointwiseKernels pointwise_kernels;
-const PointwiseKernels pointwise_kernels = {CallActivate, CallActivateBackward, Combine, Multiply, DotPlanes,
+const PointwiseKernels pointwise_kernels = {CallActivate, CallActivateBackward, Combine, Multiply, DotPlanes, Total,
                                             PixelNorm,    PixelNormBackward};
 
 }  // namespace LIPFAST_NS

@@ -42,14 +42,17 @@ struct PointwiseKernels {
   // dx = dy * act'(x), added to what dx holds where `accumulate`
   void (*activate_backward)(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, ActivationSpec act, bool accumulate,
                             int threads);
-  // y = a_scale * a + b_scale * b + shift; b may be null, or of one pixel: a number for each plane.
+  // y = a_scale * a + b_scale * b + shift; b may be null, of one pixel: a number for each plane, or of one channel.
   void (*combine)(const LaneMap& a, float a_scale, const LaneMap* b, float b_scale, float shift, const LaneMap& y,
                   int threads);
-  // y = a * b, added to what y holds where `accumulate`. b may be of one pixel: a factor of each plane.
+  // y = a * b, added to what y holds where `accumulate`. b may be of one pixel: a factor of each plane, or of one
+  // channel.
   void (*multiply)(const LaneMap& a, const LaneMap& b, const LaneMap& y, bool accumulate, int threads);
   // y = sum over pixels of a * b, y being of one pixel; added to what it holds where `accumulate`. b null: of a.
   void (*dot_planes)(const LaneMap& a, const LaneMap* b, const LaneMap& y, const LivePixelMask& live, bool accumulate,
                      int threads);
+  // *sum = sum over all pixels of a * b; b null: of a. `partial` holds a float for each plane.
+  void (*total)(const LaneMap& a, const LaneMap* b, const LivePixelMask& live, float* partial, float* sum, int threads);
   // y = x / sqrt(mean over channels of x^2 + epsilon)
   void (*pixel_norm)(const LaneMap& x, const LaneMap& y, float epsilon, int threads);
   void (*pixel_norm_backward)(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, float epsilon, bool accumulate,

@@ -1,5 +1,7 @@
 #include "cpu/pool2d.h"
 
+#include <vector>
+
 #include "cpu/halo.h"
 #include "cpu/pixel_offsets.h"
 #include "cpu/plane_sum.h"
@@ -53,10 +55,51 @@ MaximaFunction FastMaxima(const PoolSpec& spec) {
   return nullptr;
 }
 
+// What a pixel weighs in the average of each window.
+class Shares {
+ public:
+  Shares(const LaneMap& x, const LaneMap& y, const PoolSpec& spec)
+      : equal_(AllWhole(x.height, y.height, spec) && AllWhole(x.width, y.width, spec)),
+        whole_(1.0f / static_cast<float>(spec.kernel * spec.kernel)) {
+    if (equal_) return;
+    rows_ = OfAxis(y.rows(), x.height, spec, [](const LanePlace& place) { return place.row; });
+    columns_ = OfAxis(y.columns(), x.width, spec, [](const LanePlace& place) { return place.col; });
+  }
+  V At(int64_t row, int64_t col) const {
+    return equal_ ? Set(whole_) : Mul(LoadU(rows_[row].of_lane), LoadU(columns_[col].of_lane));
+  }
+
+ private:
+  struct Lanes {
+    float of_lane[kLanes];
+  };
+
+  static bool AllWhole(int64_t side, int64_t windows, const PoolSpec& spec) {
+    return CountedPixels(0, side, spec) == spec.kernel && CountedPixels(windows - 1, side, spec) == spec.kernel;
+  }
+
+  template <class BlockOf>
+  static std::vector<Lanes> OfAxis(const Axis& axis, int64_t side, const PoolSpec& spec, const BlockOf& block_of) {
+    std::vector<Lanes> shares(axis.block);
+    for (int64_t at = 0; at < axis.block; ++at) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t window = block_of(PlaceOf(lane, axis.grid)) * axis.block + at;
+        const bool live = window < axis.side;
+        shares[at].of_lane[lane] = live ? 1.0f / static_cast<float>(CountedPixels(window, side, spec)) : 0.0f;
+      }
+    }
+    return shares;
+  }
+
+  bool equal_;
+  float whole_;
+  std::vector<Lanes> rows_, columns_;
+};
+
 void Forward(const LaneMap& x, const LaneMap& y, const PoolSpec& spec, HaloSpec halo, int threads) {
   const HaloFiller filler(y, halo.padding, halo.pad);
   const MaximaFunction fast = FastMaxima(spec);
-  const V share = Set(1.0f / static_cast<float>(spec.kernel * spec.kernel));
+  const Shares shares(x, y, spec);
   ParallelFor(threads, y.batch * y.channels, [&](int64_t i) {
     const int64_t n = i / y.channels, c = i % y.channels;
     for (int64_t row = 0; row < y.block_h; ++row) {
@@ -73,7 +116,7 @@ void Forward(const LaneMap& x, const LaneMap& y, const PoolSpec& spec, HaloSpec 
             result = spec.maximum ? Larger(result, v) : Add(result, v);
           }
         }
-        Store(y.At(n, c, row, col), spec.maximum ? result : Mul(result, share));
+        Store(y.At(n, c, row, col), spec.maximum ? result : Mul(result, shares.At(row, col)));
       }
     }
     if (halo.fill) filler.Fill(y.At(n, c));
@@ -82,7 +125,8 @@ void Forward(const LaneMap& x, const LaneMap& y, const PoolSpec& spec, HaloSpec 
 
 constexpr int64_t kMostInner = 4;  // pixels of a window's side
 
-// The output positions of a block whose windows lie within the block: they go vector by vector.
+// The output positions of a block whose windows lie within the block, and so count all their pixels: they go vector by
+// vector.
 struct Inner {
   int64_t row, last_row, col, last_col;
 
@@ -195,7 +239,6 @@ Pixel FirstMaximum(const float* in, const PixelOffsets& at, const Window& w) {
 // The others pixel by pixel: windows may overlap across blocks.
 void BackwardOthers(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, const PoolSpec& spec, const Inner& inner,
                     int threads) {
-  const float share = 1.0f / static_cast<float>(spec.kernel * spec.kernel);
   const PixelOffsets in_at(x), gradient_at(dy), out_at(dx);
   ForEachPicture(dy, threads, [&](int64_t n, int64_t c, int64_t picture) {
     const float* in = x.At(n, c) + in_at.picture(picture);
@@ -209,6 +252,8 @@ void BackwardOthers(const LaneMap& x, const LaneMap& dy, const LaneMap& dx, cons
         out[out_at.row(best.row) + out_at.col(best.col)] += g;
         return;
       }
+      const float share =
+          1.0f / static_cast<float>(CountedPixels(row, x.height, spec) * CountedPixels(col, x.width, spec));
       for (int64_t r = w.top; r < w.bottom; ++r) {
         for (int64_t q = w.left; q < w.right; ++q) out[out_at.row(r) + out_at.col(q)] += g * share;
       }
@@ -258,10 +303,51 @@ void MeanBackward(const LaneMap& dy, const LaneMap& dx, int threads) {
   });
 }
 
+// body(plane of `windowed`, window, pixel of `each`) for every pixel of every picture of `each`, whose windows cover
+// `windowed`.
+template <class Body>
+void ForEachWindow(const LaneMap& windowed, const LaneMap& each, int threads, const Body& body) {
+  const PixelOffsets inside(windowed), at(each);
+  const auto first = [](int64_t i, int64_t from, int64_t to) { return i * from / to; };
+  const auto last = [](int64_t i, int64_t from, int64_t to) { return ((i + 1) * from + to - 1) / to; };
+  ForEachPicture(each, threads, [&](int64_t n, int64_t c, int64_t picture) {
+    float* from = windowed.At(n, c) + inside.picture(picture);
+    float* to = each.At(n, c) + at.picture(picture);
+    for (int64_t row = 0; row < each.height; ++row) {
+      for (int64_t col = 0; col < each.width; ++col) {
+        const Window w = {first(row, windowed.height, each.height), last(row, windowed.height, each.height),
+                          first(col, windowed.width, each.width), last(col, windowed.width, each.width)};
+        body(from, inside, w, to + at.row(row) + at.col(col));
+      }
+    }
+  });
+}
+
+float ShareOf(const Window& w) { return 1.0f / static_cast<float>((w.bottom - w.top) * (w.right - w.left)); }
+
+void MeanTo(const LaneMap& x, const LaneMap& y, int threads) {
+  ForEachWindow(x, y, threads, [](const float* in, const PixelOffsets& at, const Window& w, float* out) {
+    float sum = 0;
+    for (int64_t row = w.top; row < w.bottom; ++row) {
+      for (int64_t col = w.left; col < w.right; ++col) sum += in[at.row(row) + at.col(col)];
+    }
+    *out = sum * ShareOf(w);
+  });
+}
+
+void MeanToBackward(const LaneMap& dy, const LaneMap& dx, int threads) {
+  ForEachWindow(dx, dy, threads, [](float* out, const PixelOffsets& at, const Window& w, const float* gradient) {
+    const float change = *gradient * ShareOf(w);
+    for (int64_t row = w.top; row < w.bottom; ++row) {
+      for (int64_t col = w.left; col < w.right; ++col) out[at.row(row) + at.col(col)] += change;
+    }
+  });
+}
+
 }  // namespace
 
 extern const PoolKernels pool_kernels;
-const PoolKernels pool_kernels = {Forward, Backward, Mean, MeanBackward};
+const PoolKernels pool_kernels = {Forward, Backward, Mean, MeanBackward, MeanTo, MeanToBackward};
 
 }  // namespace LIPFAST_NS
 }  // namespace lipfast

@@ -2,6 +2,7 @@
 #include "cpu/adam.h"
 #include "cpu/attention.h"
 #include "cpu/ceiling.h"
+#include "cpu/channels.h"
 #include "cpu/fingerprint.h"
 #include "cpu/finish.h"
 #include "cpu/group_norm.h"
@@ -13,7 +14,9 @@
 #include "cpu/pair.h"
 #include "cpu/pointwise.h"
 #include "cpu/pool2d.h"
+#include "cpu/prelu.h"
 #include "cpu/resample.h"
+#include "cpu/response_norm.h"
 #include "cpu/select.h"
 #include "cpu/taps.h"
 #include "cpu/winograd.h"
@@ -22,6 +25,7 @@ namespace lipfast {
 
 LIPFAST_KERNEL_TABLE(AttentionKernels, attention_kernels)
 LIPFAST_KERNEL_TABLE(CeilingKernels, ceiling_kernels)
+LIPFAST_KERNEL_TABLE(ChannelKernels, channel_kernels)
 LIPFAST_KERNEL_TABLE(FingerprintKernels, fingerprint_kernels)
 LIPFAST_KERNEL_TABLE(FinishKernels, finish_kernels)
 LIPFAST_KERNEL_TABLE(LaneKernels, lane_kernels)
@@ -38,7 +42,9 @@ LIPFAST_KERNEL_TABLE(LayerNormKernels, layer_norm_kernels)
 LIPFAST_KERNEL_TABLE(PairKernels, pair_kernels)
 LIPFAST_KERNEL_TABLE(PointwiseKernels, pointwise_kernels)
 LIPFAST_KERNEL_TABLE(PoolKernels, pool_kernels)
+LIPFAST_KERNEL_TABLE(PreluKernels, prelu_kernels)
 LIPFAST_KERNEL_TABLE(ResampleKernels, resample_kernels)
+LIPFAST_KERNEL_TABLE(ResponseNormKernels, response_norm_kernels)
 
 const WinogradKernels& WinogradKernelsOf(int64_t kernel, int64_t stride) {
   if (stride == 2) return Kernels<StridedWinogradKernels>().kernels;

@@ -226,7 +226,7 @@ void Program::Renew(const FinishedConv& f, Affine* affine) const {
 // What follows the sums, but for residual and halo.
 ConvEnd Program::EndOf(const FinishedConv& f, const Affine& affine) const {
   const bool scaled = f.offsets.running_mean >= 0 || f.offsets.gamma >= 0;
-  return {f.act, scaled ? affine.scale.data() : nullptr, nullptr, {}};
+  return {WithSlope(f.act, f.offsets), scaled ? affine.scale.data() : nullptr, nullptr, {}};
 }
 
 void Program::ConvFinish(const FinishedConv& f, int x, int residual, int y, const HaloSpec& halo) {
@@ -251,7 +251,7 @@ void Program::ConvPair(const FinishedConv& first, const FinishedConv& second, in
         const auto prepare = [&](const FinishedConv& f, const LaneMap& read, Affine* affine) -> PreparedConv {
           Renew(f, affine);
           const float* weights = Prepared(f.conv, values() + f.values, read, EndOf(f, *affine), context);
-          return {convs_[f.conv].conv.get(), weights, affine->bias.data(), f.act};
+          return {convs_[f.conv].conv.get(), weights, affine->bias.data(), WithSlope(f.act, f.offsets)};
         };
         Conv::RunPair(prepare(first, in, &one), prepare(second, between, &two), in, between, between_halo, out, halo,
                       context.threads);
@@ -350,8 +350,9 @@ void Program::GroupNorm(int x, int y, const GroupNormSpec& spec, const NormOffse
   GroupNormSpec full = spec;
   full.live = LiveMask(maps_[x]);
   Add(Section::kForward, "group norm " + SizeLabel(maps_[x]),
-      [full, halo, state = GroupStateOf(offsets, maps_[x].batch * spec.groups * kGrid * kGrid), in = maps_[x],
-       out = maps_[y]](const RunContext& context) {
+      [this, offsets, full, halo, state = GroupStateOf(offsets, maps_[x].batch * spec.groups * kGrid * kGrid),
+       in = maps_[x], out = maps_[y]](const RunContext& context) mutable {
+        full.act = WithSlope(full.act, offsets);
         Kernels<GroupNormKernels>().forward(in, out, full, state, halo, context.threads);
       });
 }
@@ -459,16 +460,44 @@ void Program::ChannelSums(int64_t bias, int dy) {
 
 NormNumbers Program::NumbersOf(const NormOffsets& offsets, float epsilon) const {
   const auto at = [](const float* base, int64_t offset) { return offset < 0 ? nullptr : base + offset; };
-  return {at(values(), offsets.gamma), at(values(), offsets.beta), at(statistics(), offsets.running_mean),
-          at(statistics(), offsets.running_variance), epsilon};
+  return {at(values(), offsets.gamma),
+          at(values(), offsets.beta),
+          at(statistics(), offsets.running_mean),
+          at(statistics(), offsets.running_variance),
+          epsilon,
+          offsets.gamma_step,
+          offsets.beta_step};
 }
 
-void Program::Finish(int x, int residual, int y, float epsilon, const NormOffsets& offsets, ActivationSpec act,
-                     const HaloSpec& halo) {
-  Add(Section::kForward, "finish " + SizeLabel(maps_[y]),
-      [norm = NumbersOf(offsets, epsilon), act, halo, in = maps_[x], add = residual < 0 ? LaneMap{} : maps_[residual],
-       out = maps_[y]](const RunContext& context) {
-        Kernels<FinishKernels>().finish(in, add.data ? &add : nullptr, out, norm, act, halo, context.threads);
+ActivationSpec Program::WithSlope(ActivationSpec act, const NormOffsets& offsets) const {
+  return {act.kind, offsets.slope < 0 ? act.slope : values()[offsets.slope]};
+}
+
+void Program::Finish(Section where, int x, int residual, int y, float epsilon, const NormOffsets& offsets,
+                     ActivationSpec act, const HaloSpec& halo) {
+  Add(where, "finish " + SizeLabel(maps_[y]),
+      [this, offsets, norm = NumbersOf(offsets, epsilon), act, halo, in = maps_[x],
+       add = residual < 0 ? LaneMap{} : maps_[residual], out = maps_[y]](const RunContext& context) {
+        Kernels<FinishKernels>().finish(in, add.data ? &add : nullptr, out, norm, WithSlope(act, offsets), halo,
+                                        context.threads);
+      });
+}
+
+void Program::Prelu(int x, int y, int64_t slopes, int64_t step) {
+  Add(Section::kForward, "prelu " + SizeLabel(maps_[x]),
+      [spec = PreluSpec{values() + slopes, step}, in = maps_[x], out = maps_[y]](const RunContext& context) {
+        Kernels<PreluKernels>().forward(in, out, spec, context.threads);
+      });
+}
+
+void Program::PreluBackward(int x, int dy, int dx, int64_t slopes, int64_t step, bool accumulate) {
+  const LaneMap& m = maps_[x];
+  scratch_floats_ = std::max(scratch_floats_, m.batch * m.channels);
+  Add(Section::kBackward, "prelu backward " + SizeLabel(m),
+      [spec = PreluSpec{values() + slopes, step}, accumulate, live = LiveMask(m), dslopes = GradientAt(slopes), in = m,
+       gradient = maps_[dy], out = dx < 0 ? LaneMap{} : maps_[dx]](const RunContext& context) {
+        Kernels<PreluKernels>().backward(in, gradient, out.data ? &out : nullptr, spec, live, accumulate, dslopes,
+                                         context.scratch, context.threads);
       });
 }
 
@@ -507,6 +536,57 @@ void Program::DotPlanes(int a, int b, int y, bool accumulate) {
        out = maps_[y]](const RunContext& context) {
         Kernels<PointwiseKernels>().dot_planes(first, second.data ? &second : nullptr, out, live, accumulate,
                                                context.threads);
+      });
+}
+
+void Program::Total(int64_t value, int a, int b) {
+  const LaneMap& m = maps_[a];
+  scratch_floats_ = std::max(scratch_floats_, m.batch * m.channels);
+  Add(Section::kBackward, "total " + SizeLabel(m),
+      [sum = gradients() + value, live = LiveMask(m), first = m,
+       second = b < 0 ? LaneMap{} : maps_[b]](const RunContext& context) {
+        Kernels<PointwiseKernels>().total(first, second.data ? &second : nullptr, live, context.scratch, sum,
+                                          context.threads);
+      });
+}
+
+void Program::DotChannels(Section where, int a, int b, float scale, int y, bool accumulate) {
+  Add(where, "dot of channels " + SizeLabel(maps_[a]),
+      [scale, accumulate, first = maps_[a], second = b < 0 ? LaneMap{} : maps_[b],
+       out = maps_[y]](const RunContext& context) {
+        Kernels<ChannelKernels>().dot(first, second.data ? &second : nullptr, scale, out, accumulate, context.threads);
+      });
+}
+
+void Program::LargestChannel(int x, int y) {
+  Add(Section::kForward, "largest channel " + SizeLabel(maps_[x]),
+      [in = maps_[x], out = maps_[y]](const RunContext& context) {
+        Kernels<ChannelKernels>().largest(in, out, context.threads);
+      });
+}
+
+void Program::LargestChannelBackward(int x, int dy, int dx, bool shared, bool accumulate) {
+  Add(Section::kBackward, "largest channel backward " + SizeLabel(maps_[x]),
+      [shared, accumulate, in = maps_[x], gradient = maps_[dy], out = maps_[dx]](const RunContext& context) {
+        Kernels<ChannelKernels>().largest_backward(in, gradient, out, shared, accumulate, context.threads);
+      });
+}
+
+void Program::ResponseNorm(int x, int y, float epsilon) {
+  Add(Section::kForward, "response norm " + SizeLabel(maps_[x]),
+      [epsilon, live = LiveMask(maps_[x]), in = maps_[x], out = maps_[y]](const RunContext& context) {
+        Kernels<ResponseNormKernels>().forward(in, out, epsilon, live, context.threads);
+      });
+}
+
+void Program::ResponseNormBackward(int x, int dy, int dx, float epsilon, bool accumulate) {
+  const LaneMap& m = maps_[x];
+  scratch_floats_ = std::max(scratch_floats_, m.batch * m.channels * kGrid * kGrid);
+  Add(Section::kBackward, "response norm backward " + SizeLabel(m),
+      [epsilon, accumulate, live = LiveMask(m), in = m, gradient = maps_[dy],
+       out = maps_[dx]](const RunContext& context) {
+        Kernels<ResponseNormKernels>().backward(in, gradient, out, epsilon, live, accumulate, context.scratch,
+                                                context.threads);
       });
 }
 
@@ -586,6 +666,19 @@ void Program::MeanBackward(int dy, int dx) {
   Add(Section::kBackward, "mean backward " + SizeLabel(maps_[dx]),
       [gradient = maps_[dy], out = maps_[dx]](const RunContext& context) {
         Kernels<PoolKernels>().mean_backward(gradient, out, context.threads);
+      });
+}
+
+void Program::MeanTo(int x, int y) {
+  Add(Section::kForward, "mean to " + SizeLabel(maps_[y]), [in = maps_[x], out = maps_[y]](const RunContext& context) {
+    Kernels<PoolKernels>().mean_to(in, out, context.threads);
+  });
+}
+
+void Program::MeanToBackward(int dy, int dx) {
+  Add(Section::kBackward, "mean to backward " + SizeLabel(maps_[dy]),
+      [gradient = maps_[dy], out = maps_[dx]](const RunContext& context) {
+        Kernels<PoolKernels>().mean_to_backward(gradient, out, context.threads);
       });
 }
 

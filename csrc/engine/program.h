@@ -17,6 +17,7 @@
 
 #include "cpu/arena.h"
 #include "cpu/attention.h"
+#include "cpu/channels.h"
 #include "cpu/conv.h"
 #include "cpu/finish.h"
 #include "cpu/group_norm.h"
@@ -26,7 +27,9 @@
 #include "cpu/norm.h"
 #include "cpu/pointwise.h"
 #include "cpu/pool2d.h"
+#include "cpu/prelu.h"
 #include "cpu/resample.h"
+#include "cpu/response_norm.h"
 #include "engine/pace.h"
 #include "engine/spare.h"
 
@@ -50,6 +53,8 @@ struct NormOffsets {
   int64_t gamma, beta;                     // in values and gradients
   int64_t running_mean, running_variance;  // in statistics
   int64_t saved;                           // in statistics: means, then inverse deviations
+  int64_t gamma_step = 1, beta_step = 1;   // of a finish; 0: the first number is that of all channels
+  int64_t slope = -1;                      // in values: of the activation behind a finish or group norm, where learned
 };
 
 // Time spent in one step since the last ResetProfile.
@@ -155,15 +160,26 @@ class Program {
   // The gradients are added to what their maps hold; -1: not wanted.
   void AttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue,
                          const AttentionForm& form);
-  // Without gradients. residual -1: none; a running mean of -1: no BatchNorm.
-  void Finish(int x, int residual, int y, float epsilon, const NormOffsets& offsets, ActivationSpec act,
+  // residual -1: none; a running mean of -1: no BatchNorm.
+  void Finish(Section where, int x, int residual, int y, float epsilon, const NormOffsets& offsets, ActivationSpec act,
               const HaloSpec& halo);
+  // The slopes lie `step` apart in the values; step 0: one for all channels. dx -1: not wanted.
+  void Prelu(int x, int y, int64_t slopes, int64_t step);
+  void PreluBackward(int x, int dy, int dx, int64_t slopes, int64_t step, bool accumulate);
   void Activate(int x, int y, ActivationSpec act);
   void ActivateBackward(int x, int dy, int dx, ActivationSpec act, bool accumulate);
   void Combine(Section where, int a, float a_scale, int b, float b_scale, float shift, int y);
   void Multiply(Section where, int a, int b, int y, bool accumulate);
   // b -1: the sums of a.
   void DotPlanes(int a, int b, int y, bool accumulate);
+  // The gradient of one value: the sum over all pixels of a * b; b -1: of a.
+  void Total(int64_t value, int a, int b);
+  // y, of one channel, is scale times the sum over channels of a * b; b -1: of a.
+  void DotChannels(Section where, int a, int b, float scale, int y, bool accumulate);
+  void LargestChannel(int x, int y);
+  void LargestChannelBackward(int x, int dy, int dx, bool shared, bool accumulate);
+  void ResponseNorm(int x, int y, float epsilon);
+  void ResponseNormBackward(int x, int dy, int dx, float epsilon, bool accumulate);
   void PixelNorm(int x, int y, float epsilon);
   void PixelNormBackward(int x, int dy, int dx, float epsilon, bool accumulate);
   void Upsample2(bool bilinear, int x, int y);
@@ -174,6 +190,8 @@ class Program {
   void Pool(int x, int y, const PoolSpec& spec, const HaloSpec& halo);
   void Mean(int x, int y);
   void MeanBackward(int dy, int dx);
+  void MeanTo(int x, int y);
+  void MeanToBackward(int dy, int dx);
   void PoolBackward(int x, int dy, int dx, const PoolSpec& spec);
 
   // The tensors that FromPlain and ToPlain of a section use, by index.
@@ -226,6 +244,8 @@ class Program {
   float* GradientAt(int64_t offset) const;  // null: there is none
   GroupNormState GroupStateOf(const NormOffsets& offsets, int64_t count) const;
   NormNumbers NumbersOf(const NormOffsets& offsets, float epsilon) const;
+  // The activation with the slope that the values hold now.
+  ActivationSpec WithSlope(ActivationSpec act, const NormOffsets& offsets) const;
 
   int64_t map_floats_ = 0, value_count_ = 0, statistic_count_ = 0;
   std::unique_ptr<Arena> memory_, vectors_, scratch_, prepared_;

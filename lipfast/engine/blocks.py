@@ -14,7 +14,8 @@ Block = tuple[int, int]  # rows, columns of pixels
 _MOST_WASTE = 1.3
 
 _NORMS = ("norm", "group_norm", "layer_norm", "pixel_norm")
-_SAME_BLOCKS = (*_NORMS, "act", "finish", "shift", "combine", "multiply", "cat", "channels")
+_OF_CHANNELS = ("cat", "channels", "channel_mean", "largest")
+_SAME_BLOCKS = (*_NORMS, *_OF_CHANNELS, "act", "prelu", "finish", "shift", "gain", "combine", "multiply")
 _STEPS = ("conv", "conv_transpose", "pool")  # one side's blocks are `stride` times the other's
 _ENLARGES = ("conv_transpose", "upsample2", "pixel_shuffle")
 
@@ -27,8 +28,9 @@ def fuse(graph: Graph, backward: bool, weights: Sequence[Any]) -> None:
     one operator. ``weights``: by weight number, with their ``mask``.
     """
     _fuse_padding(graph)
-    _fuse_activation(graph)
+    _fuse_activation(graph, backward, weights)
     _fuse_affine(graph, weights)
+    _scale_numbers_first(graph, weights)
     _take_parts_of_parts(graph)
     if not backward:
         _fuse_finish(graph, weights)
@@ -58,17 +60,28 @@ def _fuse_padding(graph: Graph) -> None:
         node.inputs[0] = source.inputs[0]
 
 
-def _fuse_activation(graph: Graph) -> None:
+def _fuse_activation(graph: Graph, backward: bool, weights: Sequence[Any]) -> None:
     producers, read_once = _producers(graph), graph.read_once()
     for node in graph.nodes:
-        source = producers.get(node.inputs[0]) if node.kind == "act" else None
-        if source is None or source.output not in read_once:
+        act = _activation(node, weights) if node.kind == "act" or not backward else None
+        source = producers.get(node.inputs[0]) if act else None
+        if act is None or source is None or source.output not in read_once:
             continue
-        if source.kind in ("norm", "group_norm") and source.act == "none":
-            source.attributes |= {"act": node.act, "slope": node.slope}
+        takes = source.kind == "group_norm" or (source.kind == "norm" and node.kind == "act")
+        if takes and source.act == "none":
+            source.attributes |= act
             source.output = node.output
             node.kind = "gone"
     graph.nodes = [node for node in graph.nodes if node.kind != "gone"]
+
+
+def _activation(node: Node, weights: Sequence[Any]) -> dict[str, Any] | None:
+    """What an activation is to the operator before it: that of one slope, learned, is a LeakyReLU."""
+    if node.kind == "act":
+        return {"act": node.act, "slope": node.slope, "slopes": None}
+    if node.kind == "prelu" and weights[node.slopes].count == 1:
+        return {"act": "leaky_relu", "slope": 0.0, "slopes": node.slopes}
+    return None
 
 
 def _fuse_affine(graph: Graph, weights: Sequence[Any]) -> None:
@@ -80,7 +93,7 @@ def _fuse_affine(graph: Graph, weights: Sequence[Any]) -> None:
             continue
         if norm.gamma is None and _scales_channels(graph, node, weights):
             norm.attributes |= {"gamma": node.weight, "beta": node.bias}
-        elif node.kind == "shift":
+        elif node.kind == "shift" and weights[node.beta].count == graph.shapes[node.output][1]:
             norm.attributes["beta"] = node.beta
         else:
             continue
@@ -88,6 +101,24 @@ def _fuse_affine(graph: Graph, weights: Sequence[Any]) -> None:
         norms[norm.output] = norm
         node.kind = "gone"
     graph.nodes = [node for node in graph.nodes if node.kind != "gone"]
+
+
+def _scale_numbers_first(graph: Graph, weights: Sequence[Any]) -> None:
+    """A factor of each channel behind a product with a number for each plane multiplies those: two passes less over the
+    map, as in a global response norm."""
+    producers, read_once = _producers(graph), graph.read_once()
+    for at, node in enumerate(graph.nodes):
+        source = producers.get(node.inputs[0])
+        if source is None or source.kind != "scale" or source.output not in read_once or graph.of_pixels(source):
+            continue
+        if _scales_channels(graph, node, weights) and node.bias is None:
+            before = next(i for i, other in enumerate(graph.nodes) if other is source)
+            numbers = graph.fresh(graph.shapes[source.inputs[1]])
+            graph.forget({source.output})
+            source.output, node.output = node.output, numbers
+            node.inputs, source.inputs = [source.inputs[1]], [source.inputs[0], numbers]
+            graph.nodes[before], graph.nodes[at] = node, source
+            producers |= {source.output: source, numbers: node}
 
 
 def _scales_channels(graph: Graph, node: Node, weights: Sequence[Any]) -> bool:
@@ -112,7 +143,7 @@ def _take_parts_of_parts(graph: Graph) -> None:
                     reader.inputs = [value if read == node.output else read for read in reader.inputs]
 
 
-_PLAIN = {"gamma": None, "beta": None, "running": None, "epsilon": 0.0, "act": "none", "slope": 0.0}
+_PLAIN = {"gamma": None, "beta": None, "running": None, "epsilon": 0.0, "act": "none", "slope": 0.0, "slopes": None}
 
 
 def _fuse_finish(graph: Graph, weights: Sequence[Any]) -> None:
@@ -127,7 +158,8 @@ def _fuse_finish(graph: Graph, weights: Sequence[Any]) -> None:
             source = makers.get(value) if value in read_once else None
             if source is not None and _joins(source, own, node.inputs):
                 node.inputs = [*source.inputs, *node.inputs[:place], *node.inputs[place + 1 :]]
-                own |= {name: source.attributes[name] for name in ("gamma", "beta", "running", "epsilon")}
+                norm = {name: source.attributes[name] for name in ("gamma", "beta", "running", "epsilon")}
+                own |= norm if norm["beta"] is not None else norm | {"beta": own["beta"]}
                 source.kind = "gone"
                 break
         node.kind, node.attributes = "finish", own
@@ -138,22 +170,27 @@ def _fuse_finish(graph: Graph, weights: Sequence[Any]) -> None:
 def _as_finish(graph: Graph, node: Node, weights: Sequence[Any]) -> dict[str, Any] | None:
     """The attributes of the ``finish`` that does the same; None if there is none."""
     if node.kind == "norm" and not node.training and node.running is not None:
-        return {name: node.attributes[name] for name in _PLAIN}
+        return {name: node.attributes.get(name) for name in _PLAIN}
     if node.kind == "shift":
         return {**_PLAIN, "beta": node.beta}
+    if node.kind == "gain":
+        return {**_PLAIN, "gamma": node.gamma}
     if _scales_channels(graph, node, weights):
         return {**_PLAIN, "gamma": node.weight, "beta": node.bias}
-    if node.kind == "act":
-        return {**_PLAIN, "act": node.act, "slope": node.slope}
+    act = _activation(node, weights)
+    if act is not None:
+        return _PLAIN | act
     if node.kind == "combine" and len(node.inputs) == 2 and node.a_scale == node.b_scale == 1 and node.shift == 0:
         return dict(_PLAIN)
     return None
 
 
 def _joins(source: Node, own: dict[str, Any], inputs: list[int]) -> bool:
-    """Whether what ``source`` does may come before ``own``: norm, then sum, then act."""
-    plain = all(own[name] is None for name in ("running", "gamma", "beta"))
-    return plain and source.act == "none" and len(source.inputs) + len(inputs) <= 3
+    """Whether what ``source`` does may come before ``own``: norm, then sum, then act. A norm or factor takes the shift
+    behind it."""
+    scales = own["running"] is not None or own["gamma"] is not None
+    shifts = own["beta"] is not None and source.beta is not None
+    return not (scales or shifts) and source.act == "none" and len(source.inputs) + len(inputs) <= 3
 
 
 def _drop_unread(graph: Graph) -> None:
@@ -326,6 +363,8 @@ def _edges(graph: Graph, classes: "_Classes") -> list[_Edge]:
                 classes.join(value, node.output)
         elif node.kind in ("scale", "offset"):
             classes.join(first, node.output)
+            if graph.of_pixels(node):
+                classes.join(node.inputs[1], node.output)
         elif node.kind in _ENLARGES:
             edges.append(_Edge(node, node.output, first, node.attributes.get("factor", 2)))
         elif node.kind == "pixel_unshuffle":

@@ -37,7 +37,7 @@ _NUMBERED = (
 ACTIVATIONS = {name: number for number, name in enumerate(_NUMBERED)}
 
 CONV_KINDS = ("conv", "conv_transpose")
-_WEIGHTS = ("weight", "bias", "gamma", "beta")
+WEIGHT_NAMES = ("weight", "bias", "gamma", "beta", "slopes")  # attributes of nodes that are weight numbers
 
 
 def consecutive(counts: Sequence[int]) -> list[range]:
@@ -52,26 +52,33 @@ class Node:
 
     conv        weight, bias (weight numbers; bias may be None), stride, pad (h, w), dilation, groups, padding_mode
     conv_transpose  the input gradient of a conv: weight, stride, pad, dilation, groups, all of that conv
-    shift       beta (weight number): a number for each channel is added
+    shift       beta (weight number): a number for each channel, or one for all, is added
+    gain        gamma (weight number): one number that multiplies all
+    prelu       slopes (weight number): below zero, one for each channel or for all
     norm        gamma, beta (weight numbers or None), running (statistics number or None), training, momentum, epsilon,
                 act, slope
-    group_norm  gamma, beta (weight numbers or None), groups, epsilon, act, slope
+    group_norm  gamma, beta (weight numbers or None), groups, epsilon, act, slope, slopes (weight number of one that is
+                learned, in inference only, or None)
     layer_norm  gamma, beta (weight numbers or None), epsilon: each pixel over its channels
     attention   heads: the `Heads` of rows of features: queries, keys, values; biases: weight numbers
     act         act, slope
     finish      act(norm(inputs[0]) + inputs[1]), in inference only: gamma, beta, running (None: no norm, but a factor
-                and a shift of each channel), epsilon, act, slope; the second input is optional
+                and a shift of each channel), epsilon, act, slope, slopes; the second input is optional
     combine     a_scale, b_scale, shift: a_scale * inputs[0] + b_scale * inputs[1] + shift (second input optional)
     multiply    inputs[0] * inputs[1]
-    scale       inputs[0] times inputs[1], which has one number for each plane: (n, c, 1, 1)
-    offset      inputs[0] plus inputs[1], which has one number for each plane
+    scale       inputs[0] times inputs[1], which has one number for each plane, (n, c, 1, 1), or pixel, (n, 1, h, w)
+    offset      inputs[0] plus inputs[1], which has one number for each plane or pixel
+    channel_mean  over all channels: (n, 1, h, w)
+    largest     of all channels; shared: equal ones share its gradient, else the first has it
+    response    epsilon: how large each channel is over the pixels, as a share of the channels' mean: (n, c, 1, 1)
     cat         channels of all inputs one after the other; interleaved: the first of each, the second of each, ...
     channels    first, last: a range of the input's channels
     upsample2   bilinear (else nearest)
     pixel_shuffle, pixel_unshuffle  factor r: r * r channels become pixels of r x r, or the reverse
     resample    rows, columns: a `Taps` each
-    pool        kernel, stride, pad, maximum
+    pool        kernel, stride, pad, counted (pixels beyond the picture, `pad` or 0, that count in an average), maximum
     mean        over all pixels: (n, c, 1, 1)
+    mean_to     averages of windows that cover the input, as many as the result has pixels
     pixel_norm  epsilon
     flatten     a map's items to rows of features
     unflatten   and back
@@ -177,6 +184,11 @@ class Graph:
         """Values that one operator reads, once, and nobody outside."""
         return {value for value, found in self.consumers().items() if len(found) == 1} - set(self.outputs)
 
+    def of_pixels(self, node: Node) -> bool:
+        """Whether the second input of a ``scale`` or ``offset`` has a number for each pixel, else for each plane."""
+        of_map, numbers = (self.shapes[value] for value in node.inputs)
+        return of_map[1] != numbers[1]
+
     def behind(self, outputs: Iterable[int]) -> tuple[set[int], set[int]]:
         """The values and the weights that values are made from."""
         values = set(outputs)
@@ -184,7 +196,7 @@ class Graph:
         for node in reversed(self.nodes):
             if node.output in values:
                 values.update(node.inputs)
-                weights.update(node.attributes.get(name) for name in _WEIGHTS)
+                weights.update(node.attributes.get(name) for name in WEIGHT_NAMES)
                 weights.update(node.attributes.get("biases", ()))
         return values, {weight for weight in weights if weight is not None}
 

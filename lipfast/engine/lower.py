@@ -22,7 +22,9 @@ from lipfast.engine.patterns import (
     channel_norm,
     gather_patterns,
     is_pure,
+    largest_channel,
     pixel_norm,
+    response,
     weights_first,
     written,
 )
@@ -321,13 +323,13 @@ class _Builder:
         return last != (call.function in _PERMUTE)
 
     def _lies_permuted(self, call: Call, result: Ref, added: list[Node]) -> bool:
-        """Whether a call's result lies in memory in another order than its axes, as the first of its maps does."""
-        of_first = next((ref.number in self._permuted for ref in call.refs() if len(ref.shape) == 4), False)
+        """Whether a call's result lies in memory in another order than its axes, as the first map of its shape does."""
         if len(result.shape) != 4:
             return False  # flattened, which lays it out anew
         if call.function in _PERMUTE:
-            return not of_first
-        element_by_element = call.function in _MULTIPLY or all(node.kind in ("act", "combine") for node in added)
+            return call.refs()[0].number not in self._permuted
+        of_first = next((ref.number in self._permuted for ref in call.refs() if ref.shape == result.shape), False)
+        element_by_element = call.function in _MULTIPLY or all(node.kind in _ELEMENT_BY_ELEMENT for node in added)
         return of_first and element_by_element and call.function is not Tensor.contiguous
 
     def finish(self, last_use: dict[int, int], position: int) -> "list[Segment | Call]":
@@ -643,7 +645,7 @@ def _group_norm(
     b: _Builder, input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> int:
     attributes = {"gamma": b.weight(weight), "beta": b.weight(bias), "groups": num_groups, "epsilon": eps}
-    return b.same("group_norm", input, **attributes, act="none", slope=0.0)
+    return b.same("group_norm", input, **attributes, act="none", slope=0.0, slopes=None)
 
 
 def _instance_norm(
@@ -699,6 +701,15 @@ def _hardtanh(b: _Builder, input: Any, min_val: float = -1.0, max_val: float = 1
 
 def _leaky_relu(b: _Builder, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> int:
     return b.each("act", input, act="leaky_relu", slope=float(negative_slope))
+
+
+def _prelu(b: _Builder, input: Any, weight: Any) -> int:
+    count = math.prod(weight.shape)
+    value = b.rows(input) if count > 1 and len(input.shape) == 2 else b.any(input)
+    second_axis = len(input.shape) == 2 or not (b.has_rows(input) or b.has_features_last(input))
+    if count > 1 and not (second_axis and b.graph.shapes[value][1] == count):
+        raise Unsupported("slopes along another axis than the channels or features")
+    return b.like("prelu", value, slopes=b.weight(weight))
 
 
 def _dropout(b: _Builder, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> int:
@@ -762,21 +773,30 @@ def _channel_shuffle(b: _Builder, input: Any, groups: int) -> int:
     return b.node("cat", parts, (n, channels, height, width), interleaved=True)
 
 
-def _pool(b: _Builder, input: Any, kernel: Any, stride: Any, padding: Any, maximum: bool) -> int:
-    n, c, height, width = b.shape(input)
+def _pool(
+    b: _Builder,
+    input: Any,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    maximum: bool,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> int:
+    n, c, *axes = b.shape(input)
     sides, steps, pads = pair(kernel), pair(kernel if stride is None or stride in ([], ()) else stride), pair(padding)
     if sides[0] != sides[1] or steps[0] != steps[1] or pads[0] != pads[1]:
         raise Unsupported("a window that is not square")
-    side, step, pad = sides[0], steps[0], pads[0]
-    out_h, out_w = (height + 2 * pad - side) // step + 1, (width + 2 * pad - side) // step + 1
-    return b.node("pool", [b.map(input)], (n, c, out_h, out_w), kernel=side, stride=step, pad=pad, maximum=maximum)
+    window = {"kernel": sides[0], "stride": steps[0], "pad": pads[0]}
+    out_h, out_w = (_windows(side, **window, ceil_mode=ceil_mode) for side in axes)
+    counted = pads[0] if count_include_pad else 0
+    return b.node("pool", [b.map(input)], (n, c, out_h, out_w), **window, counted=counted, maximum=maximum)
 
 
-def _fits(input: Any, kernel: Any, stride: Any, padding: Any) -> bool:
-    """Whether the last window ends where the padded picture does, so that rounding up changes nothing."""
-    steps = pair(kernel if stride is None or stride in ([], ()) else stride)
-    axes = zip(input.shape[-2:], pair(kernel), steps, pair(padding), strict=True)
-    return all((side + 2 * pad - taps) % step == 0 for side, taps, step, pad in axes)
+def _windows(side: int, kernel: int, stride: int, pad: int, ceil_mode: bool) -> int:
+    """How many windows torch takes along an axis; the last one starts in the picture or in the padding before it."""
+    count = (side + 2 * pad - kernel + (stride - 1 if ceil_mode else 0)) // stride + 1
+    return count - 1 if ceil_mode and (count - 1) * stride >= side + pad else count
 
 
 def _avg_pool2d(
@@ -789,10 +809,9 @@ def _avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> int:
-    reaches_out = ceil_mode and not _fits(input, kernel_size, stride, padding)
-    if reaches_out or divisor_override is not None or (pair(padding) != (0, 0) and not count_include_pad):
-        raise Unsupported("ceil_mode, divisor_override or count_include_pad=False")
-    return _pool(b, input, kernel_size, stride, padding, False)
+    if divisor_override is not None:
+        raise Unsupported("divisor_override")
+    return _pool(b, input, kernel_size, stride, padding, False, ceil_mode, count_include_pad)
 
 
 def _max_pool2d(
@@ -805,14 +824,13 @@ def _max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> int:
-    reaches_out = ceil_mode and not _fits(input, kernel_size, stride, padding)
-    if reaches_out or return_indices or pair(dilation) != (1, 1):
-        raise Unsupported("ceil_mode, return_indices or dilation")
-    return _pool(b, input, kernel_size, stride, padding, True)
+    if return_indices or pair(dilation) != (1, 1):
+        raise Unsupported("return_indices or dilation")
+    return _pool(b, input, kernel_size, stride, padding, True, ceil_mode)
 
 
 def _adaptive_avg_pool2d(b: _Builder, input: Any, output_size: Any) -> int:
-    height, width = b.shape(input)[2:]
+    n, c, height, width = b.shape(input)
     down, across = pair(output_size)
     rows, columns = height if down is None else down, width if across is None else across
     if (rows, columns) == (height, width):
@@ -820,16 +838,68 @@ def _adaptive_avg_pool2d(b: _Builder, input: Any, output_size: Any) -> int:
     if (rows, columns) == (1, 1):
         return _mean(b, input, (2, 3), True)
     if height % rows or width % columns or height // rows != width // columns:
-        raise Unsupported(f"adaptive pooling of {height} x {width} to {rows} x {columns}")
+        return b.node("mean_to", [b.map(input)], (n, c, rows, columns))
     return _pool(b, input, height // rows, None, 0, False)
 
 
 def _mean(b: _Builder, input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> int:
+    if keepdim and _is_over_channels(b, input, dim) and dtype is None:
+        return _of_channels(b, "channel_mean", input)
     dims = {axis % 4 for axis in dim} if isinstance(dim, (tuple, list)) else set()
     if dims != {2, 3} or dtype is not None:
-        raise Unsupported("a mean over anything but height and width")
+        raise Unsupported("a mean over anything but height and width, or channels that stay an axis")
     n, c, _, _ = b.shape(input)
     return b.node("mean", [b.map(input)], (n, c, 1, 1))
+
+
+def _amax(b: _Builder, input: Any, dim: Any = (), keepdim: bool = False) -> int:
+    if not keepdim or not _is_over_channels(b, input, dim):
+        raise Unsupported("the largest over anything but channels that stay an axis")
+    return _of_channels(b, "largest", input, shared=True)
+
+
+def _largest_channel(b: _Builder, input: Any, dim: int, keepdim: bool) -> int:
+    if not keepdim:
+        raise Unsupported("the largest of channels that do not stay an axis")
+    return _of_channels(b, "largest", input, shared=False)
+
+
+def _is_over_channels(b: _Builder, input: Any, dim: Any) -> bool:
+    axes = [axis % 4 for axis in (dim if isinstance(dim, (tuple, list)) else [dim]) if axis is not None]
+    return len(input.shape) == 4 and axes == [3 if b.has_features_last(input) else 1]
+
+
+def _of_channels(b: _Builder, kind: str, input: Any, **attributes: Any) -> int:
+    """One number for each pixel, made from its channels."""
+    (value,) = _maps(b, input)
+    n, _, height, width = b.graph.shapes[value]
+    return b.node(kind, [value], (n, 1, height, width), **attributes)
+
+
+def _maps(b: _Builder, *tensors: Any) -> list[int]:
+    """The values of maps whose channels all lie before height and width, or all behind."""
+    last = [b.has_features_last(tensor) for tensor in tensors]
+    if any(last) and not all(last):
+        raise Unsupported("maps whose channels lie before and behind")
+    return [b.rows(tensor) if all(last) else b.map(tensor) for tensor in tensors]
+
+
+def _check_spread(b: _Builder, what: str, tensors: Sequence[Any]) -> None:
+    """Refuse tensors with the channels behind, of any number of axes, that torch would not align as their maps are."""
+    numbers, whole = sorted((tensor.shape for tensor in tensors), key=math.prod)
+    of_planes = (whole[0], *[1] * (len(whole) - 2), whole[-1])
+    if b.has_features_last(tensors[0]) and numbers not in (whole, of_planes, (*whole[:-1], 1)):
+        raise Unsupported(f"the {what} of shapes {whole} and {numbers} (broadcasting)")
+
+
+def _spread(b: _Builder, what: str, values: Sequence[int]) -> list[int]:
+    """Two maps in the order in which the second one has a number for each plane or for each pixel of the first."""
+    for whole, numbers in itertools.permutations(values):
+        n, c, height, width = b.graph.shapes[whole]
+        if b.graph.shapes[numbers] in ((n, c, 1, 1), (n, 1, height, width)):
+            return [whole, numbers]
+    one, other = (b.graph.shapes[value] for value in values)
+    raise Unsupported(f"the {what} of shapes {one} and {other} (broadcasting)")
 
 
 def _permute(b: _Builder, input: Any, *dims: Any) -> int:
@@ -1061,25 +1131,23 @@ def _linear(b: _Builder, first: Any, second: Any, first_scale: float, second_sca
     both = (first, second)
     b.beside(first, second)
     b.beside(second, first)
-    last = [b.has_features_last(tensor) for tensor in both]
-    if any(last) and not all(last):
-        raise Unsupported("the sum of maps whose channels lie before and behind")
-    rows = len(first.shape) != 4 or any(last) or any(b.has_rows(tensor) for tensor in both)
-    shifted = _shifted_features(b, *both) if first_scale == second_scale == 1 else None
+    shifted = _shifted(b, *both) if first_scale == second_scale == 1 else None
     if shifted is not None:
         return shifted
-    values = [b.rows(tensor) if rows else b.map(tensor) for tensor in both]
+    last = any(b.has_features_last(tensor) for tensor in both)
+    rows = not last and (len(first.shape) != 4 or any(b.has_rows(tensor) for tensor in both))
+    values = [b.rows(tensor) for tensor in both] if rows else _maps(b, *both)
     if first.shape == second.shape:
         return b.like("combine", *values, a_scale=first_scale, b_scale=second_scale, shift=0.0)
     scaled = [
         value if scale == 1 else b.like("combine", value, a_scale=scale, b_scale=0.0, shift=0.0)
         for value, scale in zip(values, (first_scale, second_scale), strict=True)
     ]
-    if first.shape == (*second.shape[:2], 1, 1):
-        first, second, scaled = second, first, scaled[::-1]
-    if rows or second.shape != (*first.shape[:2], 1, 1):
-        raise Unsupported(f"shapes {first.shape} and {second.shape} (broadcasting)")
-    return b.node("offset", scaled, b.graph.shapes[scaled[0]])
+    if rows:
+        raise Unsupported(f"the sum of shapes {first.shape} and {second.shape} (broadcasting)")
+    _check_spread(b, "sum", both)
+    whole, numbers = _spread(b, "sum", scaled)
+    return b.node("offset", [whole, numbers], b.graph.shapes[whole])
 
 
 def _add(b: _Builder, input: Any, other: Any, *, alpha: float = 1) -> int:
@@ -1100,38 +1168,58 @@ def _mul(b: _Builder, input: Any, other: Any) -> int:
         return b.each("combine", tensor, a_scale=float(factor), b_scale=0.0, shift=0.0)
     if not (b.makes(tensor) or b.makes(factor)):  # a weight and its mask are maps to look at
         raise Unsupported("the product of two tensors that are not computed in lanes")
-    scaled = _scaled_features(b, tensor, factor)
+    scaled = _scaled(b, tensor, factor)
     if scaled is not None:
         return scaled
     behind = [b.has_rows(one) or b.has_features_last(one) for one in (tensor, factor)]
     if all(behind) and tensor.shape == factor.shape:
         return b.like("multiply", b.rows(tensor), b.rows(factor))
-    shapes = b.shape(tensor), b.shape(factor)
+    values = _maps(b, tensor, factor)
+    _check_spread(b, "product", (tensor, factor))
+    shapes = [b.graph.shapes[value] for value in values]
     if shapes[0] == shapes[1]:
-        return b.node("multiply", [b.map(tensor), b.map(factor)], shapes[0])
-    if shapes[0] == (*shapes[1][:2], 1, 1):
-        tensor, factor, shapes = factor, tensor, shapes[::-1]
-    if shapes[1] != (*shapes[0][:2], 1, 1):
-        raise Unsupported(f"the product of shapes {shapes[0]} and {shapes[1]}")
-    return b.node("scale", [b.map(tensor), b.map(factor)], shapes[0])
+        return b.node("multiply", values, shapes[0])
+    whole, numbers = _spread(b, "product", values)
+    return b.node("scale", [whole, numbers], b.graph.shapes[whole])
 
 
-def _scaled_features(b: _Builder, one: Any, other: Any) -> int | None:
-    """The product with a parameter that has a number for each feature; None if it is no such product."""
+def _scaled(b: _Builder, one: Any, other: Any) -> int | None:
+    """The product with a parameter that has a number for each feature, or one; None if it is no such product."""
     tensor, factor = (one, other) if b.makes(one) else (other, one)
+    if _is_one_number(b, tensor, factor):
+        return b.like("gain", b.any(tensor), gamma=b.weight(factor))
     count = _features_of(b, tensor, factor)
     if count is None:
         return None
     return _on_features(b, b.any(tensor), dataclasses.replace(factor, shape=(count, 1, 1, 1)), groups=count)
 
 
-def _shifted_features(b: _Builder, one: Any, other: Any) -> int | None:
+def _shifted(b: _Builder, one: Any, other: Any) -> int | None:
     """The sum with such a parameter; None if it is no such sum."""
     tensor, shift = (one, other) if b.makes(one) else (other, one)
-    count = _features_of(b, tensor, shift)
+    count = 1 if _is_one_number(b, tensor, shift) else _features_of(b, tensor, shift)
     if count is None:
         return None
     return b.like("shift", b.any(tensor), beta=b.weight(dataclasses.replace(shift, shape=(count,))))
+
+
+def _is_one_number(b: _Builder, tensor: Any, number: Any) -> bool:
+    """Whether a parameter is one number for all of a tensor of this segment."""
+    known = b.makes(tensor) and b.is_parameter(number)
+    return known and math.prod(number.shape) == 1 and len(number.shape) <= len(tensor.shape)
+
+
+def _square(b: _Builder, input: Any) -> int:
+    if not b.makes(input):
+        raise Unsupported("the square of a tensor that is not computed in lanes")
+    value = b.any(input)
+    return b.like("multiply", value, value)
+
+
+def _pow(b: _Builder, input: Any, exponent: Any) -> int:
+    if not isinstance(exponent, (int, float)) or exponent != 2:
+        raise Unsupported("a power other than 2")
+    return _square(b, input)
 
 
 def _features_of(b: _Builder, tensor: Any, numbers: Any) -> int | None:
@@ -1188,6 +1276,14 @@ def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads, *bia
     return b.node("attention", values, (n, heads.shape[-1], height, width), **attributes)
 
 
+def _response(b: _Builder, x: Any, epsilon: float, features_last: bool) -> int:
+    _check_epsilon(epsilon)
+    if features_last != b.has_features_last(x):
+        raise Unsupported("sizes over other axes than height and width")
+    (value,) = _maps(b, x)
+    return b.node("response", [value], (*b.graph.shapes[value][:2], 1, 1), epsilon=epsilon)
+
+
 def _pixel_norm(b: _Builder, x: Any, epsilon: float) -> int:
     _check_epsilon(epsilon)
     return b.same("pixel_norm", x, epsilon=epsilon)
@@ -1208,11 +1304,12 @@ def _spellings(handler: _Handler, *functions: Any) -> dict[Any, _Handler]:
 _ALL = slice(None)
 _PERMUTE = (Tensor.permute, torch.permute)
 _MULTIPLY = (*MULTIPLY, Tensor.mul_, Tensor.__imul__)
+_ELEMENT_BY_ELEMENT = ("act", "prelu", "combine", "offset", "shift", "gain", "multiply")
 
 # Functions of handlers that do to each row of features the same.
 _ROW_BY_ROW_HANDLERS = (
     _linear_layer, _layer_norm, _leaky_relu, _gelu, _hardtanh, _dropout, _same_value, _chunk, _split, _glu, _add, _sub,
-    _rsub, _mul, _div, _neg, _pad,
+    _rsub, _mul, _div, _neg, _pad, _prelu, _square, _pow, _amax, _largest_channel,
 )  # fmt: skip
 
 _HANDLERS: dict[Any, _Handler] = {
@@ -1231,6 +1328,7 @@ _HANDLERS: dict[Any, _Handler] = {
     **_spellings(_activation("hardsigmoid"), F.hardsigmoid),
     **_spellings(_activation("hardswish"), F.hardswish),
     **_spellings(_gelu, F.gelu),
+    **_spellings(_prelu, F.prelu, torch.prelu, Tensor.prelu),
     **_spellings(_hardtanh, F.hardtanh, F.hardtanh_),
     **_spellings(_dropout, F.dropout, F.dropout2d),
     **_spellings(_same_value, torch.clone, Tensor.clone, Tensor.contiguous),
@@ -1243,6 +1341,8 @@ _HANDLERS: dict[Any, _Handler] = {
     **_spellings(_max_pool2d, F.max_pool2d, torch.max_pool2d),
     **_spellings(_adaptive_avg_pool2d, F.adaptive_avg_pool2d),
     **_spellings(_mean, torch.mean, Tensor.mean),
+    **_spellings(_amax, torch.amax, Tensor.amax),
+    **_spellings(_largest_channel, largest_channel),
     **_spellings(_permute, *_PERMUTE),
     **_spellings(_flatten, torch.flatten, Tensor.flatten),
     **_spellings(_reshape, torch.reshape, Tensor.reshape, Tensor.view),
@@ -1259,8 +1359,11 @@ _HANDLERS: dict[Any, _Handler] = {
     **_spellings(_sub, torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__, torch.subtract),
     **_spellings(_rsub, torch.rsub, Tensor.__rsub__),
     **_spellings(_mul, *_MULTIPLY),
+    **_spellings(_square, torch.square, Tensor.square),
+    **_spellings(_pow, torch.pow, Tensor.pow, Tensor.__pow__),
     **_spellings(_div, torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__),
     **_spellings(_attention, attention),
+    **_spellings(_response, response),
     **_spellings(_pixel_norm, pixel_norm),
     **_spellings(_channel_norm, channel_norm),
     **_spellings(_neg, torch.neg, Tensor.neg, Tensor.__neg__),

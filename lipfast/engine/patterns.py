@@ -2,6 +2,7 @@
 that they compute."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
@@ -23,6 +24,11 @@ _SQUARE = (torch.square, Tensor.square)
 _POWER = (torch.pow, Tensor.pow, Tensor.__pow__)
 _SUBTRACT = (torch.sub, Tensor.sub, Tensor.__sub__)
 _VARIANCE = (torch.var, Tensor.var)
+_MAX = (torch.max, Tensor.max)
+_AMAX = (torch.amax, Tensor.amax)
+_UNSQUEEZE = (torch.unsqueeze, Tensor.unsqueeze)
+_ADDCMUL = (torch.addcmul, Tensor.addcmul)
+_NORM = (torch.norm, Tensor.norm, torch.linalg.vector_norm)
 _RESHAPE = (torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten)
 _TRANSPOSE = (torch.transpose, Tensor.transpose, Tensor.permute, torch.permute, Tensor.swapaxes, torch.swapaxes)
 
@@ -38,8 +44,22 @@ def channel_norm(x: Tensor, epsilon: float) -> Tensor:
     return (x - mean) * torch.rsqrt((x - mean).square().mean(dim=1, keepdim=True) + epsilon)
 
 
+def largest_channel(x: Tensor, dim: int, keepdim: bool) -> Tensor:
+    """The values of ``x.max(dim, keepdim)``, whose indices nobody reads."""
+    values: Tensor = x.max(dim, keepdim=keepdim).values
+    return values
+
+
+def response(x: Tensor, epsilon: float, features_last: bool) -> Tensor:
+    """How large each channel is over a picture's pixels, as a share of the channels' mean: the factor of a global
+    response norm."""
+    size: Tensor = torch.linalg.vector_norm(x, dim=(1, 2) if features_last else (2, 3), keepdim=True)
+    return size / (size.mean(dim=-1 if features_last else 1, keepdim=True) + epsilon)
+
+
 def gather_patterns(recording: Recording) -> None:
     """Replace the calls that spell out an operator by one: of a function of torch, of this file or of heads.py."""
+    recording.calls = list(_simpler(recording))
     finder, changed = _Finder(recording), written(recording)
     attentions = {id(found.last): found for found in AttentionFinder(recording).find()}
     calls: list[Call] = []
@@ -54,6 +74,46 @@ def gather_patterns(recording: Recording) -> None:
         calls += [*found.before, found.call]
         inner.update(id(part) for part in parts)
     recording.calls = without_unread(calls, inner, recording.result)
+
+
+def _simpler(recording: Recording) -> Iterator[Call]:
+    """The calls, with ``addcmul`` as a product and a sum, and ``max`` over channels as its values where those alone are
+    read."""
+    read = {
+        ref.number for ref in [*refs_in(recording.result), *(ref for call in recording.calls for ref in call.refs())]
+    }
+    made = [ref.number for call in recording.calls for ref in call.results()]
+    fresh = itertools.count(1 + max([*read, *made, *recording.leaves], default=0))
+    for call in recording.calls:
+        if call.function in _ADDCMUL and isinstance(call.result, Ref) and not _has_out(call):
+            yield from _product_and_sum(call, next(fresh))
+        elif call.function in _MAX and len(call.results()) == 2 and call.results()[1].number not in read:
+            yield _values_alone(call)
+        else:
+            yield call
+
+
+def _product_and_sum(call: Call, number: int) -> list[Call]:
+    named = dict(zip(("input", "tensor1", "tensor2"), call.args, strict=False)) | call.kwargs
+    factors = refs_in((named.get("tensor1"), named.get("tensor2")))
+    if len(call.args) > 3 or [factor.dtype for factor in factors] != [call.result.dtype] * 2:
+        return [call]
+    one, other = (torch.empty(factor.shape, device="meta") for factor in factors)
+    shape = torch.mul(one, other).shape
+    product = Ref(number, tuple(shape), call.result.dtype)
+    kwargs = {"alpha": named["value"]} if "value" in named else {}
+    return [
+        dataclasses.replace(call, function=torch.mul, args=tuple(factors), kwargs={}, result=product),
+        dataclasses.replace(call, function=torch.add, args=(named["input"], product), kwargs=kwargs),
+    ]
+
+
+def _values_alone(call: Call) -> Call:
+    named = dict(zip(("input", "dim", "keepdim"), call.args, strict=False)) | call.kwargs
+    if named.get("dim") not in (1, -3) or len(named["input"].shape) != 4 or _has_out(call):
+        return call
+    args, values = (named["input"], 1, bool(named.get("keepdim"))), call.results()[0]
+    return dataclasses.replace(call, function=largest_channel, args=args, kwargs={}, result=values)
 
 
 # Functions of nothing but their arguments, by name in torch and as methods.
@@ -85,7 +145,12 @@ def is_pure(call: Call) -> bool:
     """Whether a call's result depends on its arguments alone, and it changes nothing."""
     silu = call.function is F.silu and len(call.args) == 1 and not call.kwargs.get("inplace")
     norm = call.function is F.batch_norm and not _running_statistics(call)  # of a weight, to standardise it
-    return (silu or norm or call.function in _PURE_FUNCTIONS) and "out" not in call.kwargs
+    return (silu or norm or call.function in _PURE_FUNCTIONS) and not _has_out(call)
+
+
+def _has_out(call: Call) -> bool:
+    """Whether a call is given the tensor to write to; ``torch.norm`` hands itself a None."""
+    return call.kwargs.get("out") is not None
 
 
 def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
@@ -114,7 +179,7 @@ def written(recording: Recording) -> set[int]:
     for call in recording.calls:
         name = getattr(call.function, "__name__", "")
         in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-        if in_place or "out" in call.kwargs:
+        if in_place or _has_out(call):
             numbers.update(ref.number for ref in call.refs())
         elif call.function in (F.batch_norm, F.instance_norm):
             numbers.update(ref.number for ref in _running_statistics(call))
@@ -138,7 +203,13 @@ class _Finder:
 
     def find(self, call: Call) -> Found | None:
         """The operator that ends in ``call``."""
-        found = self.channel_norm(call) or self.pixel_norm(call) or self.channel_shuffle(call)
+        found = (
+            self.channel_norm(call)
+            or self.pixel_norm(call)
+            or self.response(call)
+            or self.of_channels(call)
+            or self.channel_shuffle(call)
+        )
         if found is None:
             return None
         function, args, inner = found
@@ -170,6 +241,32 @@ class _Finder:
             if square and same == x:
                 return channel_norm, (x, epsilon), [*parts, square, *inner, *more]
         return None
+
+    def response(self, call: Call) -> _Found:
+        """The factor of a global response norm, which ends in ``call``."""
+        refs = call.refs()
+        total = self._maker(refs[1], _ADD) if call.function in _DIVIDE and len(refs) == 2 == len(call.args) else None
+        numbers = [arg for arg in total.args if isinstance(arg, (int, float))] if total and not total.kwargs else []
+        mean = self._maker(total.refs()[0], _MEAN) if total and len(numbers) == len(total.refs()) == 1 else None
+        norm = self._maker(refs[0], _NORM) if mean and mean.refs() == refs[:1] else None
+        if total is None or mean is None or norm is None or len(norm.refs()) != 1 or len(norm.refs()[0].shape) != 4:
+            return None
+        pixels = _axes_of_norm(norm)
+        channels = _kept_axes(mean, ("input", "dim", "keepdim"))
+        if (pixels, channels) not in (({1, 2}, {3}), ({2, 3}, {1})):
+            return None
+        return response, (norm.refs()[0], float(numbers[0]), channels == {3}), [total, mean, norm]
+
+    def of_channels(self, call: Call) -> _Found:
+        """A mean or maximum over channels that ``call`` gives back the axis which it dropped."""
+        if call.function not in _UNSQUEEZE or [*call.args[1:], *call.kwargs.values()] not in ([1], [-3]):
+            return None
+        made = self._maker(call.refs()[0], (*_MEAN, *_AMAX, largest_channel))
+        named = dict(zip(("input", "dim", "keepdim"), made.args, strict=False)) | made.kwargs if made else {}
+        plain = not named.get("keepdim") and not named.get("dtype") and named.get("dim") in (1, -3, [1], (1,))
+        if made is None or not plain or len(named["input"].shape) != 4:
+            return None
+        return made.function, (named["input"], 1, True), [made]
 
     def _over_roots(self, call: Call) -> Iterator[tuple[Ref, float, Call, list[Call]]]:
         """For ``a / sqrt(b + epsilon)``, or a product with the inverse root: a, epsilon, what made b, and all inner
@@ -232,6 +329,24 @@ class _Finder:
             **dict.fromkeys(MULTIPLY, (2, [])),
         }
         return call if (len(call.refs()), others) == wanted[call.function] and not call.kwargs else None
+
+
+def _axes_of_norm(norm: Call) -> set[int]:
+    """The axes over which a call takes the root of a sum of squares and which it keeps; none for another norm."""
+    order = "ord" if norm.function is torch.linalg.vector_norm else "p"
+    names = ("input", order, "dim", "keepdim")
+    named = dict(zip(names, norm.args, strict=False)) | norm.kwargs
+    squares = named.get(order, 2 if order == "ord" else "fro") in (2, "fro")
+    return _kept_axes(norm, names) if squares else set()
+
+
+def _kept_axes(call: Call, names: tuple[str, ...]) -> set[int]:
+    """The axes of four that a call reduces and keeps; ``names`` of its arguments."""
+    named = dict(zip(names, call.args, strict=False)) | call.kwargs
+    dim = named.get("dim")
+    if named.get("keepdim") is not True or named.get("dtype") or dim is None:
+        return set()
+    return {axis % 4 for axis in ([dim] if isinstance(dim, int) else dim)}
 
 
 def _over_channels(mean: Call) -> bool:

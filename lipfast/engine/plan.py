@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lipfast._C as _C
 from lipfast.engine.blocks import Block, choose_blocks, fuse, sheets
-from lipfast.engine.graph import ACTIVATIONS, CONV_KINDS, Graph, Heads, Node, Shape, Taps, consecutive
+from lipfast.engine.graph import ACTIVATIONS, CONV_KINDS, WEIGHT_NAMES, Graph, Heads, Node, Shape, Taps, consecutive
 from lipfast.ops.lane_conv import KERNELS, asked_kernel
 from lipfast.ops.lanes import LANES, PADDING_MODES, plane_vectors
 
@@ -29,7 +29,7 @@ _NEVER_FREED = 1 << 60
 _SLOPE_FROM_RESULT = ("relu", "relu6", "leaky_relu")
 _DONE_BY_CONV = ("none", "relu", "relu6", "leaky_relu")
 # Operators whose result may take the place of their first input where nothing is differentiated.
-_OVERWRITE = ("act", "norm", "group_norm", "layer_norm", "finish", "combine", "multiply", "scale", "offset")
+_OVERWRITE = ("act", "prelu", "norm", "group_norm", "layer_norm", "finish", "combine", "multiply", "scale", "offset")
 _LEAST_SLOPE_UNDONE = 1e-3  # below it a LeakyReLU's result may underflow and no longer tell its input
 
 
@@ -283,10 +283,16 @@ class _Planner:
         if node.kind == "upsample2" and node.bilinear:
             return Halo("replicate", 1, 1)
         if node.kind == "pool":
-            reach = max(node.pad, node.kernel - node.stride - node.pad)
+            pad = max(node.pad, self._beyond(node))
+            reach = max(pad, node.kernel - node.stride - node.pad)
             zeros = not node.maximum or self._unmoved_by_zeros(node.inputs[0])
-            return Halo("zeros" if zeros else "replicate", node.pad, reach) if reach > 0 else None
+            return Halo("zeros" if zeros else "replicate", pad, reach) if reach > 0 else None
         return None
+
+    def _beyond(self, pool: Node) -> int:
+        """How many pixels behind the picture the last window of a pooling holds."""
+        sides = zip(self.graph.shapes[pool.inputs[0]][2:], self.graph.shapes[pool.output][2:], strict=True)
+        return max(int((windows - 1) * pool.stride - pool.pad + pool.kernel) - side for side, windows in sides)
 
     def reach(self, conv: Node) -> int:
         """How far beyond a block a convolution reads its input, or a transposed one its result's gradient."""
@@ -404,8 +410,19 @@ class _Planner:
         self.wrote(y)
 
     def _shift(self, position: int, node: Node, x: Slot, y: Slot) -> None:
-        offsets = [-1, self.offset(node.beta), -1, -1]
-        self._make("finish", node, x, -1, y, 0.0, offsets, ACTIVATIONS["none"], 0.0)
+        self._make("finish", node, _FORWARD, x, -1, y, *self.affine(None, node.beta))
+
+    def _gain(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self._make("finish", node, _FORWARD, x, -1, y, *self.affine(node.gamma, None))
+
+    def affine(self, gamma: int | None, beta: int | None) -> tuple[Any, ...]:
+        """The numbers of a finish that is but a factor and a shift."""
+        offsets = [self.offset(gamma), self.offset(beta), -1, -1, self.step(gamma), self.step(beta), -1]
+        return 0.0, offsets, ACTIVATIONS["none"], 0.0
+
+    def step(self, weight: int | None) -> int:
+        """From one channel's number to the next one's: 0 where one is that of all channels."""
+        return 0 if weight is not None and self.weights[weight].count == 1 else 1
 
     def _conv_finish(self, conv_position: int, finish: Node) -> None:
         conv = self.graph.nodes[conv_position]
@@ -418,7 +435,7 @@ class _Planner:
         conv = self.graph.nodes[conv_position]
         weights = self.convs[conv_position], self.offset(conv.weight), self.offset(conv.bias)
         if finish is None:
-            return *weights, 0.0, [-1, -1, -1, -1], ACTIVATIONS["none"], 0.0
+            return *weights, *self.affine(None, None)
         return *weights, finish.epsilon, self._finish_offsets(finish), ACTIVATIONS[finish.act], finish.slope
 
     def _conv_pair(self, first: "_Finished", second: "_Finished") -> None:
@@ -436,9 +453,10 @@ class _Planner:
         return self.home[finish.inputs[1]] if len(finish.inputs) > 1 else -1
 
     def _finish_offsets(self, finish: Node) -> list[int]:
-        """gamma, beta, running mean, running variance"""
+        """gamma, beta, running mean, running variance, the steps of gamma and beta, a learned slope"""
         running = [-1, -1] if finish.running is None else [part.start for part in self.statistics[finish.running]]
-        return [self.offset(finish.gamma), self.offset(finish.beta), *running]
+        affine = finish.gamma, finish.beta
+        return [*map(self.offset, affine), *running, *map(self.step, affine), self.offset(finish.slopes)]
 
     def norm_offsets(self, position: int, node: Node) -> list[int]:
         """gamma, beta, running mean, running variance, what backward needs."""
@@ -457,12 +475,12 @@ class _Planner:
         """What both passes of a group norm take."""
         on_sheets = sheets(self.graph.shapes[node.output][0], self.graph.grid)
         saved = self._saved_at(position, 2 * on_sheets * node.groups * LANES)
-        offsets = [self.offset(node.gamma), self.offset(node.beta), saved]
+        offsets = [self.offset(node.gamma), self.offset(node.beta), saved, self.offset(node.slopes)]
         return node.groups, node.epsilon, ACTIVATIONS[node.act], node.slope, offsets
 
     def _finish(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         numbers = (node.epsilon, self._finish_offsets(node), ACTIVATIONS[node.act], node.slope)
-        self._make("finish", node, x, self._residual(node), y, *numbers)
+        self._make("finish", node, _FORWARD, x, self._residual(node), y, *numbers)
 
     def _norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         training = node.training or node.running is None
@@ -489,6 +507,10 @@ class _Planner:
 
     def _act(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         self.emit("activate", x, y, ACTIVATIONS[node.act], node.slope)
+        self.wrote(y)
+
+    def _prelu(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("prelu", x, y, self.offset(node.slopes), self.step(node.slopes))
         self.wrote(y)
 
     def _combine(self, position: int, node: Node, x: Slot, y: Slot) -> None:
@@ -550,10 +572,26 @@ class _Planner:
         self.wrote(y)
 
     def _pool(self, position: int, node: Node, x: Slot, y: Slot) -> None:
-        self._make("pool", node, x, y, node.kernel, node.stride, node.pad, node.maximum)
+        self._make("pool", node, x, y, *pool_numbers(node))
 
     def _mean(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         self.emit("mean", x, y)
+        self.wrote(y)
+
+    def _channel_mean(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("dot_channels", _FORWARD, x, -1, 1 / x.count, y, False)
+        self.wrote(y)
+
+    def _largest(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("largest_channel", x, y)
+        self.wrote(y)
+
+    def _response(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("response_norm", x, y, node.epsilon)
+        self.wrote(y)
+
+    def _mean_to(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        self.emit("mean_to", x, y)
         self.wrote(y)
 
     def _layer_norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
@@ -670,6 +708,11 @@ def channels_of(node: Node) -> range:
     return range(node.first, node.last, node.step)
 
 
+def pool_numbers(node: Node) -> tuple[Any, ...]:
+    """What both passes of a pooling take."""
+    return node.kernel, node.stride, node.pad, node.counted, node.maximum
+
+
 def _slices(counts: Sequence[int]) -> list[slice]:
     """Consecutive ranges, each starting at a whole vector."""
     parts, start = [], 0
@@ -730,7 +773,7 @@ class _Backward:
         """Values whose gradient something trained or asked for depends on."""
         needed = {value for n, value in enumerate(self.graph.inputs) if self._wants_input(n)}
         for node in self.graph.nodes:
-            own = [node.attributes.get(name) for name in ("weight", "bias", "gamma", "beta")]
+            own = [node.attributes.get(name) for name in WEIGHT_NAMES]
             trained = any(number is not None and self.weights[number].trained for number in own)
             if trained or any(value in needed for value in node.inputs):
                 needed.add(node.output)
@@ -871,14 +914,43 @@ class _Backward:
             self._into(x, lambda slot: planner.emit("conv_forward", _BACKWARD, conv, values, -1, dy, slot, *end))
 
     def _shift(self, position: int, node: Node) -> None:
-        planner, x, dy = self.planner, node.inputs[0], self._home(node.output)
+        x, dy = node.inputs[0], self._home(node.output)
         if self.weights[node.beta].trained:
-            if planner.has_dead_pixels(node.output):
-                planner.need(_BACKWARD, dy, Halo("zeros", 0, 0))
-            planner.emit("channel_sums", planner.offset(node.beta), dy)
+            self._shift_gradient(node, dy)
         if x in self.needed:
             self._take_over(node.output, x)
             self._add(x, dy)
+
+    def _shift_gradient(self, node: Node, dy: Slot) -> None:
+        planner = self.planner
+        if planner.step(node.beta) == 0:
+            planner.emit("total", planner.offset(node.beta), dy, -1)
+            return
+        if planner.has_dead_pixels(node.output):
+            planner.need(_BACKWARD, dy, Halo("zeros", 0, 0))
+        planner.emit("channel_sums", planner.offset(node.beta), dy)
+
+    def _gain(self, position: int, node: Node) -> None:
+        planner, x, dy = self.planner, node.inputs[0], self._home(node.output)
+        if self.weights[node.gamma].trained:
+            planner.emit("total", planner.offset(node.gamma), dy, planner.home[x])
+        if x in self.needed:
+            self._take_over(node.output, x)
+            dx, accumulate = self._added(x)
+            numbers = planner.affine(node.gamma, None)
+            planner.emit("finish", _BACKWARD, dy, dx if accumulate else -1, dx, *numbers, *_halo_arguments(None))
+            self._wrote(x)
+
+    def _prelu(self, position: int, node: Node) -> None:
+        planner, x, dy = self.planner, node.inputs[0], self._home(node.output)
+        slopes = planner.offset(node.slopes), planner.step(node.slopes)
+        if x not in self.needed:
+            planner.emit("prelu_backward", planner.home[x], dy, -1, *slopes, False)
+            return
+        self._take_over(node.output, x)
+        dx, accumulate = self._added(x)
+        planner.emit("prelu_backward", planner.home[x], dy, dx, *slopes, accumulate)
+        self._wrote(x)
 
     def _norm(self, position: int, node: Node) -> None:
         planner = self.planner
@@ -939,20 +1011,25 @@ class _Backward:
         if x in self.needed:
             self._add_product(dy, factor, x)
         if factor in self.needed:
-            to, accumulate = self._added(factor)
-            self.planner.emit("dot_planes", dy, self.planner.home[x], to, accumulate)
-            self._wrote(factor)
+            self._add_spread(node, dy, self.planner.home[x])
 
     def _offset(self, position: int, node: Node) -> None:
         x, numbers = node.inputs
         dy = self._home(node.output)
         if numbers in self.needed:
-            to, accumulate = self._added(numbers)
-            self.planner.emit("dot_planes", dy, -1, to, accumulate)
-            self._wrote(numbers)
+            self._add_spread(node, dy, -1)
         if x in self.needed:
             self._take_over(node.output, x)
             self._add(x, dy)
+
+    def _add_spread(self, node: Node, dy: Slot, x: Slot | int) -> None:
+        """The gradient of what was spread over planes or pixels: sums of dy, or of dy times x."""
+        to, accumulate = self._added(node.inputs[1])
+        if self.graph.of_pixels(node):
+            self.planner.emit("dot_channels", _BACKWARD, dy, x, 1.0, to, accumulate)
+        else:
+            self.planner.emit("dot_planes", dy, x, to, accumulate)
+        self._wrote(node.inputs[1])
 
     def _add_product(self, dy: Slot, other: int, value: int) -> None:
         dx, accumulate = self._added(value)
@@ -1005,13 +1082,35 @@ class _Backward:
     def _pool(self, position: int, node: Node) -> None:
         x = node.inputs[0]
         dx = self._cleared(x)
-        window = (node.kernel, node.stride, node.pad, node.maximum)
-        self.planner.emit("pool_backward", self.planner.home[x], self._home(node.output), dx, *window)
+        self.planner.emit("pool_backward", self.planner.home[x], self._home(node.output), dx, *pool_numbers(node))
         self._wrote(x)
 
     def _mean(self, position: int, node: Node) -> None:
         dx = self._cleared(node.inputs[0])
         self.planner.emit("mean_backward", self._home(node.output), dx)
+        self._wrote(node.inputs[0])
+
+    def _channel_mean(self, position: int, node: Node) -> None:
+        dx = self._cleared(node.inputs[0])
+        self.planner.emit("combine", _BACKWARD, dx, 1.0, self._home(node.output), 1 / dx.count, 0.0, dx)
+        self._wrote(node.inputs[0])
+
+    def _largest(self, position: int, node: Node) -> None:
+        self._add_from(node, "largest_channel_backward", node.shared)
+
+    def _response(self, position: int, node: Node) -> None:
+        self._add_from(node, "response_norm_backward", node.epsilon)
+
+    def _add_from(self, node: Node, step: str, number: Any) -> None:
+        """A gradient that is made from an operator's input, its result's gradient and a number."""
+        x = node.inputs[0]
+        dx, accumulate = self._added(x)
+        self.planner.emit(step, self.planner.home[x], self._home(node.output), dx, number, accumulate)
+        self._wrote(x)
+
+    def _mean_to(self, position: int, node: Node) -> None:
+        dx = self._cleared(node.inputs[0])
+        self.planner.emit("mean_to_backward", self._home(node.output), dx)
         self._wrote(node.inputs[0])
 
     def _layer_norm(self, position: int, node: Node) -> None:
@@ -1035,11 +1134,7 @@ class _Backward:
             self._wrote(value)
 
     def _pixel_norm(self, position: int, node: Node) -> None:
-        x = node.inputs[0]
-        dx, accumulate = self._added(x)
-        dy = self._home(node.output)
-        self.planner.emit("pixel_norm_backward", self.planner.home[x], dy, dx, node.epsilon, accumulate)
-        self._wrote(x)
+        self._add_from(node, "pixel_norm_backward", node.epsilon)
 
     def _flatten(self, position: int, node: Node) -> None:
         dy = self._home(node.output)

@@ -5,6 +5,7 @@
 
 #include "cpu/adam.h"
 #include "cpu/attention.h"
+#include "cpu/channels.h"
 #include "cpu/finish.h"
 #include "cpu/group_norm.h"
 #include "cpu/heads.h"
@@ -14,8 +15,10 @@
 #include "cpu/norm.h"
 #include "cpu/pointwise.h"
 #include "cpu/pool2d.h"
+#include "cpu/prelu.h"
 #include "cpu/prune.h"
 #include "cpu/resample.h"
+#include "cpu/response_norm.h"
 #include "support.h"
 
 namespace lipfast {
@@ -356,6 +359,150 @@ void RunPlanes(const Picture& a, const Picture& b, Picture& y, std::mt19937& ran
   for (size_t i = 0; i < want.size(); ++i) sums[i / kPlane] += a.tensor[i] + 3.0;
   Kernels<PointwiseKernels>().dot_planes(first.map.lanes, nullptr, dots.map.lanes, live.mask(), false, threads);
   Expect(Error(dots.Read(), sums) < kTolerance, name + " sum planes");
+  std::vector<double> totals(2);
+  for (size_t i = 0; i < want.size(); ++i) totals[0] += (a.tensor[i] + 3.0) * (b.tensor[i] + 3.0);
+  totals[1] = std::accumulate(sums.begin(), sums.end(), 0.0);
+  Tensor total(2);
+  const Floats partial(kBatch * kChannels);
+  const LaneMap* factors[] = {&second.map.lanes, nullptr};
+  for (int i : {0, 1}) {
+    Kernels<PointwiseKernels>().total(first.map.lanes, factors[i], live.mask(), partial.data, &total[i], threads);
+  }
+  Expect(Error(total, totals) < kTolerance, name + " totals");
+}
+
+// Slopes of the channels, or one for all, and their gradients; dead pixels count nowhere.
+void RunPrelu(int threads, const std::string& name) {
+  std::mt19937 random(11);
+  const LiveLanes live;
+  const PreluKernels& kernels = Kernels<PreluKernels>();
+  for (int64_t step : {0, 1}) {
+    for (bool accumulate : {false, true}) {
+      Picture x = MakePicture(random, 1), y = MakePicture(random, 0), dy = MakePicture(random, 1);
+      Picture dx = MakePicture(random, 0);
+      const LaneMap& m = x.map.lanes;
+      Kernels<PointwiseKernels>().combine(m, 1.0f, nullptr, 0.0f, -0.5f, m, threads);  // and dead pixels, too
+      Kernels<PointwiseKernels>().combine(dy.map.lanes, 1.0f, nullptr, 0.0f, 2.0f, dy.map.lanes, threads);
+      const Tensor in = x.Read(), gradient = dy.Read(), slopes = Draw(step ? kChannels : 1, random), before = dx.tensor;
+      std::vector<double> want(in.size()), dx_want(in.size()), dslopes_want(slopes.size());
+      for (size_t i = 0; i < in.size(); ++i) {
+        const int64_t at = ChannelOf(i) * step;
+        const bool above = in[i] > 0;
+        want[i] = above ? in[i] : slopes[at] * in[i];
+        dx_want[i] = gradient[i] * (above ? 1.0 : slopes[at]) + (accumulate ? before[i] : 0.0);
+        if (!above) dslopes_want[at] += gradient[i] * in[i];
+      }
+      const PreluSpec spec = {slopes.data(), step};
+      const std::string what = name + (step ? " prelu" : " prelu with one slope");
+      kernels.forward(m, y.map.lanes, spec, threads);
+      Expect(Error(y.Read(), want) < kTolerance, what);
+      Tensor dslopes(slopes.size());
+      const Floats partial(kBatch * kChannels);
+      Picture& result = accumulate ? dx : dy;  // the other case overwrites what it reads
+      kernels.backward(m, dy.map.lanes, nullptr, spec, live.mask(), false, dslopes.data(), partial.data, threads);
+      Expect(Error(dslopes, dslopes_want) < kTolerance, what + ", the slopes' gradient alone");
+      kernels.backward(m, dy.map.lanes, &result.map.lanes, spec, live.mask(), accumulate, dslopes.data(), partial.data,
+                       threads);
+      Expect(Error(result.Read(), dx_want) < kTolerance, what + " backward");
+      Expect(Error(dslopes, dslopes_want) < kTolerance, what + ", the slopes' gradient");
+    }
+  }
+}
+
+// Maps of one channel: beside maps of several, and made from such, with more channels than are summed up at once.
+void RunChannels(int threads, const std::string& name) {
+  std::mt19937 random(12);
+  constexpr int64_t kMany = 70, kPlane = kHeight * kWidth;
+  const auto picture = [&](int64_t channels) {
+    return Picture(kBatch, channels, kHeight, kWidth, kBlockH, 5, 1, random);  // a piece of a row, and one vector
+  };
+  Picture a = picture(kMany), b = picture(kMany), y = picture(kMany), one = picture(1), sums = picture(1);
+  for (float& number : a.tensor) number = std::round(2 * number);  // many equal ones
+  a.Write();
+  const auto pixel = [](int64_t i) { return i / (kMany * kPlane) * kPlane + i % kPlane; };
+  std::vector<double> product(a.tensor.size()), sum(product.size()), dots(one.tensor.size()),
+      largest(dots.size(), -1e9);
+  for (size_t i = 0; i < product.size(); ++i) {
+    product[i] = static_cast<double>(a.tensor[i]) * one.tensor[pixel(i)];
+    sum[i] = 2.0 * a.tensor[i] - 0.5 * one.tensor[pixel(i)] + 3.0;
+    dots[pixel(i)] += 2 * 0.25 * a.tensor[i] * b.tensor[i];
+    largest[pixel(i)] = std::max(largest[pixel(i)], static_cast<double>(a.tensor[i]));
+  }
+  const PointwiseKernels& pointwise = Kernels<PointwiseKernels>();
+  pointwise.multiply(a.map.lanes, one.map.lanes, y.map.lanes, false, threads);
+  Expect(Error(y.Read(), product) < kTolerance, name + " multiply by a channel");
+  pointwise.combine(a.map.lanes, 2.0f, &one.map.lanes, -0.5f, 3.0f, y.map.lanes, threads);
+  Expect(Error(y.Read(), sum) < kTolerance, name + " combine with a channel");
+  const ChannelKernels& kernels = Kernels<ChannelKernels>();
+  for (bool accumulate : {false, true}) {
+    kernels.dot(a.map.lanes, &b.map.lanes, 0.25f, sums.map.lanes, accumulate, threads);
+  }
+  Expect(Error(sums.Read(), dots) < kTolerance, name + " dot of channels");
+  std::fill(dots.begin(), dots.end(), 0.0);
+  for (size_t i = 0; i < product.size(); ++i) dots[pixel(i)] += a.tensor[i];
+  kernels.dot(a.map.lanes, nullptr, 1.0f, sums.map.lanes, false, threads);
+  Expect(Error(sums.Read(), dots) < kTolerance, name + " sum of channels");
+  kernels.largest(a.map.lanes, sums.map.lanes, threads);
+  Expect(Error(sums.Read(), largest) == 0, name + " largest channel");
+  for (bool shared : {false, true}) {
+    std::vector<double> left(one.tensor.begin(), one.tensor.end()), equal(left.size()), change(product.size());
+    for (size_t i = 0; i < change.size(); ++i) equal[pixel(i)] += a.tensor[i] == largest[pixel(i)];
+    for (size_t i = 0; i < change.size(); ++i) {
+      if (a.tensor[i] != largest[pixel(i)]) continue;
+      change[i] = shared ? left[pixel(i)] / equal[pixel(i)] : left[pixel(i)];
+      if (!shared) left[pixel(i)] = 0;
+    }
+    for (bool accumulate : {false, true}) {
+      kernels.largest_backward(a.map.lanes, one.map.lanes, y.map.lanes, shared, accumulate, threads);
+      const std::string what = name + (shared ? " largest channels" : " first largest channel") + " backward";
+      Expect(Error(y.Read(), change) < kTolerance, what + (accumulate ? ", added" : ""));
+      for (double& number : change) number *= 2;
+    }
+  }
+}
+
+// Of pictures that share lanes, some of them missing.
+void RunResponseNorm(int threads, const std::string& name) {
+  for (int64_t grid : {1, 2, 4}) {
+    std::mt19937 random(13);
+    const int64_t batch = 32 / (grid * grid) - 1, block = 16 / grid, planes = batch * kChannels;
+    const auto picture = [&](int64_t height, int64_t width, int64_t side, int64_t halo) {
+      return Picture(batch, kChannels, height, width, side, side, halo, random, grid);
+    };
+    Picture x = picture(kHeight, kWidth, block, 1), dx = picture(kHeight, kWidth, block, 0);
+    Picture y = picture(1, 1, 1, 0), dy = picture(1, 1, 1, 1);
+    const int64_t plane = kHeight * kWidth;
+    std::fill_n(x.tensor.begin() + plane, plane, 0.0f);  // a channel of zeros
+    x.Write();
+    std::vector<double> size(planes), want(planes), factor(planes), dx_want(dx.tensor.begin(), dx.tensor.end());
+    for (size_t i = 0; i < x.tensor.size(); ++i) size[i / plane] += std::pow(x.tensor[i], 2);
+    for (int64_t first = 0; first < planes; first += kChannels) {
+      double mean = 1e-3, along = 0;
+      for (int64_t c = first; c < first + kChannels; ++c) size[c] = std::sqrt(size[c]), mean += size[c] / kChannels;
+      for (int64_t c = first; c < first + kChannels; ++c) along += dy.tensor[c] * size[c] / mean / kChannels;
+      for (int64_t c = first; c < first + kChannels; ++c) {
+        want[c] = size[c] / mean;
+        factor[c] = size[c] > 0 ? (dy.tensor[c] - along) / mean / size[c] : 0.0;
+      }
+    }
+    for (size_t i = 0; i < dx_want.size(); ++i) dx_want[i] += x.tensor[i] * factor[i / plane];
+    Floats rows(block * 16), columns(block * 16);
+    for (int64_t lane = 0; lane < 16; ++lane) {
+      const LanePlace& place = PlaceOf(lane, grid);
+      for (int64_t i = 0; i < block; ++i) {
+        rows.data[i * 16 + lane] = place.row * block + i < kHeight;
+        columns.data[i * 16 + lane] = place.col * block + i < kWidth;
+      }
+    }
+    const LivePixelMask live = {rows.data, columns.data};
+    const Floats partial(x.map.lanes.batch * kChannels * 16);
+    const ResponseNormKernels& kernels = Kernels<ResponseNormKernels>();
+    const std::string what = name + " response norm, grid " + std::to_string(grid);
+    kernels.forward(x.map.lanes, y.map.lanes, 1e-3f, live, threads);
+    Expect(Error(y.Read(), want) < kTolerance, what);
+    kernels.backward(x.map.lanes, dy.map.lanes, dx.map.lanes, 1e-3f, live, true, partial.data, threads);
+    Expect(Error(dx.Read(), dx_want) < kTolerance, what + " backward");
+  }
 }
 
 void RunPointwise(int threads, const std::string& name) {
@@ -427,36 +574,47 @@ void RunFinish(int threads, const std::string& name) {
   Kernels<FinishKernels>().finish(x.map.lanes, &residual.map.lanes, y.map.lanes, norm, {Activation::kRelu, 0.0f},
                                   {true, Padding::kZero, 1}, threads);
   Expect(Error(y.Read(), want) < kTolerance, name + " finish");
+  const NormNumbers one_for_all = {gamma.data(), beta.data(), nullptr, nullptr, 0.0f, 0, 0};
+  for (size_t i = 0; i < want.size(); ++i) want[i] = gamma[0] * x.tensor[i] + beta[0];
+  Kernels<FinishKernels>().finish(x.map.lanes, nullptr, y.map.lanes, one_for_all, {}, {}, threads);
+  Expect(Error(y.Read(), want) < kTolerance, name + " finish with one number for all channels");
 }
 
 // Windows on pictures of a batch that fills its sheets.
 struct Pooling {
   int64_t kernel, stride, pad, height, grid;
+  bool counts_padding = true, rounds_up = false;
+
+  int64_t Windows(int64_t side) const { return (side + 2 * pad - kernel + (rounds_up ? stride - 1 : 0)) / stride + 1; }
 };
 
 void RunPooling(const Pooling& c, bool maximum, int threads, const std::string& name) {
   std::mt19937 random(6);
   const int64_t batch = 32 / (c.grid * c.grid), height = c.height, block_h = 2 * ((height + 1) / (2 * c.grid) + 1);
   const int64_t block_w = 2 * (kWidth / (2 * c.grid) + 1);
-  const int64_t out_h = (height + 2 * c.pad - c.kernel) / c.stride + 1;
-  const int64_t out_w = (kWidth + 2 * c.pad - c.kernel) / c.stride + 1;
+  const int64_t out_h = c.Windows(height), out_w = c.Windows(kWidth);
   Picture x(batch, kChannels, height, kWidth, block_h, block_w, 1, random, c.grid),
       dx(batch, kChannels, height, kWidth, block_h, block_w, 0, random, c.grid);
   Picture y(batch, kChannels, out_h, out_w, block_h / 2, block_w / 2, 1, random, c.grid),
       dy(batch, kChannels, out_h, out_w, block_h / 2, block_w / 2, 0, random, c.grid);
   for (size_t i = 0; i < x.tensor.size(); i += 3) x.tensor[i] = 1.0f;  // equal ones
   x.Write();
-  const PoolSpec spec = {c.kernel, c.stride, c.pad, maximum};
+  const int64_t counted = c.counts_padding ? c.pad : 0;
+  const PoolSpec spec = {c.kernel, c.stride, c.pad, counted, maximum};
   const int64_t places = c.kernel * c.kernel;
   std::vector<double> want(y.tensor.size()), dx_want(dx.tensor.begin(), dx.tensor.end());
   for (size_t i = 0; i < want.size(); ++i) {
     const int64_t plane = i / (out_h * out_w), row = i / out_w % out_h, col = i % out_w;
-    int64_t best = -1;
+    int64_t best = -1, count = 0;
+    const auto at_row = [&](int64_t k) { return c.stride * row + k / c.kernel - c.pad; };
+    const auto at_col = [&](int64_t k) { return c.stride * col + k % c.kernel - c.pad; };
+    const auto counts = [&](int64_t at, int64_t side) { return at >= -counted && at < side + counted; };
+    for (int64_t k = 0; k < places; ++k) count += counts(at_row(k), height) && counts(at_col(k), kWidth);
     for (int64_t k = 0; k < places; ++k) {
-      const int64_t r = c.stride * row + k / c.kernel - c.pad, q = c.stride * col + k % c.kernel - c.pad;
+      const int64_t r = at_row(k), q = at_col(k);
       if (r < 0 || q < 0 || r >= height || q >= kWidth) continue;
       const int64_t at = plane * height * kWidth + r * kWidth + q;
-      const double share = 1.0 / static_cast<double>(places);
+      const double share = 1.0 / static_cast<double>(count);
       if (!maximum) want[i] += x.tensor[at] * share, dx_want[at] += dy.tensor[i] * share;
       if (best < 0 || x.tensor[at] > x.tensor[best]) best = at;
     }
@@ -474,16 +632,53 @@ void RunPooling(const Pooling& c, bool maximum, int threads, const std::string& 
   Expect(Error(dx.Read(), dx_want) < kTolerance, name + " backward");
 }
 
+// Windows whose sides differ, of pixels that others take, too.
+void RunMeanTo(int64_t grid, int threads, const std::string& name) {
+  std::mt19937 random(8);
+  constexpr int64_t kRows = 4, kColumns = 5;
+  const int64_t batch = 32 / (grid * grid) - 1, block = 16 / grid;
+  Picture x(batch, kChannels, kHeight, kWidth, block, block, 0, random, grid);
+  Picture dx(batch, kChannels, kHeight, kWidth, block, block, 1, random, grid);
+  Picture y(batch, kChannels, kRows, kColumns, 8 / grid, 8 / grid, 0, random, grid);
+  const Tensor dy = y.tensor;
+  std::vector<double> want(dy.size()), dx_want(dx.tensor.begin(), dx.tensor.end());
+  const auto first = [](int64_t i, int64_t from, int64_t to) { return i * from / to; };
+  const auto last = [](int64_t i, int64_t from, int64_t to) { return ((i + 1) * from + to - 1) / to; };
+  for (int64_t i = 0; i < static_cast<int64_t>(want.size()); ++i) {
+    const int64_t plane = i / (kRows * kColumns), row = i / kColumns % kRows, col = i % kColumns;
+    const int64_t top = first(row, kHeight, kRows), bottom = last(row, kHeight, kRows);
+    const int64_t left = first(col, kWidth, kColumns), right = last(col, kWidth, kColumns);
+    const double share = 1.0 / static_cast<double>((bottom - top) * (right - left));
+    for (int64_t r = top; r < bottom; ++r) {
+      for (int64_t q = left; q < right; ++q) {
+        const int64_t at = (plane * kHeight + r) * kWidth + q;
+        want[i] += x.tensor[at] * share;
+        dx_want[at] += dy[i] * share;
+      }
+    }
+  }
+  Kernels<PoolKernels>().mean_to_backward(y.map.lanes, dx.map.lanes, threads);
+  Kernels<PoolKernels>().mean_to(x.map.lanes, y.map.lanes, threads);
+  Expect(Error(y.Read(), want) < kTolerance, name);
+  Expect(Error(dx.Read(), dx_want) < kTolerance, name + " backward");
+}
+
 void RunPool(int threads, const std::string& name) {
   for (int64_t grid : {1, 2, 4}) {
-    // Windows that overlap; that lie apart; that leave a row out.
-    for (const Pooling& c : {Pooling{3, 2, 1, 9, grid}, {2, 2, 0, 8, grid}, {2, 2, 0, 9, grid}}) {
+    // Windows that overlap; that lie apart; that leave a row out; that count no padding; that reach beyond the picture.
+    for (const Pooling& c : {Pooling{3, 2, 1, 9, grid},
+                             {2, 2, 0, 8, grid},
+                             {2, 2, 0, 9, grid},
+                             {3, 2, 1, 9, grid, false},
+                             {3, 2, 0, 8, grid, true, true},
+                             {2, 2, 0, 9, grid, false, true}}) {
       for (bool maximum : {false, true}) {
         RunPooling(c, maximum, threads,
                    name + (maximum ? " maximum of " : " average of ") + std::to_string(c.kernel) + " on " +
                        std::to_string(c.height) + " rows, grid " + std::to_string(grid));
       }
     }
+    RunMeanTo(grid, threads, name + " means, grid " + std::to_string(grid));
   }
 }
 
@@ -671,8 +866,8 @@ void RunNoise(int threads, const std::string& name) {
 }
 
 void RunPasses(int threads, const std::string& name) {
-  for (const auto& run : {RunNorm, RunGroupNorm, RunLayerNorm, RunAttention, RunPointwise, RunFinish, RunPool,
-                          RunSheets, RunResample, RunPruning, RunSteps, RunNoise}) {
+  for (const auto& run : {RunNorm, RunGroupNorm, RunLayerNorm, RunAttention, RunPrelu, RunChannels, RunResponseNorm,
+                          RunPointwise, RunFinish, RunPool, RunSheets, RunResample, RunPruning, RunSteps, RunNoise}) {
     run(threads, name);
   }
 }

@@ -277,8 +277,8 @@ def test_biases_of_scores(bias):
 
 
 class Windows(nn.Module):
-    """Attention in windows of a picture that was rolled, as Swin Transformers have it: heads are cut, shifted and joined
-    without a layer between."""
+    """Attention in windows of a picture that was rolled, as Swin Transformers have it: no layer lies between what cuts,
+    shifts and joins heads."""
 
     def __init__(self, side: int) -> None:
         super().__init__()

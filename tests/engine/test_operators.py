@@ -282,19 +282,41 @@ def test_pooling(compare, size, pool):
     compare(behind_conv(pool, nn.Conv2d(CHANNELS, 2, 1)), torch.randn(2, 3, *size))
 
 
-ROUNDED_UP = [nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False), nn.MaxPool2d(3, 2, 1, ceil_mode=True)]
+# The last window starts in the picture (9, 18 px) or would not (21 px); it may lie beyond it by more than the padding.
+# Eighteen pictures share lanes.
+@pytest.mark.parametrize("size", [(1, 3, 16, 16), (3, 3, 9, 21), (3, 3, 18, 7), (18, 3, 7, 6)])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+        nn.AvgPool2d(5, 1, 2, count_include_pad=False),
+        nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+        nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False),
+        nn.AvgPool2d(2, 2, ceil_mode=True),
+        nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+        nn.AvgPool2d(5, 3, 2, ceil_mode=True),
+        nn.AvgPool2d(5, 3, 2, ceil_mode=True, count_include_pad=False),
+        nn.AvgPool2d(1, 2, ceil_mode=True),
+        nn.MaxPool2d(2, 2, ceil_mode=True),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.MaxPool2d(5, 4, ceil_mode=True),
+        nn.MaxPool2d(5, 4, 2, ceil_mode=True),
+    ],
+    ids=str,
+)
+def test_pooling_at_the_edges(compare, size, pool):
+    compare(behind_conv(pool, nn.Conv2d(CHANNELS, 2, 1)), torch.randn(size))
+    compare(behind_conv(nn.ReLU(), pool), torch.randn(size))
 
 
-@pytest.mark.parametrize("pool", ROUNDED_UP, ids=str)
-def test_pooling_that_rounds_up_runs_in_lanes_where_nothing_is_left_over(compare, pool):
-    side = 12 if isinstance(pool, nn.AvgPool2d) else 13
-    compare(behind_conv(pool, nn.Conv2d(CHANNELS, 2, 1)), torch.randn(2, 3, side, side + 6))
-    module = behind_conv(pool, nn.Conv2d(CHANNELS, 2, 1))
-    for height, width in (side, side + 5), (side + 1, side):
-        x = torch.randn(2, 3, height, width)
-        recording = record(lambda leaves, x: call_with(module, leaves, (x,)), [x], dict(module.named_parameters()))
-        (reason,) = lower(recording).refused
-        assert "ceil_mode" in reason
+@pytest.mark.parametrize("channels", [1, 17])
+@pytest.mark.parametrize("size", [(11, 8), (1, 1)])
+@pytest.mark.parametrize(
+    "pool", [nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 2, 1, ceil_mode=True)], ids=str
+)
+def test_pooling_of_any_number_of_channels(compare, pool, size, channels):
+    compare(nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), pool), torch.randn(3, 3, *size))
 
 
 def test_equal_maxima_go_to_the_first_pixel(compare):
@@ -591,6 +613,13 @@ def test_adaptive_pooling_by_whole_windows(compare, size):
     compare(Apply(lambda x: F.adaptive_avg_pool2d(x, size)), torch.randn(2, 3, 12, 8 if size != 4 else 12))
 
 
+@pytest.mark.parametrize(("batch", "channels"), [(1, 17), (3, 1), (18, 5)])
+@pytest.mark.parametrize("size", [(3, 6), 6, (1, 5), (16, 1), (20, 31), (None, 4)])
+def test_adaptive_pooling_by_uneven_windows(compare, size, batch, channels):
+    module = nn.Sequential(nn.Conv2d(3, channels, 1), nn.AdaptiveAvgPool2d(size))
+    compare(module, torch.randn(batch, 3, 16, 13))
+
+
 def _factors(x: Tensor) -> Tensor:
     return torch.sigmoid(F.adaptive_avg_pool2d(x, 1))
 
@@ -618,7 +647,11 @@ def test_products(compare, join, training):
 
 
 def test_other_products_stay_in_torch():
-    for join in (lambda a, b, x: a * b[:, :1], lambda a, b, x: a * b[:, :, :1], lambda a, b, x: a.clamp(-1, 1) * b):
+    for join in (
+        lambda a, b, x: (_factors(a) * b[:, :1]) * b,
+        lambda a, b, x: a * b[:, :, :1],
+        lambda a, b, x: a.clamp(-1, 1) * b,
+    ):
         module = Blocks(join).eval()
         x = torch.randn(2, 3, 9, 12)
         with torch.no_grad(), pytest.warns(UserWarning, match="the product of|clamp: the engine has no such operator"):
@@ -823,9 +856,20 @@ def test_a_map_and_its_permuted_view_may_both_be_results():
             assert torch.allclose(fast.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-4), name
 
 
-@pytest.mark.parametrize("name", ["scaled behind", *list(PIXELS)[4:]])
+PERMUTED = {
+    "a learned number first": ((1, 1, 1, 1), lambda m, x: m.scale * x),
+    "learned numbers first": ((1, 1, 1, 6), lambda m, x: torch.addcmul(m.scale, m.scale, x)),
+    "square": ((1,), lambda m, x: x.square() + m.scale),
+    "slope": ((1,), lambda m, x: F.prelu(x, m.scale)),
+    "gate": ((1,), lambda m, x: x.mean(-1, keepdim=True) * x),
+    "one channel": ((1,), lambda m, x: x.amax(-1, keepdim=True)),
+}
+PERMUTED = {name: (size, lambda m, x, f=form: f(m, x.permute(0, 2, 3, 1))) for name, (size, form) in PERMUTED.items()}
+
+
+@pytest.mark.parametrize("name", ["scaled behind", *list(PIXELS)[4:], *PERMUTED])
 def test_permuted_results_lie_as_in_torch(name):
-    module = Pixels(*PIXELS[name])
+    module = Pixels(*(PIXELS | PERMUTED)[name])
     x = torch.randn(2, 3, 8, 12)
     assert lipfast.accelerate(module)(x).stride() == module(x).stride()
 
@@ -931,3 +975,406 @@ def test_a_linear_layer_of_more_kept_weights_than_lists_can_hold_stays_in_torch(
     model = nn.Sequential(nn.Linear(8, 6))
     mask = torch.arange(48).view(6, 8) % 4 == 0
     assert "a linear layer with 12 weights: too large" in lower(recorded(model), {"0.weight": mask}).refused[0]
+
+
+def behind_wide_conv(channels: int, *modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), *modules)
+
+
+# Beside SIZES: one pixel; eighteen pictures, which share lanes.
+SHAPES = [(1, 3, 16, 16), (3, 3, 17, 14), (3, 3, 1, 1), (18, 3, 7, 6)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("channels", "slopes"), [(1, 1), (5, 1), (5, 5), (17, 17)])
+def test_prelu(compare, shape, channels, slopes):
+    prelu = randomised(nn.PReLU(slopes))
+    compare(behind_wide_conv(channels, prelu), torch.randn(shape))
+    compare(
+        behind_wide_conv(channels, nn.BatchNorm2d(channels).eval(), prelu, nn.Conv2d(channels, 2, 1)),
+        torch.randn(shape),
+    )
+
+
+@pytest.mark.parametrize("slopes", [1, 6])
+@pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(2, 6), lambda: nn.InstanceNorm2d(6), lambda: nn.BatchNorm2d(6)])
+def test_prelu_behind_a_norm(compare, norm, slopes):
+    compare(behind_wide_conv(6, norm(), randomised(nn.PReLU(slopes))), torch.randn(3, 3, 9, 7))
+
+
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.InstanceNorm2d(5), lambda: nn.BatchNorm2d(5)])
+def test_one_slope_is_part_of_what_comes_before_in_inference(inference, norm):
+    prelu, x = nn.PReLU(), torch.randn(2, 3, 9, 6)
+    module = behind_wide_conv(5, norm(), prelu, nn.Conv2d(5, 5, 3, padding=1), prelu).eval()
+    running = inference(module, x, {})
+    assert not [step for _, step, _ in running.profile() if step.startswith(("prelu", "finish"))]
+    for slope in (0.25, -1.5):
+        slopes = [running.value(number) for number in range(len(running.plan.values))]
+        for value in slopes:
+            if value.numel() == 1:
+                value.fill_(slope)
+        nn.init.constant_(prelu.weight, slope)
+        assert torch.allclose(running.forward([x], 2)[0], module(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("slopes", [1, 7])
+@pytest.mark.parametrize("batch", [1, 3, 50])
+def test_prelu_of_features(compare, batch, slopes):
+    module = nn.Sequential(nn.Linear(6, 7), randomised(nn.PReLU(slopes)), nn.Linear(7, 5))
+    masks = {name: torch.rand(p.shape) < 0.2 for name, p in module.named_parameters() if p.dim() == 2}
+    compare(module, torch.randn(batch, 6), masks)
+
+
+@pytest.mark.parametrize("pool", [1, 3])
+def test_prelu_of_a_flattened_map(compare, pool):
+    module = behind_wide_conv(5, nn.AdaptiveAvgPool2d(pool), nn.Flatten(), randomised(nn.PReLU(5 * pool**2)))
+    compare(module, torch.randn(3, 3, 8, 9))
+
+
+def test_prelu_of_tokens_with_a_slope_for_all(compare):
+    module = nn.Sequential(nn.Linear(6, 7), randomised(nn.PReLU()), nn.Linear(7, 5))
+    masks = {name: torch.rand(p.shape) < 0.2 for name, p in module.named_parameters() if p.dim() == 2}
+    compare(module, torch.randn(2, 7, 6), masks)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda m, x, maps: F.prelu(m.first(x), m.slopes),  # for each token
+        lambda m, x, maps: F.prelu(m.first(maps), m.slopes),
+        lambda m, x, maps: F.prelu(m.conv(maps).permute(0, 2, 3, 1), m.slopes),  # for each row of pixels
+    ],
+    ids=["tokens", "tokens of four axes", "rows"],
+)
+def test_slopes_along_another_axis_stay_in_torch(form):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.conv = nn.Linear(7, 7), nn.Conv2d(7, 7, 1)
+            self.slopes = nn.Parameter(torch.randn(7))
+
+        def forward(self, x: Tensor, maps: Tensor) -> Tensor:
+            return form(self, x, maps)
+
+    module = Net()
+    module.first.weight.data *= torch.rand(7, 7) < 0.2
+    x, maps = torch.randn(3, 7, 7), torch.randn(2, 7, 7, 7)
+    with torch.no_grad(), pytest.warns(UserWarning, match="prelu: slopes along another axis"):
+        assert torch.allclose(lipfast.accelerate(module)(x, maps), module(x, maps), atol=1e-5)
+
+
+class Gated(nn.Module):
+    """A map, another one and what joins them."""
+
+    def __init__(self, channels: int, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(3, channels, 1)
+        self.join = join
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(self.first(x), self.second(x))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("channels", [1, 5, 70])
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda a, b: a * torch.sigmoid(b[:, :1]),
+        lambda a, b: torch.tanh(b[:, -1:]) * a * b,
+        lambda a, b: a + b[:, :1],
+        lambda a, b: 2 * b[:, :1] - a,
+        lambda a, b: a[:, :1] * a + a,
+        lambda a, b: a * torch.cat([b.mean(1, keepdim=True), a[:, :1]], 1).mean([-3], keepdim=True),
+    ],
+    ids=range(6),
+)
+def test_maps_of_one_channel(compare, join, channels, shape):
+    compare(Gated(channels, join), torch.randn(shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("channels", [1, 5, 70])
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda a, b: a.mean(dim=1, keepdim=True),
+        lambda a, b: a.amax(dim=1, keepdim=True),
+        lambda a, b: torch.amax(a, 1, True) * b + a,
+        lambda a, b: torch.max(a, dim=1, keepdim=True)[0],
+        lambda a, b: a.max(-3, keepdim=True).values - b,
+        lambda a, b: a.permute(0, 2, 3, 1).amax(-1, keepdim=True),
+        lambda a, b: a.permute(0, 2, 3, 1) * b.permute(0, 2, 3, 1).mean((3,), keepdim=True),
+    ],
+    ids=range(7),
+)
+def test_means_and_maxima_over_channels(compare, join, channels, shape):
+    compare(Gated(channels, join), torch.randn(shape))
+
+
+@pytest.mark.parametrize("name", ["amax", "max"])
+def test_equal_channels_have_the_gradient_as_in_torch(compare, name):
+    """amax shares it, max gives it to the first."""
+    module = Gated(6, lambda a, b: a.amax(1, keepdim=True) if name == "amax" else a.max(1, keepdim=True)[0])
+    nn.init.zeros_(module.first.weight)
+    module.first.bias.data = torch.tensor([1.0, 3.0, 2.0, 3.0, 3.0, -1.0])
+    compare(module, torch.randn(2, 3, 9, 6))
+
+
+def test_a_maximum_of_which_the_place_is_read_is_as_in_torch():
+    module = Gated(5, lambda a, b: (m := a.max(1, keepdim=True))[0] * b + m[1])
+    x = torch.randn(2, 3, 9, 6)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert torch.allclose(lipfast.accelerate(module)(x), module(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda a, b: (
+            a * ((g := sizes(b, 2, (1, 2))) / (g.mean(-1, keepdim=True) + 1e-3)).view(-1, 1, 6)
+        ),  # for each row
+        lambda a, b: a * ((g := sizes(b, 2, (1, 2))) / (g.mean(-1, keepdim=True) + 1e-3)),
+        lambda a, b: a.flatten(1, 2) * b.amax(-1, keepdim=True).flatten(1, 2),
+        lambda a, b: a.view(-1, 8, 6) + b.amax(-1, keepdim=True).view(-1, 8, 1),
+        lambda a, b: a.view(-1, 4, 2, 8, 6).transpose(2, 3).reshape(a.shape).square() * b.amax(-1, keepdim=True),
+        lambda a, b: (a.view(-1, 4, 2, 8, 6).transpose(2, 3).reshape(a.shape) ** 2).amax(-1, keepdim=True) + 1,
+    ],
+    ids=range(6),
+)
+def test_maps_with_channels_behind_in_other_forms_are_as_in_torch(join, batch):
+    """Of equal sides and batch, so that no shape tells the axes apart."""
+    module = Gated(6, lambda a, b: join(a.permute(0, 2, 3, 1).contiguous(), b.permute(0, 2, 3, 1).contiguous()))
+    fast, x = lipfast.accelerate(module), torch.randn(batch, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        results = [fast(x), module(x)]
+    assert torch.allclose(*results, atol=1e-5)
+    for result in results:
+        result.square().sum().backward()
+    read = {name: parameter for name, parameter in module.named_parameters() if parameter.grad is not None}
+    for name, parameter in read.items():
+        scale = float(parameter.grad.abs().max())
+        assert torch.allclose(fast.get_parameter(name).grad, parameter.grad, atol=1e-4 * scale), name
+
+
+class SpatialAttention(nn.Module):
+    """As CBAM has it."""
+
+    def __init__(self, drops_axis: bool) -> None:
+        super().__init__()
+        self.drops_axis = drops_axis
+        self.first, self.gate = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(3, 1, 7, padding=3)
+        self.norm, self.last = nn.BatchNorm2d(1), nn.Conv2d(6, 4, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        if self.drops_axis:
+            seen = [torch.max(x, 1)[0].unsqueeze(1), torch.mean(x, 1).unsqueeze(1), torch.unsqueeze(x.amax(1), dim=1)]
+        else:
+            seen = [x.mean(dim=1, keepdim=True), torch.max(x, dim=1, keepdim=True)[0], x.amax(1, keepdim=True)]
+        return self.last(x * torch.sigmoid(self.norm(self.gate(torch.cat(seen, dim=1)))))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("drops_axis", [True, False])
+@pytest.mark.parametrize("shape", [(2, 3, 9, 14), (18, 3, 7, 6)])
+def test_spatial_attention(compare, shape, drops_axis, training):
+    compare(SpatialAttention(drops_axis).train(training), torch.randn(shape))
+
+
+class Learned(nn.Module):
+    """Two convolutions and learned numbers, one each, of one or more axes."""
+
+    def __init__(self, channels: int, form: Callable[["Learned", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, 2, 1)
+        self.scale, self.bias = nn.Parameter(torch.randn(1)), nn.Parameter(torch.randn(()))
+        self.wide = nn.Parameter(torch.randn(1, 1, 1, 1))
+        self.each, self.shift = nn.Parameter(torch.randn(channels, 1, 1)), nn.Parameter(torch.randn(channels, 1, 1))
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.form(self, self.first(x)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("channels", [1, 5, 17])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda m, x: m.scale * x,
+        lambda m, x: x + m.bias,
+        lambda m, x: m.scale * torch.relu(x) ** 2 + m.bias,
+        lambda m, x: torch.relu(x).square() * m.wide + m.scale * x,
+        lambda m, x: x + m.bias * torch.sigmoid(x),
+        lambda m, x: F.relu(m.each * x + m.bias) + m.wide,
+        lambda m, x: torch.pow(x, 2) * m.scale * m.bias,
+        lambda m, x: x.mul(m.scale).pow(2.0),
+        lambda m, x: m.scale * x + m.bias + m.wide,
+        lambda m, x: torch.relu(m.scale * x + torch.tanh(x) + m.bias) * m.wide,
+        lambda m, x: torch.addcmul(x, torch.tanh(x), x),
+        lambda m, x: torch.addcmul(x, m.each, x, value=0.5),
+        lambda m, x: x + torch.addcmul(m.shift, m.each, x.square()),
+        lambda m, x: torch.addcmul(m.bias, x, m.scale),
+    ],
+    ids=range(14),
+)
+def test_learned_numbers_squares_and_addcmul(compare, form, channels, shape):
+    compare(Learned(channels, form), torch.randn(shape))
+
+
+def test_one_number_that_the_module_computes():
+    module = Learned(5, lambda m, x: torch.sigmoid(m.scale) * x + m.bias.exp())
+    fast, x = lipfast.accelerate(module), torch.randn(2, 3, 9, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for network in (fast, module):
+            network(x).square().sum().backward()
+    for name in ("scale", "bias", "first.weight"):
+        expected = module.get_parameter(name).grad
+        assert torch.allclose(
+            fast.get_parameter(name).grad, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+        )
+
+
+def test_one_number_of_features(compare):
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = (
+                nn.Linear(6, 7),
+                nn.LayerNorm(7, elementwise_affine=False),
+                nn.Linear(7, 6),
+            )
+            self.scale, self.bias = nn.Parameter(torch.randn(1)), nn.Parameter(torch.randn(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.scale * self.last(torch.relu(self.norm(self.first(x)) + self.bias) ** 2)
+
+    module = Rows()
+    masks = {name: torch.rand(p.shape) < 0.2 for name, p in module.named_parameters() if p.dim() == 2}
+    for shape in ((3, 6), (2, 50, 6)):
+        compare(module, torch.randn(shape), masks)
+
+
+class ResponseNorm(nn.Module):
+    """A global response norm between the layers of a ConvNeXt V2 block, in one of its spellings."""
+
+    def __init__(
+        self, channels: int, last: bool, form: Callable[["ResponseNorm", Tensor, tuple[int, int], int], Tensor]
+    ):
+        super().__init__()
+        self.first, self.last, self.form = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, 4, 1), form
+        self.features_last = last
+        shape = (1, 1, 1, channels) if last else (1, channels, 1, 1)
+        self.weight, self.bias = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.first(x))
+        if not self.features_last:
+            return self.last(self.form(self, x, (2, 3), 1))
+        return self.last(self.form(self, x.permute(0, 2, 3, 1), (1, 2), -1).permute(0, 3, 1, 2))
+
+
+def of_timm(m: ResponseNorm, x: Tensor, pixels: tuple[int, int], channels: int) -> Tensor:
+    x_g = x.norm(p=2, dim=pixels, keepdim=True)
+    x_n = x_g / (x_g.mean(dim=channels, keepdim=True) + 1e-3)
+    return x + torch.addcmul(m.bias, m.weight, x * x_n)
+
+
+def of_the_paper(m: ResponseNorm, x: Tensor, pixels: tuple[int, int], channels: int) -> Tensor:
+    gx = torch.norm(x, p=2, dim=pixels, keepdim=True)
+    nx = gx / (gx.mean(dim=channels, keepdim=True) + 1e-3)
+    return m.weight * (x * nx) + m.bias + x
+
+
+def of_vectors(m: ResponseNorm, x: Tensor, pixels: tuple[int, int], channels: int) -> Tensor:
+    size = torch.linalg.vector_norm(x, dim=pixels, keepdim=True)
+    return x * torch.div(size, torch.mean(size, channels, True) + 1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("channels", [1, 17])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("form", [of_timm, of_the_paper, of_vectors])
+def test_global_response_norms(compare, form, last, channels, shape):
+    compare(ResponseNorm(channels, last, form), torch.randn(shape))
+
+
+def test_the_factors_of_a_response_norm_multiply_its_few_numbers(inference):
+    module, x = ResponseNorm(17, True, of_timm), torch.randn(2, 3, 9, 6)
+    steps = [step for _, step, _ in inference(module, x, {}).profile()]
+    assert [step for step in steps if step.startswith(("response", "finish", "multiply"))] == [
+        "finish 17x9x6",  # GELU
+        "response norm 17x9x6",
+        "finish 17x1x1",
+        "multiply 17x9x6",
+        "finish 17x9x6",
+    ]
+
+
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("axes", [(2, 3), (1,)], ids=["planes", "pixels"])
+def test_factors_of_channels_behind_those_of_planes_and_pixels(compare, axes, other):
+    """In a row, of which another operator may read the middle."""
+
+    def form(m: Learned, x: Tensor) -> Tensor:
+        gated = x * torch.sigmoid(x.mean(axes, keepdim=True))
+        return gated * m.each * torch.tanh(x.mean(axes, keepdim=True)) * m.shift + (gated if other else x)
+
+    compare(Learned(5, form), torch.randn(3, 3, 9, 6))
+
+
+def test_a_channel_of_zeros_has_no_response(compare):
+    module = ResponseNorm(5, False, of_timm)
+    for parameter in module.first.parameters():
+        parameter.data[2] = 0
+    compare(module, torch.randn(2, 3, 9, 6))
+
+
+def test_what_only_looks_like_a_response_norm_is_as_in_torch():
+    """Maps of equal sides and channels, so that no shape tells the axes apart."""
+    forms = [
+        lambda x, g: x * (g(x, 2, (1, 2)) / (g(x, 2, (1, 2)).mean(1, keepdim=True) + 1e-3)),
+        lambda x, g: x * (g(x, 2, (2, 3)) / (g(x, 2, (2, 3)).mean(-1, keepdim=True) + 1e-3)),
+        lambda x, g: x * ((y := g(x, 1, (2, 3))) / (y.mean(1, keepdim=True) + 1e-3)),
+        lambda x, g: x * ((y := g(x, 2, (1, 2))) / (y.mean(-1, keepdim=True) + 1e-3)),
+        lambda x, g: x * ((y := g(x, 2, (2, 3))) / (y.mean(1, keepdim=True) + 0.0)),
+        lambda x, g: (y := x.permute(0, 2, 3, 1)) * ((z := g(y, 2, (2, 3))) / (z.mean(1, keepdim=True) + 1e-3)),
+    ]
+    for form in forms:
+        module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Activation(lambda x, f=form: f(x, sizes)))
+        x = torch.randn(2, 3, 8, 8)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            assert torch.allclose(lipfast.accelerate(module)(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+def sizes(x: Tensor, p: int, dim: tuple[int, int]) -> Tensor:
+    return x.norm(p=p, dim=dim, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        behind_wide_conv(17, nn.PReLU(17), nn.PReLU()),
+        Learned(17, lambda m, x: m.scale * torch.relu(x) ** 2 + m.bias),
+        Gated(17, lambda a, b: a * torch.sigmoid(b[:, :1]) + b.amax(1, keepdim=True)),
+        ResponseNorm(17, False, of_timm),
+    ],
+    ids=["prelu", "numbers", "gate", "response"],
+)
+def test_learned_operators_give_the_same_bits_on_any_number_of_threads(module):
+    x, before, found = torch.randn(3, 3, 33, 29), torch.get_num_threads(), []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        fast = lipfast.accelerate(module)
+        y = fast(x)
+        y.pow(3).sum().backward()
+        gradients = [p.grad.flatten() for p in fast.parameters() if p.grad is not None]
+        found.append(torch.cat([y.detach().flatten(), *gradients]))
+    torch.set_num_threads(before)
+    assert all(torch.equal(numbers, found[0]) for numbers in found)

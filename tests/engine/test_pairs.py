@@ -194,7 +194,7 @@ def test_only_pairs_may_be_added():
     y = program.add_map(1 << 12, [1, 8, 8, 8], 4, 2, 2, 0, 4)
 
     def add(one=first, two=second, read=x, halo=1, plane=16, values=0):
-        end = (values, -1, 0.0, [-1, -1, -1, -1], 0, 0.0)
+        end = (values, -1, 0.0, [-1, -1, -1, -1, 1, 1, -1], 0, 0.0)
         program.conv_pair((one, *end), (two, *end), read, halo, plane, True, 0, 0, y, False, 0, 0)
 
     add()

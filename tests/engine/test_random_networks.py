@@ -9,7 +9,7 @@ CHANNELS = st.integers(1, 7)
 
 
 class Both(nn.Module):
-    """Two branches of equal size, concatenated, added or one of them the gate of the other."""
+    """Two branches of equal size, concatenated, added or one of them the gate of the other, all of it or its mean."""
 
     def __init__(self, first: nn.Module, second: nn.Module, join: str) -> None:
         super().__init__()
@@ -19,6 +19,8 @@ class Both(nn.Module):
         a, b = self.first(x), self.second(x)
         if self.join == "gate":
             return a * torch.sigmoid(b)
+        if self.join == "one gate":
+            return a * torch.sigmoid(b.mean(1, keepdim=True))
         return a + b if self.join == "add" else torch.cat([a, x, b], dim=1)
 
 
@@ -32,6 +34,12 @@ def convs(draw, c_in: int, c_out: int, stride: int = 1, groups: int = 1) -> nn.M
 
 # Smooth ones: at a kink, rounding decides which side a value is on, and gradients differ by more than rounding.
 SMOOTH = [nn.Sigmoid, nn.Tanh, nn.SiLU]
+POOLS = [
+    lambda: nn.AvgPool2d(2),
+    lambda: nn.AvgPool2d(2, ceil_mode=True),
+    lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+    lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+]
 
 
 @st.composite
@@ -60,10 +68,10 @@ def networks(draw) -> nn.Module:
             layers.append(nn.Upsample(scale_factor=2, mode=draw(st.sampled_from(["nearest", "bilinear"]))))
             level -= 1
         elif kind == "pool":
-            layers.append(nn.AvgPool2d(2))
+            layers.append(draw(st.sampled_from(POOLS))())
             level += 1
         elif kind == "branch":
-            join = draw(st.sampled_from(["cat", "add", "gate"]))
+            join = draw(st.sampled_from(["cat", "add", "gate", "one gate"]))
             first, second = draw(convs(channels, width)), draw(convs(channels, width))
             if draw(st.booleans()):
                 first = nn.Sequential(first, draw(st.sampled_from(SMOOTH))(), draw(convs(width, width, groups=width)))
