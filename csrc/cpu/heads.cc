@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 namespace lipfast {
 
@@ -19,12 +20,16 @@ std::vector<int64_t> PlacesIn(const LaneMap& map, const HeadPlaces& places) {
   return found;
 }
 
-ProblemRuns RunsOf(int64_t problems, const std::vector<int32_t>& rows) {
+ProblemRuns RunsOf(int64_t problems, const std::vector<int32_t>& rows, const std::vector<int64_t>& at) {
+  const int64_t tokens = static_cast<int64_t>(at.size()) / problems;
   ProblemRuns runs;
   runs.order.resize(problems);
   std::iota(runs.order.begin(), runs.order.end(), 0);
   const auto row = [&](int64_t problem) { return rows.empty() ? problem : rows[problem]; };
-  std::stable_sort(runs.order.begin(), runs.order.end(), [&](int64_t a, int64_t b) { return row(a) < row(b); });
+  const auto place = [&](int64_t problem) {
+    return std::make_pair(rows.empty() ? 0 : rows[problem], at[problem * tokens] / (kGrid * kGrid));
+  };
+  std::stable_sort(runs.order.begin(), runs.order.end(), [&](int64_t a, int64_t b) { return place(a) < place(b); });
   for (int64_t i = 1; i <= problems; ++i) {
     if (i == problems || row(runs.order[i]) != row(runs.order[i - 1])) runs.ends.push_back(i);
   }

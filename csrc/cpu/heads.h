@@ -22,7 +22,8 @@ struct ProblemRuns {
   std::vector<int64_t> order, ends;
 };
 
-// Those of one row, an entry for each problem, are one run; without rows each is.
-ProblemRuns RunsOf(int64_t problems, const std::vector<int32_t>& rows);
+// Those of one row, an entry for each problem, are one run; without rows each is. Problems whose tokens lie in other
+// lanes of the same vectors follow each other, for lines of the cache hold all lanes; `at`: `PlacesIn` of the queries.
+ProblemRuns RunsOf(int64_t problems, const std::vector<int32_t>& rows, const std::vector<int64_t>& at);
 
 }  // namespace lipfast

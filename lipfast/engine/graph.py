@@ -90,6 +90,11 @@ class Node:
     output: int
     attributes: dict[str, Any] = field(default_factory=dict)
 
+    def weights(self) -> list[int]:
+        """The numbers of its weights."""
+        named = [self.attributes.get(name) for name in WEIGHT_NAMES]
+        return [number for number in (*named, *self.attributes.get("biases", ())) if number is not None]
+
     def __getattr__(self, name: str) -> Any:
         try:
             return self.__dict__["attributes"][name]
@@ -192,13 +197,12 @@ class Graph:
     def behind(self, outputs: Iterable[int]) -> tuple[set[int], set[int]]:
         """The values and the weights that values are made from."""
         values = set(outputs)
-        weights: set[int | None] = set()
+        weights: set[int] = set()
         for node in reversed(self.nodes):
             if node.output in values:
                 values.update(node.inputs)
-                weights.update(node.attributes.get(name) for name in WEIGHT_NAMES)
-                weights.update(node.attributes.get("biases", ()))
-        return values, {weight for weight in weights if weight is not None}
+                weights.update(node.weights())
+        return values, weights
 
     def fresh(self, shape: Shape) -> int:
         """A new value of that shape."""

@@ -39,6 +39,10 @@ class Unsupported(Exception):
     """The engine has no kernel for a call; the message says why."""
 
 
+class _OutOfOrder(Unsupported):
+    """An operand's numbers lie elsewhere than in a map: torch puts them in order between two segments."""
+
+
 @dataclasses.dataclass
 class Segment:
     """A graph and the recording's tensors it touches.
@@ -99,19 +103,25 @@ def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None, input
         max([*numbers, *recording.leaves, *(ref.number for ref in recording.inputs)], default=0) + 1
     )
     builder = _Builder(kept, recording.leaves, parameters, fresh)
+
+    def finish(position: int, grad: bool | None) -> _Builder:
+        items.extend(builder.finish(last_use, position))
+        return _Builder(kept, recording.leaves, parameters, fresh, grad)
+
     for position, call in enumerate(recording.calls[of_parameters:], of_parameters):
         if call.grad != builder.grad:
-            items += builder.finish(last_use, position)
-            builder = _Builder(kept, recording.leaves, parameters, fresh, call.grad)
-        try:
-            builder.add(call)
-        except Unsupported as reason:
-            refused.append((call, f"{call.name}: {reason}"))
-            moves = is_pure(call) and not any(ref.number in changed for ref in call.refs())
-            if not moves or any(builder.makes(ref) for ref in call.refs()):
-                items += builder.finish(last_use, position)
-                builder = _Builder(kept, recording.leaves, parameters, fresh, call.grad)
-            items += call.spelled or [call]
+            builder = finish(position, call.grad)
+        reason = builder.add(call)
+        if isinstance(reason, _OutOfOrder):
+            builder = finish(position, call.grad)
+            reason = builder.add(call)
+        if reason is None:
+            continue
+        refused.append((call, f"{call.name}: {reason}"))
+        moves = is_pure(call) and not any(ref.number in changed for ref in call.refs())
+        if not moves or any(builder.makes(ref) for ref in call.refs()):
+            builder = finish(position, call.grad)
+        items += call.spelled or [call]
     items += builder.finish(last_use, len(recording.calls))
     minor = _far_from_lanes(items, recording.leaves)
     return Lowered(recording, items, [why for call, why in refused if id(call) not in minor], first)
@@ -189,14 +199,15 @@ class _Builder:
         self._statistics: list[tuple[Ref, Ref]] = []
         self._calls: list[Call] = []
 
-    def add(self, call: Call) -> None:
-        """Append a call, or raise `Unsupported` and change nothing that matters."""
+    def add(self, call: Call) -> Unsupported | None:
+        """Append a call, or say why not and change nothing that matters."""
         try:
             self._lower(call)
-        except Unsupported:
+        except Unsupported as reason:
             if not self._rearrange(call):
-                raise
+                return reason
         self._calls.append(call)
+        return None
 
     def _lower(self, call: Call) -> None:
         handler = _HANDLERS.get(call.function)
@@ -247,9 +258,9 @@ class _Builder:
         if not orders:
             return None
         if call.function not in _ROW_BY_ROW or len(orders) < len(known):
-            raise Unsupported("its rows lie in another order")
+            raise _OutOfOrder("its rows lie in another order")
         if not all(torch.equal(orders[0], order) for order in orders[1:]):
-            raise Unsupported("rows of its operands lie in different orders")
+            raise _OutOfOrder("rows of its operands lie in different orders")
         return orders[0]
 
     def _rearrange(self, call: Call) -> bool:
@@ -399,7 +410,7 @@ class _Builder:
 
     def _check_form(self, tensor: Ref) -> None:
         if tensor.number in self._scattered:
-            raise Unsupported("the numbers of an operand lie in no map's order")
+            raise _OutOfOrder("the numbers of an operand lie in no map's order")
 
     def _outside(self, tensor: Ref, value: int) -> int:
         """Note that a value is a tensor from outside this segment."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lipfast._C as _C
 from lipfast.engine.blocks import Block, choose_blocks, fuse, sheets
-from lipfast.engine.graph import ACTIVATIONS, CONV_KINDS, WEIGHT_NAMES, Graph, Heads, Node, Shape, Taps, consecutive
+from lipfast.engine.graph import ACTIVATIONS, CONV_KINDS, Graph, Heads, Node, Shape, Taps, consecutive
 from lipfast.ops.lane_conv import KERNELS, asked_kernel
 from lipfast.ops.lanes import LANES, PADDING_MODES, plane_vectors
 
@@ -773,8 +773,7 @@ class _Backward:
         """Values whose gradient something trained or asked for depends on."""
         needed = {value for n, value in enumerate(self.graph.inputs) if self._wants_input(n)}
         for node in self.graph.nodes:
-            own = [node.attributes.get(name) for name in WEIGHT_NAMES]
-            trained = any(number is not None and self.weights[number].trained for number in own)
+            trained = any(self.weights[number].trained for number in node.weights())
             if trained or any(value in needed for value in node.inputs):
                 needed.add(node.output)
         return needed

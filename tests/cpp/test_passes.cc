@@ -244,7 +244,7 @@ void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, int threads, co
     hidden.data[i] = i % 3 == 1 ? -std::numeric_limits<float>::infinity() : 0;
   const ScoreBias biases[2] = {{learned.data, of_head.data(), kHeads, gradient.data},
                                {hidden.data, of_picture.data(), kPictures, nullptr}};
-  const ProblemRuns runs = RunsOf(kProblems, of_head);
+  const ProblemRuns runs = RunsOf(kProblems, of_head, PlacesIn(q.map.lanes, places[0]));
   const AttentionSpec spec = {kProblems,
                               kFeatures,
                               queries,
