@@ -401,19 +401,16 @@ class _Builder:
     def map(self, tensor: Any) -> int:
         """The value of a 4-D float32 tensor."""
         _check(tensor, 4)
-        self._check_form(tensor)
         if self.has_rows(tensor) or self.has_features_last(tensor):
             raise Unsupported("an operand is no map with the channels before height and width")
         if tensor.number not in self._values:
             self._values[tensor.number] = self._outside(tensor, self.graph.fresh(tensor.shape))
         return self._values[tensor.number]
 
-    def _check_form(self, tensor: Ref) -> None:
-        if tensor.number in self._scattered:
-            raise _OutOfOrder("the numbers of an operand lie in no map's order")
-
     def _outside(self, tensor: Ref, value: int) -> int:
         """Note that a value is a tensor from outside this segment."""
+        if tensor.number in self._scattered:
+            raise _OutOfOrder("the numbers of an operand lie in no map's order")
         self._inputs.append(tensor)
         self.graph.inputs.append(value)
         return value
@@ -441,7 +438,6 @@ class _Builder:
     def rows(self, tensor: Any) -> int:
         """The value of a (..., features) float32 tensor as rows of features, or as the map that it is."""
         _check(tensor, 2, or_more=True)
-        self._check_form(tensor)
         if self.has_features_last(tensor):
             return self._values[tensor.number]
         known = self._values.get(tensor.number)

@@ -6,8 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+import lipfast
 from lipfast.engine.capture import call_with, record
+from lipfast.engine.lane_module import LaneModule
 from lipfast.engine.lower import Segment, lower
 from lipfast.engine.plan import Options, Weight
 from lipfast.engine.runtime import Running, pack, unpack, weights_of
@@ -110,5 +113,37 @@ def compare() -> Callable[..., None]:
             size = float(mean.abs().max() + variance.max().sqrt())
             assert float((views[0].double() - mean).abs().max()) <= tolerance * size
             assert relative_error(views[1], variance) < tolerance
+
+    return run
+
+
+@pytest.fixture
+def compare_accelerated() -> Callable[..., LaneModule]:
+    """Outputs, with gradients and without, and gradients of input and parameters of a pruned module: accelerated,
+    whatever of it torch runs, against float64."""
+
+    def run(module: nn.Module, x: Tensor) -> LaneModule:
+        fast = lipfast.accelerate(module)
+        exact, x64 = copy.deepcopy(module).double(), x.double().requires_grad_()
+        x = x.detach().requires_grad_()
+        expected = pytree.tree_leaves(exact(x64))
+        dys = [torch.randn_like(y) for y in expected]
+        dx, *gradients = torch.autograd.grad(
+            expected, [x64, *exact.parameters()], dys, allow_unused=True, materialize_grads=True
+        )
+        found = pytree.tree_leaves(fast(x))
+        with torch.no_grad():
+            without = pytree.tree_leaves(fast(x))
+        for y, other, wanted in zip(found, without, expected, strict=True):
+            assert all(relative_error(got.detach(), wanted.detach()) < TOLERANCE for got in (y, other))
+        torch.autograd.backward(found, [dy.float() for dy in dys])
+        assert relative_error(x.grad, dx) < TOLERANCE
+        scale = max(float(gradient.abs().max()) for gradient in gradients)
+        for (name, parameter), gradient in zip(exact.named_parameters(), gradients, strict=True):
+            own = fast.get_parameter(name)
+            kept = gradient[parameter != 0] if own.shape != parameter.shape else gradient
+            got = torch.zeros_like(kept) if own.grad is None else own.grad.double()
+            assert float((got - kept).abs().max()) <= TOLERANCE * scale, name
+        return fast
 
     return run
