@@ -24,6 +24,7 @@ from lipfast.bench.networks import (
     NAFNet,
     ResNet18,
     ResNet20,
+    SwinTiny,
     UNet,
     VisionTransformer,
 )
@@ -53,6 +54,9 @@ def cases(size: Size) -> list[Case]:
         ("ViT-S/16", VisionTransformer, (8, 3, 224, 224)),
         ("ConvNeXt-T", ConvNeXtTiny, (1, 3, 224, 224)),
         ("NAFNet", NAFNet, (1, 3, 128, 128)),
+        ("Swin-T", SwinTiny, (1, 3, 224, 224)),
+        ("ConvNeXt V2-T", functools.partial(ConvNeXtTiny, responses=True), (1, 3, 224, 224)),
+        ("Attention U-Net", functools.partial(UNet, gated=True), (1, 3, 128, 128)),
     ]
     trained: list[tuple[str, Build, tuple[int, ...]]] = [
         ("LeNet-5", LeNet5, (60, 1, 28, 28)),
@@ -63,6 +67,9 @@ def cases(size: Size) -> list[Case]:
         ("ViT-S/16", VisionTransformer, (8, 3, 224, 224)),
         ("ConvNeXt-T", ConvNeXtTiny, (4, 3, 224, 224)),
         ("NAFNet", NAFNet, (1, 3, 128, 128)),
+        ("Swin-T", SwinTiny, (4, 3, 224, 224)),
+        ("ConvNeXt V2-T", functools.partial(ConvNeXtTiny, responses=True), (4, 3, 224, 224)),
+        ("Attention U-Net", functools.partial(UNet, gated=True), (1, 3, 128, 128)),
     ]
     if size == "toy":
         networks = [
@@ -75,6 +82,9 @@ def cases(size: Size) -> list[Case]:
             ("ViT-S/16", lambda: VisionTransformer(32, 2, 2, 32), (2, 3, 32, 32)),
             ("ConvNeXt-T", lambda: ConvNeXtTiny(8, (1, 1, 1, 1)), (2, 3, 64, 64)),
             ("NAFNet", lambda: NAFNet(8, (1, 1)), (1, 3, 16, 24)),
+            ("Swin-T", lambda: SwinTiny(12, (2, 1), 3, 8, 4), (2, 3, 32, 32)),
+            ("ConvNeXt V2-T", lambda: ConvNeXtTiny(8, (1, 1, 1, 1), True), (2, 3, 64, 64)),
+            ("Attention U-Net", lambda: UNet(4, gated=True), (1, 3, 16, 24)),
         ]
         trained = [
             ("LeNet-5", LeNet5, (4, 1, 28, 28)),
@@ -84,6 +94,9 @@ def cases(size: Size) -> list[Case]:
             ("VGG-16 with GroupNorm", lambda: VGG16(8, 4), (16, 3, 32, 32)),
             ("ConvNeXt-T", lambda: ConvNeXtTiny(8, (1, 1, 1, 1)), (2, 3, 64, 64)),
             ("NAFNet", lambda: NAFNet(8, (1, 1)), (1, 3, 16, 24)),
+            ("Swin-T", lambda: SwinTiny(12, (2, 1), 3, 8, 4), (2, 3, 32, 32)),
+            ("ConvNeXt V2-T", lambda: ConvNeXtTiny(8, (1, 1, 1, 1), True), (2, 3, 64, 64)),
+            ("Attention U-Net", lambda: UNet(4, gated=True), (1, 3, 16, 24)),
         ]
     doors: dict[str, Door] = {"accelerate": accelerate, "torch.compile": _compile}
     inference = [
@@ -122,7 +135,7 @@ def _is_prunable(module: nn.Module) -> TypeGuard[nn.Conv2d | nn.Linear]:
 
 @contextlib.contextmanager
 def _expecting_parts_in_torch() -> Iterator[None]:
-    """Around first calls: a transformer's attention is not for lanes, and is named in a warning."""
+    """Around first calls: what a transformer does to some of its tokens is not for lanes, and is named in a warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "lipfast: .* it runs in torch", UserWarning)
         yield

@@ -1,6 +1,6 @@
 """Networks of the benchmark of whole models, as people write them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,18 @@ class ConvStack(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """Ronneberger's network with padding and BatchNorm; ``width`` channels at full size, doubled at 3 scales."""
+    """Ronneberger's network with padding and BatchNorm; ``width`` channels at full size, doubled at 3 scales.
 
-    def __init__(self, width: int = 64) -> None:
+    ``gated``: Oktay's Attention U-Net, with PReLU.
+    """
+
+    def __init__(self, width: int = 64, gated: bool = False) -> None:
         super().__init__()
-        widths = [width, 2 * width, 4 * width, 8 * width]
-        self.down = nn.ModuleList(_double(a, b) for a, b in zip([3, *widths[:-1]], widths, strict=True))
-        self.up = nn.ModuleList(_double(a + b, b) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True))
+        widths, act = [width, 2 * width, 4 * width, 8 * width], nn.PReLU if gated else _relu
+        steps = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
+        self.down = nn.ModuleList(_double(a, b, act) for a, b in zip([3, *widths[:-1]], widths, strict=True))
+        self.up = nn.ModuleList(_double(a + b, b, act) for a, b in steps)
+        self.gates = nn.ModuleList(_Gate(a, b) if gated else _First() for a, b in steps)
         self.pool = nn.MaxPool2d(2)
         self.grow = nn.Upsample(scale_factor=2, mode="bilinear")
         self.head = nn.Conv2d(width, 3, 1)
@@ -33,7 +38,8 @@ class UNet(nn.Module):
             x = block(self.pool(x) if index else x)
             kept.append(x)
         for index, block in enumerate(self.up):
-            x = block(torch.cat([kept[-2 - index], self.grow(x)], dim=1))
+            x = self.grow(x)
+            x = block(torch.cat([self.gates[index](kept[-2 - index], x), x], dim=1))
         result: Tensor = self.head(x)
         return result
 
@@ -96,6 +102,24 @@ class VGG16(nn.Sequential):
         super().__init__(*layers, nn.Flatten(), nn.Linear(channels, 10))
 
 
+class _First(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x
+
+
+class _Gate(nn.Module):
+    """Lets through what is asked for: a number for each pixel, from both maps."""
+
+    def __init__(self, asking: int, width: int) -> None:
+        super().__init__()
+        self.asks, self.offers = _normed(asking, width // 2), _normed(width, width // 2)
+        self.opens = nn.Sequential(_normed(width // 2, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor, asking: Tensor) -> Tensor:
+        opened: Tensor = self.opens(torch.relu(self.asks(asking) + self.offers(x)))
+        return x * opened
+
+
 class _Encoder(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -119,13 +143,25 @@ class _NormOfPixels(nn.LayerNorm):
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class _PixelLayers(nn.Module):
+class _ResponseNorm(nn.Module):
+    """Woo's norm of responses, over (height, width) and then channels, which lie behind."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+        result: Tensor = self.gamma * (x * (size / (size.mean(dim=-1, keepdim=True) + 1e-6))) + self.beta + x
+        return result
+
+
+class _PixelLayers(nn.Module):
+    def __init__(self, width: int, responses: bool) -> None:
+        super().__init__()
         self.window = nn.Conv2d(width, width, 7, padding=3, groups=width)
-        self.layers = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+        act = [nn.GELU(), _ResponseNorm(4 * width)] if responses else [nn.GELU()]
+        self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), *act, nn.Linear(4 * width, width))
         self.scale = nn.Parameter(torch.full((width, 1, 1), 0.1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -217,16 +253,112 @@ class VisionTransformer(nn.Module):
         return result
 
 
-class ConvNeXtTiny(nn.Sequential):
-    """Liu's ConvNeXt-T for 1000 classes; ``width`` channels in the first stage."""
+class _WindowAttention(nn.Module):
+    """Attention of the tokens of each window, with a learned bias for each distance and head; windows are moved by
+    ``shift`` pixels, where those that were apart do not see each other."""
 
-    def __init__(self, width: int = 96, depths: tuple[int, int, int, int] = (3, 3, 9, 3)) -> None:
+    distance: Tensor
+    mask: Tensor | None
+
+    def __init__(self, width: int, heads: int, places: int, side: int, shift: int) -> None:
+        super().__init__()
+        self.heads, self.side, self.shift = heads, side, shift
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.table = nn.Parameter(torch.randn((2 * side - 1) ** 2, heads) / 50)
+        at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")).flatten(1)
+        apart = at[:, :, None] - at[:, None] + side - 1
+        self.register_buffer("distance", apart[0] * (2 * side - 1) + apart[1])
+        part = (torch.arange(places) >= places - side).int() + (torch.arange(places) >= places - shift).int()
+        areas = self._windows((3 * part[:, None] + part)[None, :, :, None]).squeeze(-1)
+        hidden = areas[:, None, :] != areas[:, :, None]
+        self.register_buffer("mask", torch.zeros(hidden.shape).masked_fill(hidden, -100.0) if shift else None)
+
+    def _windows(self, x: Tensor) -> Tensor:
+        n, h, w, c = x.shape
+        x = x.view(n, h // self.side, self.side, w // self.side, self.side, c)
+        return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, self.side**2, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, h, w, c = x.shape
+        side, tokens = self.side, self.side**2
+        x = self._windows(torch.roll(x, (-self.shift, -self.shift), (1, 2)))
+        query, key, value = self.qkv(x).reshape(-1, tokens, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        scores = query @ key.transpose(-2, -1) * (c // self.heads) ** -0.5
+        scores = scores + self.table[self.distance].permute(2, 0, 1)
+        if self.mask is not None:
+            scores = scores.view(n, -1, self.heads, tokens, tokens) + self.mask[None, :, None]
+            scores = scores.view(-1, self.heads, tokens, tokens)
+        x = (scores.softmax(-1) @ value).transpose(1, 2).reshape(-1, tokens, c)
+        x = self.out(x).view(n, h // side, w // side, side, side, c).permute(0, 1, 3, 2, 4, 5).reshape(n, h, w, c)
+        return torch.roll(x, (self.shift, self.shift), (1, 2))
+
+
+class _WindowEncoder(nn.Module):
+    def __init__(self, width: int, heads: int, places: int, side: int, shift: int) -> None:
+        super().__init__()
+        self.attention = nn.Sequential(nn.LayerNorm(width), _WindowAttention(width, heads, places, side, shift))
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        result: Tensor = x + self.layers(x)
+        return result
+
+
+class _Merge(nn.Module):
+    """Two by two pixels become one of twice the width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.LayerNorm(4 * width), nn.Linear(4 * width, 2 * width, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, h, w, c = x.shape
+        x = x.view(n, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        result: Tensor = self.layers(x)
+        return result
+
+
+class SwinTiny(nn.Module):
+    """Liu's Swin-T for 1000 classes and pictures of ``places * 4`` px; ``width`` features in the first stage."""
+
+    def __init__(
+        self, width: int = 96, depths: tuple[int, ...] = (2, 2, 6, 2), heads: int = 3, places: int = 56, side: int = 7
+    ) -> None:
+        super().__init__()
+        self.patches, self.first = nn.Conv2d(3, width, 4, 4), nn.LayerNorm(width)
+        layers: list[nn.Module] = []
+        for stage, depth in enumerate(depths):
+            if stage:
+                layers.append(_Merge(width))
+                width, heads, places = 2 * width, 2 * heads, places // 2
+            shifts = [side // 2 if index % 2 and places > side else 0 for index in range(depth)]
+            layers += [_WindowEncoder(width, heads, places, side, shift) for shift in shifts]
+        self.blocks = nn.Sequential(*layers)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps pictures ``(n, 3, h, w)`` to ``(n, 1000)``."""
+        x = self.blocks(self.first(self.patches(x).permute(0, 2, 3, 1)))
+        result: Tensor = self.head(self.norm(x).mean((1, 2)))
+        return result
+
+
+class ConvNeXtTiny(nn.Sequential):
+    """Liu's ConvNeXt-T for 1000 classes; ``width`` channels in the first stage. ``responses``: Woo's ConvNeXt V2-T, but
+    for its blocks' last scale."""
+
+    def __init__(
+        self, width: int = 96, depths: tuple[int, int, int, int] = (3, 3, 9, 3), responses: bool = False
+    ) -> None:
         layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 4), _NormOfPixels(width)]
         for stage, depth in enumerate(depths):
             if stage:
                 layers += [_NormOfPixels(width), nn.Conv2d(width, 2 * width, 2, 2)]
                 width *= 2
-            layers += [_PixelLayers(width) for _ in range(depth)]
+            layers += [_PixelLayers(width, responses) for _ in range(depth)]
         head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(width), nn.Linear(width, 1000)]
         super().__init__(*layers, *head)
 
@@ -343,8 +475,16 @@ def _layer(
     return nn.Sequential(conv, norm, act())
 
 
-def _double(c_in: int, c_out: int) -> nn.Sequential:
+def _relu() -> nn.Module:
+    return nn.ReLU(inplace=True)
+
+
+def _normed(c_in: int, c_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 1), nn.BatchNorm2d(c_out))
+
+
+def _double(c_in: int, c_out: int, act: Callable[[], nn.Module]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for a in (c_in, c_out):
-        layers += [nn.Conv2d(a, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+        layers += [nn.Conv2d(a, c_out, 3, padding=1), nn.BatchNorm2d(c_out), act()]
     return nn.Sequential(*layers)
