@@ -120,6 +120,7 @@ class Heads:
 
     A problem is a head of one picture, or of one window of it. ``pixels`` and ``channels`` say for queries, keys,
     values and the result which row each token is and which feature the head's first: (problems, tokens), (problems,).
+    ``maps``: whether these are maps instead, whose pixels are the rows.
     ``rows``: for each bias of the scores, which row of it a problem adds.
     """
 
@@ -131,6 +132,7 @@ class Heads:
     shape: tuple[int, ...]  # of the result
     pixels: tuple[Tensor, ...]
     channels: tuple[Tensor, ...]
+    maps: tuple[bool, ...]
     rows: tuple[Tensor, ...]
 
     def places(self, which: int, width: int) -> Tensor:
@@ -143,7 +145,7 @@ class Heads:
         """For each row of the result the pixel that the query of its tokens has, of the queries' ``pixels``; None where
         it has more or fewer rows, or heads do not agree."""
         rows = self.pixels[3].long().flatten()
-        count = math.prod(self.shape[:-1])
+        count = math.prod(self.shape) // self.shape[1 if self.maps[3] else -1]
         if any(len(torch.unique(numbers)) != count for numbers in (pixels, rows)):
             return None
         order = torch.zeros(count, dtype=torch.long)

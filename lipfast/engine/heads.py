@@ -7,7 +7,7 @@ So those calls are run once on the numbers of the places, and attention reads an
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,17 +39,22 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: Heads, *biases: 
 
     ``biases``: `bias_rows` each.
     """
-    q, k, v = (_gathered(rows, heads, which) for which, rows in enumerate((query, key, value)))
+    q, k, v = (_gathered(tensor, heads, which) for which, tensor in enumerate((query, key, value)))
     scores = heads.scale * q @ k.transpose(1, 2)
     for bias, rows in zip(biases, heads.rows, strict=True):
         scores = scores + bias[rows.long()].transpose(1, 2)[:, : heads.queries]
-    seen = torch.zeros(heads.shape, dtype=query.dtype).flatten()
     weights = torch.softmax(scores, -1)
     weights = weights.nan_to_num(0.0) if heads.safe else weights
-    return seen.index_put((heads.places(3, heads.shape[-1]),), weights @ v).view(heads.shape)
+    places = heads.places(3, heads.shape[1 if heads.maps[3] else -1])
+    seen = torch.zeros(math.prod(heads.shape), dtype=query.dtype).index_put((places,), weights @ v)
+    if not heads.maps[3]:
+        return seen.view(heads.shape)
+    n, channels, height, width = heads.shape
+    return seen.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _gathered(rows: Tensor, heads: Heads, which: int) -> Tensor:
+def _gathered(tensor: Tensor, heads: Heads, which: int) -> Tensor:
+    rows = tensor.permute(0, 2, 3, 1) if heads.maps[which] else tensor
     return rows.reshape(-1)[heads.places(which, rows.shape[-1])]
 
 
@@ -121,7 +126,7 @@ class AttentionFinder:
             biases.append(bias)
         scale = named.get("scale")
         scale = q.factor * k.factor * (q.index.shape[-1] ** -0.5 if scale is None else float(scale))
-        return _Core(call, q, k, v, scale, True, biases, [])
+        return _Core(call, q, k, v, scale, True, biases, [], False)
 
     def _spelled(self, call: Call) -> "_Core | None":
         """Attention whose last product ``call`` is."""
@@ -129,17 +134,23 @@ class AttentionFinder:
         if last is None or last.turned:
             return None
         inner: list[Call] = []
+        values = last.second
         made = self._past_dropout(last.first, inner)
+        turned = self._makers.get(last.second.number)
+        if (made is None or made.function not in _SOFTMAX) and turned is not None and _swaps_last(turned):
+            inner = [turned]  # values times weights: both products the other way round
+            values, made = last.first, self._past_dropout(turned.refs()[0], inner)
         softmax = made if made and made.function in _SOFTMAX and _over_last(made) else None
         if softmax is None:
             return None
         inner.append(softmax)
         scores = self._scores(softmax.refs()[0], inner)
-        value = self._cut(last.second, scaled=False)
+        around = values is last.first
+        value = self._cut(values, turned=around, scaled=False)
         if scores is None or value is None:
             return None
         query, key, scale, biases = scores
-        return _Core(call, query, key, value, scale, False, biases, inner)
+        return _Core(call, query, key, value, scale, False, biases, inner, around)
 
     def _past_dropout(self, ref: Ref, inner: list[Call]) -> Call | None:
         """The call that made a tensor, dropout that drops nothing aside."""
@@ -227,22 +238,25 @@ class AttentionFinder:
         same = core.key.index.shape == (*problems, keys, features) and core.value.index.shape == core.key.index.shape
         if not same or not isinstance(core.call.result, Ref):
             return None
-        if core.call.result.dtype != torch.float32 or core.call.result.shape != (*problems, queries, features):
+        sizes = (features, queries) if core.turned else (queries, features)
+        if core.call.result.dtype != torch.float32 or core.call.result.shape != (*problems, *sizes):
             return None
         chain = [core.call]
         while (following := self._only_reader(chain[-1].result)) is not None:
             chain.append(following)
-        placed = [_places(operand.index, operand.rows.shape[-1]) for operand in operands]
+        placed = [_places(operand.index, operand.rows.shape) for operand in operands]
         while chain:
-            result = _places(_inverse(core.call.result, chain[1:]), chain[-1].result.shape[-1])
+            moved = _inverse(core.call.result, chain[1:])
+            moved = moved.transpose(-1, -2) if moved is not None and core.turned else moved
+            result = _places(moved, chain[-1].result.shape)
             if result and all(placed):
                 break
             chain.pop()
         else:
             return None
-        pixels, channels = zip(*(known for known in (*placed, result) if known), strict=True)
+        pixels, channels, maps = zip(*(known for known in (*placed, result) if known), strict=True)
         heads = Heads(
-            features, queries, keys, core.scale, core.safe, chain[-1].result.shape, pixels, channels,
+            features, queries, keys, core.scale, core.safe, chain[-1].result.shape, pixels, channels, maps,
             tuple(bias.rows.flatten() for bias in core.biases),
         )  # fmt: skip
         inner = [*core.inner, *(call for operand in operands for call in operand.calls), *chain[:-1]]
@@ -333,6 +347,7 @@ class _Core:
     safe: bool
     biases: list[_Bias]
     inner: list[Call]
+    turned: bool  # the result has features before queries
 
 
 @dataclasses.dataclass
@@ -447,13 +462,31 @@ def _inverse(result: Ref, chain: list[Call]) -> Tensor | None:
     return places.view(result.shape)
 
 
-def _places(index: Tensor | None, width: int) -> tuple[Tensor, Tensor] | None:
-    """The pixels of each problem's tokens and its first channel, of (..., tokens, features) numbers of rows of features
-    ``width`` wide; None where a head is not a range of features."""
+def _places(index: Tensor | None, shape: Sequence[int]) -> tuple[Tensor, Tensor, bool] | None:
+    """The pixels of each problem's tokens, its first channel, and whether channels are axis 1 of a tensor of that shape,
+    whose numbers (..., tokens, features) are; None where a head is no range of features."""
     if index is None:
         return None
     index = index.flatten(0, -3)
+    found = _ranges(index, shape[-1])
+    if found is None and len(shape) == 4:
+        _, channels, height, width = shape
+        picture, rest = index // (channels * height * width), index % (channels * height * width)
+        pixel = picture * (height * width) + rest % (height * width)
+        return _ranges(pixel * channels + rest // (height * width), channels, of_map=True)
+    return found
+
+
+def _ranges(index: Tensor, width: int, of_map: bool = False) -> tuple[Tensor, Tensor, bool] | None:
     first, channels = index[..., 0], index[:, 0, 0] % width
     ranges = torch.equal(index, first[..., None] + torch.arange(index.shape[-1], dtype=torch.int32))
     together = bool((first % width == channels[:, None]).all()) and int(channels.max()) + index.shape[-1] <= width
-    return (first // width, channels) if ranges and together else None
+    return (first // width, channels, of_map) if ranges and together else None
+
+
+def _swaps_last(call: Call) -> bool:
+    """Whether a call swaps the last two axes of a tensor, and does nothing else."""
+    if call.function not in REARRANGE or len(call.refs()) != 1 or len(call.results()) != 1:
+        return False
+    before = torch.arange(_count(call.refs()[0])).view(call.refs()[0].shape)
+    return torch.equal(replayed(call, before)[0], before.transpose(-1, -2))

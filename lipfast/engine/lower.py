@@ -329,8 +329,10 @@ class _Builder:
 
     def _puts_features_last(self, call: Call) -> bool:
         """Whether a call's result is a map with the channels behind, as its operands are, or as it puts them."""
-        operands = call.refs()[:1] if call.function is attention else call.refs()  # its result lies as queries do
-        last = any(ref.number in self._last for ref in operands)
+        if call.function is attention:  # its result lies as queries do
+            query, _, _, heads = call.args[:4]
+            return not (heads.maps[3] or self.has_rows(query))
+        last = any(ref.number in self._last for ref in call.refs())
         return last != (call.function in _PERMUTE)
 
     def _lies_permuted(self, call: Call, result: Ref, added: list[Node]) -> bool:
@@ -1263,24 +1265,25 @@ def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads, *bia
     if not any(b.makes(tensor) for tensor in (query, key, value)):
         raise Unsupported("none of its operands comes from lanes")
     operands = query, key, value
-    values = [b.rows(tensor) for tensor in operands]
+    values = [b.map(each) if is_map else b.rows(each) for each, is_map in zip(operands, heads.maps, strict=False)]
     for one, other in itertools.combinations(range(3), 2):  # gradients of heads are added side by side
-        if values[one] == values[other] and heads.overlap(one, other, operands[one].shape[-1]):
+        if values[one] == values[other] and heads.overlap(one, other, b.graph.shapes[values[one]][1]):
             raise Unsupported("heads of different operands share features")
     pixels = [b.pixels(tensor, rows) for tensor, rows in zip(operands, heads.pixels, strict=False)]
-    b.order = order = heads.order_of_result(pixels[0])
-    if order is None:
-        raise Unsupported(f"a result of shape {heads.shape}")
-    pixels.append(order[heads.pixels[3].long()].int())
-    b.order = None if torch.equal(order, torch.arange(len(order))) else order
-    attributes = {
-        "heads": dataclasses.replace(heads, pixels=tuple(pixels)),
-        "biases": [b.weight(bias) for bias in biases],
-    }
-    if values[0] in b.graph.rows:
-        return b.node_of_rows("attention", values, (math.prod(heads.shape[:-1]), heads.shape[-1]), **attributes)
+    order = heads.order_of_result(pixels[0])
+    moved = order is not None and not torch.equal(order, torch.arange(len(order)))
     n, _, height, width = b.graph.shapes[values[0]]
-    return b.node("attention", values, (n, heads.shape[-1], height, width), **attributes)
+    fits = (heads.shape[0], *heads.shape[2:]) == (n, height, width) and not moved and values[0] not in b.graph.rows
+    if order is None or (heads.maps[3] and not fits):
+        raise Unsupported(f"a result of shape {heads.shape}")
+    b.order = order if moved else None
+    pixels.append(order[heads.pixels[3].long()].int())
+    heads = dataclasses.replace(heads, pixels=tuple(pixels))
+    attributes = {"heads": heads, "biases": [b.weight(bias) for bias in biases]}
+    if values[0] in b.graph.rows:
+        return b.node_of_rows("attention", values, (len(order), heads.shape[-1]), **attributes)
+    channels = heads.shape[1 if heads.maps[3] else -1]
+    return b.node("attention", values, (n, channels, height, width), **attributes)
 
 
 def _response(b: _Builder, x: Any, epsilon: float, features_last: bool) -> int:

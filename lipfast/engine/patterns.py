@@ -89,6 +89,8 @@ def _simpler(recording: Recording) -> Iterator[Call]:
             yield from _product_and_sum(call, next(fresh))
         elif call.function in _MAX and len(call.results()) == 2 and call.results()[1].number not in read:
             yield _values_alone(call)
+        elif call.function in (Tensor.reshape_as, Tensor.view_as) and len(call.args) == 2:
+            yield dataclasses.replace(call, function=Tensor.reshape, args=(call.args[0], call.args[1].shape))
         else:
             yield call
 

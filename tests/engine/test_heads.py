@@ -193,6 +193,65 @@ def test_spellings_are_one_segment(compare, spelling):
     compare(module, x, masks_of(module))
 
 
+class OfMaps(nn.Module):
+    """Attention of all pixels between 1x1 convolutions, as U-Nets and CoAtNet have it."""
+
+    def __init__(self, attend) -> None:
+        super().__init__()
+        self.first, self.out = nn.Conv2d(6, 24, 1), nn.Conv2d(8, 5, 1)
+        self.attend = attend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.attend(self.first(x)))
+
+
+def _values_first(y: Tensor) -> Tensor:
+    """As diffusion models spell it: one head, and values times weights."""
+    n, c, h, w = y.shape
+    q, k, v = (part.reshape(n, c // 3, h * w) for part in y.chunk(3, dim=1))
+    weights = torch.softmax(torch.bmm(q.permute(0, 2, 1), k) * 0.3, dim=2)
+    return torch.bmm(v, weights.permute(0, 2, 1)).reshape(n, c // 3, h, w)
+
+
+def _heads_of_maps(y: Tensor) -> Tensor:
+    n, c, h, w = y.shape
+    q, k, v = (part.transpose(-1, -2).contiguous() for part in y.view(n, 2, c // 2, -1).chunk(3, dim=2))
+    return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(n, -1, h, w)
+
+
+def _heads_of_tokens(y: Tensor) -> Tensor:
+    n, c, h, w = y.shape
+    q, k, v = y.flatten(2).transpose(1, 2).view(n, h * w, 3, 2, c // 6).permute(2, 0, 3, 1, 4)
+    return (q @ k.mT).softmax(-1).matmul(v).transpose(1, 2).reshape(n, h, w, c // 3).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("attend", [_values_first, _heads_of_maps, _heads_of_tokens])
+@pytest.mark.parametrize("size", [(1, 6, 5, 7), (3, 6, 4, 4), (17, 6, 2, 3), (2, 6, 1, 1), (1, 6, 8, 8)])
+def test_attention_of_maps(compare, attend, size):
+    module, x = OfMaps(attend), torch.randn(size)
+    assert kinds(module, x) == [["conv", "attention", "conv"]]
+    compare(module, x, {name: p.new_ones(p.shape).bool() for name, p in module.named_parameters() if p.dim() == 4})
+
+
+@partly
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda y: _values_first(y.transpose(2, 3)),
+        lambda y: _values_first(y).transpose(2, 3),
+        lambda y: _heads_of_maps(y).flip(1),
+        lambda y: _heads_of_maps(y).reshape(y.shape[0], 8, y.shape[3], y.shape[2]),
+        lambda y: torch.bmm(y[:, :8, 0], (y[:, 8:16, 0].mT @ y[:, 16:, 0]).softmax(2))[..., None],
+        lambda y: F.scaled_dot_product_attention(y[:, :8], y[:, 8:16], y[:, 16:]),
+    ],
+)
+def test_other_attention_of_maps_stays_right(compare_accelerated, attend):
+    module = OfMaps(attend)
+    for layer in (module.first, module.out):
+        layer.weight.data *= torch.arange(layer.weight.numel()).view_as(layer.weight) % 5 == 0
+    compare_accelerated(module, torch.randn(2, 6, 4, 7))
+
+
 @partly
 @pytest.mark.parametrize(
     "attend",
