@@ -182,7 +182,7 @@ class AttentionFinder:
             elif (factor := _factor(call)) is not None and not later:
                 scale *= factor
                 ref = call.refs()[0]
-            elif call.function in REARRANGE and len(call.refs()) == 1:
+            elif call.function in REARRANGE and len(call.refs()) == len(call.results()) == 1:
                 later.append(call)
                 ref = call.refs()[0]
             else:
@@ -420,17 +420,18 @@ def _bias(scores: Any, problems: Iterable[int], queries: int, keys: int) -> _Bia
 def _biases(later: list[Call], product: Call, problems: torch.Size, queries: int, keys: int) -> list[_Bias] | None:
     """What is added to the scores of a product, in the order of its problems; ``later``: what happens to them, last
     first."""
-    order = torch.arange(int(problems.numel())).view(problems)  # the problem at each place of the scores' stack
+    order = torch.arange(problems.numel()).view(problems)  # the problem at each place of the scores' stack
+    inside = torch.arange(queries * keys).view(queries, keys)
     scores = product.result
     biases: list[_Bias] = []
     for call in reversed(later):
         if call.function in REARRANGE:
-            turned = replayed(call, order[..., None, None].expand(*order.shape, queries, keys))
-            if len(turned) != 1 or turned[0].shape[-2:] != (queries, keys) or turned[0].numel() != _count(scores):
+            (moved,) = replayed(call, order[..., None, None] * inside.numel() + inside)
+            if moved.shape[-2:] != inside.shape or moved.numel() != _count(scores):
                 return None
-            if not bool((turned[0] == turned[0][..., :1, :1]).all()):
+            order, scores = moved[..., 0, 0] // inside.numel(), call.result
+            if not torch.equal(moved, order[..., None, None] * inside.numel() + inside):
                 return None
-            order, scores = turned[0][..., 0, 0], call.result
             continue
         added = next(ref for ref in call.refs() if ref != scores)
         bias = _bias(added, order.shape, queries, keys) if added.dtype == torch.float32 else None
@@ -440,7 +441,7 @@ def _biases(later: list[Call], product: Call, problems: torch.Size, queries: int
         rows[order.flatten()] = bias.rows.flatten()
         biases.append(_Bias(added, rows))
         scores = call.result
-    return biases
+    return biases if torch.equal(order.flatten(), torch.arange(problems.numel())) else None
 
 
 def replayed(call: Call, operand: Tensor) -> list[Tensor]:
@@ -463,8 +464,8 @@ def _inverse(result: Ref, chain: list[Call]) -> Tensor | None:
 
 
 def _places(index: Tensor | None, shape: Sequence[int]) -> tuple[Tensor, Tensor, bool] | None:
-    """The pixels of each problem's tokens, its first channel, and whether channels are axis 1 of a tensor of that shape,
-    whose numbers (..., tokens, features) are; None where a head is no range of features."""
+    """The pixels of each problem's tokens, its first channel, and whether channels are axis 1 of a tensor of that shape
+    whose numbers (..., tokens, features) are. None where a head is no range of features."""
     if index is None:
         return None
     index = index.flatten(0, -3)

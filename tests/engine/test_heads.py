@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lipfast
-from lipfast.engine.capture import call_with, record
+from lipfast.engine.capture import call_with, record, run_call
+from lipfast.engine.heads import attention
 from lipfast.engine.lower import Segment, lower
+from lipfast.engine.patterns import gather_patterns
 from lipfast.ops.lanes import LANES
 
 # What torch does in between is said once more where it is not what is tested.
@@ -266,6 +268,10 @@ def test_other_attention_of_maps_stays_right(compare_accelerated, attend):
         lambda q, k, v: torch.einsum("bhxd,bgyd->bhxy", q, k).softmax(-1) @ v,
         lambda q, k, v: (q @ k.transpose(-2, -1)).softmax(-1) @ (v * 3),
         lambda q, k, v: ((q @ k.transpose(-2, -1)).softmax(-1) * 2) @ v,
+        lambda q, k, v: (q @ k.transpose(-2, -1)).transpose(2, 3).softmax(-1) @ v,
+        lambda q, k, v: (q @ k.transpose(-2, -1)).roll(1, -1).softmax(-1) @ v,
+        lambda q, k, v: (q @ k.transpose(-2, -1)).flip(1).softmax(-1) @ v,
+        lambda q, k, v: (q @ k.transpose(-2, -1) + q @ v.mT).softmax(-1) @ v,
     ],
 )
 def test_other_spellings_stay_right(attend):
@@ -359,6 +365,40 @@ def test_windows_are_read_where_they_lie(compare, pictures, height, width, side)
     x = torch.randn(pictures, height, width, 16)
     assert kinds(module, x) == [["conv", "attention", "conv"]]
     compare(module, x, masks_of(module))
+
+
+@pytest.mark.parametrize("bias", _BIASES)
+def test_what_the_operator_means(bias):
+    """The recording, run with the operator's definition."""
+    module, x = Biased(_BIASES[bias]), torch.randn(4, 7, 24)
+    leaves = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    recording = record(lambda leaves, x: call_with(module, leaves, (x,)), [x], leaves)
+    gather_patterns(recording)
+    assert attention in [call.function for call in recording.calls]
+    known = {number: leaves[name] for number, name in recording.leaves.items()}
+    known |= {recording.inputs[0].number: x, **recording.constants}
+    for call in recording.calls:
+        run_call(call, known, x.device)
+    assert torch.allclose(known[recording.result.number], module(x), atol=1e-5)
+
+
+class BiasOfLanes(nn.Module):
+    """Scores' bias is all that comes from lanes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Conv2d(2, 3, 1), nn.Conv2d(3, 5, 1)
+        for layer in (self.first, self.out):
+            layer.weight.data *= torch.arange(layer.weight.numel()).view_as(layer.weight) % 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x[:, :1].expand(-1, 3, -1, -1)
+        return self.out(F.scaled_dot_product_attention(q, q, q, self.first(x)))
+
+
+@partly
+def test_a_bias_from_lanes_of_attention_that_is_not(compare_accelerated):
+    compare_accelerated(BiasOfLanes(), torch.randn(2, 2, 8, 8))
 
 
 def test_attention_that_is_not_in_lanes_keeps_its_calls():
