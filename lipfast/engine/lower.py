@@ -189,9 +189,7 @@ class _Builder:
         self._made: dict[int, Ref] = {}  # tensors that calls of this segment made
         self._last: set[int] = set()  # tensors that are maps with the channels behind, (..., channels)
         self._orders: dict[int, Tensor] = {}  # of such tensors and rows of features: the pixel of each row, if moved
-        self._scattered: dict[
-            int, tuple[int, Tensor]
-        ] = {}  # tensors in no such form: a value and the places of its numbers
+        self._scattered: dict[int, tuple[int, Tensor]] = {}  # tensors in no such form: a value, their places in it
         self._movers: dict[int, Call] = {}  # what made those of both kinds, where it only moved numbers
         self._permuted: set[int] = set()  # maps whose axes were permuted last, so that their memory was not
         self._inputs: list[Ref] = []
@@ -428,6 +426,13 @@ class _Builder:
     def has_features_last(self, tensor: Any) -> bool:
         """Whether a tensor of this segment is a map with the channels behind."""
         return isinstance(tensor, Ref) and tensor.number in self._last
+
+    def is_map_behind(self, tensor: Any) -> bool:
+        """Whether a tensor of this segment is all of a map, (n, height, width, channels)."""
+        if not self.has_features_last(tensor):
+            return False
+        n, channels, height, width = self.graph.shapes[self._values[tensor.number]]
+        return bool(tensor.shape == (n, height, width, channels))
 
     def flattened(self, tensor: Any) -> int:
         """The value of a 4-D float32 tensor whose items are flattened. One from outside comes in as rows of features,
@@ -1074,7 +1079,7 @@ def _between(positions: Tensor, side: int) -> Taps:
 def _pad(b: _Builder, input: Any, pad: Any, mode: str = "constant", value: float | None = None) -> int:
     if not any(pad):
         return b.any(input)
-    behind = b.has_features_last(input) and len(input.shape) == 4 and tuple(pad[:2]) == (0, 0)
+    behind = b.is_map_behind(input) and tuple(pad[:2]) == (0, 0)
     whole = b.rows(input) if behind else b.map(input)
     pad = pad[2:] if behind else pad
     n, c, height, width = b.graph.shapes[whole]
@@ -1108,7 +1113,7 @@ def _getitem(b: _Builder, input: Any, index: Any) -> int:
     entries = list(index) if isinstance(index, tuple) else [index]
     if isinstance(input, Ref) and len(input.shape) == 2 and entries in ([_ALL, _ALL, None, None], [..., None, None]):
         return _unsqueeze(b, input, -1)
-    behind = b.has_features_last(input) and len(input.shape) == 4
+    behind = b.is_map_behind(input)
     whole = b.rows(input) if behind else b.map(input)
     shape = b.graph.shapes[whole]
     if Ellipsis in entries:
