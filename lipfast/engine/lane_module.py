@@ -529,8 +529,8 @@ class _ComputedOnce:
         first = {id(call) for call in lowered.of_parameters}
         exposed = {ref.number for ref in refs_in(lowered.recording.result)}
         for item in items:
-            reads = isinstance(item, Call) and item.function in _MAKE_NEW and "out" not in item.kwargs
-            if isinstance(item, Call) and id(item) not in first and not reads:
+            makes_new = isinstance(item, Call) and item.function in _MAKE_NEW and "out" not in item.kwargs
+            if isinstance(item, Call) and id(item) not in first and not makes_new:
                 exposed.update(ref.number for ref in item.refs())
         kept: set[int] = set()
         for call in reversed(lowered.of_parameters):  # what is made of an exposed tensor's memory may be that memory

@@ -186,8 +186,22 @@ def test_changed_weights_are_seen(change, options):
         assert close(fast(x), model(x))
 
 
-def test_contents_sees_writes_through_pointers_to_dense_weights():
-    model = small().eval()
+class Centred(nn.Module):
+    """Its last weight is computed, from a parameter alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.weight = small(), nn.Parameter(torch.randn(4, 5, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return nn.functional.conv2d(x, self.weight[:, : x.shape[1]] - self.weight.mean((1, 2, 3), keepdim=True))
+
+
+@pytest.mark.filterwarnings("ignore:lipfast:UserWarning")
+@pytest.mark.parametrize("build", [small, Centred])
+def test_contents_sees_writes_through_pointers_to_dense_weights(build):
+    model = build().eval()
     pointers = [parameter.data_ptr() for parameter in model.parameters()]
     fast, x = compiled(model, {"changes": "contents"}), torch.randn(1, 3, 16, 16)
     with torch.no_grad():
