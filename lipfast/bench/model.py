@@ -84,7 +84,7 @@ def cases(size: Size) -> list[Case]:
             ("NAFNet", lambda: NAFNet(8, (1, 1)), (1, 3, 16, 24)),
             ("Swin-T", lambda: SwinTiny(12, (2, 1), 3, 8, 4), (2, 3, 32, 32)),
             ("ConvNeXt V2-T", lambda: ConvNeXtTiny(8, (1, 1, 1, 1), True), (2, 3, 64, 64)),
-            ("Attention U-Net", lambda: UNet(4, gated=True), (1, 3, 16, 24)),
+            ("Attention U-Net", lambda: UNet(16, gated=True), (1, 3, 16, 24)),
         ]
         trained = [
             ("LeNet-5", LeNet5, (4, 1, 28, 28)),
@@ -96,7 +96,7 @@ def cases(size: Size) -> list[Case]:
             ("NAFNet", lambda: NAFNet(8, (1, 1)), (1, 3, 16, 24)),
             ("Swin-T", lambda: SwinTiny(12, (2, 1), 3, 8, 4), (2, 3, 32, 32)),
             ("ConvNeXt V2-T", lambda: ConvNeXtTiny(8, (1, 1, 1, 1), True), (2, 3, 64, 64)),
-            ("Attention U-Net", lambda: UNet(4, gated=True), (1, 3, 16, 24)),
+            ("Attention U-Net", lambda: UNet(16, gated=True), (1, 3, 16, 24)),
         ]
     doors: dict[str, Door] = {"accelerate": accelerate, "torch.compile": _compile}
     inference = [
