@@ -123,6 +123,7 @@ def _case(op: str, name: str, shape: tuple[int, ...], setup: Callable[[], Timed]
 
 
 def _compile(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    torch._dynamo.reset()  # it compiles one function for so many modules only
     # By function, so that the benchmark runs from a source tree, where there are no entry points.
     compiled: Callable[[Tensor], Tensor] = torch.compile(model, backend=dynamo.lipfast)
     return compiled

@@ -176,10 +176,10 @@ class AttentionFinder:
             if product:
                 break
             biased = [r for r in call.refs() if r != ref and len(r.shape) >= 2]
-            if call.function in _ADD and len(biased) == 2 and not call.kwargs:
+            if call.function in _ADD and len(biased) == 2 and not call.kwargs and scale == 1:  # else scaled, too
                 later.append(call)
                 ref = next((r for r in biased if self._leads_to_product(r)), biased[0])
-            elif (factor := _factor(call)) is not None and not later:
+            elif (factor := _factor(call)) is not None:
                 scale *= factor
                 ref = call.refs()[0]
             elif call.function in REARRANGE and len(call.refs()) == len(call.results()) == 1:

@@ -309,6 +309,7 @@ def _windows(m: Biased, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 _BIASES = {
     "one": lambda m, q, k, v: (q @ k.transpose(-2, -1) + m.scores).softmax(-1) @ v,
+    "scaled before": lambda m, q, k, v: (m.of_table() + (q @ k.transpose(-2, -1)) / 3).softmax(-1) @ v,
     "heads": lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, m.of_table()),
     "windows": _windows,
     "pictures": lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, m.mask.repeat(2, 1, 1, 1)),
@@ -316,6 +317,25 @@ _BIASES = {
     "allowed": lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, m.allowed),
     "causal": lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
 }
+
+
+@partly
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda m, q, k, v: ((q @ k.mT + m.scores) * 0.3).softmax(-1) @ v,
+        lambda m, q, k, v: torch.add(q @ k.mT, m.scores, alpha=2).softmax(-1) @ v,
+        lambda m, q, k, v: (q @ k.mT + m.scores[:1]).softmax(-1) @ v,
+        lambda m, q, k, v: (q @ k.mT - m.scores).softmax(-1) @ v,
+        lambda m, q, k, v: (q @ k.mT + m.scores + 1).softmax(-1) @ v,
+        lambda m, q, k, v: (q @ k.mT)[..., :5].softmax(-1) @ v[..., :5, :],
+    ],
+)
+def test_other_biases_stay_right(compare_accelerated, attend):
+    module = Biased(attend)
+    for layer in (module.joined, module.out):
+        prune(layer)
+    compare_accelerated(module, torch.randn(4, 7, 24))
 
 
 @pytest.mark.parametrize("bias", _BIASES)
