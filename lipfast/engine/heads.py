@@ -179,10 +179,8 @@ class AttentionFinder:
             if call.function in _ADD and len(biased) == 2 and not call.kwargs and scale == 1:  # else scaled, too
                 later.append(call)
                 ref = next((r for r in biased if self._leads_to_product(r)), biased[0])
-            elif (factor := _factor(call)) is not None:
-                scale *= factor
-                ref = call.refs()[0]
-            elif call.function in REARRANGE and len(call.refs()) == len(call.results()) == 1:
+            elif (factor := _factor(call)) is not None or _moves_one(call):
+                scale *= 1.0 if factor is None else factor
                 later.append(call)
                 ref = call.refs()[0]
             else:
@@ -265,10 +263,9 @@ class AttentionFinder:
     def _only_reader(self, ref: Any) -> Call | None:
         """The rearrangement that reads a tensor, where nothing else does."""
         readers = self._read.get(ref.number, []) if isinstance(ref, Ref) else []
-        if len(readers) != 1 or ref.number in self._returned or readers[0].function not in REARRANGE:
+        if len(readers) != 1 or ref.number in self._returned or not _moves_one(readers[0]):
             return None
-        alone = isinstance(readers[0].result, Ref) and len(readers[0].refs()) == 1
-        return readers[0] if alone and len(readers[0].result.shape) > 1 else None
+        return readers[0] if isinstance(readers[0].result, Ref) and len(readers[0].result.shape) > 1 else None
 
     def _found(self, core: "_Core", last: Call, inner: list[Call], heads: Heads) -> "Found":
         """With the calls that prepare biases."""
@@ -425,6 +422,9 @@ def _biases(later: list[Call], product: Call, problems: torch.Size, queries: int
     scores = product.result
     biases: list[_Bias] = []
     for call in reversed(later):
+        if _factor(call) is not None:
+            scores = call.result
+            continue
         if call.function in REARRANGE:
             (moved,) = replayed(call, order[..., None, None] * inside.numel() + inside)
             if moved.shape[-2:] != inside.shape or moved.numel() != _count(scores):
@@ -485,9 +485,14 @@ def _ranges(index: Tensor, width: int, of_map: bool = False) -> tuple[Tensor, Te
     return (first // width, channels, of_map) if ranges and together else None
 
 
+def _moves_one(call: Call) -> bool:
+    """Whether a call makes one tensor of the numbers of one."""
+    return call.function in REARRANGE and len(call.refs()) == len(call.results()) == 1
+
+
 def _swaps_last(call: Call) -> bool:
     """Whether a call swaps the last two axes of a tensor, and does nothing else."""
-    if call.function not in REARRANGE or len(call.refs()) != 1 or len(call.results()) != 1:
+    if not _moves_one(call):
         return False
     before = torch.arange(_count(call.refs()[0])).view(call.refs()[0].shape)
     return torch.equal(replayed(call, before)[0], before.transpose(-1, -2))

@@ -361,20 +361,22 @@ class _Builder:
         another order."""
         outputs: dict[int, Ref] = {}
         after: dict[int, Call] = {}
-        for ref in wanted:
-            missing = [ref]
-            while missing:
-                one = missing.pop()
-                mover = self._movers.get(one.number)
-                if mover is not None:
-                    after[id(mover)] = mover
-                    missing += [of for of in mover.refs() if self.makes(of)]
-                elif one.number in self._orders:
-                    base, call = self._in_order(one)
-                    outputs[base.number] = base
-                    after[id(call)] = call
-                else:
-                    outputs[one.number] = one
+        missing, seen = list(wanted), set[int]()
+        while missing:
+            one = missing.pop(0)
+            if one.number in seen:
+                continue
+            seen.add(one.number)
+            mover = self._movers.get(one.number)
+            if mover is not None:
+                after[id(mover)] = mover
+                missing += [of for of in mover.refs() if self.makes(of)]
+            elif one.number in self._orders:
+                base, call = self._in_order(one)
+                outputs[base.number] = base
+                after[id(call)] = call
+            else:
+                outputs[one.number] = one
         positions = {id(call): place for place, call in enumerate(self._calls)}
         return list(outputs.values()), sorted(after.values(), key=lambda call: positions.get(id(call), -1))
 

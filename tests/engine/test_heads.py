@@ -310,6 +310,7 @@ def _windows(m: Biased, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 _BIASES = {
     "one": lambda m, q, k, v: (q @ k.transpose(-2, -1) + m.scores).softmax(-1) @ v,
     "scaled before": lambda m, q, k, v: (m.of_table() + (q @ k.transpose(-2, -1)) / 3).softmax(-1) @ v,
+    "scaled first": lambda m, q, k, v: ((q @ k.transpose(-2, -1)) * 3 + m.of_table()).softmax(-1) @ v,
     "heads": lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, m.of_table()),
     "windows": _windows,
     "pictures": lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, m.mask.repeat(2, 1, 1, 1)),

@@ -134,3 +134,13 @@ def test_a_layer_on_some_tokens_runs_in_lanes():
     """As classifiers read one of them: in a segment behind the call that picks it."""
     module = Network(lambda m, x: m.mix(m.mix(x.flatten(2).transpose(1, 2))[:, 0]))
     assert items_of(module, torch.randn(2, 3, 4, 6)) == [["conv", *MIX], "TensorBase.__getitem__", MIX]
+
+
+def test_rows_are_put_in_order_once():
+    def read_often(m: Network, x: Tensor) -> list[Tensor]:
+        y = m.mix(grouped(x))
+        return [y.sum(1), y.amax(1), y.view(2, -1, WIDTH).sum(1), y]
+
+    names = items_of(Network(read_often), torch.randn(2, 3, 4, 6))
+    assert names.count("_rows_in_order") == 1
+    assert names.count("TensorBase.view") == 1
