@@ -21,9 +21,9 @@ from lipfast.engine.graph import Heads
 _SDPA = F.scaled_dot_product_attention
 _MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
-_MULTIPLY = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-_DIVIDE = (torch.div, Tensor.div, Tensor.__truediv__)
-_ADD = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+MULTIPLY = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+DIVIDE = (torch.div, Tensor.div, Tensor.__truediv__)
+ADD = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 _OF_BOTH = (
     "chunk", "clone", "flatten", "flip", "movedim", "narrow", "permute", "reshape", "roll", "select", "split",
     "squeeze", "swapaxes", "transpose", "unbind", "unflatten", "unsqueeze",
@@ -176,7 +176,7 @@ class AttentionFinder:
             if product:
                 break
             biased = [r for r in call.refs() if r != ref and len(r.shape) >= 2]
-            if call.function in _ADD and len(biased) == 2 and not call.kwargs and scale == 1:  # else scaled, too
+            if call.function in ADD and len(biased) == 2 and not call.kwargs and scale == 1:  # else scaled, too
                 later.append(call)
                 ref = next((r for r in biased if self._leads_to_product(r)), biased[0])
             elif (factor := _factor(call)) is not None or _moves_one(call):
@@ -196,7 +196,7 @@ class AttentionFinder:
     def _leads_to_product(self, ref: Ref) -> bool:
         """Whether scores come from there: a bias is a parameter's, or another tensor from outside."""
         call = self._makers.get(ref.number)
-        while call is not None and (call.function in (*REARRANGE, *_ADD, *_SCALES)):
+        while call is not None and (call.function in (*REARRANGE, *ADD, *_SCALES)):
             if _product(call):
                 break
             call = self._makers.get(call.refs()[0].number) if call.refs() else None
@@ -306,7 +306,8 @@ class AttentionFinder:
 
 @dataclasses.dataclass
 class Found:
-    """Attention: the call that ends it, what takes its place, calls before that, and those that may not be needed."""
+    """An operator that calls spell out: the last of them, what takes its place, calls before that, and the others, that
+    may not be needed any more."""
 
     last: Call
     call: Call
@@ -357,7 +358,7 @@ class _Product:
     turned: bool
 
 
-_SCALES = (*_MULTIPLY, *_DIVIDE)
+_SCALES = (*MULTIPLY, *DIVIDE)
 
 
 def _count(ref: Ref) -> int:
@@ -369,7 +370,7 @@ def _factor(call: Call) -> float | None:
     numbers = [arg for arg in call.args if isinstance(arg, (int, float)) and not isinstance(arg, bool)]
     if call.function not in _SCALES or len(numbers) != 1 or len(call.args) != 2 or len(call.refs()) != 1 or call.kwargs:
         return None
-    if call.function in _DIVIDE:
+    if call.function in DIVIDE:
         return 1.0 / numbers[0] if isinstance(call.args[0], Ref) and numbers[0] else None
     return float(numbers[0])
 

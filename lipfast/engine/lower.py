@@ -16,9 +16,8 @@ from torch import Tensor
 
 from lipfast.engine.capture import Call, Recording, Ref, pair, refs_in
 from lipfast.engine.graph import CONV_KINDS, Graph, Heads, Node, Taps, consecutive
-from lipfast.engine.heads import REARRANGE, attention, replayed
+from lipfast.engine.heads import MULTIPLY, REARRANGE, attention, replayed
 from lipfast.engine.patterns import (
-    MULTIPLY,
     channel_norm,
     gather_patterns,
     is_pure,

@@ -12,11 +12,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lipfast.engine.capture import Call, Recording, Ref, refs_in, without_unread
-from lipfast.engine.heads import AttentionFinder, Found, added_rows, bias_rows, causal
+from lipfast.engine.heads import ADD, DIVIDE, MULTIPLY, AttentionFinder, Found, added_rows, bias_rows, causal
 
-MULTIPLY = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-_DIVIDE = (torch.div, Tensor.div, Tensor.__truediv__)
-_ADD = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 _ROOT = (torch.sqrt, Tensor.sqrt)
 _INVERSE_ROOT = (torch.rsqrt, Tensor.rsqrt)
 _MEAN = (torch.mean, Tensor.mean)
@@ -247,7 +244,7 @@ class _Finder:
     def response(self, call: Call) -> _Found:
         """The factor of a global response norm, which ends in ``call``."""
         refs = call.refs()
-        total = self._maker(refs[1], _ADD) if call.function in _DIVIDE and len(refs) == 2 == len(call.args) else None
+        total = self._maker(refs[1], ADD) if call.function in DIVIDE and len(refs) == 2 == len(call.args) else None
         numbers = [arg for arg in total.args if isinstance(arg, (int, float))] if total and not total.kwargs else []
         mean = self._maker(total.refs()[0], _MEAN) if total and len(numbers) == len(total.refs()) == 1 else None
         norm = self._maker(refs[0], _NORM) if mean and mean.refs() == refs[:1] else None
@@ -273,13 +270,13 @@ class _Finder:
     def _over_roots(self, call: Call) -> Iterator[tuple[Ref, float, Call, list[Call]]]:
         """For ``a / sqrt(b + epsilon)``, or a product with the inverse root: a, epsilon, what made b, and all inner
         calls."""
-        roots = {**dict.fromkeys(MULTIPLY, _INVERSE_ROOT), **dict.fromkeys(_DIVIDE, _ROOT)}
+        roots = {**dict.fromkeys(MULTIPLY, _INVERSE_ROOT), **dict.fromkeys(DIVIDE, _ROOT)}
         refs = call.refs()
         if call.function not in roots or len(refs) != 2:
             return
         for a, scale in [refs, refs[::-1]] if call.function in MULTIPLY else [refs]:
             root = self._maker(scale, roots[call.function])
-            total = self._maker(root.refs()[0], _ADD) if root else None
+            total = self._maker(root.refs()[0], ADD) if root else None
             mean = self._maker(total.refs()[0], (*_MEAN, *_VARIANCE)) if total and len(total.refs()) == 1 else None
             numbers = [arg for arg in total.args if not isinstance(arg, Ref)] if total else []
             plain = len(numbers) == 1 and isinstance(numbers[0], (int, float)) and total and not total.kwargs

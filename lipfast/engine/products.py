@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lipfast.engine.capture import Call, Recording, Ref, refs_in
+from lipfast.engine.heads import MULTIPLY
 from lipfast.engine.lower import Lowered, Segment
-from lipfast.engine.patterns import MULTIPLY
 
 _WEIGHTED = (torch.conv2d, torch.conv_transpose2d, F.linear, torch._C._nn.linear)
 
