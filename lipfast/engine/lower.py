@@ -148,7 +148,7 @@ def _last_uses(recording: Recording) -> dict[int, int]:
     """Number -> position of the last call that reads it; the module's result counts as one more call."""
     uses: dict[int, int] = {}
     for position, call in enumerate(recording.calls):
-        uses.update({ref.number: position for part in (call, *call.spelled) for ref in part.refs()})
+        uses.update({ref.number: position for ref in call.refs()})
     uses.update((ref.number, len(recording.calls)) for ref in refs_in(recording.result))
     return uses
 

@@ -388,6 +388,27 @@ def test_windows_are_read_where_they_lie(compare, pictures, height, width, side)
     compare(module, x, masks_of(module))
 
 
+class LayersOfWindows(Windows):
+    """The same with all layers on windows, so that their rows lie in another order than those of the map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, h, w, c = x.shape
+        s, at = self.side, (n, h // self.side, self.side, w // self.side, self.side, c)
+        y = torch.roll(F.relu(self.out(x)), (-1, -1), (1, 2)).view(at).permute(0, 1, 3, 2, 4, 5).reshape(-1, s * s, c)
+        q, k, v = self.joined(y).view(-1, s * s, 3, 2, c // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        y = self.out((q @ k.transpose(-2, -1)).softmax(-1).matmul(v).transpose(1, 2).reshape(-1, s * s, c))
+        y = y.view(n, h // s, w // s, s, s, c).permute(0, 1, 3, 2, 4, 5).reshape(n, h, w, c)
+        return x + torch.roll(y, (1, 1), (1, 2))
+
+
+@pytest.mark.parametrize(("pictures", "height", "width", "side"), [(1, 4, 6, 2), (3, 6, 3, 3), (2, 10, 15, 5)])
+def test_layers_of_windows(compare_accelerated, pictures, height, width, side):
+    module, x = LayersOfWindows(side), torch.randn(pictures, height, width, 16)
+    prune(module)
+    assert kinds(module, x) == [["conv", "act", "conv", "attention", "conv", "combine"]]
+    compare_accelerated(module, x)
+
+
 @pytest.mark.parametrize("bias", _BIASES)
 def test_what_the_operator_means(bias):
     """The recording, run with the operator's definition."""
