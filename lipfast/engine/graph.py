@@ -152,8 +152,15 @@ class Heads:
         order[rows] = pixels.long().flatten()
         return order if torch.equal(order[rows], pixels.long().flatten()) else None
 
+    def _features_of(self, which: int) -> set[int]:
+        """The features, of the rows that an operand lies in, which some head takes."""
+        firsts = set(self.channels[which].tolist())
+        return {first + feature for first in firsts for feature in range(self.features)}
+
     def overlap(self, one: int, other: int, width: int) -> bool:
         """Whether two operands, both in the same rows, share some of their numbers without being the same."""
+        if self._features_of(one).isdisjoint(self._features_of(other)):
+            return False
         if self.pixels[one].shape == self.pixels[other].shape:
             same = torch.equal(self.pixels[one], self.pixels[other])
             if same and torch.equal(self.channels[one], self.channels[other]):

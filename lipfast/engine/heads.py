@@ -75,7 +75,7 @@ def added_rows(rows: tuple[Tensor, ...], *biases: Tensor) -> Tensor:
 
 def causal(queries: int, keys: int) -> Tensor:
     """The scores' bias of queries that see no later token."""
-    return torch.full((queries, keys), -torch.inf).triu(1)
+    return torch.full((queries, keys), -torch.inf, device="cpu").triu(1)
 
 
 class AttentionFinder:
@@ -220,7 +220,7 @@ class AttentionFinder:
             ref = of
         if ref.dtype != torch.float32 or len(ref.shape) < 2 or 0 in ref.shape:
             return None
-        index = torch.arange(_count(ref), dtype=torch.int32).view(ref.shape)
+        index = numbered(_count(ref)).view(ref.shape)
         for call, result in reversed(chain):
             if call.function not in _SCALES:
                 index = replayed(call, index)[[made.number for made in call.results()].index(result.number)]
@@ -361,6 +361,12 @@ class _Product:
 _SCALES = (*MULTIPLY, *DIVIDE)
 
 
+@functools.lru_cache(maxsize=4)
+def numbered(count: int) -> Tensor:
+    """The numbers from 0 on, to be read only: making them takes longer than looking at them."""
+    return torch.arange(count, dtype=torch.int32, device="cpu")
+
+
 def _count(ref: Ref) -> int:
     return int(torch.Size(ref.shape).numel())
 
@@ -454,13 +460,13 @@ def replayed(call: Call, operand: Tensor) -> list[Tensor]:
 
 def _inverse(result: Ref, chain: list[Call]) -> Tensor | None:
     """Where calls put the numbers of a tensor; None where they leave some out."""
-    moved = torch.arange(_count(result), dtype=torch.int32).view(result.shape)
+    moved = numbered(_count(result)).view(result.shape)
     for call in chain:
         moved = replayed(call, moved)[0]
     if moved.numel() != _count(result):
         return None
     places = torch.empty(moved.numel(), dtype=torch.int32)
-    places[moved.flatten().long()] = torch.arange(moved.numel(), dtype=torch.int32)
+    places[moved.flatten().long()] = numbered(moved.numel())
     return places.view(result.shape)
 
 
@@ -495,5 +501,5 @@ def _swaps_last(call: Call) -> bool:
     """Whether a call swaps the last two axes of a tensor, and does nothing else."""
     if not _moves_one(call):
         return False
-    before = torch.arange(_count(call.refs()[0])).view(call.refs()[0].shape)
+    before = numbered(_count(call.refs()[0])).view(call.refs()[0].shape)
     return torch.equal(replayed(call, before)[0], before.transpose(-1, -2))

@@ -5,6 +5,7 @@ segments. Each handler below has the signature of the torch function it stands f
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lipfast.engine.capture import Call, Recording, Ref, pair, refs_in
 from lipfast.engine.graph import CONV_KINDS, Graph, Heads, Node, Taps, consecutive
-from lipfast.engine.heads import MULTIPLY, REARRANGE, attention, replayed
+from lipfast.engine.heads import MULTIPLY, REARRANGE, attention, numbered, replayed
 from lipfast.engine.patterns import (
     channel_norm,
     gather_patterns,
@@ -84,10 +85,16 @@ def lower(recording: Recording, masks: Mapping[str, Tensor] | None = None, input
         inputs: leaves that are neither parameters nor buffers.
     """
 
+    @functools.cache
     def kept(weight: Ref) -> int:
         mask = (masks or {}).get(recording.leaves.get(weight.number, ""))
         return math.prod(weight.shape) if mask is None else int(mask.count_nonzero())
 
+    with torch.device("cpu"):  # places are worked out with tensors, whatever torch's default device is
+        return _lower(recording, kept, inputs)
+
+
+def _lower(recording: Recording, kept: Callable[[Ref], int], inputs: Container[str]) -> Lowered:
     gather_patterns(recording)
     of_parameters = weights_first(recording, inputs)
     last_use = _last_uses(recording)
@@ -288,7 +295,7 @@ class _Builder:
             return None
         value = self._values[tensor.number]
         n, channels, height, width = self.graph.shapes[value]
-        places = torch.arange(n * channels * height * width, dtype=torch.int32).view(-1, channels)
+        places = numbered(n * channels * height * width).view(-1, channels)
         if tensor.number in self._orders:
             places = places[self._orders[tensor.number]]
         if value in self.graph.rows or tensor.number in self._last:
@@ -302,7 +309,7 @@ class _Builder:
         pixels, rows = n * height * width, value in self.graph.rows
         if places.numel() != pixels * channels:
             return None
-        whole = torch.arange(pixels * channels, dtype=torch.int32).view(n, height, width, channels).permute(0, 3, 1, 2)
+        whole = numbered(pixels * channels).view(n, height, width, channels).permute(0, 3, 1, 2)
         if not rows and torch.equal(places, whole):
             return False, None
         first = places[..., 0].reshape(-1)

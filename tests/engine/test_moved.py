@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lipfast
 from lipfast.engine.capture import call_with, record
 from lipfast.engine.lower import Segment, lower
 
@@ -144,3 +145,10 @@ def test_rows_are_put_in_order_once():
     names = items_of(Network(read_often), torch.randn(2, 3, 4, 6))
     assert names.count("_rows_in_order") == 1
     assert names.count("TensorBase.view") == 1
+
+
+def test_places_are_found_on_the_cpu_whatever_the_default_device_is():
+    module, x = Network(windows), torch.randn(2, 3, 4, 6)
+    expected, fast = module(x), lipfast.accelerate(module)
+    with torch.device("meta"):
+        assert torch.allclose(fast(x), expected, atol=1e-5)
