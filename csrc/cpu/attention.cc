@@ -17,7 +17,6 @@ constexpr int kAcross = kRegisters >= 32 ? 2 : 1;  // vectors of tokens that are
 constexpr int kRows = kRegisters >= 32 ? 8 : 6;    // numbers that each of them is multiplied by
 constexpr int64_t kWide = int64_t{kAcross} * kLanes;
 
-int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t Padded(int64_t tokens) { return (tokens + kWide - 1) / kWide * kWide; }
 
 // Of sums of numbers times vectors, the numbers: that of row r and term t is data[t * apart + r].

@@ -12,8 +12,6 @@ constexpr int kPiece = 4;       // vectors of a row that go together
 constexpr int64_t kFlush = 64;  // channels summed up before they join the total: bounds the rounding error
 constexpr int64_t kVector = kLanes;
 
-static inline int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
-
 static inline int64_t PiecesOfRow(const LaneMap& m) { return (m.block_w + kPiece - 1) / kPiece; }
 static inline int64_t Pieces(const LaneMap& m) { return m.batch * m.block_h * PiecesOfRow(m); }
 

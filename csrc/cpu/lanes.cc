@@ -12,8 +12,6 @@ namespace lipfast {
 namespace LIPFAST_NS {
 namespace {
 
-int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
-
 constexpr int64_t kColsAtOnce = 16;  // of tensors whose pixels are contiguous
 
 struct alignas(64) Vector {

@@ -70,6 +70,8 @@ struct LaneMap {
   bool whole() const { return grid * block_h == height && grid * block_w == width; }  // no dead pixels
 };
 
+static inline int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Where a lane lies: in which picture of its sheet, and in which of its blocks.
 struct LanePlace {
   int8_t picture, row, col;

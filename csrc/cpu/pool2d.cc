@@ -12,8 +12,6 @@ namespace lipfast {
 namespace LIPFAST_NS {
 namespace {
 
-int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // The larger, NaN if either is NaN.
 V Larger(V a, V b) {
   const V half = Set(0.5f);  // Max returns its second operand where either is NaN

@@ -24,7 +24,6 @@ constexpr int64_t kSkew = 5 * kLanes;  // floats between frequencies, so that th
 // Output channels multiplied before their inverse transform.
 constexpr int64_t kOutChannels = (kRegisters >= 32 ? 11 : 22) * kRows;
 
-int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 int64_t CommonDivisor(int64_t a, int64_t b) { return b ? CommonDivisor(b, a % b) : a; }

@@ -394,15 +394,14 @@ struct Program::AttentionLists {
   ProblemRuns runs;
   std::vector<ScoreBias> biases;
   std::vector<std::vector<int64_t>> places;
+  std::vector<int32_t> learned;  // rows of the bias whose gradient is wanted
 
-  AttentionLists(const AttentionForm& given, const LaneMap& query, float* values, float* gradients) : form(given) {
-    std::vector<int32_t> shared;
+  AttentionLists(const AttentionForm& given, float* values, float* gradients) : form(given) {
     for (const BiasPlace& bias : form.biases) {
       const bool wanted = gradients && bias.trained;
-      if (wanted) shared = bias.rows;
+      if (wanted) learned = bias.rows;
       biases.push_back({values + bias.start, bias.rows.data(), bias.count, wanted ? gradients + bias.start : nullptr});
     }
-    runs = RunsOf(form.problems, shared, PlacesIn(query, form.places[0]));
     places.reserve(7);
   }
 
@@ -415,12 +414,13 @@ struct Program::AttentionLists {
   // Heads in a map, as the queries (0), keys (1), values (2) or the result (3) have them.
   HeadMap In(const LaneMap& map, int which) {
     places.push_back(PlacesIn(map, form.places[which]));
+    if (places.size() == 1) runs = RunsOf(form.problems, learned, places.front());  // queries come first
     return {map, places.back().data()};
   }
 };
 
 void Program::Attention(int query, int key, int value, int seen, const AttentionForm& form) {
-  const auto lists = std::make_shared<AttentionLists>(form, maps_[query], values(), nullptr);
+  const auto lists = std::make_shared<AttentionLists>(form, values(), nullptr);
   const HeadMap q = lists->In(maps_[query], 0), k = lists->In(maps_[key], 1), v = lists->In(maps_[value], 2);
   const HeadMap y = lists->In(maps_[seen], 3);
   scratch_floats_ = std::max(scratch_floats_, Kernels<AttentionKernels>().floats(lists->Spec(), false));
@@ -431,7 +431,7 @@ void Program::Attention(int query, int key, int value, int seen, const Attention
 
 void Program::AttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue,
                                 const AttentionForm& form) {
-  const auto lists = std::make_shared<AttentionLists>(form, maps_[query], values(), gradients());
+  const auto lists = std::make_shared<AttentionLists>(form, values(), gradients());
   const auto wanted = [&](int map, int which) { return map < 0 ? HeadMap{} : lists->In(maps_[map], which); };
   const HeadMap q = lists->In(maps_[query], 0), k = lists->In(maps_[key], 1), v = lists->In(maps_[value], 2);
   const HeadMap gradient = lists->In(maps_[dy], 3), dq = wanted(dquery, 0), dk = wanted(dkey, 1),

@@ -160,8 +160,7 @@ class _PixelLayers(nn.Module):
     def __init__(self, width: int, responses: bool) -> None:
         super().__init__()
         self.window = nn.Conv2d(width, width, 7, padding=3, groups=width)
-        act = [nn.GELU(), _ResponseNorm(4 * width)] if responses else [nn.GELU()]
-        self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), *act, nn.Linear(4 * width, width))
+        self.layers = _widened(width, *([_ResponseNorm(4 * width)] if responses else []))
         self.scale = nn.Parameter(torch.full((width, 1, 1), 0.1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -297,9 +296,7 @@ class _WindowEncoder(nn.Module):
     def __init__(self, width: int, heads: int, places: int, side: int, shift: int) -> None:
         super().__init__()
         self.attention = nn.Sequential(nn.LayerNorm(width), _WindowAttention(width, heads, places, side, shift))
-        self.layers = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+        self.layers = _widened(width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(x)
@@ -473,6 +470,12 @@ def _layer(
     conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
     norm = nn.BatchNorm2d(c_out) if normed is None else nn.GroupNorm(normed, c_out)
     return nn.Sequential(conv, norm, act())
+
+
+def _widened(width: int, *inner: nn.Module) -> nn.Sequential:
+    """Two layers of features behind a norm; ``inner``: what comes behind the activation between them."""
+    wide, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+    return nn.Sequential(nn.LayerNorm(width), wide, nn.GELU(), *inner, narrow)
 
 
 def _relu() -> nn.Module:

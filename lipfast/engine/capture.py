@@ -94,6 +94,11 @@ class Recording:
     counted: list[tuple[str, int]]
     differentiable: Container[int] = ()
 
+    def unused(self) -> Iterator[int]:
+        """Numbers that no tensor has, for further ones."""
+        refs = [*self.inputs, *(ref for call in self.calls for ref in (*call.refs(), *call.results()))]
+        return itertools.count(1 + max([*self.leaves, *self.constants, *(ref.number for ref in refs)], default=0))
+
 
 def run_call(call: Call, known: dict[int, Any], device: torch.device) -> None:
     """Call the function with the tensors known by their numbers, and add what it makes."""

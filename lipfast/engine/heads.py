@@ -7,7 +7,7 @@ So those calls are run once on the numbers of the places, and attention reads an
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -89,8 +89,7 @@ class AttentionFinder:
             for ref in call.refs():
                 self._read.setdefault(ref.number, []).append(call)
         self._returned = {ref.number for ref in refs_in(recording.result)}
-        refs = (ref.number for call in recording.calls for ref in (*call.refs(), *call.results()))
-        self._numbers = max([*refs, *recording.leaves, *recording.constants], default=0)
+        self._fresh = recording.unused()
 
     def find(self) -> Iterator["Found"]:
         """Each attention."""
@@ -220,7 +219,7 @@ class AttentionFinder:
             ref = of
         if ref.dtype != torch.float32 or len(ref.shape) < 2 or 0 in ref.shape:
             return None
-        index = numbered(_count(ref)).view(ref.shape)
+        index = numbered(math.prod(ref.shape)).view(ref.shape)
         for call, result in reversed(chain):
             if call.function not in _SCALES:
                 index = replayed(call, index)[[made.number for made in call.results()].index(result.number)]
@@ -276,7 +275,7 @@ class AttentionFinder:
         for bias in core.biases:
             scores = new(causal, sizes, sizes) if bias.scores is None else bias.scores
             width = -(-heads.queries // _WIDTH) * _WIDTH
-            refs.append(new(bias_rows, (scores,), (_count(scores) // math.prod(sizes), heads.keys, width)))
+            refs.append(new(bias_rows, (scores,), (math.prod(scores.shape) // math.prod(sizes), heads.keys, width)))
         learn = [i for i, bias in enumerate(core.biases) if self._learns(bias)]
         if len(learn) > 1:  # the kernel adds up one gradient
             problems, *_ = heads.channels[0].shape
@@ -298,8 +297,7 @@ class AttentionFinder:
     def _new_call(
         self, calls: list[Call], grad: bool | None, function: Callable[..., Any], args: tuple[Any, ...], shape: Any
     ) -> Ref:
-        self._numbers += 1
-        ref = Ref(self._numbers, tuple(shape), torch.float32)
+        ref = Ref(next(self._fresh), tuple(shape), torch.float32)
         calls.append(Call(function, args, {}, ref, grad))
         return ref
 
@@ -367,10 +365,6 @@ def numbered(count: int) -> Tensor:
     return torch.arange(count, dtype=torch.int32, device="cpu")
 
 
-def _count(ref: Ref) -> int:
-    return int(torch.Size(ref.shape).numel())
-
-
 def _factor(call: Call) -> float | None:
     """What a product or quotient of a tensor and a number scales by; None for other calls."""
     numbers = [arg for arg in call.args if isinstance(arg, (int, float)) and not isinstance(arg, bool)]
@@ -407,14 +401,13 @@ def _product(call: Call) -> _Product | None:
     return _Product(call, refs[0], refs[1], turned) if (turned or straight) and made[-1:] not in first else None
 
 
-def _bias(scores: Any, problems: Iterable[int], queries: int, keys: int) -> _Bias | None:
+def _bias(scores: Any, problems: Sequence[int], queries: int, keys: int) -> _Bias | None:
     """A tensor that is added to scores, (..., queries, keys), if it is one for whole heads."""
-    problems = tuple(problems)
     fits = isinstance(scores, Ref) and scores.dtype in (torch.float32, torch.bool) and len(scores.shape) >= 2
     if not fits or scores.shape[-2:] != (queries, keys):
         return None
     stack = scores.shape[:-2]
-    rows = torch.arange(int(torch.Size(stack).numel()), dtype=torch.int32).view(stack)
+    rows = torch.arange(math.prod(stack), dtype=torch.int32).view(stack)
     try:
         return _Bias(scores, rows.expand(problems))
     except RuntimeError:  # it makes more problems of these
@@ -434,7 +427,7 @@ def _biases(later: list[Call], product: Call, problems: torch.Size, queries: int
             continue
         if call.function in REARRANGE:
             (moved,) = replayed(call, order[..., None, None] * inside.numel() + inside)
-            if moved.shape[-2:] != inside.shape or moved.numel() != _count(scores):
+            if moved.shape[-2:] != inside.shape or moved.numel() != math.prod(scores.shape):
                 return None
             order, scores = moved[..., 0, 0] // inside.numel(), call.result
             if not torch.equal(moved, order[..., None, None] * inside.numel() + inside):
@@ -460,10 +453,10 @@ def replayed(call: Call, operand: Tensor) -> list[Tensor]:
 
 def _inverse(result: Ref, chain: list[Call]) -> Tensor | None:
     """Where calls put the numbers of a tensor; None where they leave some out."""
-    moved = numbered(_count(result)).view(result.shape)
+    moved = numbered(math.prod(result.shape)).view(result.shape)
     for call in chain:
         moved = replayed(call, moved)[0]
-    if moved.numel() != _count(result):
+    if moved.numel() != math.prod(result.shape):
         return None
     places = torch.empty(moved.numel(), dtype=torch.int32)
     places[moved.flatten().long()] = numbered(moved.numel())
@@ -476,20 +469,25 @@ def _places(index: Tensor | None, shape: Sequence[int]) -> tuple[Tensor, Tensor,
     if index is None:
         return None
     index = index.flatten(0, -3)
-    found = _ranges(index, shape[-1])
-    if found is None and len(shape) == 4:
-        _, channels, height, width = shape
-        picture, rest = index // (channels * height * width), index % (channels * height * width)
-        pixel = picture * (height * width) + rest % (height * width)
-        return _ranges(pixel * channels + rest // (height * width), channels, of_map=True)
-    return found
+    found = ranges(index, shape[-1])
+    if found is not None:
+        return *found, False
+    if len(shape) != 4:
+        return None
+    _, channels, height, width = shape
+    picture, rest = index // (channels * height * width), index % (channels * height * width)
+    pixel = picture * (height * width) + rest % (height * width)
+    found = ranges(pixel * channels + rest // (height * width), channels)
+    return None if found is None else (*found, True)
 
 
-def _ranges(index: Tensor, width: int, of_map: bool = False) -> tuple[Tensor, Tensor, bool] | None:
-    first, channels = index[..., 0], index[:, 0, 0] % width
-    ranges = torch.equal(index, first[..., None] + torch.arange(index.shape[-1], dtype=torch.int32))
-    together = bool((first % width == channels[:, None]).all()) and int(channels.max()) + index.shape[-1] <= width
-    return (first // width, channels, of_map) if ranges and together else None
+def ranges(index: Tensor, width: int) -> tuple[Tensor, Tensor] | None:
+    """The row of each token and the first feature of each problem, of (problems, tokens, features) numbers of rows that
+    are ``width`` wide; None where a problem's features are no range of them."""
+    first, features = index[..., 0], index[:, 0, 0] % width
+    consecutive = torch.equal(index, first[..., None] + torch.arange(index.shape[-1], dtype=torch.int32))
+    together = bool((first % width == features[:, None]).all()) and int(features.max()) + index.shape[-1] <= width
+    return (first // width, features) if consecutive and together else None
 
 
 def _moves_one(call: Call) -> bool:
@@ -501,5 +499,5 @@ def _swaps_last(call: Call) -> bool:
     """Whether a call swaps the last two axes of a tensor, and does nothing else."""
     if not _moves_one(call):
         return False
-    before = numbered(_count(call.refs()[0])).view(call.refs()[0].shape)
+    before = numbered(math.prod(call.refs()[0].shape)).view(call.refs()[0].shape)
     return torch.equal(replayed(call, before)[0], before.transpose(-1, -2))

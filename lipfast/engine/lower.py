@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lipfast.engine.capture import Call, Recording, Ref, pair, refs_in
 from lipfast.engine.graph import CONV_KINDS, Graph, Heads, Node, Taps, consecutive
-from lipfast.engine.heads import MULTIPLY, REARRANGE, attention, numbered, replayed
+from lipfast.engine.heads import MULTIPLY, REARRANGE, attention, numbered, ranges, replayed
 from lipfast.engine.patterns import (
     channel_norm,
     gather_patterns,
@@ -104,10 +104,7 @@ def _lower(recording: Recording, kept: Callable[[Ref], int], inputs: Container[s
     changed = written(recording)
     items: list[Segment | Call] = list(first)
     refused: list[tuple[Call, str]] = []
-    numbers = [ref.number for call in recording.calls for ref in (*call.refs(), *call.results())]
-    fresh = itertools.count(
-        max([*numbers, *recording.leaves, *(ref.number for ref in recording.inputs)], default=0) + 1
-    )
+    fresh = recording.unused()
     builder = _Builder(kept, recording.leaves, parameters, fresh)
 
     def finish(position: int, grad: bool | None) -> _Builder:
@@ -312,13 +309,12 @@ class _Builder:
         whole = numbered(pixels * channels).view(n, height, width, channels).permute(0, 3, 1, 2)
         if not rows and torch.equal(places, whole):
             return False, None
-        first = places[..., 0].reshape(-1)
-        ranges = first[:, None] + torch.arange(channels, dtype=torch.int32)
-        if places.dim() < 2 or places.shape[-1] != channels or not torch.equal(places.reshape(-1, channels), ranges):
+        if places.dim() < 2 or places.shape[-1] != channels:
             return None
-        if not bool((first % channels == 0).all()):
+        found = ranges(places.reshape(1, -1, channels), channels)
+        if found is None:
             return None
-        order = first.long() // channels
+        order = found[0].flatten().long()
         return not rows, None if torch.equal(order, torch.arange(pixels)) else order
 
     def _check_result(self, value: int, result: Ref, features_last: bool) -> None:

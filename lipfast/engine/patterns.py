@@ -2,7 +2,6 @@
 that they compute."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
@@ -79,8 +78,7 @@ def _simpler(recording: Recording) -> Iterator[Call]:
     read = {
         ref.number for ref in [*refs_in(recording.result), *(ref for call in recording.calls for ref in call.refs())]
     }
-    made = [ref.number for call in recording.calls for ref in call.results()]
-    fresh = itertools.count(1 + max([*read, *made, *recording.leaves], default=0))
+    fresh = recording.unused()
     for call in recording.calls:
         if call.function in _ADDCMUL and isinstance(call.result, Ref) and not _has_out(call):
             yield from _product_and_sum(call, next(fresh))
