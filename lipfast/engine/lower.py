@@ -21,6 +21,7 @@ from lipfast.engine.heads import MULTIPLY, REARRANGE, attention, numbered, range
 from lipfast.engine.patterns import (
     channel_norm,
     gather_patterns,
+    gelu_tanh,
     is_pure,
     largest_channel,
     pixel_norm,
@@ -711,6 +712,10 @@ def _gelu(b: _Builder, input: Any, *, approximate: str = "none") -> int:
     return b.each("act", input, act="gelu" if approximate == "none" else "gelu_tanh", slope=0.0)
 
 
+def _gelu_tanh(b: _Builder, x: Any) -> int:
+    return b.each("act", x, act="gelu_tanh", slope=0.0)
+
+
 def _hardtanh(b: _Builder, input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> int:
     if (min_val, max_val) != (0, 6):
         raise Unsupported(f"bounds {min_val} and {max_val}: only ReLU6's, 0 and 6")
@@ -989,23 +994,51 @@ def _expand_as(b: _Builder, input: Any, other: Any) -> int:
 
 
 def _linear_layer(b: _Builder, input: Any, weight: Any, bias: Any = None) -> int:
+    _check_linear(b, input, weight)
+    return _on_features(b, b.rows(input), dataclasses.replace(weight, shape=(*weight.shape, 1, 1)), bias)
+
+
+def _matmul(b: _Builder, input: Any, other: Any) -> int:
+    """A linear layer whose weight is (inputs, outputs): a transposed convolution."""
+    if not b.is_parameter(other) or len(other.shape) != 2:
+        raise Unsupported("a product with something else than a parameter of two axes")
+    _check_linear(b, input, other)
+    value = b.rows(input)
+    weight = b.weight(dataclasses.replace(other, shape=(*other.shape, 1, 1)))
+    return _of_features(
+        b, "conv_transpose", value, other.shape[1], weight=weight, **_window((1, 1), 1, 1), pad=(0, 0), groups=1
+    )
+
+
+def _addmm(b: _Builder, input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> int:
+    outputs = mat2.shape[1:]
+    if (beta, alpha) != (1, 1) or not b.is_parameter(input) or input.shape not in (outputs, (1, *outputs)):
+        raise Unsupported("a sum with something else than a parameter for each output, or factors")
+    return b.like("shift", _matmul(b, mat1, mat2), beta=b.weight(dataclasses.replace(input, shape=outputs)))
+
+
+def _check_linear(b: _Builder, input: Any, weight: Ref) -> None:
+    """Refuse linear layers that torch does as fast, and those that are too large."""
     pruned, kept = b.mostly_pruned(weight), b.kept(weight)
     if not (pruned or b.knows(input)):
         raise Unsupported(f"a linear layer with {kept} of {math.prod(weight.shape)} weights: torch is as fast")
     if kept > (_LARGEST_LINEAR if pruned else _LARGEST_DENSE_LINEAR):
         raise Unsupported(f"a linear layer with {kept} weights: too large")
-    return _on_features(b, b.rows(input), dataclasses.replace(weight, shape=(*weight.shape, 1, 1)), bias)
 
 
 def _on_features(b: _Builder, value: int, weight: Ref, bias: Ref | None = None, groups: int = 1) -> int:
     """A convolution of one pixel, on a map or on rows of features."""
     attributes: dict[str, Any] = {"weight": b.weight(weight), "bias": b.weight(bias), "padding_mode": "zeros"}
     attributes |= {"stride": 1, "pad": (0, 0), "dilation": 1, "groups": groups}
-    outputs = weight.shape[0]
+    return _of_features(b, "conv", value, weight.shape[0], **attributes)
+
+
+def _of_features(b: _Builder, kind: str, value: int, outputs: int, **attributes: Any) -> int:
+    """An operator that makes so many features for each pixel of a map, or row."""
     if value in b.graph.rows:
-        return b.node_of_rows("conv", [value], (b.graph.flat_shape(value)[0], outputs), **attributes)
+        return b.node_of_rows(kind, [value], (b.graph.flat_shape(value)[0], outputs), **attributes)
     n, _, height, width = b.graph.shapes[value]
-    return b.node("conv", [value], (n, outputs, height, width), **attributes)
+    return b.node(kind, [value], (n, outputs, height, width), **attributes)
 
 
 def _interpolate(
@@ -1327,8 +1360,8 @@ _ELEMENT_BY_ELEMENT = ("act", "prelu", "combine", "offset", "shift", "gain", "mu
 
 # Functions of handlers that do to each row of features the same.
 _ROW_BY_ROW_HANDLERS = (
-    _linear_layer, _layer_norm, _leaky_relu, _gelu, _hardtanh, _dropout, _same_value, _chunk, _split, _glu, _add, _sub,
-    _rsub, _mul, _div, _neg, _pad, _prelu, _square, _pow, _amax, _largest_channel,
+    _linear_layer, _matmul, _addmm, _layer_norm, _leaky_relu, _gelu, _gelu_tanh, _hardtanh, _dropout, _same_value,
+    _chunk, _split, _glu, _add, _sub, _rsub, _mul, _div, _neg, _pad, _prelu, _square, _pow, _amax, _largest_channel,
 )  # fmt: skip
 
 _HANDLERS: dict[Any, _Handler] = {
@@ -1347,6 +1380,7 @@ _HANDLERS: dict[Any, _Handler] = {
     **_spellings(_activation("hardsigmoid"), F.hardsigmoid),
     **_spellings(_activation("hardswish"), F.hardswish),
     **_spellings(_gelu, F.gelu),
+    **_spellings(_gelu_tanh, gelu_tanh),
     **_spellings(_prelu, F.prelu, torch.prelu, Tensor.prelu),
     **_spellings(_hardtanh, F.hardtanh, F.hardtanh_),
     **_spellings(_dropout, F.dropout, F.dropout2d),
@@ -1369,6 +1403,8 @@ _HANDLERS: dict[Any, _Handler] = {
     **_spellings(_unsqueeze, torch.unsqueeze, Tensor.unsqueeze),
     **_spellings(_expand_as, Tensor.expand_as),
     **_spellings(_linear_layer, F.linear, torch._C._nn.linear),
+    **_spellings(_matmul, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm),
+    **_spellings(_addmm, torch.addmm, Tensor.addmm),
     **_spellings(_interpolate, F.interpolate, F.upsample),
     **_spellings(_pixel_shuffle, torch.pixel_shuffle, F.pixel_shuffle),
     **_spellings(_pixel_unshuffle, torch.pixel_unshuffle, F.pixel_unshuffle),

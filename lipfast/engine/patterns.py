@@ -2,6 +2,7 @@
 that they compute."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
@@ -11,7 +12,17 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lipfast.engine.capture import Call, Recording, Ref, refs_in, without_unread
-from lipfast.engine.heads import ADD, DIVIDE, MULTIPLY, AttentionFinder, Found, added_rows, bias_rows, causal
+from lipfast.engine.heads import (
+    ADD,
+    DIVIDE,
+    MULTIPLY,
+    AttentionFinder,
+    Found,
+    added_rows,
+    bias_rows,
+    causal,
+    swaps_last,
+)
 
 _ROOT = (torch.sqrt, Tensor.sqrt)
 _INVERSE_ROOT = (torch.rsqrt, Tensor.rsqrt)
@@ -24,6 +35,9 @@ _MAX = (torch.max, Tensor.max)
 _AMAX = (torch.amax, Tensor.amax)
 _UNSQUEEZE = (torch.unsqueeze, Tensor.unsqueeze)
 _ADDCMUL = (torch.addcmul, Tensor.addcmul)
+_TANH = (torch.tanh, Tensor.tanh)
+_MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+_ADDMM = (torch.addmm, Tensor.addmm)
 _NORM = (torch.norm, Tensor.norm, torch.linalg.vector_norm)
 _RESHAPE = (torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten)
 _TRANSPOSE = (torch.transpose, Tensor.transpose, Tensor.permute, torch.permute, Tensor.swapaxes, torch.swapaxes)
@@ -38,6 +52,11 @@ def channel_norm(x: Tensor, epsilon: float) -> Tensor:
     """``(x - mean) / sqrt(variance + epsilon)`` over the channels of each pixel, as LayerNorms of maps are written."""
     mean = x.mean(dim=1, keepdim=True)
     return (x - mean) * torch.rsqrt((x - mean).square().mean(dim=1, keepdim=True) + epsilon)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU through tanh."""
+    return F.gelu(x, approximate="tanh")
 
 
 def largest_channel(x: Tensor, dim: int, keepdim: bool) -> Tensor:
@@ -115,11 +134,11 @@ def _values_alone(call: Call) -> Call:
 
 # Functions of nothing but their arguments, by name in torch and as methods.
 _PURE = (
-    "_weight_norm", "abs", "add", "addcmul", "arange", "bmm", "cat", "chunk", "clamp", "clone", "contiguous", "cos",
-    "detach", "div", "dot", "einsum", "eq", "exp", "expand", "expand_as", "flatten", "flip", "float", "full", "ge",
-    "gt", "index_select", "le", "log", "lt", "matmul", "maximum", "mean", "minimum", "mm", "mul", "mv", "neg", "norm",
-    "ones", "permute", "pow", "relu", "repeat", "reshape", "reshape_as", "round", "rsqrt", "sigmoid", "sign", "sin",
-    "softmax", "split", "sqrt", "square", "squeeze", "stack", "std", "std_mean", "sub", "sum", "t", "tanh", "to",
+    "_weight_norm", "abs", "add", "addcmul", "addmm", "arange", "bmm", "cat", "chunk", "clamp", "clone", "contiguous",
+    "cos", "detach", "div", "dot", "einsum", "eq", "exp", "expand", "expand_as", "flatten", "flip", "float", "full",
+    "ge", "gt", "index_select", "le", "log", "lt", "matmul", "maximum", "mean", "minimum", "mm", "mul", "mv", "neg",
+    "norm", "ones", "permute", "pow", "relu", "repeat", "reshape", "reshape_as", "round", "rsqrt", "sigmoid", "sign",
+    "sin", "softmax", "split", "sqrt", "square", "squeeze", "stack", "std", "std_mean", "sub", "sum", "t", "tanh", "to",
     "transpose", "unbind", "unsqueeze", "var", "var_mean", "view", "view_as", "where", "zeros", "__add__", "__ge__",
     "__getitem__", "__gt__", "__le__", "__lt__", "__mul__", "__neg__", "__pow__", "__radd__", "__rmul__", "__rsub__",
     "__rtruediv__", "__sub__", "__truediv__",
@@ -197,6 +216,7 @@ class _Finder:
 
     def __init__(self, recording: Recording) -> None:
         self._made = {call.result.number: call for call in recording.calls if isinstance(call.result, Ref)}
+        self._leaves = recording.leaves
 
     def find(self, call: Call) -> Found | None:
         """The operator that ends in ``call``."""
@@ -206,6 +226,8 @@ class _Finder:
             or self.response(call)
             or self.of_channels(call)
             or self.channel_shuffle(call)
+            or self.linear(call)
+            or self.gelu(call)
         )
         if found is None:
             return None
@@ -309,6 +331,64 @@ class _Finder:
         if (n, groups * each, *sides) != x.shape or across.shape != (n, each, groups, *sides) or not _swaps(turned):
             return None
         return torch.channel_shuffle, (x, groups), [*contiguous, turned, split]
+
+    def linear(self, call: Call) -> _Found:
+        """A linear layer that is spelled as a product with a parameter whose axes change places first, or as a sum of
+        products."""
+        if call.function is torch.einsum:
+            return self._einsum(call)
+        count = 3 if call.function in _ADDMM else 2
+        if call.function not in (*_ADDMM, *_MATMUL) or not len(call.args) == len(call.refs()) == count or call.kwargs:
+            return None
+        *bias, x, turned = call.refs()
+        turn = self._made.get(turned.number)
+        weight = turn.refs()[0] if turn and len(turned.shape) == 2 and swaps_last(turn) else None
+        if turn is None or weight is None or weight.number not in self._leaves:
+            return None
+        fits = all(ref.shape == weight.shape[:1] for ref in bias)
+        return (F.linear, (x, weight, *bias), [turn]) if fits else None
+
+    def _einsum(self, call: Call) -> _Found:
+        """A linear layer: a sum over the last axis and one of a parameter's two."""
+        refs = call.refs()
+        if len(refs) != 2 or len(call.args) != 3 or len(refs[1].shape) != 2 or refs[1].number not in self._leaves:
+            return None
+        given, _, made = call.args[0].replace(" ", "").partition("->")
+        x, _, weight = given.partition(",")
+        inner, outer = x[-1:], made[-1:]
+        axes = made.replace("...", "") + inner
+        functions: dict[str, Callable[..., Any]] = {inner + outer: torch.matmul, outer + inner: F.linear}
+        if made[:-1] != x[:-1] or len(set(axes)) != len(axes) or weight not in functions:
+            return None
+        return functions[weight], tuple(refs), []
+
+    def gelu(self, call: Call) -> _Found:
+        """``0.5 * x * (1 + tanh(0.798 * (x + 0.0447 * x^3)))`` that ends in ``call``."""
+        refs = call.refs()
+        for half, rest in (refs, refs[::-1]) if call.function in MULTIPLY and len(refs) == 2 else ():
+            x, calls = self._with_number(half, MULTIPLY, 0.5)
+            ref: Ref | None = rest
+            for functions, number in ((ADD, 1.0), (_TANH, None), (MULTIPLY, (2 / math.pi) ** 0.5)):
+                ref, more = self._with_number(ref, functions, number)
+                calls += more
+            added = self._maker(ref, ADD) if ref else None
+            if x is None or added is None or added.args[:1] != (x,) or len(added.refs()) != 2 or added.kwargs:
+                continue
+            cube, product = self._with_number(added.refs()[1], MULTIPLY, 0.044715)
+            base, power = self._with_number(cube, _POWER, 3)
+            if base == x:
+                return gelu_tanh, (x,), [*calls, added, *product, *power]
+        return None
+
+    def _with_number(
+        self, ref: Ref | None, functions: Iterable[Callable[..., Any]], number: float | None
+    ) -> tuple[Ref | None, list[Call]]:
+        """What a call of these functions made ``ref`` of, with that number or none, and the call."""
+        call = self._maker(ref, functions) if ref else None
+        if call is None or call.kwargs or len(call.refs()) != 1:
+            return None, []
+        numbers = [arg for arg in call.args if not isinstance(arg, Ref)]
+        return (call.refs()[0], [call]) if numbers == ([] if number is None else [number]) else (None, [])
 
     def _maker(self, ref: Ref, functions: Iterable[Callable[..., Any]]) -> Call | None:
         """The call that made a tensor, if it is one of these functions."""
