@@ -1,6 +1,7 @@
 """Calls in another form before they are lowered: operators that networks spell out in several torch calls, and weights
 that they compute."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lipfast.engine.capture import Call, Recording, Ref, refs_in, without_unread
+from lipfast.engine.capture import Call, Recording, Ref, assign_, refs_in, without_unread
 from lipfast.engine.heads import (
     ADD,
     DIVIDE,
@@ -94,9 +95,7 @@ def gather_patterns(recording: Recording) -> None:
 def _simpler(recording: Recording) -> Iterator[Call]:
     """The calls, with ``addcmul`` as a product and a sum, and ``max`` over channels as its values where those alone are
     read."""
-    read = {
-        ref.number for ref in [*refs_in(recording.result), *(ref for call in recording.calls for ref in call.refs())]
-    }
+    read = _counted_reads(recording)
     fresh = recording.unused()
     for call in recording.calls:
         if call.function in _ADDCMUL and isinstance(call.result, Ref) and not _has_out(call):
@@ -145,6 +144,7 @@ _PURE = (
 )  # fmt: skip
 _PURE_FUNCTIONS = {getattr(owner, name) for owner in (torch, Tensor) for name in _PURE if hasattr(owner, name)}
 _PURE_FUNCTIONS |= {
+    torch.tensor,
     F.linear,
     torch._C._nn.linear,
     F.softmax,
@@ -155,6 +155,8 @@ _PURE_FUNCTIONS |= {
     bias_rows,
     causal,
 }
+
+_FRESH = (torch.zeros, torch.ones, torch.full)  # they make memory that nothing else has
 
 
 def is_pure(call: Call) -> bool:
@@ -171,22 +173,33 @@ def _has_out(call: Call) -> bool:
 
 def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
     """Move what is computed from parameters and constants alone (the product of a weight and its mask, a standardised
-    weight) before everything else: where it is called it would cut a run of layers in two. Returns how many calls those
-    are.
+    weight, a mask of windows) before everything else: where it is called it would cut a run of layers in two. Returns
+    how many calls those are.
 
     ``inputs``: leaves that are none."""
     parameters = {number for number, name in recording.leaves.items() if name not in inputs}
     moved = parameters - written(recording)
+    filled: set[int] = set()  # tensors of their own memory that calls so far may write to
+    reads = _counted_reads(recording)
     first: list[Call] = []
     rest: list[Call] = []
     for call in recording.calls:
-        if is_pure(call) and all(ref.number in moved for ref in call.refs()):
+        fills = call.function is assign_ and call.args[0].number in filled and reads[call.args[0].number] == 1
+        if (fills or is_pure(call)) and all(ref.number in moved for ref in call.refs()):
             moved.update(ref.number for ref in call.results())
             first.append(call)
+            if fills or call.function in _FRESH:
+                filled.update(ref.number for ref in call.results())
         else:
             rest.append(call)
     recording.calls = first + rest
     return len(first)
+
+
+def _counted_reads(recording: Recording) -> collections.Counter[int]:
+    """How often each tensor is read, or returned."""
+    read = [*refs_in(recording.result), *(ref for call in recording.calls for ref in call.refs())]
+    return collections.Counter(ref.number for ref in read)
 
 
 def written(recording: Recording) -> set[int]:
