@@ -142,8 +142,8 @@ class Heads:
         return first[..., None] + torch.arange(self.features)
 
     def order_of_result(self, pixels: Tensor) -> Tensor | None:
-        """For each row of the result the pixel that the query of its tokens has, of the queries' ``pixels``; None where
-        it has more or fewer rows, or heads do not agree."""
+        """For each row of the result the pixel that its token has among ``pixels``, the queries' or as many keys'; None
+        where it has more or fewer rows, or heads do not agree."""
         rows = self.pixels[3].long().flatten()
         count = math.prod(self.shape) // self.shape[1 if self.maps[3] else -1]
         if any(len(torch.unique(numbers)) != count for numbers in (pixels, rows)):

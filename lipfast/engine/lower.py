@@ -225,7 +225,7 @@ class _Builder:
             values = made_values if isinstance(made_values, list) else [made_values]
             if len(values) != len(results):
                 raise Unsupported(f"it returns {len(results)} tensors")
-            last = self._puts_features_last(call)
+            last = self._puts_features_last(call, values[0])
             order = self._order_of(call)
             for value, result in zip(values, results, strict=True):
                 self._check_result(value, result, last)
@@ -328,11 +328,11 @@ class _Builder:
         if result.dtype != torch.float32:
             raise Unsupported(f"a result of {result.dtype}")
 
-    def _puts_features_last(self, call: Call) -> bool:
-        """Whether a call's result is a map with the channels behind, as its operands are, or as it puts them."""
-        if call.function is attention:  # its result lies as queries do
-            query, _, _, heads = call.args[:4]
-            return not (heads.maps[3] or self.has_rows(query))
+    def _puts_features_last(self, call: Call, value: int) -> bool:
+        """Whether a call's result, of that value, is a map with the channels behind, as its operands are, or as it puts
+        them."""
+        if call.function is attention:
+            return not (call.args[3].maps[3] or value in self.graph.rows)
         last = any(ref.number in self._last for ref in call.refs())
         return last != (call.function in _PERMUTE)
 
@@ -469,6 +469,10 @@ class _Builder:
     def any(self, tensor: Any) -> int:
         """The value of a map, flattened or not, or of rows of features, for what works on each number alone."""
         return self._values[tensor.number] if self.knows(tensor) else self.map(tensor)
+
+    def is_repeated(self, value: int) -> bool:
+        """Whether a value holds pixels of another one again and again."""
+        return any(node.output == value and node.kind == "resample" for node in self.graph.nodes)
 
     def pixels(self, tensor: Ref, rows: Tensor) -> Tensor:
         """Which pixels of its map these rows of a tensor are."""
@@ -985,6 +989,19 @@ def _squeeze(b: _Builder, input: Any, dim: Any = None) -> int:
     return b.any(input)
 
 
+def _repeat_interleave(
+    b: _Builder, input: Any, repeats: Any, dim: int | None = None, *, output_size: int | None = None
+) -> int:
+    """Each item of a map with the channels behind so many times: they lie below each other in one picture."""
+    value = b.rows(input)
+    n, channels, height, width = b.graph.shapes[value]
+    if not b.has_features_last(input) or dim != 0 or input.shape[0] != n or not isinstance(repeats, int):
+        raise Unsupported("repeating anything but items of a map with the channels behind")
+    rows = Taps(tuple(range(height)) * repeats)
+    shape = (n, channels, height * repeats, width)
+    return b.node("resample", [value], shape, rows=rows, columns=Taps(tuple(range(width))))
+
+
 def _expand_as(b: _Builder, input: Any, other: Any) -> int:
     n, c, height, width = b.shape(other)
     if b.shape(input) != (n, c, 1, 1):
@@ -1312,17 +1329,19 @@ def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads, *bia
         if values[one] == values[other] and heads.overlap(one, other, b.graph.shapes[values[one]][1]):
             raise Unsupported("heads of different operands share features")
     pixels = [b.pixels(tensor, rows) for tensor, rows in zip(operands, heads.pixels, strict=False)]
-    order = heads.order_of_result(pixels[0])
+    # The result lies as queries do, which are the layer's input; repeated ones lie as nothing else does.
+    like = 1 if heads.queries == heads.keys and b.is_repeated(values[0]) else 0
+    order = heads.order_of_result(pixels[like])
     moved = order is not None and not torch.equal(order, torch.arange(len(order)))
-    n, _, height, width = b.graph.shapes[values[0]]
-    fits = (heads.shape[0], *heads.shape[2:]) == (n, height, width) and not moved and values[0] not in b.graph.rows
+    n, _, height, width = b.graph.shapes[values[like]]
+    fits = (heads.shape[0], *heads.shape[2:]) == (n, height, width) and not moved and values[like] not in b.graph.rows
     if order is None or (heads.maps[3] and not fits):
         raise Unsupported(f"a result of shape {heads.shape}")
     b.order = order if moved else None
     pixels.append(order[heads.pixels[3].long()].int())
     heads = dataclasses.replace(heads, pixels=tuple(pixels))
     attributes = {"heads": heads, "biases": [b.weight(bias) for bias in biases]}
-    if values[0] in b.graph.rows:
+    if values[like] in b.graph.rows:
         return b.node_of_rows("attention", values, (len(order), heads.shape[-1]), **attributes)
     channels = heads.shape[1 if heads.maps[3] else -1]
     return b.node("attention", values, (n, channels, height, width), **attributes)
@@ -1402,6 +1421,7 @@ _HANDLERS: dict[Any, _Handler] = {
     **_spellings(_squeeze, torch.squeeze, Tensor.squeeze),
     **_spellings(_unsqueeze, torch.unsqueeze, Tensor.unsqueeze),
     **_spellings(_expand_as, Tensor.expand_as),
+    **_spellings(_repeat_interleave, torch.repeat_interleave, Tensor.repeat_interleave),
     **_spellings(_linear_layer, F.linear, torch._C._nn.linear),
     **_spellings(_matmul, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm),
     **_spellings(_addmm, torch.addmm, Tensor.addmm),
