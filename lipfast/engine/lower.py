@@ -911,6 +911,24 @@ def _maps(b: _Builder, *tensors: Any) -> list[int]:
     return [b.rows(tensor) if all(last) else b.map(tensor) for tensor in tensors]
 
 
+def _numbers_of_items(b: _Builder, *tensors: Any) -> tuple[int, int] | None:
+    """The values of tokens or pixels, (items, ..., features), and of rows with a number for each feature of an item,
+    (items, 1, ..., features), as a map of one pixel for each; None for other tensors. Rows of features are one map for
+    all items, so there must be one item."""
+    whole, numbers = sorted(tensors, key=lambda tensor: math.prod(tensor.shape), reverse=True)
+    items, *axes, features = whole.shape
+    last = b.has_features_last(whole)
+    fits = axes and numbers.shape == (items, *[1] * len(axes), features) != whole.shape
+    if not fits or b.has_features_last(numbers) or not (last or b.has_rows(whole)):
+        return None
+    value = b.rows(whole)
+    if items != (b.graph.shapes[value][0] if last else 1):
+        return None
+    if items == 1:
+        return value, b.rows(numbers)
+    return value, b.node("unflatten", [b.rows(numbers)], (items, features, 1, 1))
+
+
 def _check_spread(b: _Builder, what: str, tensors: Sequence[Any]) -> None:
     """Refuse tensors with the channels behind, of any number of axes, that torch would not align as their maps are."""
     numbers, whole = sorted((tensor.shape for tensor in tensors), key=math.prod)
@@ -947,8 +965,8 @@ def _flatten(b: _Builder, input: Any, start_dim: int = 0, end_dim: int = -1) -> 
     return b.flattened(input)
 
 
-def _reshape(b: _Builder, input: Any, *sizes: Any) -> int:
-    wanted = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+def _reshape(b: _Builder, input: Any, *sizes: Any, shape: Any = None) -> int:
+    wanted = shape or (sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes)
     if b.has_rows(input):
         return _unflattened(b, input, wanted)
     flat = b.knows(input) and len(input.shape) == 2
@@ -1202,6 +1220,9 @@ def _linear(b: _Builder, first: Any, second: Any, first_scale: float, second_sca
     shifted = _shifted(b, *both) if first_scale == second_scale == 1 else None
     if shifted is not None:
         return shifted
+    planes = _numbers_of_items(b, *both) if first_scale == second_scale == 1 else None
+    if planes is not None:
+        return b.like("offset", *planes)
     last = any(b.has_features_last(tensor) for tensor in both)
     rows = not last and (len(first.shape) != 4 or any(b.has_rows(tensor) for tensor in both))
     values = [b.rows(tensor) for tensor in both] if rows else _maps(b, *both)
@@ -1239,8 +1260,11 @@ def _mul(b: _Builder, input: Any, other: Any) -> int:
     scaled = _scaled(b, tensor, factor)
     if scaled is not None:
         return scaled
-    behind = [b.has_rows(one) or b.has_features_last(one) for one in (tensor, factor)]
-    if all(behind) and tensor.shape == factor.shape:
+    planes = _numbers_of_items(b, tensor, factor)
+    if planes is not None:
+        return b.like("scale", *planes)
+    rows, last = (all(map(has, (tensor, factor))) for has in (b.has_rows, b.has_features_last))
+    if (rows or last) and tensor.shape == factor.shape:
         return b.like("multiply", b.rows(tensor), b.rows(factor))
     values = _maps(b, tensor, factor)
     _check_spread(b, "product", (tensor, factor))

@@ -163,7 +163,8 @@ def is_pure(call: Call) -> bool:
     """Whether a call's result depends on its arguments alone, and it changes nothing."""
     silu = call.function is F.silu and len(call.args) == 1 and not call.kwargs.get("inplace")
     norm = call.function is F.batch_norm and not _running_statistics(call)  # of a weight, to standardise it
-    return (silu or norm or call.function in _PURE_FUNCTIONS) and not _has_out(call)
+    table = call.function is F.embedding and all(arg is None for arg in (*call.args[3:4], call.kwargs.get("max_norm")))
+    return (silu or norm or table or call.function in _PURE_FUNCTIONS) and not _has_out(call)
 
 
 def _has_out(call: Call) -> bool:
