@@ -215,16 +215,17 @@ class CheckedProgram {
     program_.GroupNormBackward(x, dy, dx, spec, AsGroupOffsets(offsets, x, groups));
   }
 
-  void LayerNorm(int x, int y, float epsilon, int64_t gamma, int64_t beta) {
+  void LayerNorm(int x, int y, float epsilon, bool centred, int64_t gamma, int64_t beta) {
     CheckPair(x, y);
-    program_.LayerNorm(x, y, epsilon, AsOffsets({gamma, beta, -1, -1, -1}, Map(x).channels, 0));
+    program_.LayerNorm(x, y, epsilon, centred, AsOffsets({gamma, beta, -1, -1, -1}, Map(x).channels, 0));
   }
 
-  void LayerNormBackward(int x, int dy, int dx, float epsilon, int64_t gamma, int64_t beta, bool accumulate) {
+  void LayerNormBackward(int x, int dy, int dx, float epsilon, bool centred, int64_t gamma, int64_t beta,
+                         bool accumulate) {
     CheckPair(x, dy);
     CheckPair(x, dx);
     Check(!accumulate || Map(dx).data != Map(dy).data, "layer norm: a gradient cannot be added to what it comes from");
-    program_.LayerNormBackward(x, dy, dx, epsilon, AsOffsets({gamma, beta, -1, -1, -1}, Map(x).channels, 0),
+    program_.LayerNormBackward(x, dy, dx, epsilon, centred, AsOffsets({gamma, beta, -1, -1, -1}, Map(x).channels, 0),
                                accumulate);
   }
 
@@ -832,10 +833,10 @@ void BindEngine(py::module_& m) {
       .def("response_norm", &P::ResponseNorm, py::arg("x"), py::arg("y"), py::arg("epsilon"))
       .def("response_norm_backward", &P::ResponseNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"),
            py::arg("epsilon"), py::arg("accumulate"))
-      .def("layer_norm", &P::LayerNorm, py::arg("x"), py::arg("y"), py::arg("epsilon"), py::arg("gamma"),
-           py::arg("beta"))
+      .def("layer_norm", &P::LayerNorm, py::arg("x"), py::arg("y"), py::arg("epsilon"), py::arg("centred"),
+           py::arg("gamma"), py::arg("beta"))
       .def("layer_norm_backward", &P::LayerNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("epsilon"),
-           py::arg("gamma"), py::arg("beta"), py::arg("accumulate"))
+           py::arg("centred"), py::arg("gamma"), py::arg("beta"), py::arg("accumulate"))
       .def("attention", &P::Attention, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("seen"),
            py::arg("sizes"), py::arg("places"), py::arg("scale"), py::arg("safe"), py::arg("biases"))
       .def("attention_backward", &P::AttentionBackward, py::arg("query"), py::arg("key"), py::arg("value"),

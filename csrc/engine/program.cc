@@ -369,18 +369,19 @@ void Program::GroupNormBackward(int x, int dy, int dx, const GroupNormSpec& spec
       });
 }
 
-void Program::LayerNorm(int x, int y, float epsilon, const NormOffsets& offsets) {
+void Program::LayerNorm(int x, int y, float epsilon, bool centred, const NormOffsets& offsets) {
   const NormState state = StateOf(offsets, maps_[x].channels);
   Add(Section::kForward, "layer norm " + SizeLabel(maps_[x]),
-      [spec = LayerNormSpec{epsilon, state.gamma, state.beta}, in = maps_[x], out = maps_[y]](
+      [spec = LayerNormSpec{epsilon, centred, state.gamma, state.beta}, in = maps_[x], out = maps_[y]](
           const RunContext& context) { Kernels<LayerNormKernels>().forward(in, out, spec, context.threads); });
 }
 
-void Program::LayerNormBackward(int x, int dy, int dx, float epsilon, const NormOffsets& offsets, bool accumulate) {
+void Program::LayerNormBackward(int x, int dy, int dx, float epsilon, bool centred, const NormOffsets& offsets,
+                                bool accumulate) {
   const NormState state = StateOf(offsets, maps_[x].channels);
   scratch_floats_ = std::max(scratch_floats_, Kernels<LayerNormKernels>().backward_floats(maps_[x]));
   Add(Section::kBackward, "layer norm backward " + SizeLabel(maps_[x]),
-      [spec = LayerNormSpec{epsilon, state.gamma, state.beta}, accumulate, dgamma = GradientAt(offsets.gamma),
+      [spec = LayerNormSpec{epsilon, centred, state.gamma, state.beta}, accumulate, dgamma = GradientAt(offsets.gamma),
        dbeta = GradientAt(offsets.beta), in = maps_[x], gradient = maps_[dy],
        out = maps_[dx]](const RunContext& context) {
         Kernels<LayerNormKernels>().backward(in, gradient, out, spec, accumulate, dgamma, dbeta, context.scratch,

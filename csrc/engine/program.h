@@ -142,8 +142,9 @@ class Program {
                     bool zero_halo, bool recover);
   void GroupNorm(int x, int y, const GroupNormSpec& spec, const NormOffsets& offsets, const HaloSpec& halo);
   void GroupNormBackward(int x, int dy, int dx, const GroupNormSpec& spec, const NormOffsets& offsets);
-  void LayerNorm(int x, int y, float epsilon, const NormOffsets& offsets);
-  void LayerNormBackward(int x, int dy, int dx, float epsilon, const NormOffsets& offsets, bool accumulate);
+  void LayerNorm(int x, int y, float epsilon, bool centred, const NormOffsets& offsets);
+  void LayerNormBackward(int x, int dy, int dx, float epsilon, bool centred, const NormOffsets& offsets,
+                         bool accumulate);
   struct BiasPlace {
     int64_t start, count;  // in the values, rows
     bool trained;

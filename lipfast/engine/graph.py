@@ -59,7 +59,8 @@ class Node:
                 act, slope
     group_norm  gamma, beta (weight numbers or None), groups, epsilon, act, slope, slopes (weight number of one that is
                 learned, in inference only, or None)
-    layer_norm  gamma, beta (weight numbers or None), epsilon: each pixel over its channels
+    layer_norm  gamma, beta (weight numbers or None), epsilon, centred (else the mean stays in): each pixel over its
+                channels
     attention   heads: the `Heads` of rows of features: queries, keys, values; biases: weight numbers
     act         act, slope
     finish      act(norm(inputs[0]) + inputs[1]), in inference only: gamma, beta, running (None: no norm, but a factor

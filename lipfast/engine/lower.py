@@ -461,6 +461,10 @@ class _Builder:
             self._values[tensor.number] = self.node_of_rows("flatten", [known], self.graph.flat_shape(known))
         return self._values[tensor.number]
 
+    def along(self, tensor: Any, axis: int) -> int:
+        """The value of a tensor whose channels are that axis, 1 of a map or -1 of rows of features."""
+        return self.map(tensor) if axis == 1 else self.rows(tensor)
+
     def mostly_pruned(self, weight: Ref) -> bool:
         """Whether a linear layer keeps few enough weights to be faster than torch's."""
         return self.kept(weight) <= _MOST_KEPT_OF_LINEAR * math.prod(weight.shape)
@@ -697,7 +701,16 @@ def _layer_norm(
     if tuple(normalized_shape) != input.shape[-1:]:
         raise Unsupported("a norm over more than the last axis")
     _check_epsilon(eps)
-    return b.like("layer_norm", value, gamma=b.weight(weight), beta=b.weight(bias), epsilon=eps)
+    return b.like("layer_norm", value, gamma=b.weight(weight), beta=b.weight(bias), epsilon=eps, centred=True)
+
+
+def _rms_norm(b: _Builder, input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> int:
+    if tuple(normalized_shape) != input.shape[-1:]:
+        raise Unsupported("a norm over more than the last axis")
+    value = _pixel_norm(b, input, torch.finfo(torch.float32).eps if eps is None else eps, -1)
+    if weight is None:
+        return value
+    return _on_features(b, value, dataclasses.replace(weight, shape=(*weight.shape, 1, 1, 1)), groups=weight.shape[0])
 
 
 def _activation(act: str) -> Callable[..., int]:
@@ -1303,14 +1316,14 @@ def _response(b: _Builder, x: Any, epsilon: float, features_last: bool) -> int:
     return b.node("response", [value], (*b.graph.shapes[value][:2], 1, 1), epsilon=epsilon)
 
 
-def _pixel_norm(b: _Builder, x: Any, epsilon: float) -> int:
+def _pixel_norm(b: _Builder, x: Any, epsilon: float, axis: int) -> int:
     _check_epsilon(epsilon)
-    return b.same("pixel_norm", x, epsilon=epsilon)
+    return b.like("pixel_norm", b.along(x, axis), epsilon=epsilon)
 
 
-def _channel_norm(b: _Builder, x: Any, epsilon: float) -> int:
+def _channel_norm(b: _Builder, x: Any, epsilon: float, axis: int, centred: bool) -> int:
     _check_epsilon(epsilon)
-    return b.same("layer_norm", x, gamma=None, beta=None, epsilon=epsilon)
+    return b.like("layer_norm", b.along(x, axis), gamma=None, beta=None, epsilon=epsilon, centred=centred)
 
 
 _Handler = Callable[..., int | list[int]]  # returns the value, or values, of the call's result
@@ -1327,7 +1340,8 @@ _ELEMENT_BY_ELEMENT = ("act", "prelu", "combine", "offset", "shift", "gain", "mu
 
 # Functions of handlers that do to each row of features the same.
 _ROW_BY_ROW_HANDLERS = (
-    _linear_layer, _layer_norm, _leaky_relu, _gelu, _hardtanh, _dropout, _same_value, _chunk, _split, _glu, _add, _sub,
+    _linear_layer, _layer_norm, _rms_norm, _pixel_norm, _channel_norm,
+    _leaky_relu, _gelu, _hardtanh, _dropout, _same_value, _chunk, _split, _glu, _add, _sub,
     _rsub, _mul, _div, _neg, _pad, _prelu, _square, _pow, _amax, _largest_channel,
 )  # fmt: skip
 
@@ -1338,6 +1352,7 @@ _HANDLERS: dict[Any, _Handler] = {
     **_spellings(_group_norm, F.group_norm, torch.group_norm),
     **_spellings(_instance_norm, F.instance_norm, torch.instance_norm),
     **_spellings(_layer_norm, F.layer_norm, torch.layer_norm),
+    **_spellings(_rms_norm, F.rms_norm, torch.rms_norm),
     **_spellings(_activation("relu"), F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_),
     **_spellings(_leaky_relu, F.leaky_relu, F.leaky_relu_),
     **_spellings(_activation("sigmoid"), F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.sigmoid_, Tensor.sigmoid_),

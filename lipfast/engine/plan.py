@@ -595,7 +595,7 @@ class _Planner:
         self.wrote(y)
 
     def _layer_norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
-        self.emit("layer_norm", x, y, node.epsilon, self.offset(node.gamma), self.offset(node.beta))
+        self.emit("layer_norm", x, y, node.epsilon, node.centred, self.offset(node.gamma), self.offset(node.beta))
         self.wrote(y)
 
     def _attention(self, position: int, node: Node, x: Slot, y: Slot) -> None:
@@ -1119,7 +1119,7 @@ class _Backward:
         self._take_over(node.output, x)
         dx, accumulate = self._added(x)
         offsets = planner.offset(node.gamma), planner.offset(node.beta)
-        planner.emit("layer_norm_backward", planner.home[x], dy, dx, node.epsilon, *offsets, accumulate)
+        planner.emit("layer_norm_backward", planner.home[x], dy, dx, node.epsilon, node.centred, *offsets, accumulate)
         self._wrote(x)
 
     def _attention(self, position: int, node: Node) -> None:

@@ -158,13 +158,13 @@ void RunGroupNorm(int threads, const std::string& name) {
 }
 
 // Each pixel over its channels; more of them than are summed up at once.
-void RunNormOfPixels(bool accumulate, int threads, const std::string& name) {
+void RunNormOfPixels(bool centred, bool accumulate, int threads, const std::string& name) {
   std::mt19937 random(5);
   constexpr int64_t kBatches = 2, kMany = 70, kRows = 9, kCols = 18, kPlane = kRows * kCols;
   const auto picture = [&](int64_t halo) { return Picture(kBatches, kMany, kRows, kCols, 3, 5, halo, random); };
   Picture x = picture(1), y = picture(0), dy = picture(0), dx = picture(1);
   const Tensor gamma = Draw(kMany, random), beta = Draw(kMany, random), before = dx.tensor;
-  const LayerNormSpec spec = {1e-5f, gamma.data(), beta.data()};
+  const LayerNormSpec spec = {1e-5f, centred, gamma.data(), beta.data()};
   const LayerNormKernels& kernels = Kernels<LayerNormKernels>();
   kernels.forward(x.map.lanes, y.map.lanes, spec, threads);
   std::vector<double> want(x.tensor.size()), dx_want(want.size()), dgamma_want(kMany), dbeta_want(kMany);
@@ -174,16 +174,17 @@ void RunNormOfPixels(bool accumulate, int threads, const std::string& name) {
     for (int64_t c = 0; c < kMany; ++c) sum += x.tensor[at(c)];
     for (int64_t c = 0; c < kMany; ++c) squares += std::pow(x.tensor[at(c)] - sum / kMany, 2);
     const double inverse = 1 / std::sqrt(squares / kMany + 1e-5);
-    const auto normal = [&](int64_t c) { return (x.tensor[at(c)] - sum / kMany) * inverse; };
+    const auto standard = [&](int64_t c) { return (x.tensor[at(c)] - sum / kMany) * inverse; };
+    const auto normal = [&](int64_t c) { return centred ? standard(c) : x.tensor[at(c)] * inverse; };
     for (int64_t c = 0; c < kMany; ++c) {
       want[at(c)] = gamma[c] * normal(c) + beta[c];
       dgamma_want[c] += dy.tensor[at(c)] * normal(c);
       dbeta_want[c] += dy.tensor[at(c)];
-      constant += gamma[c] * dy.tensor[at(c)] / kMany;
+      constant += centred ? gamma[c] * dy.tensor[at(c)] / kMany : 0.0;
       along += gamma[c] * dy.tensor[at(c)] * normal(c) / kMany;
     }
     for (int64_t c = 0; c < kMany; ++c) {
-      const double change = inverse * (gamma[c] * dy.tensor[at(c)] - constant - normal(c) * along);
+      const double change = inverse * (gamma[c] * dy.tensor[at(c)] - constant - standard(c) * along);
       dx_want[at(c)] = change + (accumulate ? before[at(c)] : 0.0);
     }
   }
@@ -199,8 +200,11 @@ void RunNormOfPixels(bool accumulate, int threads, const std::string& name) {
 }
 
 void RunLayerNorm(int threads, const std::string& name) {
-  RunNormOfPixels(false, threads, name);
-  RunNormOfPixels(true, threads, name + " added");
+  for (const bool centred : {true, false}) {
+    const std::string form = name + (centred ? "" : " not centred");
+    RunNormOfPixels(centred, false, threads, form);
+    RunNormOfPixels(centred, true, threads, form + " added");
+  }
 }
 
 // Where tokens of heads lie in a picture of kChannels channels: `shift` pixels on, heads `apart` channels apart.
