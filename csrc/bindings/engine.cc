@@ -234,6 +234,8 @@ class CheckedProgram {
   using Sizes = std::array<int64_t, 4>;
   using Places = std::array<std::pair<Indices, Indices>, 4>;
   using Bias = std::tuple<int64_t, int64_t, Indices, bool>;
+  using Scales = std::pair<float, float>;
+  using Factors = std::pair<int64_t, bool>;
 
   void Attention(int query, int key, int value, int seen, const Sizes& sizes, const Places& places, float scale,
                  bool safe, const std::vector<Bias>& biases) {
@@ -248,6 +250,24 @@ class CheckedProgram {
     if (dkey >= 0) CheckPair(key, dkey);
     if (dvalue >= 0) CheckPair(value, dvalue);
     program_.AttentionBackward(query, key, value, dy, dquery, dkey, dvalue, form);
+  }
+
+  // sizes: problems, channels. firsts: of query, key, value and result.
+  void ChannelAttention(int query, int key, int value, int seen, const std::array<int64_t, 2>& sizes,
+                        const Indices& pictures, const std::array<Indices, 4>& firsts, const Scales& scales,
+                        const Factors& factors) {
+    program_.ChannelAttention(query, key, value, seen,
+                              AsChannelAttention({query, key, value, seen}, sizes, pictures, firsts, scales, factors));
+  }
+
+  void ChannelAttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue,
+                                const std::array<int64_t, 2>& sizes, const Indices& pictures,
+                                const std::array<Indices, 4>& firsts, const Scales& scales, const Factors& factors) {
+    const auto form = AsChannelAttention({query, key, value, dy}, sizes, pictures, firsts, scales, factors);
+    if (dquery >= 0) CheckPair(query, dquery);
+    if (dkey >= 0) CheckPair(key, dkey);
+    if (dvalue >= 0) CheckPair(value, dvalue);
+    program_.ChannelAttentionBackward(query, key, value, dy, dquery, dkey, dvalue, form);
   }
 
   void Finish(int where, int x, int residual, int y, float epsilon, const std::vector<int64_t>& offsets, int act,
@@ -644,6 +664,26 @@ class CheckedProgram {
     return form;
   }
 
+  Program::ChannelAttentionForm AsChannelAttention(const std::array<int, 4>& maps, const std::array<int64_t, 2>& sizes,
+                                                   const Indices& pictures, const std::array<Indices, 4>& firsts,
+                                                   const Scales& scales, const Factors& factors) const {
+    const auto [problems, channels] = sizes;
+    Check(problems > 0 && channels > 0, "channel attention: a size is not positive");
+    Program::ChannelAttentionForm form = {problems, channels, scales.first,  scales.second,
+                                          {},       {},       factors.first, factors.second};
+    const LaneMap& first = Map(maps[0]);
+    Check(first.grid == kGrid, "channel attention: pictures that share lanes");
+    form.pictures = AsIndices(pictures, problems, first.batch, "pictures");
+    for (int i = 0; i < 4; ++i) {
+      const LaneMap& m = Map(maps[i]);
+      Check(m.batch == first.batch && m.height == first.height && m.width == first.width && SameBlocks(m, first),
+            "channel attention: maps of different sizes");
+      form.firsts[i] = AsIndices(firsts[i], problems, m.channels - channels + 1, "channels");
+    }
+    if (form.factors >= 0) CheckValues(form.factors, problems);
+    return form;
+  }
+
   static void CheckUndoable(const NormSpec& spec) {
     const Activation act = spec.act.kind;
     Check(act == Activation::kNone || (act == Activation::kLeaky && spec.act.slope > 0),
@@ -839,6 +879,12 @@ void BindEngine(py::module_& m) {
            py::arg("centred"), py::arg("gamma"), py::arg("beta"), py::arg("accumulate"))
       .def("attention", &P::Attention, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("seen"),
            py::arg("sizes"), py::arg("places"), py::arg("scale"), py::arg("safe"), py::arg("biases"))
+      .def("channel_attention", &P::ChannelAttention, py::arg("query"), py::arg("key"), py::arg("value"),
+           py::arg("seen"), py::arg("sizes"), py::arg("pictures"), py::arg("firsts"), py::arg("scales"),
+           py::arg("factors"))
+      .def("channel_attention_backward", &P::ChannelAttentionBackward, py::arg("query"), py::arg("key"),
+           py::arg("value"), py::arg("dy"), py::arg("dquery"), py::arg("dkey"), py::arg("dvalue"), py::arg("sizes"),
+           py::arg("pictures"), py::arg("firsts"), py::arg("scales"), py::arg("factors"))
       .def("attention_backward", &P::AttentionBackward, py::arg("query"), py::arg("key"), py::arg("value"),
            py::arg("dy"), py::arg("dquery"), py::arg("dkey"), py::arg("dvalue"), py::arg("sizes"), py::arg("places"),
            py::arg("scale"), py::arg("safe"), py::arg("biases"))

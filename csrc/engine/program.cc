@@ -445,6 +445,54 @@ void Program::AttentionBackward(int query, int key, int value, int dy, int dquer
   });
 }
 
+struct Program::ChannelAttentionLists {
+  ChannelAttentionForm form;
+  ChannelAttentionSpec spec;
+  std::vector<std::vector<int64_t>> places;
+
+  ChannelAttentionLists(const ChannelAttentionForm& given, float* values, float* gradients, const LivePixelMask& live)
+      : form(given), spec{form.problems, form.channels, form.scale, nullptr, nullptr, form.epsilon, live} {
+    if (form.factors >= 0) spec.factors = values + form.factors;
+    if (gradients && form.factors_trained) spec.factor_gradient = gradients + form.factors;
+    places.reserve(7);
+  }
+
+  // Heads in a map, as the queries (0), keys (1), values (2) or the result (3) have them.
+  ChannelHeads In(const LaneMap& map, int which) {
+    std::vector<int64_t> at(form.problems);
+    for (int64_t i = 0; i < form.problems; ++i) {
+      at[i] = form.pictures[i] * map.batch_stride + form.firsts[which][i] * map.channel_stride;
+    }
+    places.push_back(std::move(at));
+    return {map, places.back().data()};
+  }
+};
+
+void Program::ChannelAttention(int query, int key, int value, int seen, const ChannelAttentionForm& form) {
+  const auto lists = std::make_shared<ChannelAttentionLists>(form, values(), nullptr, LiveMask(maps_[seen]));
+  const ChannelHeads q = lists->In(maps_[query], 0), k = lists->In(maps_[key], 1), v = lists->In(maps_[value], 2);
+  const ChannelHeads y = lists->In(maps_[seen], 3);
+  scratch_floats_ = std::max(scratch_floats_, Kernels<ChannelAttentionKernels>().floats(lists->spec, false));
+  Add(Section::kForward, "channel attention " + SizeLabel(maps_[seen]), [=](const RunContext& context) {
+    Kernels<ChannelAttentionKernels>().forward(q, k, v, y, lists->spec, context.scratch, context.threads);
+  });
+}
+
+void Program::ChannelAttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue,
+                                       const ChannelAttentionForm& form) {
+  const auto lists = std::make_shared<ChannelAttentionLists>(form, values(), gradients(), LiveMask(maps_[dy]));
+  const auto wanted = [&](int map, int which) { return map < 0 ? ChannelHeads{} : lists->In(maps_[map], which); };
+  const ChannelHeads q = lists->In(maps_[query], 0), k = lists->In(maps_[key], 1), v = lists->In(maps_[value], 2);
+  const ChannelHeads gradient = lists->In(maps_[dy], 3), dq = wanted(dquery, 0), dk = wanted(dkey, 1),
+                     dv = wanted(dvalue, 2);
+  scratch_floats_ = std::max(scratch_floats_, Kernels<ChannelAttentionKernels>().floats(lists->spec, true));
+  Add(Section::kBackward, "channel attention backward " + SizeLabel(maps_[dy]), [=](const RunContext& context) {
+    const auto given = [](const ChannelHeads& m) { return m.at ? &m : nullptr; };
+    Kernels<ChannelAttentionKernels>().backward(q, k, v, gradient, given(dq), given(dk), given(dv), lists->spec,
+                                                context.scratch, context.threads);
+  });
+}
+
 void Program::ChannelSums(int64_t bias, int dy) {
   Add(Section::kBackward, "bias " + SizeLabel(maps_[dy]),
       [sums = gradients() + bias, m = maps_[dy]](const RunContext& context) {

@@ -17,6 +17,7 @@
 
 #include "cpu/arena.h"
 #include "cpu/attention.h"
+#include "cpu/channel_attention.h"
 #include "cpu/channels.h"
 #include "cpu/conv.h"
 #include "cpu/finish.h"
@@ -161,6 +162,18 @@ class Program {
   // The gradients are added to what their maps hold; -1: not wanted.
   void AttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue,
                          const AttentionForm& form);
+  struct ChannelAttentionForm {
+    int64_t problems, channels;
+    float scale, epsilon;
+    std::vector<int32_t> pictures;               // of each problem
+    std::array<std::vector<int32_t>, 4> firsts;  // the first channel of each, as `places`
+    int64_t factors;                             // start in the values; -1: none
+    bool factors_trained;
+  };
+  void ChannelAttention(int query, int key, int value, int seen, const ChannelAttentionForm& form);
+  // As AttentionBackward.
+  void ChannelAttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue,
+                                const ChannelAttentionForm& form);
   // residual -1: none; a running mean of -1: no BatchNorm.
   void Finish(Section where, int x, int residual, int y, float epsilon, const NormOffsets& offsets, ActivationSpec act,
               const HaloSpec& halo);
@@ -209,6 +222,7 @@ class Program {
 
  private:
   struct AttentionLists;
+  struct ChannelAttentionLists;
   struct RunContext {
     const PlainMap* plains;
     float* scratch;

@@ -5,6 +5,7 @@
 
 #include "cpu/adam.h"
 #include "cpu/attention.h"
+#include "cpu/channel_attention.h"
 #include "cpu/channels.h"
 #include "cpu/finish.h"
 #include "cpu/group_norm.h"
@@ -376,6 +377,103 @@ void RunPlanes(const Picture& a, const Picture& b, Picture& y, std::mt19937& ran
 }
 
 // Slopes of the channels, or one for all, and their gradients; dead pixels count nowhere.
+// Channels as tokens, of two pictures with two heads each; keys and values lie in one map. With `epsilon` planes are
+// divided by their norms, one of which is smaller.
+void RunChannelAttentionOf(int64_t channels, float epsilon, int threads, const std::string& name) {
+  std::mt19937 random(9);
+  constexpr int64_t kHeads = 2, kProblems = kBatch * kHeads, kPlane = kHeight * kWidth;
+  constexpr float kScale = 0.3f;
+  const auto picture = [&](int64_t planes, int64_t halo) {
+    return Picture(kBatch, planes, kHeight, kWidth, kBlockH, kBlockW, halo, random);
+  };
+  const int64_t first[4] = {1, 0, channels, 0}, apart[4] = {channels, 2 * channels, 2 * channels, channels};
+  Picture q = picture(1 + kHeads * channels, 1), rest = picture(2 * kHeads * channels, 0);
+  Picture y = picture(kHeads * channels, 1), dy = picture(kHeads * channels, 0);
+  Picture dq = picture(1 + kHeads * channels, 0), drest = picture(2 * kHeads * channels, 1);
+  for (int64_t i = 0; i < kPlane; ++i) q.tensor[kPlane + i] *= 0.01f;  // the first plane of the first head
+  q.Write();
+  const Floats factors(kProblems), gradient(kProblems);
+  for (int64_t n = 0; n < kProblems; ++n) factors.data[n] = 0.5f + static_cast<float>(n);
+  const LiveLanes live;
+  const ChannelAttentionSpec spec = {kProblems, channels, kScale, factors.data, gradient.data, epsilon, live.mask()};
+  const auto at = [&](const Picture& p, int which, int64_t problem, int64_t c) {
+    const int64_t channel = first[which] + problem % kHeads * apart[which] + c;
+    return (problem / kHeads * p.map.lanes.channels + channel) * kPlane;
+  };
+  const auto product = [&](const Picture& a, int64_t of_a, const Picture& b, int64_t of_b) {
+    return std::inner_product(a.tensor.begin() + of_a, a.tensor.begin() + of_a + kPlane, b.tensor.begin() + of_b, 0.0);
+  };
+  std::vector<double> want(y.tensor.size()), dq_want(dq.tensor.begin(), dq.tensor.end());
+  std::vector<double> drest_want(drest.tensor.begin(), drest.tensor.end()), dfactor_want(kProblems);
+  const auto add = [&](std::vector<double>& to, int64_t place, double factor, const Picture& from, int64_t of) {
+    for (int64_t i = 0; i < kPlane; ++i) to[place + i] += factor * from.tensor[of + i];
+  };
+  for (int64_t n = 0; n < kProblems; ++n) {
+    const double scale = kScale * factors.data[n];
+    const auto norm = [&](const Picture& p, int64_t place) {
+      return epsilon < 0 ? 1.0 : std::max<double>(std::sqrt(product(p, place, p, place)), epsilon);
+    };
+    for (int64_t i = 0; i < channels; ++i) {
+      const int64_t of_query = at(q, 0, n, i), seen = at(y, 3, n, i);
+      std::vector<double> cosines(channels), weights(channels), slopes(channels);
+      double total = 0, along = 0;
+      for (int64_t j = 0; j < channels; ++j) {
+        const int64_t of_key = at(rest, 1, n, j);
+        cosines[j] = product(q, of_query, rest, of_key) / norm(q, of_query) / norm(rest, of_key);
+        total += weights[j] = std::exp(scale * cosines[j]);
+        slopes[j] = product(dy, seen, rest, at(rest, 2, n, j));
+      }
+      for (int64_t j = 0; j < channels; ++j) along += (weights[j] /= total) * slopes[j];
+      for (int64_t j = 0; j < channels; ++j) {
+        const int64_t of_key = at(rest, 1, n, j), of_value = at(rest, 2, n, j);
+        const double slope = weights[j] * (slopes[j] - along), of_cosine = scale * slope;
+        const double query_norm = norm(q, of_query), key_norm = norm(rest, of_key);
+        add(want, seen, weights[j], rest, of_value);
+        add(drest_want, of_value, weights[j], dy, seen);
+        add(dq_want, of_query, of_cosine / query_norm / key_norm, rest, of_key);
+        add(drest_want, of_key, of_cosine / query_norm / key_norm, q, of_query);
+        if (query_norm > epsilon && epsilon >= 0) {
+          add(dq_want, of_query, -of_cosine * cosines[j] / query_norm / query_norm, q, of_query);
+        }
+        if (epsilon >= 0) add(drest_want, of_key, -of_cosine * cosines[j] / key_norm / key_norm, rest, of_key);
+        dfactor_want[n] += kScale * slope * cosines[j];
+      }
+    }
+  }
+  std::vector<std::vector<int64_t>> lists;
+  lists.reserve(7);
+  const auto heads = [&](const Picture& p, int which) {
+    const LaneMap& m = p.map.lanes;
+    std::vector<int64_t>& places = lists.emplace_back();
+    for (int64_t n = 0; n < kProblems; ++n) {
+      places.push_back(n / kHeads * m.batch_stride + (first[which] + n % kHeads * apart[which]) * m.channel_stride);
+    }
+    return ChannelHeads{m, places.data()};
+  };
+  const ChannelAttentionKernels& kernels = Kernels<ChannelAttentionKernels>();
+  const Floats scratch(kernels.floats(spec, true));
+  const ChannelHeads query = heads(q, 0), key = heads(rest, 1), value = heads(rest, 2);
+  kernels.forward(query, key, value, heads(y, 3), spec, scratch.data, threads);
+  Expect(Error(y.Read(), want) < kTolerance, name + " forward");
+  const ChannelHeads dquery = heads(dq, 0), dkey = heads(drest, 1), dvalue = heads(drest, 2);
+  kernels.backward(query, key, value, heads(dy, 3), &dquery, &dkey, &dvalue, spec, scratch.data, threads);
+  Expect(Error(dq.Read(), dq_want) < kTolerance, name + " query gradient");
+  Expect(Error(drest.Read(), drest_want) < kTolerance, name + " key and value gradients");
+  for (int64_t n = 0; n < kProblems; ++n) {
+    const double scale = 1 + std::abs(dfactor_want[n]);
+    Expect(std::abs(gradient.data[n] - dfactor_want[n]) < kTolerance * scale, name + " factor gradient");
+  }
+}
+
+void RunChannelAttention(int threads, const std::string& name) {
+  for (const int64_t channels : {1, 3, 21}) {
+    for (const float epsilon : {-1.0f, 0.5f}) {
+      const std::string what = name + " attention of " + std::to_string(channels) + " channels";
+      RunChannelAttentionOf(channels, epsilon, threads, what + (epsilon < 0 ? "" : " over norms"));
+    }
+  }
+}
+
 void RunPrelu(int threads, const std::string& name) {
   std::mt19937 random(11);
   const LiveLanes live;
@@ -870,8 +968,9 @@ void RunNoise(int threads, const std::string& name) {
 }
 
 void RunPasses(int threads, const std::string& name) {
-  for (const auto& run : {RunNorm, RunGroupNorm, RunLayerNorm, RunAttention, RunPrelu, RunChannels, RunResponseNorm,
-                          RunPointwise, RunFinish, RunPool, RunSheets, RunResample, RunPruning, RunSteps, RunNoise}) {
+  for (const auto& run :
+       {RunNorm, RunGroupNorm, RunLayerNorm, RunAttention, RunChannelAttention, RunPrelu, RunChannels, RunResponseNorm,
+        RunPointwise, RunFinish, RunPool, RunSheets, RunResample, RunPruning, RunSteps, RunNoise}) {
     run(threads, name);
   }
 }
