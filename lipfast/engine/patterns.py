@@ -127,12 +127,12 @@ def _values_alone(call: Call) -> Call:
 _PURE = (
     "_weight_norm", "abs", "add", "addcmul", "arange", "bmm", "cat", "chunk", "clamp", "clone", "contiguous", "cos",
     "detach", "div", "dot", "einsum", "eq", "exp", "expand", "expand_as", "flatten", "flip", "float", "full", "ge",
-    "gt", "index_select", "le", "log", "lt", "matmul", "maximum", "mean", "minimum", "mm", "mul", "mv", "neg", "norm",
-    "ones", "permute", "pow", "relu", "repeat", "reshape", "reshape_as", "round", "rsqrt", "sigmoid", "sign", "sin",
-    "softmax", "split", "sqrt", "square", "squeeze", "stack", "std", "std_mean", "sub", "sum", "t", "tanh", "to",
-    "transpose", "unbind", "unsqueeze", "var", "var_mean", "view", "view_as", "where", "zeros", "__add__", "__ge__",
-    "__getitem__", "__gt__", "__le__", "__lt__", "__mul__", "__neg__", "__pow__", "__radd__", "__rmul__", "__rsub__",
-    "__rtruediv__", "__sub__", "__truediv__",
+    "gt", "index_select", "le", "log", "long", "lt", "masked_fill", "matmul", "maximum", "mean", "minimum", "mm", "mul",
+    "mv", "ne", "neg", "norm", "ones", "permute", "pow", "relu", "repeat", "reshape", "reshape_as", "round", "rsqrt",
+    "sigmoid", "sign", "sin", "softmax", "split", "sqrt", "square", "squeeze", "stack", "std", "std_mean", "sub", "sum",
+    "t", "tanh", "to", "transpose", "unbind", "unsqueeze", "var", "var_mean", "view", "view_as", "where", "zeros",
+    "__add__", "__eq__", "__ge__", "__getitem__", "__gt__", "__le__", "__lt__", "__mul__", "__ne__", "__neg__",
+    "__pow__", "__radd__", "__rmul__", "__rsub__", "__rtruediv__", "__sub__", "__truediv__",
 )  # fmt: skip
 _PURE_FUNCTIONS = {getattr(owner, name) for owner in (torch, Tensor) for name in _PURE if hasattr(owner, name)}
 _PURE_FUNCTIONS |= {

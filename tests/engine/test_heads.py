@@ -313,8 +313,17 @@ def _windows(m: Biased, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.view(-1, 3, 7, 7).softmax(-1) @ v
 
 
+def _mask_of_forward(m: Biased, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Forward makes the mask, of numbers alone."""
+    part = (torch.arange(7) >= 4).long()
+    apart = part[:, None] - part[None]
+    mask = apart.float().masked_fill(apart.ne(0), -100.0).masked_fill(apart == 0, 0.0)
+    return (q @ k.mT + m.scores + mask).softmax(-1) @ v
+
+
 _BIASES = {
     "one": lambda m, q, k, v: (q @ k.transpose(-2, -1) + m.scores).softmax(-1) @ v,
+    "mask of forward": _mask_of_forward,
     "scaled before": lambda m, q, k, v: (m.of_table() + (q @ k.transpose(-2, -1)) / 3).softmax(-1) @ v,
     "scaled first": lambda m, q, k, v: ((q @ k.transpose(-2, -1)) * 3 + m.of_table()).softmax(-1) @ v,
     "heads": lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, m.of_table()),
