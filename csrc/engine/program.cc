@@ -396,8 +396,13 @@ struct Program::AttentionLists {
   std::vector<ScoreBias> biases;
   std::vector<std::vector<int64_t>> places;
   std::vector<int32_t> learned;  // rows of the bias whose gradient is wanted
+  const float* factors;
+  float* factor_gradient;
 
-  AttentionLists(const AttentionForm& given, float* values, float* gradients) : form(given) {
+  AttentionLists(const AttentionForm& given, float* values, float* gradients)
+      : form(given),
+        factors(given.factors < 0 ? nullptr : values + given.factors),
+        factor_gradient(gradients && given.factors_trained ? gradients + given.factors : nullptr) {
     for (const BiasPlace& bias : form.biases) {
       const bool wanted = gradients && bias.trained;
       if (wanted) learned = bias.rows;
@@ -408,8 +413,9 @@ struct Program::AttentionLists {
 
   AttentionSpec Spec() const {
     const int64_t count = static_cast<int64_t>(biases.size()), ends = static_cast<int64_t>(runs.ends.size());
-    return {form.problems, form.features, form.queries,      form.keys,        form.scale, form.safe,
-            biases.data(), count,         runs.order.data(), runs.ends.data(), ends};
+    return {form.problems, form.features, form.value_features, form.queries,     form.keys,
+            form.scale,    factors,       factor_gradient,     form.epsilon,     form.safe,
+            biases.data(), count,         runs.order.data(),   runs.ends.data(), ends};
   }
 
   // Heads in a map, as the queries (0), keys (1), values (2) or the result (3) have them.

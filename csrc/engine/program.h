@@ -152,11 +152,13 @@ class Program {
     std::vector<int32_t> rows;  // of each problem
   };
   struct AttentionForm {
-    int64_t problems, features, queries, keys;
-    float scale;
+    int64_t problems, features, value_features, queries, keys;
+    float scale, epsilon;
     bool safe;
     std::array<HeadPlaces, 4> places;  // of queries, keys, values and what they see
     std::vector<BiasPlace> biases;     // at most one of them trained
+    int64_t factors;                   // start in the values; -1: none
+    bool factors_trained;
   };
   void Attention(int query, int key, int value, int seen, const AttentionForm& form);
   // The gradients are added to what their maps hold; -1: not wanted.

@@ -37,7 +37,7 @@ _NUMBERED = (
 ACTIVATIONS = {name: number for number, name in enumerate(_NUMBERED)}
 
 CONV_KINDS = ("conv", "conv_transpose")
-WEIGHT_NAMES = ("weight", "bias", "gamma", "beta", "slopes")  # attributes of nodes that are weight numbers
+WEIGHT_NAMES = ("weight", "bias", "gamma", "beta", "slopes", "factors")  # attributes of nodes that are weight numbers
 
 
 def consecutive(counts: Sequence[int]) -> list[range]:
@@ -61,7 +61,9 @@ class Node:
                 learned, in inference only, or None)
     layer_norm  gamma, beta (weight numbers or None), epsilon, centred (else the mean stays in): each pixel over its
                 channels
-    attention   heads: the `Heads` of rows of features: queries, keys, values; biases: weight numbers
+    attention   heads: the `Heads` of rows of features: queries, keys, values; factors (weight number or None), biases
+                (weight numbers)
+    channel_attention  the same, of channels that look at each other
     act         act, slope
     finish      act(norm(inputs[0]) + inputs[1]), in inference only: gamma, beta, running (None: no norm, but a factor
                 and a shift of each channel), epsilon, act, slope, slopes; the second input is optional
@@ -125,10 +127,12 @@ class Heads:
     ``rows``: for each bias of the scores, which row of it a problem adds.
     """
 
-    features: int  # of a head
+    features: int  # of a head's queries and keys
+    value_features: int  # and of its values and what they make
     queries: int
     keys: int
     scale: float  # of the scores
+    epsilon: float | None  # queries and keys are divided by their lengths, or by this where it is larger
     safe: bool  # a query without an answer sees zeros
     shape: tuple[int, ...]  # of the result
     pixels: tuple[Tensor, ...]
@@ -136,11 +140,15 @@ class Heads:
     maps: tuple[bool, ...]
     rows: tuple[Tensor, ...]
 
+    def features_of(self, which: int) -> int:
+        """How many features a head has of queries (0), keys (1), values (2) or the result (3)."""
+        return self.features if which < 2 else self.value_features
+
     def places(self, which: int, width: int) -> Tensor:
         """Of queries (0), keys (1), values (2) or the result (3), (problems, tokens, features): the places among the
         numbers of rows of ``width`` features."""
         first = self.pixels[which].long() * width + self.channels[which].long()[:, None]
-        return first[..., None] + torch.arange(self.features)
+        return first[..., None] + torch.arange(self.features_of(which))
 
     def order_of_result(self, pixels: Tensor) -> Tensor | None:
         """For each row of the result the pixel that the query of its tokens has, of the queries' ``pixels``; None where
@@ -153,16 +161,16 @@ class Heads:
         order[rows] = pixels.long().flatten()
         return order if torch.equal(order[rows], pixels.long().flatten()) else None
 
-    def _features_of(self, which: int) -> set[int]:
+    def _taken_of(self, which: int) -> set[int]:
         """The features, of the rows that an operand lies in, which some head takes."""
         firsts = set(self.channels[which].tolist())
-        return {first + feature for first in firsts for feature in range(self.features)}
+        return {first + feature for first in firsts for feature in range(self.features_of(which))}
 
     def overlap(self, one: int, other: int, width: int) -> bool:
         """Whether two operands, both in the same rows, share some of their numbers without being the same."""
-        if self._features_of(one).isdisjoint(self._features_of(other)):
+        if self._taken_of(one).isdisjoint(self._taken_of(other)):
             return False
-        if self.pixels[one].shape == self.pixels[other].shape:
+        if (self.pixels[one].shape, self.features_of(one)) == (self.pixels[other].shape, self.features_of(other)):
             same = torch.equal(self.pixels[one], self.pixels[other])
             if same and torch.equal(self.channels[one], self.channels[other]):
                 return False

@@ -1283,7 +1283,7 @@ def _check_epsilon(epsilon: float) -> None:
         raise Unsupported(f"a norm of pixels with epsilon {epsilon}")
 
 
-def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads, *biases: Any) -> int:
+def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads, factors: Any, *biases: Any) -> int:
     if not any(b.makes(tensor) for tensor in (query, key, value)):
         raise Unsupported("none of its operands comes from lanes")
     operands = query, key, value
@@ -1301,7 +1301,7 @@ def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads, *bia
     b.order = order if moved else None
     pixels.append(order[heads.pixels[3].long()].int())
     heads = dataclasses.replace(heads, pixels=tuple(pixels))
-    attributes = {"heads": heads, "biases": [b.weight(bias) for bias in biases]}
+    attributes = {"heads": heads, "factors": b.weight(factors), "biases": [b.weight(bias) for bias in biases]}
     if values[0] in b.graph.rows:
         return b.node_of_rows("attention", values, (len(order), heads.shape[-1]), **attributes)
     channels = heads.shape[1 if heads.maps[3] else -1]

@@ -11,7 +11,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lipfast.engine.capture import Call, Recording, Ref, refs_in, without_unread
-from lipfast.engine.heads import ADD, DIVIDE, MULTIPLY, AttentionFinder, Found, added_rows, bias_rows, causal
+from lipfast.engine.heads import (
+    ADD,
+    DIVIDE,
+    MULTIPLY,
+    NORM,
+    AttentionFinder,
+    Found,
+    added_rows,
+    bias_rows,
+    causal,
+    problem_factors,
+)
 
 _ROOT = (torch.sqrt, Tensor.sqrt)
 _INVERSE_ROOT = (torch.rsqrt, Tensor.rsqrt)
@@ -24,7 +35,6 @@ _MAX = (torch.max, Tensor.max)
 _AMAX = (torch.amax, Tensor.amax)
 _UNSQUEEZE = (torch.unsqueeze, Tensor.unsqueeze)
 _ADDCMUL = (torch.addcmul, Tensor.addcmul)
-_NORM = (torch.norm, Tensor.norm, torch.linalg.vector_norm)
 _RESHAPE = (torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten)
 _TRANSPOSE = (torch.transpose, Tensor.transpose, Tensor.permute, torch.permute, Tensor.swapaxes, torch.swapaxes)
 
@@ -119,12 +129,12 @@ def _values_alone(call: Call) -> Call:
 _PURE = (
     "_weight_norm", "abs", "add", "addcmul", "arange", "bmm", "cat", "chunk", "clamp", "clone", "contiguous", "cos",
     "detach", "div", "dot", "einsum", "eq", "exp", "expand", "expand_as", "flatten", "flip", "float", "full", "ge",
-    "gt", "index_select", "le", "log", "lt", "matmul", "maximum", "mean", "minimum", "mm", "mul", "mv", "neg", "norm",
-    "ones", "permute", "pow", "relu", "repeat", "reshape", "reshape_as", "round", "rsqrt", "sigmoid", "sign", "sin",
-    "softmax", "split", "sqrt", "square", "squeeze", "stack", "std", "std_mean", "sub", "sum", "t", "tanh", "to",
-    "transpose", "unbind", "unsqueeze", "var", "var_mean", "view", "view_as", "where", "zeros", "__add__", "__ge__",
-    "__getitem__", "__gt__", "__le__", "__lt__", "__mul__", "__neg__", "__pow__", "__radd__", "__rmul__", "__rsub__",
-    "__rtruediv__", "__sub__", "__truediv__",
+    "gt", "index_select", "le", "log", "long", "lt", "masked_fill", "matmul", "maximum", "mean", "minimum", "mm", "mul",
+    "mv", "ne", "neg", "norm", "ones", "permute", "pow", "relu", "repeat", "reshape", "reshape_as", "round", "rsqrt",
+    "sigmoid", "sign", "sin", "softmax", "split", "sqrt", "square", "squeeze", "stack", "std", "std_mean", "sub", "sum",
+    "t", "tanh", "to", "transpose", "unbind", "unsqueeze", "var", "var_mean", "view", "view_as", "where", "zeros",
+    "__add__", "__eq__", "__ge__", "__getitem__", "__gt__", "__le__", "__lt__", "__mul__", "__ne__", "__neg__",
+    "__pow__", "__radd__", "__rmul__", "__rsub__", "__rtruediv__", "__sub__", "__truediv__",
 )  # fmt: skip
 _PURE_FUNCTIONS = {getattr(owner, name) for owner in (torch, Tensor) for name in _PURE if hasattr(owner, name)}
 _PURE_FUNCTIONS |= {
@@ -137,14 +147,15 @@ _PURE_FUNCTIONS |= {
     added_rows,
     bias_rows,
     causal,
+    problem_factors,
 }
 
 
 def is_pure(call: Call) -> bool:
     """Whether a call's result depends on its arguments alone, and it changes nothing."""
-    silu = call.function is F.silu and len(call.args) == 1 and not call.kwargs.get("inplace")
+    activation = call.function in (F.silu, F.relu) and len(call.args) == 1 and not call.kwargs.get("inplace")
     norm = call.function is F.batch_norm and not _running_statistics(call)  # of a weight, to standardise it
-    return (silu or norm or call.function in _PURE_FUNCTIONS) and not _has_out(call)
+    return (activation or norm or call.function in _PURE_FUNCTIONS) and not _has_out(call)
 
 
 def _has_out(call: Call) -> bool:
@@ -162,14 +173,25 @@ def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
     moved = parameters - written(recording)
     first: list[Call] = []
     rest: list[Call] = []
-    for call in recording.calls:
+    layers: set[int] = set()
+    for given in recording.calls:
+        call = _beside_its_operand(given, layers)
         if is_pure(call) and all(ref.number in moved for ref in call.refs()):
+            if call.function is F.linear:
+                layers.add(call.result.number)
             moved.update(ref.number for ref in call.results())
             first.append(call)
         else:
-            rest.append(call)
+            rest.append(given)
     recording.calls = first + rest
     return len(first)
+
+
+def _beside_its_operand(call: Call, fresh: Container[int]) -> Call:
+    """A ReLU that overwrites what a layer just made, and nothing else reads, as one that does not."""
+    if call.function is F.relu and call.refs()[0].number in fresh:
+        return dataclasses.replace(call, args=call.args[:1], kwargs={})
+    return call
 
 
 def written(recording: Recording) -> set[int]:
@@ -251,7 +273,7 @@ class _Finder:
         total = self._maker(refs[1], ADD) if call.function in DIVIDE and len(refs) == 2 == len(call.args) else None
         numbers = [arg for arg in total.args if isinstance(arg, (int, float))] if total and not total.kwargs else []
         mean = self._maker(total.refs()[0], _MEAN) if total and len(numbers) == len(total.refs()) == 1 else None
-        norm = self._maker(refs[0], _NORM) if mean and mean.refs() == refs[:1] else None
+        norm = self._maker(refs[0], NORM) if mean and mean.refs() == refs[:1] else None
         if total is None or mean is None or norm is None or len(norm.refs()) != 1 or len(norm.refs()[0].shape) != 4:
             return None
         pixels = _axes_of_norm(norm)

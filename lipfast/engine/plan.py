@@ -611,8 +611,10 @@ class _Planner:
             (self.offset(bias), self.weights[bias].shape[0], rows.numpy(), self.weights[bias].trained)
             for bias, rows in zip(node.biases, heads.rows, strict=True)
         ]
-        sizes = [len(heads.channels[0]), heads.features, heads.queries, heads.keys]
-        return sizes, places, heads.scale, heads.safe, biases
+        sizes = [len(heads.channels[0]), heads.features, heads.value_features, heads.queries, heads.keys]
+        scales = heads.scale, -1.0 if heads.epsilon is None else heads.epsilon
+        factors = self.offset(node.factors), node.factors is not None and self.weights[node.factors].trained
+        return sizes, places, scales, heads.safe, factors, biases
 
     def _pixel_norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         self.emit("pixel_norm", x, y, node.epsilon)

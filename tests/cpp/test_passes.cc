@@ -221,20 +221,21 @@ HeadPlaces PlacesOf(int64_t pictures, int64_t heads, int64_t tokens, int64_t fir
 }
 
 // Attention and its gradients, of maps with more pixels than tokens; queries and the rest lie in different orders.
-void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, int threads, const std::string& name) {
+// `epsilon` below 0: scores are no cosines.
+void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, float epsilon, int threads, const std::string& name) {
   std::mt19937 random(7);
-  constexpr int64_t kPictures = 2, kHeads = 3, kFeatures = 5, kWide = 16, kProblems = kPictures * kHeads;
+  constexpr int64_t kPictures = 2, kHeads = 3, kFeatures = 5, kOfValue = 7, kProblems = kPictures * kHeads;
+  constexpr int64_t kBoth = kFeatures + kOfValue, kWide = 1 + kHeads * kOfValue;
   constexpr float kScale = 0.7f;
-  const HeadPlaces places[4] = {PlacesOf(kPictures, kHeads, queries, 1, kFeatures, 1),
-                                PlacesOf(kPictures, kHeads, keys, 0, 2 * kFeatures, 0),
-                                PlacesOf(kPictures, kHeads, keys, kFeatures, 2 * kFeatures, 0),
-                                PlacesOf(kPictures, kHeads, queries, 0, kFeatures, 2)};
+  const HeadPlaces places[4] = {
+      PlacesOf(kPictures, kHeads, queries, 1, kFeatures, 1), PlacesOf(kPictures, kHeads, keys, 0, kBoth, 0),
+      PlacesOf(kPictures, kHeads, keys, kFeatures, kBoth, 0), PlacesOf(kPictures, kHeads, queries, 0, kOfValue, 2)};
   const auto picture = [&](int64_t channels, int64_t tokens) {  // of several items where the grid is small
     const int64_t items = grid == 4 ? 1 : 3, width = (kPictures * tokens + 4 * items - 1) / (4 * items) + 1;
     return Picture(items, channels, 4, width, (4 + grid - 1) / grid, (width + grid - 1) / grid, 0, random, grid);
   };
-  Picture q = picture(kWide, queries), rest = picture(2 * kHeads * kFeatures, keys), y = picture(kWide, queries);
-  Picture dy = picture(kWide, queries), dq = picture(kWide, queries), drest = picture(2 * kHeads * kFeatures, keys);
+  Picture q = picture(kWide, queries), rest = picture(kHeads * kBoth, keys), y = picture(kWide, queries);
+  Picture dy = picture(kWide, queries), dq = picture(kWide, queries), drest = picture(kHeads * kBoth, keys);
   // One bias for each head, that learns; one for each picture, that hides some keys.
   const int64_t width = BiasWidth(queries), row = keys * width;
   std::vector<int32_t> of_head, of_picture;
@@ -250,11 +251,17 @@ void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, int threads, co
   const ScoreBias biases[2] = {{learned.data, of_head.data(), kHeads, gradient.data},
                                {hidden.data, of_picture.data(), kPictures, nullptr}};
   const ProblemRuns runs = RunsOf(kProblems, of_head, PlacesIn(q.map.lanes, places[0]));
+  Tensor factors(kProblems), factor_gradient(kProblems);
+  for (float& factor : factors) factor = value(random) + 1.5f;
   const AttentionSpec spec = {kProblems,
                               kFeatures,
+                              kOfValue,
                               queries,
                               keys,
                               kScale,
+                              factors.data(),
+                              factor_gradient.data(),
+                              epsilon,
                               true,
                               biases,
                               2,
@@ -272,12 +279,32 @@ void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, int threads, co
   const Floats scratch(kernels.floats(spec, true));
   std::vector<double> want(y.tensor.size()), dq_want(dq.tensor.begin(), dq.tensor.end());
   std::vector<double> drest_want(drest.tensor.begin(), drest.tensor.end()), dbias_want(kHeads * row);
+  std::vector<double> dfactor_want(kProblems);
   for (int64_t n = 0; n < kProblems; ++n) {
+    // What a token is divided by.
+    const auto length = [&](const Picture& p, int which, int64_t token) {
+      double sum = 0;
+      for (int64_t f = 0; f < kFeatures; ++f) sum += std::pow(p.tensor[at(p, which, n, token, f)], 2);
+      return epsilon < 0 ? 1.0 : std::max<double>(std::sqrt(sum), epsilon);
+    };
+    // A gradient of a token after its division, before.
+    const auto before = [&](const Picture& p, int which, int64_t token, const std::vector<double>& gradient) {
+      const double divided = length(p, which, token);
+      double along = 0;
+      for (int64_t f = 0; f < kFeatures; ++f) along += gradient[f] * p.tensor[at(p, which, n, token, f)] / divided;
+      std::vector<double> found(gradient);
+      for (int64_t f = 0; f < kFeatures; ++f) {
+        if (epsilon >= 0 && divided > epsilon) found[f] -= along * p.tensor[at(p, which, n, token, f)] / divided;
+        found[f] /= divided;
+      }
+      return found;
+    };
+    std::vector<std::vector<double>> dkeys(keys, std::vector<double>(kFeatures));
     for (int64_t i = 0; i < queries; ++i) {
-      std::vector<double> weights(keys), slopes(keys);
+      std::vector<double> cosines(keys), weights(keys), slopes(keys), dquery(kFeatures);
       const auto product = [&](const Picture& a, int of_a, int of_b, int64_t j) {
         double sum = 0;
-        for (int64_t f = 0; f < kFeatures; ++f) {
+        for (int64_t f = 0; f < (of_b == 1 ? kFeatures : kOfValue); ++f) {
           sum += static_cast<double>(a.tensor[at(a, of_a, n, i, f)]) * rest.tensor[at(rest, of_b, n, j, f)];
         }
         return sum;
@@ -287,7 +314,8 @@ void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, int threads, co
       };
       for (int64_t j = 0; j < keys; ++j) {
         const double added = bias(learned.data, of_head[n], j) + bias(hidden.data, of_picture[n], j);
-        weights[j] = std::exp(kScale * product(q, 0, 1, j) + added);
+        cosines[j] = product(q, 0, 1, j) / length(q, 0, i) / length(rest, 1, j);
+        weights[j] = std::exp(kScale * factors[n] * cosines[j] + added);
       }
       const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
       double along = 0;
@@ -299,15 +327,24 @@ void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, int threads, co
       for (int64_t j = 0; j < keys; ++j) {
         const double score = weights[j] * (slopes[j] - along);
         dbias_want[of_head[n] * row + j * width + i] += score;
+        dfactor_want[n] += kScale * score * cosines[j];
         for (int64_t f = 0; f < kFeatures; ++f) {
-          const int64_t of_query = at(q, 0, n, i, f), seen = at(y, 3, n, i, f);
-          const int64_t of_key = at(rest, 1, n, j, f), of_value = at(rest, 2, n, j, f);
+          const double scaled = kScale * factors[n] * score;
+          dquery[f] += scaled * rest.tensor[at(rest, 1, n, j, f)] / length(rest, 1, j);
+          dkeys[j][f] += scaled * q.tensor[at(q, 0, n, i, f)] / length(q, 0, i);
+        }
+        for (int64_t f = 0; f < kOfValue; ++f) {
+          const int64_t seen = at(y, 3, n, i, f), of_value = at(rest, 2, n, j, f);
           want[seen] += weights[j] * rest.tensor[of_value];
-          dq_want[of_query] += score * kScale * rest.tensor[of_key];
-          drest_want[of_key] += score * kScale * q.tensor[of_query];
           drest_want[of_value] += weights[j] * dy.tensor[seen];
         }
       }
+      dquery = before(q, 0, i, dquery);
+      for (int64_t f = 0; f < kFeatures; ++f) dq_want[at(q, 0, n, i, f)] += dquery[f];
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+      const std::vector<double> dkey = before(rest, 1, j, dkeys[j]);
+      for (int64_t f = 0; f < kFeatures; ++f) drest_want[at(rest, 1, n, j, f)] += dkey[f];
     }
   }
   std::vector<std::vector<int64_t>> lists;
@@ -326,12 +363,16 @@ void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, int threads, co
   for (int64_t i = 0; i < kHeads * row; ++i) {
     if (i % width < queries) Expect(std::abs(gradient.data[i] - dbias_want[i]) < kTolerance, name + " bias gradient");
   }
+  Expect(Error(factor_gradient, dfactor_want) < kTolerance, name + " factor gradient");
 }
 
 void RunAttention(int threads, const std::string& name) {
   for (int64_t tokens : {1, 7, 33}) {
     for (int64_t grid : {1, 2, 4}) {
-      RunAttentionOf(tokens, 34 - tokens, grid, threads, name + " " + std::to_string(tokens));
+      for (float epsilon : {-1.0f, 0.0f, 1.3f}) {  // some tokens are shorter than the last
+        const std::string full = name + " " + std::to_string(tokens) + " " + std::to_string(epsilon);
+        RunAttentionOf(tokens, 34 - tokens, grid, epsilon, threads, full);
+      }
     }
   }
 }
