@@ -131,6 +131,7 @@ class Heads:
     value_features: int  # and of its values and what they make
     queries: int
     keys: int
+    across: bool  # channels look at channels instead: each is a token, whose features are all that have it here
     scale: float  # of the scores
     epsilon: float | None  # queries and keys are divided by their lengths, or by this where it is larger
     safe: bool  # a query without an answer sees zeros
@@ -151,8 +152,8 @@ class Heads:
         return first[..., None] + torch.arange(self.features_of(which))
 
     def order_of_result(self, pixels: Tensor) -> Tensor | None:
-        """For each row of the result the pixel that the query of its tokens has, of the queries' ``pixels``; None where
-        it has more or fewer rows, or heads do not agree."""
+        """For each row of the result the pixel of its tokens, of ``pixels``: those of the queries, or of the values of
+        attention across channels. None where it has more or fewer rows, or heads do not agree."""
         rows = self.pixels[3].long().flatten()
         count = math.prod(self.shape) // self.shape[1 if self.maps[3] else -1]
         if any(len(torch.unique(numbers)) != count for numbers in (pixels, rows)):
@@ -243,7 +244,10 @@ class Graph:
 
     def pad_rows(self) -> None:
         """Give rows of features more pixels than items, where that fills more lanes and nothing counts them."""
-        if any(node.kind in ("flatten", "unflatten") or (node.kind == "norm" and node.training) for node in self.nodes):
+        if any(
+            node.kind in ("flatten", "unflatten", "channel_attention") or (node.kind == "norm" and node.training)
+            for node in self.nodes
+        ):
             return
         for value in self.rows:
             _, features, height, width = self.shapes[value]

@@ -44,6 +44,8 @@ def attention(
     ``factors``: of each problem's scores; ``biases``: `bias_rows` each.
     """
     q, k, v = (_gathered(tensor, heads, which) for which, tensor in enumerate((query, key, value)))
+    if heads.across:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if heads.epsilon is not None:
         q, k = F.normalize(q, dim=-1, eps=heads.epsilon), F.normalize(k, dim=-1, eps=heads.epsilon)
     scores = heads.scale * q @ k.transpose(1, 2)
@@ -54,7 +56,8 @@ def attention(
     weights = torch.softmax(scores, -1)
     weights = weights.nan_to_num(0.0) if heads.safe else weights
     places = heads.places(3, heads.shape[1 if heads.maps[3] else -1])
-    seen = torch.zeros(math.prod(heads.shape), dtype=query.dtype).index_put((places,), weights @ v)
+    made = (weights @ v).transpose(1, 2) if heads.across else weights @ v
+    seen = torch.zeros(math.prod(heads.shape), dtype=query.dtype).index_put((places,), made)
     if not heads.maps[3]:
         return seen.view(heads.shape)
     n, channels, height, width = heads.shape
@@ -294,24 +297,41 @@ class AttentionFinder:
         chain = [core.call]
         while (following := self._only_reader(chain[-1].result)) is not None:
             chain.append(following)
-        placed = [_places(operand.index, operand.rows.shape) for operand in operands]
-        while chain:
-            moved = _inverse(core.call.result, chain[1:])
-            moved = moved.transpose(-1, -2) if moved is not None and core.turned else moved
-            result = _places(moved, chain[-1].result.shape)
-            if result and all(placed):
-                break
-            chain.pop()
-        else:
+        found = self._in_rows(core, chain, across=False) or self._in_rows(core, chain, across=True)
+        if found is None:
             return None
-        pixels, channels, maps = zip(*(known for known in (*placed, result) if known), strict=True)
+        chain, across, placed = found
+        if across:
+            features, of_value, queries, keys = queries, keys, features, of_value
+        if across and (features != of_value or core.biases):
+            return None
+        pixels, channels, maps = zip(*placed, strict=True)
         heads = Heads(
-            features, of_value, queries, keys, core.scale, core.query.epsilon, core.safe, chain[-1].result.shape,
-            pixels, channels, maps,
+            features, of_value, queries, keys, across, core.scale, core.query.epsilon, core.safe,
+            chain[-1].result.shape, pixels, channels, maps,
             tuple(bias.rows.flatten() for bias in core.biases),
         )  # fmt: skip
         inner = [*core.inner, *(call for operand in operands for call in operand.calls), *chain[:-1]]
         return self._found(core, chain[-1], inner, heads)
+
+    def _in_rows(
+        self, core: "_Core", chain: list[Call], across: bool
+    ) -> "tuple[list[Call], bool, list[_Place]] | None":
+        """The longest part of the calls that join heads whose result has them in rows of features, as operands have
+        them, and where; ``across``: with tokens and features in each other's place."""
+        placed: list[_Place] = []
+        for operand in (core.query, core.key, core.value):
+            place = _places(operand.index.transpose(-1, -2) if across else operand.index, operand.rows.shape)
+            if place is None:
+                return None
+            placed.append(place)
+        for end in range(len(chain), 0, -1):
+            moved = _inverse(core.call.result, chain[1:end])
+            moved = moved.transpose(-1, -2) if moved is not None and core.turned != across else moved
+            result = _places(moved, chain[end - 1].result.shape)
+            if result:
+                return chain[:end], across, [*placed, result]
+        return None
 
     def _only_reader(self, ref: Any) -> Call | None:
         """The rearrangement that reads a tensor, where nothing else does."""
@@ -584,7 +604,10 @@ def _inverse(result: Ref, chain: list[Call]) -> Tensor | None:
     return places.view(result.shape)
 
 
-def _places(index: Tensor | None, shape: Sequence[int]) -> tuple[Tensor, Tensor, bool] | None:
+_Place = tuple[Tensor, Tensor, bool]
+
+
+def _places(index: Tensor | None, shape: Sequence[int]) -> _Place | None:
     """The pixels of each problem's tokens, its first channel, and whether channels are axis 1 of a tensor of that shape
     whose numbers (..., tokens, features) are. None where a head is no range of features."""
     if index is None:

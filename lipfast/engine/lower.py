@@ -1292,9 +1292,12 @@ def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads, fact
         if values[one] == values[other] and heads.overlap(one, other, b.graph.shapes[values[one]][1]):
             raise Unsupported("heads of different operands share features")
     pixels = [b.pixels(tensor, rows) for tensor, rows in zip(operands, heads.pixels, strict=False)]
-    order = heads.order_of_result(pixels[0])
+    if heads.across:
+        _check_whole_pictures(b, heads, values, pixels)
+    beside = 2 if heads.across else 0  # the operand whose pixels the result has
+    order = heads.order_of_result(pixels[beside])
     moved = order is not None and not torch.equal(order, torch.arange(len(order)))
-    n, _, height, width = b.graph.shapes[values[0]]
+    n, _, height, width = b.graph.shapes[values[beside]]
     fits = (heads.shape[0], *heads.shape[2:]) == (n, height, width) and not moved and values[0] not in b.graph.rows
     if order is None or (heads.maps[3] and not fits):
         raise Unsupported(f"a result of shape {heads.shape}")
@@ -1302,10 +1305,24 @@ def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads, fact
     pixels.append(order[heads.pixels[3].long()].int())
     heads = dataclasses.replace(heads, pixels=tuple(pixels))
     attributes = {"heads": heads, "factors": b.weight(factors), "biases": [b.weight(bias) for bias in biases]}
+    kind = "channel_attention" if heads.across else "attention"
     if values[0] in b.graph.rows:
-        return b.node_of_rows("attention", values, (len(order), heads.shape[-1]), **attributes)
+        return b.node_of_rows(kind, values, (len(order), heads.shape[-1]), **attributes)
     channels = heads.shape[1 if heads.maps[3] else -1]
-    return b.node("attention", values, (n, channels, height, width), **attributes)
+    return b.node(kind, values, (n, channels, height, width), **attributes)
+
+
+def _check_whole_pictures(b: _Builder, heads: Heads, values: Sequence[int], pixels: Sequence[Tensor]) -> None:
+    """Refuse attention across channels whose problems are not all pixels of a picture each."""
+    forms = {(value in b.graph.rows, b.graph.shapes[value][0], *b.graph.shapes[value][2:]) for value in values}
+    n, _, height, width = b.graph.shapes[values[0]]
+    pictures = torch.arange(n * height * width).view(n, -1)
+    problems = [rows.long().sort(1).values for rows in pixels[::2]]
+    whole = len(forms) == 1 and heads.queries == height * width and torch.equal(pixels[0], pixels[1])
+    if not whole or not all(torch.equal(rows, pictures[rows[:, 0] // (height * width)]) for rows in problems):
+        raise Unsupported("attention of channels over something else than pictures")
+    if len(heads.channels[0]) * heads.features * heads.queries != math.prod(heads.shape):
+        raise Unsupported("attention of channels, some of which see nothing")
 
 
 def _response(b: _Builder, x: Any, epsilon: float, features_last: bool) -> int:
