@@ -177,6 +177,22 @@ def test_a_head_that_is_also_read_alone():
     assert torch.allclose(lipfast.accelerate(module)(x), module(x), atol=1e-5)
 
 
+@partly
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda q, k, v: F.scaled_dot_product_attention(q, k[:, [0, 0, 0]], v[:, [1, 1, 1]]),
+        lambda q, k, v: F.scaled_dot_product_attention(q[:, :, [0, 1, 2, 3, 4, 5, 5]], k, v),
+    ],
+)
+def test_heads_that_share_features(compare_accelerated, attend):
+    """Their gradients would be added at once."""
+    module, x = Changed(attend), torch.randn(2, 7, 24)
+    prune(module)
+    assert kinds(module, x) == [["conv"], ["conv"]]
+    compare_accelerated(module, x)
+
+
 _SPELLINGS = {
     "scaled queries": lambda q, k, v: ((q * 0.3) @ k.transpose(-2, -1)).softmax(dim=-1) @ v,
     "scaled scores": lambda q, k, v: torch.matmul(F.softmax(q @ k.mT / 1.7, dim=3), v),
