@@ -167,6 +167,16 @@ class Heads:
         firsts = set(self.channels[which].tolist())
         return {first + feature for first in firsts for feature in range(self.features_of(which))}
 
+    def repeats(self, which: int, width: int) -> bool:
+        """Whether an operand's heads, in rows of ``width`` features, may have some of its numbers twice."""
+        firsts = torch.unique(self.channels[which])
+        if bool((firsts.diff() < self.features_of(which)).any()):
+            return True
+        tokens = self.pixels[which].long() * width + self.channels[which].long()[:, None]
+        taken = torch.zeros(int(tokens.max()) + 1, dtype=torch.bool)
+        taken[tokens.flatten()] = True
+        return int(taken.count_nonzero()) < tokens.numel()
+
     def overlap(self, one: int, other: int, width: int) -> bool:
         """Whether two operands, both in the same rows, share some of their numbers without being the same."""
         if self._taken_of(one).isdisjoint(self._taken_of(other)):

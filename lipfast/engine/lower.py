@@ -1288,8 +1288,11 @@ def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads, fact
         raise Unsupported("none of its operands comes from lanes")
     operands = query, key, value
     values = [b.map(each) if is_map else b.rows(each) for each, is_map in zip(operands, heads.maps, strict=False)]
-    for one, other in itertools.combinations(range(3), 2):  # gradients of heads are added side by side
-        if values[one] == values[other] and heads.overlap(one, other, b.graph.shapes[values[one]][1]):
+    widths = [b.graph.shapes[value][1] for value in values]
+    if any(heads.repeats(which, width) for which, width in enumerate(widths)):  # gradients are added side by side
+        raise Unsupported("heads of an operand share features")
+    for one, other in itertools.combinations(range(3), 2):
+        if values[one] == values[other] and heads.overlap(one, other, widths[one]):
             raise Unsupported("heads of different operands share features")
     pixels = [b.pixels(tensor, rows) for tensor, rows in zip(operands, heads.pixels, strict=False)]
     if heads.across:

@@ -173,12 +173,9 @@ def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
     moved = parameters - written(recording)
     first: list[Call] = []
     rest: list[Call] = []
-    layers: set[int] = set()
     for given in recording.calls:
-        call = _beside_its_operand(given, layers)
+        call = _out_of_place(given)
         if is_pure(call) and all(ref.number in moved for ref in call.refs()):
-            if call.function is F.linear:
-                layers.add(call.result.number)
             moved.update(ref.number for ref in call.results())
             first.append(call)
         else:
@@ -187,9 +184,9 @@ def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
     return len(first)
 
 
-def _beside_its_operand(call: Call, fresh: Container[int]) -> Call:
-    """A ReLU that overwrites what a layer just made, and nothing else reads, as one that does not."""
-    if call.function is F.relu and call.refs()[0].number in fresh:
+def _out_of_place(call: Call) -> Call:
+    """A ReLU that overwrites its operand, which forward made and nothing reads any more, as one that does not."""
+    if call.function is F.relu and call.args:
         return dataclasses.replace(call, args=call.args[:1], kwargs={})
     return call
 

@@ -177,6 +177,29 @@ def test_a_head_that_is_also_read_alone():
     assert torch.allclose(lipfast.accelerate(module)(x), module(x), atol=1e-5)
 
 
+def _overlapping(heads: Tensor) -> Tensor:
+    """Each takes half of the next one's features."""
+    rows = heads.transpose(1, 2).flatten(2)
+    return rows[..., [list(range(4 * head, 4 * head + 8)) for head in range(3)]].transpose(1, 2)
+
+
+@partly
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda q, k, v: F.scaled_dot_product_attention(q, k[:, [0, 0, 0]], v[:, [1, 1, 1]]),
+        lambda q, k, v: F.scaled_dot_product_attention(q[:, :, [0, 1, 2, 3, 4, 5, 5]], k, v),
+        lambda q, k, v: F.scaled_dot_product_attention(q, _overlapping(k), v),
+    ],
+)
+def test_heads_that_share_features(compare_accelerated, attend):
+    """Their gradients would be added at once."""
+    module, x = Changed(attend), torch.randn(2, 7, 24)
+    prune(module)
+    assert kinds(module, x) == [["conv"], ["conv"]]
+    compare_accelerated(module, x)
+
+
 _SPELLINGS = {
     "scaled queries": lambda q, k, v: ((q * 0.3) @ k.transpose(-2, -1)).softmax(dim=-1) @ v,
     "scaled scores": lambda q, k, v: torch.matmul(F.softmax(q @ k.mT / 1.7, dim=3), v),
@@ -395,6 +418,16 @@ def _cosines(q: Tensor, k: Tensor) -> Tensor:
     return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
 
 
+def _short(x: Tensor) -> Tensor:
+    """Normalised where it is not shorter than some are."""
+    return F.normalize(x, dim=-1, eps=4.0)
+
+
+def _norm(x: Tensor, **kwargs) -> Tensor:
+    length: Tensor = x.norm(dim=-1, keepdim=True, **kwargs)
+    return length
+
+
 def _swin_v2(m: Cosine, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = _cosines(q, k) * m.factor() + m.of_positions().unsqueeze(0)
     scores = scores.view(2, 2, 3, 7, 7) + m.mask.view(1, 2, 1, 7, 7)
@@ -417,8 +450,10 @@ _COSINES = {
     "no factor": lambda m, q, k, v: (_cosines(q, k) * 5).softmax(-1) @ v,
     "no cosines": lambda m, q, k, v: (q @ k.mT * 0.2 * m.factor().reshape(1, 3, 1, 1)).softmax(-1) @ v,
     "fused": lambda m, q, k, v: F.scaled_dot_product_attention(F.normalize(q, dim=-1) * 4, F.normalize(k, dim=3), v),
-    "short ones": lambda m, q, k, v: (
-        (F.normalize(q, dim=-1, eps=4.0) @ F.normalize(k, eps=4.0, dim=-1).mT).softmax(-1) @ v
+    "short ones": lambda m, q, k, v: (_short(q) @ _short(k).mT).softmax(-1) @ v,
+    "turned": lambda m, q, k, v: (
+        (_cosines(q, k).transpose(0, 1) * m.factor()[:, None] + m.of_positions()[:, None]).transpose(0, 1).softmax(-1)
+        @ v
     ),
     "norms": lambda m, q, k, v: (
         (
@@ -458,18 +493,17 @@ def test_cosines(compare_accelerated, attend):
         lambda m, q, k, v: (F.normalize(q, dim=-1) @ k.mT).softmax(-1) @ v,
         lambda m, q, k, v: (F.normalize(q, dim=-1, eps=4.0) @ F.normalize(k, dim=-1).mT).softmax(-1) @ v,
         lambda m, q, k, v: (_cosines(q, k) * 3).softmax(-1) @ F.normalize(v, dim=-1),
-        lambda m, q, k, v: (
-            (F.normalize(F.normalize(q * 9, dim=-1, eps=8.0), dim=-1) @ F.normalize(k, dim=-1).mT).softmax(-1).matmul(v)
-        ),
+        lambda m, q, k, v: (_short(_short(q)) @ _short(k).mT).softmax(-1) @ v,
+        lambda m, q, k, v: (_short(q * 3) @ _short(k).mT).softmax(-1) @ v,
         lambda m, q, k, v: (
             (F.normalize(q.reshape(4, 3, 14, 4), dim=-1).view(q.shape) @ F.normalize(k, dim=-1).mT)
             .softmax(-1)
             .matmul(v)
         ),
-        lambda m, q, k, v: ((q / k.norm(dim=-1, keepdim=True)) @ k.mT).softmax(-1) @ v,
-        lambda m, q, k, v: (
-            ((q / q.norm(dim=-1, keepdim=True).clamp(0.1, 2.0)) @ F.normalize(k, dim=-1).mT).softmax(-1) @ v
-        ),
+        lambda m, q, k, v: (q / _norm(k) @ (k / _norm(q)).mT).softmax(-1) @ v,
+        lambda m, q, k, v: (q / _norm(q, p=1) @ (k / _norm(k, p=1)).mT).softmax(-1) @ v,
+        lambda m, q, k, v: (q / _norm(q).clamp(0.1, 2.0) @ (k / _norm(k).clamp(0.1)).mT).softmax(-1) @ v,
+        lambda m, q, k, v: (q / (_norm(q) + 1) @ (k / (_norm(k) + 1)).mT).softmax(-1) @ v,
         lambda m, q, k, v: ((_cosines(q, k) + m.scores) * m.factor()).softmax(-1) @ v,
         lambda m, q, k, v: (_cosines(q, k) * m.factor() * m.temperature).softmax(-1) @ v,
         lambda m, q, k, v: (_cosines(q, k) * m.scores).softmax(-1) @ v,
@@ -508,13 +542,15 @@ def test_values_of_another_width(compare, features, of_values, tokens):
 
 
 @partly
-def test_values_that_share_features_with_keys(compare_accelerated):
+@pytest.mark.parametrize("features", [range(4), range(8, 12)])
+def test_values_that_share_features_with_keys(compare_accelerated, features):
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, v[..., :8], v)
+        return F.scaled_dot_product_attention(q, v[..., features.start : features.stop], v)
 
-    module = ValuesOfAnotherWidth(8, 12, attend)
+    module, x = ValuesOfAnotherWidth(4, 12, attend), torch.randn(3, 7, 24)
     prune(module)
-    compare_accelerated(module, torch.randn(3, 7, 24))
+    assert kinds(module, x) == [["conv"], ["conv"]]
+    compare_accelerated(module, x)
 
 
 def _wide_values_of_maps(y: Tensor) -> Tensor:
