@@ -23,7 +23,7 @@ from torch import Tensor
 from lipfast.engine.capture import Call, Recording, record
 from lipfast.engine.lane_module import PLANS_KEPT, Compiled, is_pruned, runs_in_lanes
 from lipfast.engine.lower import lower
-from lipfast.engine.products import exchange_weights, masks_in_graph, read_in_lanes, reads_weight
+from lipfast.engine.products import exchange_weights, masks_in_graph, read_in_lanes, weight_of
 from lipfast.engine.survey import Forms
 from lipfast.engine.watch import Watch
 from lipfast.errors import ConfigError, InputError
@@ -185,7 +185,8 @@ def _zeros(recording: Recording, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     """Masks of the weights that are zero often enough to matter."""
     found = {}
     for call in recording.calls:
-        name = recording.leaves.get(call.args[1].number) if reads_weight(call) else None
+        weight = weight_of(call)
+        name = recording.leaves.get(weight.number) if weight else None
         alive = tensors[name] != 0 if name is not None else None
         if alive is not None and is_pruned(alive):
             found[str(name)] = alive

@@ -152,8 +152,8 @@ class Heads:
         return first[..., None] + torch.arange(self.features_of(which))
 
     def order_of_result(self, pixels: Tensor) -> Tensor | None:
-        """For each row of the result the pixel of its tokens, of ``pixels``: those of the queries, or of the values of
-        attention across channels. None where it has more or fewer rows, or heads do not agree."""
+        """For each row of the result the pixel of its tokens, of ``pixels``, those of the operand like which it lies;
+        None where it has more or fewer rows, or heads do not agree."""
         rows = self.pixels[3].long().flatten()
         count = math.prod(self.shape) // self.shape[1 if self.maps[3] else -1]
         if any(len(torch.unique(numbers)) != count for numbers in (pixels, rows)):

@@ -28,7 +28,7 @@ _CLAMP, _CLAMP_MIN = (torch.clamp, Tensor.clamp), (torch.clamp_min, Tensor.clamp
 ADD = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 _OF_BOTH = (
     "chunk", "clone", "flatten", "flip", "movedim", "narrow", "permute", "reshape", "roll", "select", "split",
-    "squeeze", "swapaxes", "transpose", "unbind", "unflatten", "unsqueeze",
+    "squeeze", "swapaxes", "t", "transpose", "unbind", "unflatten", "unsqueeze",
 )  # fmt: skip
 # Functions of one tensor whose results have its numbers in other places.
 REARRANGE = {getattr(owner, name) for owner in (torch, Tensor) for name in _OF_BOTH}
@@ -152,7 +152,7 @@ class AttentionFinder:
         values = last.second
         made = self._past_dropout(last.first, inner)
         turned = self._makers.get(last.second.number)
-        if (made is None or made.function not in _SOFTMAX) and turned is not None and _swaps_last(turned):
+        if (made is None or made.function not in _SOFTMAX) and turned is not None and swaps_last(turned):
             inner = [turned]  # values times weights: both products the other way round
             values, made = last.first, self._past_dropout(turned.refs()[0], inner)
         softmax = made if made and made.function in _SOFTMAX and _over_last(made) else None
@@ -639,7 +639,7 @@ def _moves_one(call: Call) -> bool:
     return call.function in REARRANGE and len(call.refs()) == len(call.results()) == 1
 
 
-def _swaps_last(call: Call) -> bool:
+def swaps_last(call: Call) -> bool:
     """Whether a call swaps the last two axes of a tensor, and does nothing else."""
     if not _moves_one(call):
         return False

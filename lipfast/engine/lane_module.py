@@ -50,20 +50,22 @@ FEWEST_ZEROS = 0.05
 # Input sizes and modes whose programs are kept.
 PLANS_KEPT = 8
 CPU = torch.device("cpu")
-# Layers whose weights may hold zeros.
+# Layers whose weights may hold zeros, by name where they are none of torch's.
 _WEIGHTS_OF = {(nn.Conv2d, nn.ConvTranspose2d, nn.Linear): "weight", (nn.MultiheadAttention,): "in_proj_weight"}
+_OTHERS_WITH_WEIGHTS = {("transformers.pytorch_utils", "Conv1D"): "weight"}
 # Functions whose results share no memory with their weights,
 _LAYERS = (
     *(torch.conv1d, torch.conv2d, torch.conv3d, F.linear, torch._C._nn.linear),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
     *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm, Tensor.addmm),
 )
 # and others whose results share none with any operand.
 _MAKE_NEW = (
     *_LAYERS,
     *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__),
     *(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div, Tensor.__truediv__),
-    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, F.scaled_dot_product_attention),
+    *(torch.bmm, Tensor.bmm, F.scaled_dot_product_attention),
 )
 
 
@@ -77,9 +79,10 @@ def accelerate(
     """A copy of ``model`` that computes the same with sparse and fused kernels; ``model`` itself is not changed.
 
     What is pruned comes from ``masks``, from the hooks of ``torch.nn.utils.prune``, from parametrizations whose result
-    holds zeros, and from zeros in the weights of ``Conv2d``, ``ConvTranspose2d``, ``Linear`` and
-    ``MultiheadAttention`` (at least 5 %, not all). Pruned parameters hold only their kept values, in row-major order,
-    so optimisers and ``.grad`` see only those; ``state_dict`` and ``load_state_dict`` keep the dense names and shapes.
+    holds zeros, and from zeros in the weights of ``Conv2d``, ``ConvTranspose2d``, ``Linear``, ``MultiheadAttention``
+    and transformers' ``Conv1D`` (at least 5 %, not all). Pruned parameters hold only their kept values, in row-major
+    order, so optimisers and ``.grad`` see only those; ``state_dict`` and ``load_state_dict`` keep the dense names and
+    shapes.
     Where forward multiplies a weight by zeros and ones in a buffer, kernels skip what that drops, and the parameter
     stays dense.
 
@@ -919,8 +922,11 @@ def _join(prefix: str, name: str) -> str:
 def _zeroed(model: nn.Module) -> Iterator[str]:
     """Weights that hold zeros without saying why. One that is all zeros is an initialisation, not a mask."""
     for prefix, module in model.named_modules():
-        for layers, name in _WEIGHTS_OF.items():
-            weight = module._parameters.get(name) if isinstance(module, layers) else None
+        own = [name for layers, name in _WEIGHTS_OF.items() if isinstance(module, layers)]
+        bases = [(base.__module__, base.__name__) for base in type(module).__mro__]
+        own += [_OTHERS_WITH_WEIGHTS[base] for base in bases if base in _OTHERS_WITH_WEIGHTS]
+        for name in own:
+            weight = module._parameters.get(name)
             if weight is not None and is_pruned(weight.detach() != 0):
                 yield _join(prefix, name)
 

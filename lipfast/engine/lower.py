@@ -21,6 +21,7 @@ from lipfast.engine.heads import MULTIPLY, REARRANGE, attention, numbered, range
 from lipfast.engine.patterns import (
     channel_norm,
     gather_patterns,
+    gelu_tanh,
     is_pure,
     largest_channel,
     pixel_norm,
@@ -224,7 +225,7 @@ class _Builder:
             values = made_values if isinstance(made_values, list) else [made_values]
             if len(values) != len(results):
                 raise Unsupported(f"it returns {len(results)} tensors")
-            last = self._puts_features_last(call)
+            last = self._puts_features_last(call, values[0])
             order = self._order_of(call)
             for value, result in zip(values, results, strict=True):
                 self._check_result(value, result, last)
@@ -327,11 +328,11 @@ class _Builder:
         if result.dtype != torch.float32:
             raise Unsupported(f"a result of {result.dtype}")
 
-    def _puts_features_last(self, call: Call) -> bool:
-        """Whether a call's result is a map with the channels behind, as its operands are, or as it puts them."""
-        if call.function is attention:  # its result lies as queries do
-            query, _, _, heads = call.args[:4]
-            return not (heads.maps[3] or self.has_rows(query))
+    def _puts_features_last(self, call: Call, value: int) -> bool:
+        """Whether a call's result, of that value, is a map with the channels behind, as its operands are, or as it puts
+        them."""
+        if call.function is attention:
+            return not (call.args[3].maps[3] or value in self.graph.rows)
         last = any(ref.number in self._last for ref in call.refs())
         return last != (call.function in _PERMUTE)
 
@@ -472,6 +473,10 @@ class _Builder:
     def any(self, tensor: Any) -> int:
         """The value of a map, flattened or not, or of rows of features, for what works on each number alone."""
         return self._values[tensor.number] if self.knows(tensor) else self.map(tensor)
+
+    def is_repeated(self, value: int) -> bool:
+        """Whether a value holds pixels of another one again and again."""
+        return any(node.output == value and node.kind == "resample" for node in self.graph.nodes)
 
     def pixels(self, tensor: Ref, rows: Tensor) -> Tensor:
         """Which pixels of its map these rows of a tensor are."""
@@ -722,6 +727,10 @@ def _activation(act: str) -> Callable[..., int]:
 
 def _gelu(b: _Builder, input: Any, *, approximate: str = "none") -> int:
     return b.each("act", input, act="gelu" if approximate == "none" else "gelu_tanh", slope=0.0)
+
+
+def _gelu_tanh(b: _Builder, x: Any) -> int:
+    return b.each("act", x, act="gelu_tanh", slope=0.0)
 
 
 def _hardtanh(b: _Builder, input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> int:
@@ -993,6 +1002,19 @@ def _squeeze(b: _Builder, input: Any, dim: Any = None) -> int:
     return b.any(input)
 
 
+def _repeat_interleave(
+    b: _Builder, input: Any, repeats: Any, dim: int | None = None, *, output_size: int | None = None
+) -> int:
+    """Each item of a map with the channels behind so many times: they lie below each other in one picture."""
+    value = b.rows(input)
+    n, channels, height, width = b.graph.shapes[value]
+    if not b.has_features_last(input) or dim != 0 or input.shape[0] != n or not isinstance(repeats, int):
+        raise Unsupported("repeating anything but items of a map with the channels behind")
+    rows = Taps(tuple(range(height)) * repeats)
+    shape = (n, channels, height * repeats, width)
+    return b.node("resample", [value], shape, rows=rows, columns=Taps(tuple(range(width))))
+
+
 def _expand_as(b: _Builder, input: Any, other: Any) -> int:
     n, c, height, width = b.shape(other)
     if b.shape(input) != (n, c, 1, 1):
@@ -1002,23 +1024,51 @@ def _expand_as(b: _Builder, input: Any, other: Any) -> int:
 
 
 def _linear_layer(b: _Builder, input: Any, weight: Any, bias: Any = None) -> int:
+    _check_linear(b, input, weight)
+    return _on_features(b, b.rows(input), dataclasses.replace(weight, shape=(*weight.shape, 1, 1)), bias)
+
+
+def _matmul(b: _Builder, input: Any, other: Any) -> int:
+    """A linear layer whose weight is (inputs, outputs): a transposed convolution."""
+    if not b.is_parameter(other) or len(other.shape) != 2:
+        raise Unsupported("a product with something else than a parameter of two axes")
+    _check_linear(b, input, other)
+    value = b.rows(input)
+    weight = b.weight(dataclasses.replace(other, shape=(*other.shape, 1, 1)))
+    return _of_features(
+        b, "conv_transpose", value, other.shape[1], weight=weight, **_window((1, 1), 1, 1), pad=(0, 0), groups=1
+    )
+
+
+def _addmm(b: _Builder, input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> int:
+    outputs = mat2.shape[1:]
+    if (beta, alpha) != (1, 1) or not b.is_parameter(input) or input.shape not in (outputs, (1, *outputs)):
+        raise Unsupported("a sum with something else than a parameter for each output, or factors")
+    return b.like("shift", _matmul(b, mat1, mat2), beta=b.weight(dataclasses.replace(input, shape=outputs)))
+
+
+def _check_linear(b: _Builder, input: Any, weight: Ref) -> None:
+    """Refuse linear layers that torch does as fast, and those that are too large."""
     pruned, kept = b.mostly_pruned(weight), b.kept(weight)
     if not (pruned or b.knows(input)):
         raise Unsupported(f"a linear layer with {kept} of {math.prod(weight.shape)} weights: torch is as fast")
     if kept > (_LARGEST_LINEAR if pruned else _LARGEST_DENSE_LINEAR):
         raise Unsupported(f"a linear layer with {kept} weights: too large")
-    return _on_features(b, b.rows(input), dataclasses.replace(weight, shape=(*weight.shape, 1, 1)), bias)
 
 
 def _on_features(b: _Builder, value: int, weight: Ref, bias: Ref | None = None, groups: int = 1) -> int:
     """A convolution of one pixel, on a map or on rows of features."""
     attributes: dict[str, Any] = {"weight": b.weight(weight), "bias": b.weight(bias), "padding_mode": "zeros"}
     attributes |= {"stride": 1, "pad": (0, 0), "dilation": 1, "groups": groups}
-    outputs = weight.shape[0]
+    return _of_features(b, "conv", value, weight.shape[0], **attributes)
+
+
+def _of_features(b: _Builder, kind: str, value: int, outputs: int, **attributes: Any) -> int:
+    """An operator that makes so many features for each pixel of a map, or row."""
     if value in b.graph.rows:
-        return b.node_of_rows("conv", [value], (b.graph.flat_shape(value)[0], outputs), **attributes)
+        return b.node_of_rows(kind, [value], (b.graph.flat_shape(value)[0], outputs), **attributes)
     n, _, height, width = b.graph.shapes[value]
-    return b.node("conv", [value], (n, outputs, height, width), **attributes)
+    return b.node(kind, [value], (n, outputs, height, width), **attributes)
 
 
 def _interpolate(
@@ -1297,11 +1347,13 @@ def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads, fact
     pixels = [b.pixels(tensor, rows) for tensor, rows in zip(operands, heads.pixels, strict=False)]
     if heads.across:
         _check_whole_pictures(b, heads, values, pixels)
-    beside = 2 if heads.across else 0  # the operand whose pixels the result has
-    order = heads.order_of_result(pixels[beside])
+    # The result lies as queries do, which are the layer's input; repeated ones lie as nothing else does.
+    like = 1 if heads.queries == heads.keys and b.is_repeated(values[0]) else 0
+    like = 2 if heads.across else like  # pixels that values have
+    order = heads.order_of_result(pixels[like])
     moved = order is not None and not torch.equal(order, torch.arange(len(order)))
-    n, _, height, width = b.graph.shapes[values[beside]]
-    fits = (heads.shape[0], *heads.shape[2:]) == (n, height, width) and not moved and values[0] not in b.graph.rows
+    n, _, height, width = b.graph.shapes[values[like]]
+    fits = (heads.shape[0], *heads.shape[2:]) == (n, height, width) and not moved and values[like] not in b.graph.rows
     if order is None or (heads.maps[3] and not fits):
         raise Unsupported(f"a result of shape {heads.shape}")
     b.order = order if moved else None
@@ -1309,7 +1361,7 @@ def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads, fact
     heads = dataclasses.replace(heads, pixels=tuple(pixels))
     attributes = {"heads": heads, "factors": b.weight(factors), "biases": [b.weight(bias) for bias in biases]}
     kind = "channel_attention" if heads.across else "attention"
-    if values[0] in b.graph.rows:
+    if values[like] in b.graph.rows:
         return b.node_of_rows(kind, values, (len(order), heads.shape[-1]), **attributes)
     channels = heads.shape[1 if heads.maps[3] else -1]
     return b.node(kind, values, (n, channels, height, width), **attributes)
@@ -1360,9 +1412,9 @@ _ELEMENT_BY_ELEMENT = ("act", "prelu", "combine", "offset", "shift", "gain", "mu
 
 # Functions of handlers that do to each row of features the same.
 _ROW_BY_ROW_HANDLERS = (
-    _linear_layer, _layer_norm, _rms_norm, _pixel_norm, _channel_norm,
-    _leaky_relu, _gelu, _hardtanh, _dropout, _same_value, _chunk, _split, _glu, _add, _sub,
-    _rsub, _mul, _div, _neg, _pad, _prelu, _square, _pow, _amax, _largest_channel,
+    _linear_layer, _matmul, _addmm, _layer_norm, _rms_norm, _pixel_norm, _channel_norm, _leaky_relu, _gelu, _gelu_tanh,
+    _hardtanh, _dropout, _same_value, _chunk, _split, _glu, _add, _sub, _rsub, _mul, _div, _neg, _pad, _prelu, _square,
+    _pow, _amax, _largest_channel,
 )  # fmt: skip
 
 _HANDLERS: dict[Any, _Handler] = {
@@ -1382,6 +1434,7 @@ _HANDLERS: dict[Any, _Handler] = {
     **_spellings(_activation("hardsigmoid"), F.hardsigmoid),
     **_spellings(_activation("hardswish"), F.hardswish),
     **_spellings(_gelu, F.gelu),
+    **_spellings(_gelu_tanh, gelu_tanh),
     **_spellings(_prelu, F.prelu, torch.prelu, Tensor.prelu),
     **_spellings(_hardtanh, F.hardtanh, F.hardtanh_),
     **_spellings(_dropout, F.dropout, F.dropout2d),
@@ -1403,7 +1456,10 @@ _HANDLERS: dict[Any, _Handler] = {
     **_spellings(_squeeze, torch.squeeze, Tensor.squeeze),
     **_spellings(_unsqueeze, torch.unsqueeze, Tensor.unsqueeze),
     **_spellings(_expand_as, Tensor.expand_as),
+    **_spellings(_repeat_interleave, torch.repeat_interleave, Tensor.repeat_interleave),
     **_spellings(_linear_layer, F.linear, torch._C._nn.linear),
+    **_spellings(_matmul, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm),
+    **_spellings(_addmm, torch.addmm, Tensor.addmm),
     **_spellings(_interpolate, F.interpolate, F.upsample),
     **_spellings(_pixel_shuffle, torch.pixel_shuffle, F.pixel_shuffle),
     **_spellings(_pixel_unshuffle, torch.pixel_unshuffle, F.pixel_unshuffle),

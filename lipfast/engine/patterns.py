@@ -1,7 +1,9 @@
 """Calls in another form before they are lowered: operators that networks spell out in several torch calls, and weights
 that they compute."""
 
+import collections
 import dataclasses
+import math
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lipfast.engine.capture import Call, Recording, Ref, refs_in, without_unread
+from lipfast.engine.capture import Call, Recording, Ref, assign_, refs_in, without_unread
 from lipfast.engine.heads import (
     ADD,
     DIVIDE,
@@ -22,6 +24,7 @@ from lipfast.engine.heads import (
     bias_rows,
     causal,
     problem_factors,
+    swaps_last,
 )
 
 _ROOT = (torch.sqrt, Tensor.sqrt)
@@ -35,6 +38,9 @@ _MAX = (torch.max, Tensor.max)
 _AMAX = (torch.amax, Tensor.amax)
 _UNSQUEEZE = (torch.unsqueeze, Tensor.unsqueeze)
 _ADDCMUL = (torch.addcmul, Tensor.addcmul)
+_TANH = (torch.tanh, Tensor.tanh)
+_MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+_ADDMM = (torch.addmm, Tensor.addmm)
 _RESHAPE = (torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten)
 _TRANSPOSE = (torch.transpose, Tensor.transpose, Tensor.permute, torch.permute, Tensor.swapaxes, torch.swapaxes)
 
@@ -50,6 +56,11 @@ def channel_norm(x: Tensor, epsilon: float, axis: int, centred: bool) -> Tensor:
     mean = x.mean(dim=axis, keepdim=True)
     scale = torch.rsqrt((x - mean).square().mean(dim=axis, keepdim=True) + epsilon)
     return (x - mean if centred else x) * scale
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU through tanh."""
+    return F.gelu(x, approximate="tanh")
 
 
 def largest_channel(x: Tensor, dim: int, keepdim: bool) -> Tensor:
@@ -87,9 +98,7 @@ def gather_patterns(recording: Recording) -> None:
 def _simpler(recording: Recording) -> Iterator[Call]:
     """The calls, with ``addcmul`` as a product and a sum, and ``max`` over channels as its values where those alone are
     read."""
-    read = {
-        ref.number for ref in [*refs_in(recording.result), *(ref for call in recording.calls for ref in call.refs())]
-    }
+    read = _counted_reads(recording)
     fresh = recording.unused()
     for call in recording.calls:
         if call.function in _ADDCMUL and isinstance(call.result, Ref) and not _has_out(call):
@@ -127,17 +136,18 @@ def _values_alone(call: Call) -> Call:
 
 # Functions of nothing but their arguments, by name in torch and as methods.
 _PURE = (
-    "_weight_norm", "abs", "add", "addcmul", "arange", "bmm", "cat", "chunk", "clamp", "clone", "contiguous", "cos",
-    "detach", "div", "dot", "einsum", "eq", "exp", "expand", "expand_as", "flatten", "flip", "float", "full", "ge",
-    "gt", "index_select", "le", "log", "long", "lt", "masked_fill", "matmul", "maximum", "mean", "minimum", "mm", "mul",
-    "mv", "ne", "neg", "norm", "ones", "permute", "pow", "relu", "repeat", "reshape", "reshape_as", "round", "rsqrt",
-    "sigmoid", "sign", "sin", "softmax", "split", "sqrt", "square", "squeeze", "stack", "std", "std_mean", "sub", "sum",
-    "t", "tanh", "to", "transpose", "unbind", "unsqueeze", "var", "var_mean", "view", "view_as", "where", "zeros",
-    "__add__", "__eq__", "__ge__", "__getitem__", "__gt__", "__le__", "__lt__", "__mul__", "__ne__", "__neg__",
+    "_weight_norm", "abs", "add", "addcmul", "addmm", "arange", "bmm", "cat", "chunk", "clamp", "clone", "contiguous",
+    "cos", "detach", "div", "dot", "einsum", "eq", "exp", "expand", "expand_as", "flatten", "flip", "float", "full",
+    "ge", "gt", "index_select", "le", "log", "long", "lt", "masked_fill", "matmul", "maximum", "mean", "minimum", "mm",
+    "mul", "mv", "ne", "neg", "norm", "ones", "permute", "pow", "relu", "repeat", "reshape", "reshape_as", "round",
+    "rsqrt", "sigmoid", "sign", "sin", "softmax", "split", "sqrt", "square", "squeeze", "stack", "std", "std_mean",
+    "sub", "sum", "t", "tanh", "to", "transpose", "unbind", "unsqueeze", "var", "var_mean", "view", "view_as", "where",
+    "zeros", "__add__", "__eq__", "__ge__", "__getitem__", "__gt__", "__le__", "__lt__", "__mul__", "__ne__", "__neg__",
     "__pow__", "__radd__", "__rmul__", "__rsub__", "__rtruediv__", "__sub__", "__truediv__",
 )  # fmt: skip
 _PURE_FUNCTIONS = {getattr(owner, name) for owner in (torch, Tensor) for name in _PURE if hasattr(owner, name)}
 _PURE_FUNCTIONS |= {
+    torch.tensor,
     F.linear,
     torch._C._nn.linear,
     F.softmax,
@@ -149,6 +159,8 @@ _PURE_FUNCTIONS |= {
     causal,
     problem_factors,
 }
+
+_FRESH = (torch.zeros, torch.ones, torch.full)  # they make memory that nothing else has
 
 
 def is_pure(call: Call) -> bool:
@@ -165,19 +177,24 @@ def _has_out(call: Call) -> bool:
 
 def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
     """Move what is computed from parameters and constants alone (the product of a weight and its mask, a standardised
-    weight) before everything else: where it is called it would cut a run of layers in two. Returns how many calls those
-    are.
+    weight, a mask of windows) before everything else: where it is called it would cut a run of layers in two. Returns
+    how many calls those are.
 
     ``inputs``: leaves that are none."""
     parameters = {number for number, name in recording.leaves.items() if name not in inputs}
     moved = parameters - written(recording)
+    filled: set[int] = set()  # tensors of their own memory that calls so far may write to
+    reads = _counted_reads(recording)
     first: list[Call] = []
     rest: list[Call] = []
     for given in recording.calls:
         call = _out_of_place(given)
-        if is_pure(call) and all(ref.number in moved for ref in call.refs()):
+        fills = call.function is assign_ and call.args[0].number in filled and reads[call.args[0].number] == 1
+        if (fills or is_pure(call)) and all(ref.number in moved for ref in call.refs()):
             moved.update(ref.number for ref in call.results())
             first.append(call)
+            if fills or call.function in _FRESH:
+                filled.update(ref.number for ref in call.results())
         else:
             rest.append(given)
     recording.calls = first + rest
@@ -189,6 +206,12 @@ def _out_of_place(call: Call) -> Call:
     if call.function is F.relu and call.args:
         return dataclasses.replace(call, args=call.args[:1], kwargs={})
     return call
+
+
+def _counted_reads(recording: Recording) -> collections.Counter[int]:
+    """How often each tensor is read, or returned."""
+    read = [*refs_in(recording.result), *(ref for call in recording.calls for ref in call.refs())]
+    return collections.Counter(ref.number for ref in read)
 
 
 def written(recording: Recording) -> set[int]:
@@ -218,6 +241,7 @@ class _Finder:
 
     def __init__(self, recording: Recording) -> None:
         self._made = {call.result.number: call for call in recording.calls if isinstance(call.result, Ref)}
+        self._leaves = recording.leaves
 
     def find(self, call: Call) -> Found | None:
         """The operator that ends in ``call``."""
@@ -227,6 +251,8 @@ class _Finder:
             or self.response(call)
             or self.of_channels(call)
             or self.channel_shuffle(call)
+            or self.linear(call)
+            or self.gelu(call)
         )
         if found is None:
             return None
@@ -334,6 +360,64 @@ class _Finder:
         if (n, groups * each, *sides) != x.shape or across.shape != (n, each, groups, *sides) or not _swaps(turned):
             return None
         return torch.channel_shuffle, (x, groups), [*contiguous, turned, split]
+
+    def linear(self, call: Call) -> _Found:
+        """A linear layer that is spelled as a product with a parameter whose axes change places first, or as a sum of
+        products."""
+        if call.function is torch.einsum:
+            return self._einsum(call)
+        count = 3 if call.function in _ADDMM else 2
+        if call.function not in (*_ADDMM, *_MATMUL) or not len(call.args) == len(call.refs()) == count or call.kwargs:
+            return None
+        *bias, x, turned = call.refs()
+        turn = self._made.get(turned.number)
+        weight = turn.refs()[0] if turn and len(turned.shape) == 2 and swaps_last(turn) else None
+        if turn is None or weight is None or weight.number not in self._leaves:
+            return None
+        fits = all(ref.shape == weight.shape[:1] for ref in bias)
+        return (F.linear, (x, weight, *bias), [turn]) if fits else None
+
+    def _einsum(self, call: Call) -> _Found:
+        """A linear layer: a sum over the last axis and one of a parameter's two."""
+        refs = call.refs()
+        if len(refs) != 2 or len(call.args) != 3 or len(refs[1].shape) != 2 or refs[1].number not in self._leaves:
+            return None
+        given, _, made = call.args[0].replace(" ", "").partition("->")
+        x, _, weight = given.partition(",")
+        inner, outer = x[-1:], made[-1:]
+        axes = made.replace("...", "") + inner
+        functions: dict[str, Callable[..., Any]] = {inner + outer: torch.matmul, outer + inner: F.linear}
+        if made[:-1] != x[:-1] or len(set(axes)) != len(axes) or weight not in functions:
+            return None
+        return functions[weight], tuple(refs), []
+
+    def gelu(self, call: Call) -> _Found:
+        """``0.5 * x * (1 + tanh(0.798 * (x + 0.0447 * x^3)))`` that ends in ``call``."""
+        refs = call.refs()
+        for half, rest in (refs, refs[::-1]) if call.function in MULTIPLY and len(refs) == 2 else ():
+            x, calls = self._with_number(half, MULTIPLY, 0.5)
+            ref: Ref | None = rest
+            for functions, number in ((ADD, 1.0), (_TANH, None), (MULTIPLY, (2 / math.pi) ** 0.5)):
+                ref, more = self._with_number(ref, functions, number)
+                calls += more
+            added = self._maker(ref, ADD) if ref else None
+            if x is None or added is None or added.args[:1] != (x,) or len(added.refs()) != 2 or added.kwargs:
+                continue
+            cube, product = self._with_number(added.refs()[1], MULTIPLY, 0.044715)
+            base, power = self._with_number(cube, _POWER, 3)
+            if base == x:
+                return gelu_tanh, (x,), [*calls, added, *product, *power]
+        return None
+
+    def _with_number(
+        self, ref: Ref | None, functions: Iterable[Callable[..., Any]], number: float | None
+    ) -> tuple[Ref | None, list[Call]]:
+        """What a call of these functions made ``ref`` of, with that number or none, and the call."""
+        call = self._maker(ref, functions) if ref else None
+        if call is None or call.kwargs or len(call.refs()) != 1:
+            return None, []
+        numbers = [arg for arg in call.args if not isinstance(arg, Ref)]
+        return (call.refs()[0], [call]) if numbers == ([] if number is None else [number]) else (None, [])
 
     def _maker(self, ref: Ref, functions: Iterable[Callable[..., Any]]) -> Call | None:
         """The call that made a tensor, if it is one of these functions."""

@@ -12,7 +12,12 @@ from lipfast.engine.capture import Call, Recording, Ref, refs_in
 from lipfast.engine.heads import MULTIPLY
 from lipfast.engine.lower import Lowered, Segment
 
-_WEIGHTED = (torch.conv2d, torch.conv_transpose2d, F.linear, torch._C._nn.linear)
+# Layers, and where among their arguments the weight is.
+_PLACES = {
+    **dict.fromkeys((torch.conv2d, torch.conv_transpose2d, F.linear, torch._C._nn.linear), 1),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), 1),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), 2),
+}
 
 
 def masks_in_graph(
@@ -67,8 +72,10 @@ def masks_in_graph(
 def exchange_weights(calls: Iterable[Call], others: Mapping[int, Ref]) -> None:
     """Let layers read other tensors as their weights; ``others``: number of the weight -> what takes its place."""
     for call in calls:
-        if reads_weight(call):
-            call.args = (call.args[0], others.get(call.args[1].number, call.args[1]), *call.args[2:])
+        weight = weight_of(call)
+        if weight is not None and weight.number in others:
+            place = _PLACES[call.function]
+            call.args = (*call.args[:place], others[weight.number], *call.args[place + 1 :])
 
 
 def _is_mask(tensor: Tensor) -> bool:
@@ -98,6 +105,8 @@ def drop_products(lowered: Lowered, products: Iterable[Ref]) -> None:
     ]
 
 
-def reads_weight(call: Call) -> bool:
-    """Whether a call is a layer's, whose second argument is its weight."""
-    return call.function in _WEIGHTED and len(call.args) > 1 and isinstance(call.args[1], Ref)
+def weight_of(call: Call) -> Ref | None:
+    """What a layer's call reads as its weight; None for other calls."""
+    place = _PLACES.get(call.function, len(call.args))
+    weight = call.args[place] if place < len(call.args) else None
+    return weight if isinstance(weight, Ref) else None
