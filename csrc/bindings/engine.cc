@@ -215,38 +215,62 @@ class CheckedProgram {
     program_.GroupNormBackward(x, dy, dx, spec, AsGroupOffsets(offsets, x, groups));
   }
 
-  void LayerNorm(int x, int y, float epsilon, int64_t gamma, int64_t beta) {
+  void LayerNorm(int x, int y, float epsilon, bool centred, int64_t gamma, int64_t beta) {
     CheckPair(x, y);
-    program_.LayerNorm(x, y, epsilon, AsOffsets({gamma, beta, -1, -1, -1}, Map(x).channels, 0));
+    program_.LayerNorm(x, y, epsilon, centred, AsOffsets({gamma, beta, -1, -1, -1}, Map(x).channels, 0));
   }
 
-  void LayerNormBackward(int x, int dy, int dx, float epsilon, int64_t gamma, int64_t beta, bool accumulate) {
+  void LayerNormBackward(int x, int dy, int dx, float epsilon, bool centred, int64_t gamma, int64_t beta,
+                         bool accumulate) {
     CheckPair(x, dy);
     CheckPair(x, dx);
     Check(!accumulate || Map(dx).data != Map(dy).data, "layer norm: a gradient cannot be added to what it comes from");
-    program_.LayerNormBackward(x, dy, dx, epsilon, AsOffsets({gamma, beta, -1, -1, -1}, Map(x).channels, 0),
+    program_.LayerNormBackward(x, dy, dx, epsilon, centred, AsOffsets({gamma, beta, -1, -1, -1}, Map(x).channels, 0),
                                accumulate);
   }
 
-  // sizes: problems, features, queries, keys. places: of query, key, value and result, (pixels, channels) as in
-  // HeadPlaces. biases: where each starts, its rows in all and of each problem, whether its gradient is wanted.
-  using Sizes = std::array<int64_t, 4>;
+  // sizes: problems, features of keys and of values, queries, keys. places: of query, key, value and result, (pixels,
+  // channels) as in HeadPlaces. scales: of scores, and epsilon of AttentionSpec. factors: where they start (-1: none),
+  // whether their gradient is wanted. biases: where each starts, its rows in all and of each problem, whether its
+  // gradient is wanted.
+  using Sizes = std::array<int64_t, 5>;
+  using Scales = std::pair<float, float>;
+  using Factors = std::pair<int64_t, bool>;
   using Places = std::array<std::pair<Indices, Indices>, 4>;
   using Bias = std::tuple<int64_t, int64_t, Indices, bool>;
 
-  void Attention(int query, int key, int value, int seen, const Sizes& sizes, const Places& places, float scale,
-                 bool safe, const std::vector<Bias>& biases) {
+  void Attention(int query, int key, int value, int seen, const Sizes& sizes, const Places& places,
+                 const Scales& scales, bool safe, const Factors& factors, const std::vector<Bias>& biases) {
     program_.Attention(query, key, value, seen,
-                       AsAttention({query, key, value, seen}, sizes, places, scale, safe, biases));
+                       AsAttention({query, key, value, seen}, sizes, places, scales, safe, factors, biases));
   }
 
   void AttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue, const Sizes& sizes,
-                         const Places& places, float scale, bool safe, const std::vector<Bias>& biases) {
-    const auto form = AsAttention({query, key, value, dy}, sizes, places, scale, safe, biases);
+                         const Places& places, const Scales& scales, bool safe, const Factors& factors,
+                         const std::vector<Bias>& biases) {
+    const auto form = AsAttention({query, key, value, dy}, sizes, places, scales, safe, factors, biases);
     if (dquery >= 0) CheckPair(query, dquery);
     if (dkey >= 0) CheckPair(key, dkey);
     if (dvalue >= 0) CheckPair(value, dvalue);
     program_.AttentionBackward(query, key, value, dy, dquery, dkey, dvalue, form);
+  }
+
+  // sizes: problems, channels. firsts: of query, key, value and result.
+  void ChannelAttention(int query, int key, int value, int seen, const std::array<int64_t, 2>& sizes,
+                        const Indices& pictures, const std::array<Indices, 4>& firsts, const Scales& scales,
+                        const Factors& factors) {
+    program_.ChannelAttention(query, key, value, seen,
+                              AsChannelAttention({query, key, value, seen}, sizes, pictures, firsts, scales, factors));
+  }
+
+  void ChannelAttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue,
+                                const std::array<int64_t, 2>& sizes, const Indices& pictures,
+                                const std::array<Indices, 4>& firsts, const Scales& scales, const Factors& factors) {
+    const auto form = AsChannelAttention({query, key, value, dy}, sizes, pictures, firsts, scales, factors);
+    if (dquery >= 0) CheckPair(query, dquery);
+    if (dkey >= 0) CheckPair(key, dkey);
+    if (dvalue >= 0) CheckPair(value, dvalue);
+    program_.ChannelAttentionBackward(query, key, value, dy, dquery, dkey, dvalue, form);
   }
 
   void Finish(int where, int x, int residual, int y, float epsilon, const std::vector<int64_t>& offsets, int act,
@@ -622,16 +646,20 @@ class CheckedProgram {
   }
 
   Program::AttentionForm AsAttention(const std::array<int, 4>& maps, const Sizes& sizes, const Places& places,
-                                     float scale, bool safe, const std::vector<Bias>& biases) const {
-    const auto [problems, features, queries, keys] = sizes;
-    Check(problems > 0 && features > 0 && queries > 0 && keys > 0, "attention: a size is not positive");
-    Program::AttentionForm form = {problems, features, queries, keys, scale, safe, {}, {}};
+                                     const Scales& scales, bool safe, const Factors& factors,
+                                     const std::vector<Bias>& biases) const {
+    const auto [problems, of_keys, of_values, queries, keys] = sizes;
+    for (const int64_t size : sizes) Check(size > 0, "attention: a size is not positive");
+    Program::AttentionForm form = {problems,      of_keys, of_values, queries, keys,          scales.first,
+                                   scales.second, safe,    {},        {},      factors.first, factors.second};
     for (int i = 0; i < 4; ++i) {
       const LaneMap& m = Map(maps[i]);
+      const int64_t features = i < 2 ? of_keys : of_values;
       const int64_t tokens = i == 1 || i == 2 ? keys : queries;
       form.places[i].pixels = AsIndices(places[i].first, problems * tokens, m.pixels(), "pixels");
       form.places[i].channels = AsIndices(places[i].second, problems, m.channels - features + 1, "channels");
     }
+    if (form.factors >= 0) CheckValues(form.factors, problems);
     int trained = 0;
     for (const auto& [start, count, rows, wanted] : biases) {
       Check(count > 0, "attention: a bias without rows");
@@ -640,6 +668,26 @@ class CheckedProgram {
       trained += wanted;
     }
     Check(trained <= 1, "attention: gradients of two biases");
+    return form;
+  }
+
+  Program::ChannelAttentionForm AsChannelAttention(const std::array<int, 4>& maps, const std::array<int64_t, 2>& sizes,
+                                                   const Indices& pictures, const std::array<Indices, 4>& firsts,
+                                                   const Scales& scales, const Factors& factors) const {
+    const auto [problems, channels] = sizes;
+    Check(problems > 0 && channels > 0, "channel attention: a size is not positive");
+    Program::ChannelAttentionForm form = {problems, channels, scales.first,  scales.second,
+                                          {},       {},       factors.first, factors.second};
+    const LaneMap& first = Map(maps[0]);
+    Check(first.grid == kGrid, "channel attention: pictures that share lanes");
+    form.pictures = AsIndices(pictures, problems, first.batch, "pictures");
+    for (int i = 0; i < 4; ++i) {
+      const LaneMap& m = Map(maps[i]);
+      Check(m.batch == first.batch && m.height == first.height && m.width == first.width && SameBlocks(m, first),
+            "channel attention: maps of different sizes");
+      form.firsts[i] = AsIndices(firsts[i], problems, m.channels - channels + 1, "channels");
+    }
+    if (form.factors >= 0) CheckValues(form.factors, problems);
     return form;
   }
 
@@ -832,15 +880,22 @@ void BindEngine(py::module_& m) {
       .def("response_norm", &P::ResponseNorm, py::arg("x"), py::arg("y"), py::arg("epsilon"))
       .def("response_norm_backward", &P::ResponseNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"),
            py::arg("epsilon"), py::arg("accumulate"))
-      .def("layer_norm", &P::LayerNorm, py::arg("x"), py::arg("y"), py::arg("epsilon"), py::arg("gamma"),
-           py::arg("beta"))
+      .def("layer_norm", &P::LayerNorm, py::arg("x"), py::arg("y"), py::arg("epsilon"), py::arg("centred"),
+           py::arg("gamma"), py::arg("beta"))
       .def("layer_norm_backward", &P::LayerNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("epsilon"),
-           py::arg("gamma"), py::arg("beta"), py::arg("accumulate"))
+           py::arg("centred"), py::arg("gamma"), py::arg("beta"), py::arg("accumulate"))
       .def("attention", &P::Attention, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("seen"),
-           py::arg("sizes"), py::arg("places"), py::arg("scale"), py::arg("safe"), py::arg("biases"))
+           py::arg("sizes"), py::arg("places"), py::arg("scales"), py::arg("safe"), py::arg("factors"),
+           py::arg("biases"))
+      .def("channel_attention", &P::ChannelAttention, py::arg("query"), py::arg("key"), py::arg("value"),
+           py::arg("seen"), py::arg("sizes"), py::arg("pictures"), py::arg("firsts"), py::arg("scales"),
+           py::arg("factors"))
+      .def("channel_attention_backward", &P::ChannelAttentionBackward, py::arg("query"), py::arg("key"),
+           py::arg("value"), py::arg("dy"), py::arg("dquery"), py::arg("dkey"), py::arg("dvalue"), py::arg("sizes"),
+           py::arg("pictures"), py::arg("firsts"), py::arg("scales"), py::arg("factors"))
       .def("attention_backward", &P::AttentionBackward, py::arg("query"), py::arg("key"), py::arg("value"),
            py::arg("dy"), py::arg("dquery"), py::arg("dkey"), py::arg("dvalue"), py::arg("sizes"), py::arg("places"),
-           py::arg("scale"), py::arg("safe"), py::arg("biases"))
+           py::arg("scales"), py::arg("safe"), py::arg("factors"), py::arg("biases"))
       .def("pixel_norm", &P::PixelNorm, py::arg("x"), py::arg("y"), py::arg("epsilon"))
       .def("pixel_norm_backward", &P::PixelNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("epsilon"),
            py::arg("accumulate"))

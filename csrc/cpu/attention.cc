@@ -76,6 +76,12 @@ struct Memory {
   }
 };
 
+float Sum(const float* numbers, int64_t count) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < count; ++i) sum += numbers[i];
+  return sum;
+}
+
 constexpr int64_t kLine = 16;  // floats
 
 // The tokens of a problem in a map.
@@ -93,43 +99,45 @@ struct Tokens {
         features(features) {}
 
   // [features][Padded(count)], zeros behind the last token
-  void ToVectors(float factor, float* to) const {
+  void ToVectors(float* to) const {
     for (int64_t f = 0; f < features; ++f, to += Padded(count)) {
       const float* from = data + f * apart;
-      for (int64_t token = 0; token < count; ++token) to[token] = factor * from[at[token]];
+      for (int64_t token = 0; token < count; ++token) to[token] = from[at[token]];
       for (int64_t token = count; token < Padded(count); ++token) to[token] = 0.0f;
     }
   }
 
   // [count][features], a line of the cache at a time
-  void ToRows(float factor, float* to) const {
+  void ToRows(float* to) const {
     for (int64_t first = 0; first < features; first += kLine) {
       const int64_t last = AtMost(first + kLine, features);
       for (int64_t token = 0; token < count; ++token) {
         const float* from = data + at[token];
-        for (int64_t f = first; f < last; ++f) to[token * features + f] = factor * from[f * apart];
+        for (int64_t f = first; f < last; ++f) to[token * features + f] = from[f * apart];
       }
     }
   }
 
-  // The reverse of ToVectors, put there or added.
-  void FromVectors(const float* from, bool add) const {
+  // The reverse of ToVectors, times a factor, put there or added.
+  void FromVectors(float factor, const float* from, bool add) const {
     for (int64_t f = 0; f < features; ++f, from += Padded(count)) {
       float* to = data + f * apart;
       for (int64_t token = 0; token < count; ++token) {
         float& there = to[at[token]];
-        there = add ? there + from[token] : from[token];
+        there = add ? there + factor * from[token] : factor * from[token];
       }
     }
   }
 };
 
-// What a chunk takes: tokens as vectors and as rows, and scores.
+int64_t Longest(const AttentionSpec& s) { return Padded(s.queries > s.keys ? s.queries : s.keys); }
+
+// What a chunk takes: tokens as vectors and as rows, scores, and numbers of tokens.
 int64_t ChunkFloats(const AttentionSpec& s, bool backward) {
-  const int64_t queries = Padded(s.queries), keys = Padded(s.keys), longest = queries > keys ? queries : keys;
-  const int64_t tokens = s.features * (queries + keys);
+  const int64_t queries = Padded(s.queries), keys = Padded(s.keys), longest = Longest(s);
+  const int64_t tokens = (s.features + s.value_features) * (queries + keys);
   const int64_t pieces = 32 * kLanes;  // what rounding adds to each
-  return backward ? 6 * tokens + 3 * queries + 2 * longest * kWide + pieces : 2 * tokens + keys * kWide + pieces;
+  return (backward ? 3 * tokens + 2 * longest * kWide + 6 * longest : tokens + keys * kWide + longest) + pieces;
 }
 
 // As many as there are problems, unless they take too much memory.
@@ -150,6 +158,48 @@ void ForProblems(const AttentionSpec& s, bool backward, float* scratch, int thre
       body(s.order[i], Memory{scratch + chunk * ChunkFloats(s, backward)});
     }
   });
+}
+
+// What a problem's products of queries and keys are multiplied by.
+float ScaleOf(const AttentionSpec& s, int64_t problem) { return s.factors ? s.scale * s.factors[problem] : s.scale; }
+
+// products[token] = sum over features of a * b, of vectors [features][tokens]
+void TokenProducts(const float* a, const float* b, int64_t features, int64_t tokens, float* products) {
+  for (int64_t at = 0; at < tokens; at += kLanes) {
+    V sum = Zero();
+    for (int64_t f = 0; f < features; ++f) sum = Fma(Load(a + f * tokens + at), Load(b + f * tokens + at), sum);
+    Store(products + at, sum);
+  }
+}
+
+bool Cosines(const AttentionSpec& s) { return s.epsilon >= 0; }
+
+// 1 / what tokens of these lengths are divided by; NaN stays NaN.
+V InverseLengths(const AttentionSpec& s, const float* lengths) {
+  return Div(Set(1.0f), Max(Set(s.epsilon), Load(lengths)));
+}
+
+// Divides tokens, by vectors [features][tokens], by their `lengths`, which are written.
+void Normalise(const AttentionSpec& s, int64_t tokens, float* vectors, float* lengths) {
+  TokenProducts(vectors, vectors, s.features, tokens, lengths);
+  for (int64_t at = 0; at < tokens; at += kLanes) {
+    Store(lengths + at, Sqrt(Load(lengths + at)));
+    const V inverse = InverseLengths(s, lengths + at);
+    for (int64_t i = at; i < s.features * tokens; i += tokens) Store(vectors + i, Mul(Load(vectors + i), inverse));
+  }
+}
+
+// Makes gradients of normalised tokens those of the tokens before; `along`: the products of both.
+void NormaliseBackward(const AttentionSpec& s, int64_t tokens, const float* vectors, const float* lengths,
+                       const float* along, float* gradients) {
+  for (int64_t at = 0; at < tokens; at += kLanes) {
+    // Shorter ones were divided by a constant.
+    const V across = IfPositive(Sub(Set(s.epsilon), Load(lengths + at)), Zero(), Load(along + at));
+    const V inverse = InverseLengths(s, lengths + at);
+    for (int64_t i = at; i < s.features * tokens; i += tokens) {
+      Store(gradients + i, Mul(Sub(Load(gradients + i), Mul(across, Load(vectors + i))), inverse));
+    }
+  }
 }
 
 // The rows of biases that a problem adds to its scores.
@@ -214,7 +264,7 @@ void Exponentials(const AttentionSpec& s, float* scores, V* largest, V* inverse)
 
 // Whether a spec's tokens are all that a map has.
 bool Fill(const AttentionSpec& s, const LaneMap& map) {
-  return map.whole() && !map.missing && s.problems * s.queries * s.features == map.channels * map.pixels();
+  return map.whole() && !map.missing && s.problems * s.queries * s.value_features == map.channels * map.pixels();
 }
 
 void Clear(const LaneMap& map, int threads) {
@@ -229,23 +279,29 @@ void Forward(const HeadMap& query, const HeadMap& key, const HeadMap& value, con
              const AttentionSpec& s, float* scratch, int threads) {
   if (!Fill(s, seen.map)) Clear(seen.map, threads);
   ForProblems(s, false, scratch, threads, [&](int64_t problem, Memory memory) {
-    const int64_t queries = Padded(s.queries), keys = Padded(s.keys), f = s.features;
-    float *q = memory.Take(f * queries), *k = memory.Take(f * keys), *v = memory.Take(s.keys * f);
-    float *y = memory.Take(f * queries), *scores = memory.Take(s.keys * kWide);
+    const int64_t queries = Padded(s.queries), keys = Padded(s.keys), f = s.features, of_value = s.value_features;
+    float *q = memory.Take(f * queries), *k = memory.Take(f * keys), *v = memory.Take(s.keys * of_value);
+    float *y = memory.Take(of_value * queries), *scores = memory.Take(s.keys * kWide);
     const Biases biases = {s, problem};
-    Tokens(query, problem, s.queries, f).ToVectors(s.scale, q);
-    Tokens(key, problem, s.keys, f).ToVectors(1.0f, k);
-    Tokens(value, problem, s.keys, f).ToRows(1.0f, v);
+    const V scale = Set(ScaleOf(s, problem));
+    Tokens(query, problem, s.queries, f).ToVectors(q);
+    Tokens(key, problem, s.keys, f).ToVectors(k);
+    Tokens(value, problem, s.keys, of_value).ToRows(v);
+    if (Cosines(s)) {
+      float* lengths = memory.Take(Longest(s));
+      Normalise(s, queries, q, lengths);
+      Normalise(s, keys, k, lengths);
+    }
     for (int64_t at = 0; at < queries; at += kWide) {
       Products({k, keys}, s.keys, f, q + at, queries, [&](int64_t r, int i, V sum) {
-        Store(scores + r * kWide + i * kLanes, biases.Added(sum, r, at + i * kLanes));
+        Store(scores + r * kWide + i * kLanes, biases.Added(Mul(sum, scale), r, at + i * kLanes));
       });
       V largest[kAcross], inverse[kAcross];
       Exponentials(s, scores, largest, inverse);
-      Products({v, f}, f, s.keys, scores, kWide,
+      Products({v, of_value}, of_value, s.keys, scores, kWide,
                [&](int64_t r, int i, V sum) { Store(y + r * queries + at + i * kLanes, Mul(sum, inverse[i])); });
     }
-    Tokens(seen, problem, s.queries, f).FromVectors(y, false);
+    Tokens(seen, problem, s.queries, of_value).FromVectors(1.0f, y, false);
   });
 }
 
@@ -254,22 +310,36 @@ struct Both {
   float *vectors, *rows;
 };
 
+// Divides the tokens of a head by their lengths, which are written.
+void NormaliseBoth(const AttentionSpec& s, int64_t count, const Both& head, float* lengths) {
+  Normalise(s, Padded(count), head.vectors, lengths);
+  for (int64_t token = 0; token < count; ++token) {
+    for (int64_t f = 0; f < s.features; ++f) {
+      head.rows[token * s.features + f] = head.vectors[f * Padded(count) + token];
+    }
+  }
+}
+
 struct HeadOfBackward {
-  Both q, k, v, dy;
+  float scale;
+  Both q, k, v, dy;                        // cosines: q and k are normalised
+  float *q_lengths, *k_lengths;            // before that
   float *largest, *inverse, *dot;          // [queries]: of the softmax, and of its gradient
-  float *weights, *slopes, *dq, *dk, *dv;  // of kWide tokens; gradients by vectors
+  float* along;                            // of queries or keys and their gradients
+  float *weights, *slopes, *dq, *dk, *dv;  // of kWide tokens; gradients by vectors, those of q and k not yet scaled
 };
 
 // With queries in the lanes: what the softmax and its gradient need of each query, and the gradient of the queries.
 void BackwardOfQueries(const AttentionSpec& s, const Biases& biases, const HeadOfBackward& h) {
   const int64_t queries = Padded(s.queries), f = s.features;
+  const V scale = Set(h.scale);
   for (int64_t at = 0; at < queries; at += kWide) {
     Products({h.k.vectors, Padded(s.keys)}, s.keys, f, h.q.vectors + at, queries, [&](int64_t r, int i, V sum) {
-      Store(h.weights + r * kWide + i * kLanes, biases.Added(sum, r, at + i * kLanes));
+      Store(h.weights + r * kWide + i * kLanes, biases.Added(Mul(sum, scale), r, at + i * kLanes));
     });
     V largest[kAcross], inverse[kAcross], dot[kAcross];
     Exponentials(s, h.weights, largest, inverse);
-    Products({h.v.vectors, Padded(s.keys)}, s.keys, f, h.dy.vectors + at, queries,
+    Products({h.v.vectors, Padded(s.keys)}, s.keys, s.value_features, h.dy.vectors + at, queries,
              [&](int64_t r, int i, V sum) { Store(h.slopes + r * kWide + i * kLanes, sum); });
     for (int i = 0; i < kAcross; ++i) {
       dot[i] = Zero();
@@ -289,24 +359,26 @@ void BackwardOfQueries(const AttentionSpec& s, const Biases& biases, const HeadO
     }
     biases.AddGradient(h.slopes, at);
     Products({h.k.rows, f}, f, s.keys, h.slopes, kWide,
-             [&](int64_t r, int i, V sum) { Store(h.dq + r * queries + at + i * kLanes, Mul(sum, Set(s.scale))); });
+             [&](int64_t r, int i, V sum) { Store(h.dq + r * queries + at + i * kLanes, sum); });
   }
 }
 
 // With keys in the lanes: the gradients of keys and values.
 void BackwardOfKeys(const AttentionSpec& s, const Biases& biases, const HeadOfBackward& h) {
-  const int64_t keys = Padded(s.keys), f = s.features;
+  const int64_t keys = Padded(s.keys), f = s.features, of_value = s.value_features;
+  const V scale = Set(h.scale);
   for (int64_t at = 0; at < keys; at += kWide) {
     Products({h.q.vectors, Padded(s.queries)}, s.queries, f, h.k.vectors + at, keys, [&](int64_t r, int i, V sum) {
-      const V score = biases.AddedAcross(sum, r, at + i * kLanes);
+      const V score = biases.AddedAcross(Mul(sum, scale), r, at + i * kLanes);
       const V weight = Mul(Exp(Sub(score, Set(h.largest[r]))), Set(h.inverse[r]));
       Store(h.weights + r * kWide + i * kLanes, weight);
     });
-    Products({h.dy.vectors, Padded(s.queries)}, s.queries, f, h.v.vectors + at, keys, [&](int64_t r, int i, V slope) {
+    const auto slope_of = [&](int64_t r, int i, V sum) {
       const int64_t place = r * kWide + i * kLanes;
-      Store(h.slopes + place, Mul(Load(h.weights + place), Sub(slope, Set(h.dot[r]))));
-    });
-    Products({h.dy.rows, f}, f, s.queries, h.weights, kWide,
+      Store(h.slopes + place, Mul(Load(h.weights + place), Sub(sum, Set(h.dot[r]))));
+    };
+    Products({h.dy.vectors, Padded(s.queries)}, s.queries, of_value, h.v.vectors + at, keys, slope_of);
+    Products({h.dy.rows, of_value}, of_value, s.queries, h.weights, kWide,
              [&](int64_t r, int i, V sum) { Store(h.dv + r * keys + at + i * kLanes, sum); });
     Products({h.q.rows, f}, f, s.queries, h.slopes, kWide,
              [&](int64_t r, int i, V sum) { Store(h.dk + r * keys + at + i * kLanes, sum); });
@@ -319,30 +391,43 @@ void Backward(const HeadMap& query, const HeadMap& key, const HeadMap& value, co
     if (b->gradient) std::memset(b->gradient, 0, b->count * s.keys * BiasWidth(s.queries) * sizeof(float));
   }
   ForProblems(s, true, scratch, threads, [&](int64_t problem, Memory memory) {
-    const int64_t queries = Padded(s.queries), keys = Padded(s.keys), f = s.features;
-    const auto both = [&](const HeadMap& map, int64_t count, float factor) {
-      const Both made = {memory.Take(f * Padded(count)), memory.Take(count * f)};
-      const Tokens tokens(map, problem, count, f);
-      tokens.ToVectors(factor, made.vectors);
-      tokens.ToRows(factor, made.rows);
+    const int64_t queries = Padded(s.queries), keys = Padded(s.keys), f = s.features, of_value = s.value_features;
+    const auto both = [&](const HeadMap& map, int64_t count, int64_t features) {
+      const Both made = {memory.Take(features * Padded(count)), memory.Take(count * features)};
+      const Tokens tokens(map, problem, count, features);
+      tokens.ToVectors(made.vectors);
+      tokens.ToRows(made.rows);
       return made;
     };
     HeadOfBackward h = {};
-    h.q = both(query, s.queries, s.scale);
-    h.k = both(key, s.keys, 1.0f);
-    h.v = both(value, s.keys, 1.0f);
-    h.dy = both(dy, s.queries, 1.0f);
+    h.scale = ScaleOf(s, problem);
+    h.q = both(query, s.queries, f);
+    h.k = both(key, s.keys, f);
+    h.v = both(value, s.keys, of_value);
+    h.dy = both(dy, s.queries, of_value);
+    h.q_lengths = memory.Take(queries), h.k_lengths = memory.Take(keys);
     h.largest = memory.Take(queries), h.inverse = memory.Take(queries), h.dot = memory.Take(queries);
-    const int64_t longest = queries > keys ? queries : keys;
-    h.weights = memory.Take(longest * kWide), h.slopes = memory.Take(longest * kWide);
-    h.dq = memory.Take(f * queries), h.dk = memory.Take(f * keys), h.dv = memory.Take(f * keys);
+    h.along = memory.Take(Longest(s));
+    h.weights = memory.Take(Longest(s) * kWide), h.slopes = memory.Take(Longest(s) * kWide);
+    h.dq = memory.Take(f * queries), h.dk = memory.Take(f * keys), h.dv = memory.Take(of_value * keys);
+    if (Cosines(s)) {
+      NormaliseBoth(s, s.queries, h.q, h.q_lengths);
+      NormaliseBoth(s, s.keys, h.k, h.k_lengths);
+    }
     const Biases biases = {s, problem};
     BackwardOfQueries(s, biases, h);
-    if (dquery) Tokens(*dquery, problem, s.queries, f).FromVectors(h.dq, true);
+    TokenProducts(h.q.vectors, h.dq, f, queries, h.along);
+    if (s.factor_gradient) s.factor_gradient[problem] = s.scale * Sum(h.along, s.queries);
+    if (Cosines(s)) NormaliseBackward(s, queries, h.q.vectors, h.q_lengths, h.along, h.dq);
+    if (dquery) Tokens(*dquery, problem, s.queries, f).FromVectors(h.scale, h.dq, true);
     if (!dkey && !dvalue) return;
     BackwardOfKeys(s, biases, h);
-    if (dkey) Tokens(*dkey, problem, s.keys, f).FromVectors(h.dk, true);
-    if (dvalue) Tokens(*dvalue, problem, s.keys, f).FromVectors(h.dv, true);
+    if (Cosines(s)) {
+      TokenProducts(h.k.vectors, h.dk, f, keys, h.along);
+      NormaliseBackward(s, keys, h.k.vectors, h.k_lengths, h.along, h.dk);
+    }
+    if (dkey) Tokens(*dkey, problem, s.keys, f).FromVectors(h.scale, h.dk, true);
+    if (dvalue) Tokens(*dvalue, problem, s.keys, of_value).FromVectors(1.0f, h.dv, true);
   });
 }
 

@@ -4,7 +4,8 @@
 // apart, rolled or transposed before is not moved. Its tokens are gathered into vectors, sixteen to one: then a score
 // is a number of a key times vectors of queries, the softmax runs along vectors and never across their lanes, and what
 // a query sees is weights times numbers of the values. Backward computes the scores again, and once more with keys in
-// the lanes for the gradients that are sums over queries.
+// the lanes for the gradients that are sums over queries. Tokens of cosines are normalised where they were gathered,
+// and so are their gradients.
 //
 // Source: A. Vaswani et al., "Attention Is All You Need", 2017; that no score needs be kept: T. Dao et al.,
 // "FlashAttention", 2022.
@@ -34,9 +35,15 @@ struct ScoreBias {
 constexpr int64_t BiasWidth(int64_t queries) { return (queries + 31) / 32 * 32; }
 
 struct AttentionSpec {
-  int64_t problems, features, queries, keys;
-  float scale;  // of the scores
-  bool safe;    // a query that no key may answer sees zeros, not NaN
+  int64_t problems, features, value_features, queries, keys;  // features: of a query or key
+  float scale;                                                // of the scores
+  // [problems]: of the scores, too, and their gradient, which is overwritten. Null: none, not wanted.
+  const float* factors;
+  float* factor_gradient;
+  // Scores are cosines: queries and keys are divided by their lengths, or by this where it is larger. Below 0: they are
+  // not.
+  float epsilon;
+  bool safe;  // a query that no key may answer sees zeros, not NaN
   const ScoreBias* biases;
   int64_t bias_count;
   // As `ProblemRuns`: problems that add to the same row of a gradient are one run.
@@ -45,8 +52,8 @@ struct AttentionSpec {
 };
 
 struct AttentionKernels {
-  // seen = softmax(scale * query key^T + biases) value for each problem. What `seen` has beside its tokens becomes
-  // zero. `scratch`, 64-byte aligned, holds floats(spec, false).
+  // seen = softmax(scale * factor * query key^T + biases) value for each problem. What `seen` has beside its tokens
+  // becomes zero. `scratch`, 64-byte aligned, holds floats(spec, false).
   void (*forward)(const HeadMap& query, const HeadMap& key, const HeadMap& value, const HeadMap& seen,
                   const AttentionSpec& spec, float* scratch, int threads);
   // Adds the gradients for dy at `seen`; each of the three may be null. `scratch` holds floats(spec, true).

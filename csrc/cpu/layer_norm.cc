@@ -18,8 +18,9 @@ int64_t Chunks(const LaneMap& m) { return AtMost(Pieces(m), kMostChunks); }
 template <int kVectors>
 struct Moments {
   V mean[kVectors], inverse[kVectors];
+  V shift[kVectors];  // what is taken off x
 
-  Moments(const Columns& x, int64_t channels, float epsilon) {
+  Moments(const Columns& x, int64_t channels, const LayerNormSpec& spec) {
     const V share = Set(1.0f / static_cast<float>(channels));
     SumChannels<kVectors>(channels, x, mean);
     for (int k = 0; k < kVectors; ++k) mean[k] = Mul(mean[k], share);
@@ -31,7 +32,8 @@ struct Moments {
         },
         inverse);
     for (int k = 0; k < kVectors; ++k) {
-      inverse[k] = Div(Set(1.0f), Sqrt(Fma(inverse[k], share, Set(epsilon))));
+      inverse[k] = Div(Set(1.0f), Sqrt(Fma(inverse[k], share, Set(spec.epsilon))));
+      shift[k] = spec.centred ? mean[k] : Zero();
     }
   }
 };
@@ -43,12 +45,12 @@ struct ForwardPiece {
   template <int kVectors>
   void Of(const Place& at) const {
     const Columns in(x, at), out(y, at);
-    const Moments<kVectors> moments(in, x.channels, spec.epsilon);
+    const Moments<kVectors> moments(in, x.channels, spec);
     for (int64_t c = 0; c < x.channels; ++c) {
       const V gamma = Set(spec.gamma ? spec.gamma[c] : 1.0f), beta = Set(spec.beta ? spec.beta[c] : 0.0f);
       LIPFAST_UNROLL
       for (int k = 0; k < kVectors; ++k) {
-        const V normalised = Mul(Sub(in(c, k), moments.mean[k]), moments.inverse[k]);
+        const V normalised = Mul(Sub(in(c, k), moments.shift[k]), moments.inverse[k]);
         Store(out.At(c, k), Fma(gamma, normalised, beta));
       }
     }
@@ -65,8 +67,9 @@ struct BackwardPiece {
   void Of(const Place& at) const {
     const int64_t channels = x.channels;
     const Columns in(x, at), gradient(dy, at), out(dx, at);
-    const Moments<kVectors> moments(in, channels, spec.epsilon);
-    const auto normalised = [&](int64_t c, int k) { return Mul(Sub(in(c, k), moments.mean[k]), moments.inverse[k]); };
+    const Moments<kVectors> moments(in, channels, spec);
+    const auto normalised = [&](int64_t c, int k) { return Mul(Sub(in(c, k), moments.shift[k]), moments.inverse[k]); };
+    const auto standard = [&](int64_t c, int k) { return Mul(Sub(in(c, k), moments.mean[k]), moments.inverse[k]); };
     const auto inner = [&](int64_t c, int k) { return Mul(gradient(c, k), Set(spec.gamma ? spec.gamma[c] : 1.0f)); };
     for (int64_t c = 0; sums && c < channels; ++c) {
       float *to_gamma = sums + c * kVector, *to_beta = to_gamma + channels * kVector;
@@ -84,13 +87,13 @@ struct BackwardPiece {
     SumChannels<kVectors>(channels, [&](int64_t c, int k) { return Mul(inner(c, k), normalised(c, k)); }, along);
     const V share = Set(1.0f / static_cast<float>(channels)), back = Set(-1.0f / static_cast<float>(channels));
     for (int k = 0; k < kVectors; ++k) {
-      mean[k] = Mul(mean[k], share);
+      mean[k] = spec.centred ? Mul(mean[k], share) : Zero();
       along[k] = Mul(along[k], back);
     }
     for (int64_t c = 0; c < channels; ++c) {
       LIPFAST_UNROLL
       for (int k = 0; k < kVectors; ++k) {
-        const V change = Mul(moments.inverse[k], Fma(along[k], normalised(c, k), Sub(inner(c, k), mean[k])));
+        const V change = Mul(moments.inverse[k], Fma(along[k], standard(c, k), Sub(inner(c, k), mean[k])));
         Put(out.At(c, k), change, accumulate);
       }
     }

@@ -15,13 +15,15 @@ namespace lipfast {
 
 struct LayerNormSpec {
   float epsilon;
+  bool centred;        // else the mean stays in x: only the variance is without it
   const float* gamma;  // [channels]; null: 1
   const float* beta;   // [channels]; null: 0
 };
 
 struct LayerNormKernels {
   // y = gamma * (x - mean) / sqrt(variance + epsilon) + beta, with the mean and the biased variance of each pixel's
-  // channels. y may be x; halos are neither read nor written.
+  // channels; without `centred` gamma * x / sqrt(variance + epsilon) + beta. y may be x; halos are neither read nor
+  // written.
   void (*forward)(const LaneMap& x, const LaneMap& y, const LayerNormSpec& spec, int threads);
   // Gradients for dy at y, which is zero at dead pixels; dx is added to what it holds where `accumulate`, and may be
   // dy where not. dgamma and dbeta may be null. `partial`, 64-byte aligned, holds backward_floats(x).

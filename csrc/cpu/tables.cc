@@ -2,6 +2,7 @@
 #include "cpu/adam.h"
 #include "cpu/attention.h"
 #include "cpu/ceiling.h"
+#include "cpu/channel_attention.h"
 #include "cpu/channels.h"
 #include "cpu/fingerprint.h"
 #include "cpu/finish.h"
@@ -25,6 +26,7 @@ namespace lipfast {
 
 LIPFAST_KERNEL_TABLE(AttentionKernels, attention_kernels)
 LIPFAST_KERNEL_TABLE(CeilingKernels, ceiling_kernels)
+LIPFAST_KERNEL_TABLE(ChannelAttentionKernels, channel_attention_kernels)
 LIPFAST_KERNEL_TABLE(ChannelKernels, channel_kernels)
 LIPFAST_KERNEL_TABLE(FingerprintKernels, fingerprint_kernels)
 LIPFAST_KERNEL_TABLE(FinishKernels, finish_kernels)

@@ -369,18 +369,19 @@ void Program::GroupNormBackward(int x, int dy, int dx, const GroupNormSpec& spec
       });
 }
 
-void Program::LayerNorm(int x, int y, float epsilon, const NormOffsets& offsets) {
+void Program::LayerNorm(int x, int y, float epsilon, bool centred, const NormOffsets& offsets) {
   const NormState state = StateOf(offsets, maps_[x].channels);
   Add(Section::kForward, "layer norm " + SizeLabel(maps_[x]),
-      [spec = LayerNormSpec{epsilon, state.gamma, state.beta}, in = maps_[x], out = maps_[y]](
+      [spec = LayerNormSpec{epsilon, centred, state.gamma, state.beta}, in = maps_[x], out = maps_[y]](
           const RunContext& context) { Kernels<LayerNormKernels>().forward(in, out, spec, context.threads); });
 }
 
-void Program::LayerNormBackward(int x, int dy, int dx, float epsilon, const NormOffsets& offsets, bool accumulate) {
+void Program::LayerNormBackward(int x, int dy, int dx, float epsilon, bool centred, const NormOffsets& offsets,
+                                bool accumulate) {
   const NormState state = StateOf(offsets, maps_[x].channels);
   scratch_floats_ = std::max(scratch_floats_, Kernels<LayerNormKernels>().backward_floats(maps_[x]));
   Add(Section::kBackward, "layer norm backward " + SizeLabel(maps_[x]),
-      [spec = LayerNormSpec{epsilon, state.gamma, state.beta}, accumulate, dgamma = GradientAt(offsets.gamma),
+      [spec = LayerNormSpec{epsilon, centred, state.gamma, state.beta}, accumulate, dgamma = GradientAt(offsets.gamma),
        dbeta = GradientAt(offsets.beta), in = maps_[x], gradient = maps_[dy],
        out = maps_[dx]](const RunContext& context) {
         Kernels<LayerNormKernels>().backward(in, gradient, out, spec, accumulate, dgamma, dbeta, context.scratch,
@@ -395,8 +396,13 @@ struct Program::AttentionLists {
   std::vector<ScoreBias> biases;
   std::vector<std::vector<int64_t>> places;
   std::vector<int32_t> learned;  // rows of the bias whose gradient is wanted
+  const float* factors;
+  float* factor_gradient;
 
-  AttentionLists(const AttentionForm& given, float* values, float* gradients) : form(given) {
+  AttentionLists(const AttentionForm& given, float* values, float* gradients)
+      : form(given),
+        factors(given.factors < 0 ? nullptr : values + given.factors),
+        factor_gradient(gradients && given.factors_trained ? gradients + given.factors : nullptr) {
     for (const BiasPlace& bias : form.biases) {
       const bool wanted = gradients && bias.trained;
       if (wanted) learned = bias.rows;
@@ -407,8 +413,9 @@ struct Program::AttentionLists {
 
   AttentionSpec Spec() const {
     const int64_t count = static_cast<int64_t>(biases.size()), ends = static_cast<int64_t>(runs.ends.size());
-    return {form.problems, form.features, form.queries,      form.keys,        form.scale, form.safe,
-            biases.data(), count,         runs.order.data(), runs.ends.data(), ends};
+    return {form.problems, form.features, form.value_features, form.queries,     form.keys,
+            form.scale,    factors,       factor_gradient,     form.epsilon,     form.safe,
+            biases.data(), count,         runs.order.data(),   runs.ends.data(), ends};
   }
 
   // Heads in a map, as the queries (0), keys (1), values (2) or the result (3) have them.
@@ -441,6 +448,54 @@ void Program::AttentionBackward(int query, int key, int value, int dy, int dquer
     const auto given = [](const HeadMap& m) { return m.at ? &m : nullptr; };
     Kernels<AttentionKernels>().backward(q, k, v, gradient, given(dq), given(dk), given(dv), lists->Spec(),
                                          context.scratch, context.threads);
+  });
+}
+
+struct Program::ChannelAttentionLists {
+  ChannelAttentionForm form;
+  ChannelAttentionSpec spec;
+  std::vector<std::vector<int64_t>> places;
+
+  ChannelAttentionLists(const ChannelAttentionForm& given, float* values, float* gradients, const LivePixelMask& live)
+      : form(given), spec{form.problems, form.channels, form.scale, nullptr, nullptr, form.epsilon, live} {
+    if (form.factors >= 0) spec.factors = values + form.factors;
+    if (gradients && form.factors_trained) spec.factor_gradient = gradients + form.factors;
+    places.reserve(7);
+  }
+
+  // Heads in a map, as the queries (0), keys (1), values (2) or the result (3) have them.
+  ChannelHeads In(const LaneMap& map, int which) {
+    std::vector<int64_t> at(form.problems);
+    for (int64_t i = 0; i < form.problems; ++i) {
+      at[i] = form.pictures[i] * map.batch_stride + form.firsts[which][i] * map.channel_stride;
+    }
+    places.push_back(std::move(at));
+    return {map, places.back().data()};
+  }
+};
+
+void Program::ChannelAttention(int query, int key, int value, int seen, const ChannelAttentionForm& form) {
+  const auto lists = std::make_shared<ChannelAttentionLists>(form, values(), nullptr, LiveMask(maps_[seen]));
+  const ChannelHeads q = lists->In(maps_[query], 0), k = lists->In(maps_[key], 1), v = lists->In(maps_[value], 2);
+  const ChannelHeads y = lists->In(maps_[seen], 3);
+  scratch_floats_ = std::max(scratch_floats_, Kernels<ChannelAttentionKernels>().floats(lists->spec, false));
+  Add(Section::kForward, "channel attention " + SizeLabel(maps_[seen]), [=](const RunContext& context) {
+    Kernels<ChannelAttentionKernels>().forward(q, k, v, y, lists->spec, context.scratch, context.threads);
+  });
+}
+
+void Program::ChannelAttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue,
+                                       const ChannelAttentionForm& form) {
+  const auto lists = std::make_shared<ChannelAttentionLists>(form, values(), gradients(), LiveMask(maps_[dy]));
+  const auto wanted = [&](int map, int which) { return map < 0 ? ChannelHeads{} : lists->In(maps_[map], which); };
+  const ChannelHeads q = lists->In(maps_[query], 0), k = lists->In(maps_[key], 1), v = lists->In(maps_[value], 2);
+  const ChannelHeads gradient = lists->In(maps_[dy], 3), dq = wanted(dquery, 0), dk = wanted(dkey, 1),
+                     dv = wanted(dvalue, 2);
+  scratch_floats_ = std::max(scratch_floats_, Kernels<ChannelAttentionKernels>().floats(lists->spec, true));
+  Add(Section::kBackward, "channel attention backward " + SizeLabel(maps_[dy]), [=](const RunContext& context) {
+    const auto given = [](const ChannelHeads& m) { return m.at ? &m : nullptr; };
+    Kernels<ChannelAttentionKernels>().backward(q, k, v, gradient, given(dq), given(dk), given(dv), lists->spec,
+                                                context.scratch, context.threads);
   });
 }
 

@@ -17,6 +17,7 @@
 
 #include "cpu/arena.h"
 #include "cpu/attention.h"
+#include "cpu/channel_attention.h"
 #include "cpu/channels.h"
 #include "cpu/conv.h"
 #include "cpu/finish.h"
@@ -142,24 +143,39 @@ class Program {
                     bool zero_halo, bool recover);
   void GroupNorm(int x, int y, const GroupNormSpec& spec, const NormOffsets& offsets, const HaloSpec& halo);
   void GroupNormBackward(int x, int dy, int dx, const GroupNormSpec& spec, const NormOffsets& offsets);
-  void LayerNorm(int x, int y, float epsilon, const NormOffsets& offsets);
-  void LayerNormBackward(int x, int dy, int dx, float epsilon, const NormOffsets& offsets, bool accumulate);
+  void LayerNorm(int x, int y, float epsilon, bool centred, const NormOffsets& offsets);
+  void LayerNormBackward(int x, int dy, int dx, float epsilon, bool centred, const NormOffsets& offsets,
+                         bool accumulate);
   struct BiasPlace {
     int64_t start, count;  // in the values, rows
     bool trained;
     std::vector<int32_t> rows;  // of each problem
   };
   struct AttentionForm {
-    int64_t problems, features, queries, keys;
-    float scale;
+    int64_t problems, features, value_features, queries, keys;
+    float scale, epsilon;
     bool safe;
     std::array<HeadPlaces, 4> places;  // of queries, keys, values and what they see
     std::vector<BiasPlace> biases;     // at most one of them trained
+    int64_t factors;                   // start in the values; -1: none
+    bool factors_trained;
   };
   void Attention(int query, int key, int value, int seen, const AttentionForm& form);
   // The gradients are added to what their maps hold; -1: not wanted.
   void AttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue,
                          const AttentionForm& form);
+  struct ChannelAttentionForm {
+    int64_t problems, channels;
+    float scale, epsilon;
+    std::vector<int32_t> pictures;               // of each problem
+    std::array<std::vector<int32_t>, 4> firsts;  // the first channel of each, as `places`
+    int64_t factors;                             // start in the values; -1: none
+    bool factors_trained;
+  };
+  void ChannelAttention(int query, int key, int value, int seen, const ChannelAttentionForm& form);
+  // As AttentionBackward.
+  void ChannelAttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue,
+                                const ChannelAttentionForm& form);
   // residual -1: none; a running mean of -1: no BatchNorm.
   void Finish(Section where, int x, int residual, int y, float epsilon, const NormOffsets& offsets, ActivationSpec act,
               const HaloSpec& halo);
@@ -208,6 +224,7 @@ class Program {
 
  private:
   struct AttentionLists;
+  struct ChannelAttentionLists;
   struct RunContext {
     const PlainMap* plains;
     float* scratch;

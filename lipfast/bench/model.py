@@ -24,6 +24,7 @@ from lipfast.bench.networks import (
     NAFNet,
     ResNet18,
     ResNet20,
+    Restormer,
     SwinTiny,
     UNet,
     VisionTransformer,
@@ -57,6 +58,7 @@ def cases(size: Size) -> list[Case]:
         ("Swin-T", SwinTiny, (1, 3, 224, 224)),
         ("ConvNeXt V2-T", functools.partial(ConvNeXtTiny, responses=True), (1, 3, 224, 224)),
         ("Attention U-Net", functools.partial(UNet, gated=True), (1, 3, 128, 128)),
+        ("Restormer", Restormer, (1, 3, 128, 128)),
     ]
     trained: list[tuple[str, Build, tuple[int, ...]]] = [
         ("LeNet-5", LeNet5, (60, 1, 28, 28)),
@@ -70,6 +72,7 @@ def cases(size: Size) -> list[Case]:
         ("Swin-T", SwinTiny, (4, 3, 224, 224)),
         ("ConvNeXt V2-T", functools.partial(ConvNeXtTiny, responses=True), (4, 3, 224, 224)),
         ("Attention U-Net", functools.partial(UNet, gated=True), (1, 3, 128, 128)),
+        ("Restormer", Restormer, (1, 3, 128, 128)),
     ]
     if size == "toy":
         networks = [
@@ -85,6 +88,7 @@ def cases(size: Size) -> list[Case]:
             ("Swin-T", lambda: SwinTiny(12, (2, 1), 3, 8, 4), (2, 3, 32, 32)),
             ("ConvNeXt V2-T", lambda: ConvNeXtTiny(8, (1, 1, 1, 1), True), (2, 3, 64, 64)),
             ("Attention U-Net", lambda: UNet(16, gated=True), (1, 3, 16, 24)),
+            ("Restormer", lambda: Restormer(6, (1, 1), 1), (1, 3, 16, 24)),
         ]
         trained = [
             ("LeNet-5", LeNet5, (4, 1, 28, 28)),
@@ -97,6 +101,7 @@ def cases(size: Size) -> list[Case]:
             ("Swin-T", lambda: SwinTiny(12, (2, 1), 3, 8, 4), (2, 3, 32, 32)),
             ("ConvNeXt V2-T", lambda: ConvNeXtTiny(8, (1, 1, 1, 1), True), (2, 3, 64, 64)),
             ("Attention U-Net", lambda: UNet(16, gated=True), (1, 3, 16, 24)),
+            ("Restormer", lambda: Restormer(6, (1, 1), 1), (1, 3, 16, 24)),
         ]
     doors: dict[str, Door] = {"accelerate": accelerate, "torch.compile": _compile}
     inference = [

@@ -411,6 +411,72 @@ class _Gated(nn.Module):
         return result
 
 
+class Restormer(nn.Module):
+    """Zamir's Restormer for restoration; ``width`` channels at full size, doubled at each scale."""
+
+    def __init__(self, width: int = 48, depths: tuple[int, ...] = (4, 6, 6, 8), refine: int = 4) -> None:
+        super().__init__()
+
+        def encoders(scale: int, depth: int, wider: int = 1) -> nn.Sequential:
+            channels = wider * width * 2**scale
+            return nn.Sequential(*[_ChannelEncoder(channels, 2**scale) for _ in range(depth)])
+
+        scales = range(len(depths) - 1)
+        widths = [width * 2**scale for scale in scales]
+        self.first, self.last = _three(3, width), _three(2 * width, 3)
+        self.before = nn.ModuleList(encoders(scale, depth) for scale, depth in enumerate(depths))
+        self.down = nn.ModuleList(nn.Sequential(_three(a, a // 2), nn.PixelUnshuffle(2)) for a in widths)
+        self.up = nn.ModuleList(nn.Sequential(_three(2 * a, 4 * a), nn.PixelShuffle(2)) for a in widths)
+        self.joined = nn.ModuleList(  # at full size both halves stay
+            nn.Conv2d(2 * a, a, 1, bias=False) if scale else nn.Identity() for scale, a in enumerate(widths)
+        )
+        self.behind = nn.ModuleList(encoders(scale, depths[scale], 1 if scale else 2) for scale in scales)
+        self.refine = encoders(0, refine, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(n, 3, h, w)`` to the same shape; sides are multiples of 8."""
+        y, kept = self.first(x), []
+        for blocks, shrink in zip(self.before, self.down, strict=False):
+            kept.append(blocks(y))
+            y = shrink(kept[-1])
+        y = self.before[-1](y)
+        for scale in reversed(range(len(kept))):
+            y = self.behind[scale](self.joined[scale](torch.cat([self.up[scale](y), kept[scale]], 1)))
+        result: Tensor = x + self.last(self.refine(y))
+        return result
+
+
+class _ChannelEncoder(nn.Module):
+    """Attention of channels and a gated pair of layers, each with a shortcut, without additive numbers."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        inner = int(2.66 * width)
+        self.heads, self.temperature = heads, nn.Parameter(torch.ones(heads, 1, 1))
+        self.norms = nn.ParameterList(torch.ones(width) for _ in range(2))
+        self.wider = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, more, 1, bias=False), _three(more, more, more))
+            for more in (3 * width, 2 * inner)
+        )
+        self.back = nn.ModuleList(nn.Conv2d(made, width, 1, bias=False) for made in (width, inner))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.wider[0](self._normed(x, 0)).chunk(3, dim=1)
+        q, k, v = (part.view(x.shape[0], self.heads, -1, x.shape[2] * x.shape[3]) for part in parts)
+        q, k = nn.functional.normalize(q, dim=-1), nn.functional.normalize(k, dim=-1)
+        seen = ((q @ k.transpose(-2, -1)) * self.temperature).softmax(dim=-1) @ v
+        x = x + self.back[0](seen.reshape(x.shape))
+        a, b = self.wider[1](self._normed(x, 1)).chunk(2, dim=1)
+        result: Tensor = x + self.back[1](nn.functional.gelu(a) * b)
+        return result
+
+    def _normed(self, x: Tensor, which: int) -> Tensor:
+        rows = x.flatten(2).transpose(1, 2)
+        rows = rows / torch.sqrt(rows.var(-1, keepdim=True, unbiased=False) + 1e-5) * self.norms[which]
+        result: Tensor = rows.transpose(1, 2).view(x.shape)
+        return result
+
+
 class _NormOfChannels(nn.Module):
     """A LayerNorm of each pixel's channels, spelled out."""
 
@@ -476,6 +542,10 @@ def _widened(width: int, *inner: nn.Module) -> nn.Sequential:
     """Two layers of features behind a norm; ``inner``: what comes behind the activation between them."""
     wide, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
     return nn.Sequential(nn.LayerNorm(width), wide, nn.GELU(), *inner, narrow)
+
+
+def _three(c_in: int, c_out: int, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, 3, padding=1, groups=groups, bias=False)
 
 
 def _relu() -> nn.Module:

@@ -15,7 +15,9 @@ _MOST_WASTE = 1.3
 
 _NORMS = ("norm", "group_norm", "layer_norm", "pixel_norm")
 _OF_CHANNELS = ("cat", "channels", "channel_mean", "largest")
-_SAME_BLOCKS = (*_NORMS, *_OF_CHANNELS, "act", "prelu", "finish", "shift", "gain", "combine", "multiply")
+_SAME_BLOCKS = (
+    *_NORMS, *_OF_CHANNELS, "act", "prelu", "finish", "shift", "gain", "combine", "multiply", "channel_attention",
+)  # fmt: skip
 _STEPS = ("conv", "conv_transpose", "pool")  # one side's blocks are `stride` times the other's
 _ENLARGES = ("conv_transpose", "upsample2", "pixel_shuffle")
 
@@ -239,7 +241,8 @@ _PER_VECTOR, _PER_VECTOR_RECUT = 10, 20
 def grids_for(graph: Graph) -> list[int]:
     """Into how many blocks a side may be cut: 4, and 2 or 1 where others of the batch fill the lanes."""
     batches = {shape[0] for value, shape in graph.shapes.items() if value not in graph.rows}
-    return list(_CUTS) if len(batches) == 1 else [GRID]
+    alone = any(node.kind == "channel_attention" for node in graph.nodes)  # its sums are over all lanes
+    return list(_CUTS) if len(batches) == 1 and not alone else [GRID]
 
 
 def sheets(pictures: int, grid: int) -> int:

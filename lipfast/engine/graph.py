@@ -37,7 +37,7 @@ _NUMBERED = (
 ACTIVATIONS = {name: number for number, name in enumerate(_NUMBERED)}
 
 CONV_KINDS = ("conv", "conv_transpose")
-WEIGHT_NAMES = ("weight", "bias", "gamma", "beta", "slopes")  # attributes of nodes that are weight numbers
+WEIGHT_NAMES = ("weight", "bias", "gamma", "beta", "slopes", "factors")  # attributes of nodes that are weight numbers
 
 
 def consecutive(counts: Sequence[int]) -> list[range]:
@@ -59,8 +59,11 @@ class Node:
                 act, slope
     group_norm  gamma, beta (weight numbers or None), groups, epsilon, act, slope, slopes (weight number of one that is
                 learned, in inference only, or None)
-    layer_norm  gamma, beta (weight numbers or None), epsilon: each pixel over its channels
-    attention   heads: the `Heads` of rows of features: queries, keys, values; biases: weight numbers
+    layer_norm  gamma, beta (weight numbers or None), epsilon, centred (else the mean stays in): each pixel over its
+                channels
+    attention   heads: the `Heads` of rows of features: queries, keys, values; factors (weight number or None), biases
+                (weight numbers)
+    channel_attention  the same, of channels that look at each other
     act         act, slope
     finish      act(norm(inputs[0]) + inputs[1]), in inference only: gamma, beta, running (None: no norm, but a factor
                 and a shift of each channel), epsilon, act, slope, slopes; the second input is optional
@@ -124,10 +127,13 @@ class Heads:
     ``rows``: for each bias of the scores, which row of it a problem adds.
     """
 
-    features: int  # of a head
+    features: int  # of a head's queries and keys
+    value_features: int  # and of its values and what they make
     queries: int
     keys: int
+    across: bool  # channels look at channels instead: each is a token, whose features are all that have it here
     scale: float  # of the scores
+    epsilon: float | None  # queries and keys are divided by their lengths, or by this where it is larger
     safe: bool  # a query without an answer sees zeros
     shape: tuple[int, ...]  # of the result
     pixels: tuple[Tensor, ...]
@@ -135,15 +141,19 @@ class Heads:
     maps: tuple[bool, ...]
     rows: tuple[Tensor, ...]
 
+    def features_of(self, which: int) -> int:
+        """How many features a head has of queries (0), keys (1), values (2) or the result (3)."""
+        return self.features if which < 2 else self.value_features
+
     def places(self, which: int, width: int) -> Tensor:
         """Of queries (0), keys (1), values (2) or the result (3), (problems, tokens, features): the places among the
         numbers of rows of ``width`` features."""
         first = self.pixels[which].long() * width + self.channels[which].long()[:, None]
-        return first[..., None] + torch.arange(self.features)
+        return first[..., None] + torch.arange(self.features_of(which))
 
     def order_of_result(self, pixels: Tensor) -> Tensor | None:
-        """For each row of the result the pixel that its token has among ``pixels``, the queries' or as many keys'; None
-        where it has more or fewer rows, or heads do not agree."""
+        """For each row of the result the pixel of its tokens, of ``pixels``, those of the operand like which it lies;
+        None where it has more or fewer rows, or heads do not agree."""
         rows = self.pixels[3].long().flatten()
         count = math.prod(self.shape) // self.shape[1 if self.maps[3] else -1]
         if any(len(torch.unique(numbers)) != count for numbers in (pixels, rows)):
@@ -152,16 +162,26 @@ class Heads:
         order[rows] = pixels.long().flatten()
         return order if torch.equal(order[rows], pixels.long().flatten()) else None
 
-    def _features_of(self, which: int) -> set[int]:
+    def _taken_of(self, which: int) -> set[int]:
         """The features, of the rows that an operand lies in, which some head takes."""
         firsts = set(self.channels[which].tolist())
-        return {first + feature for first in firsts for feature in range(self.features)}
+        return {first + feature for first in firsts for feature in range(self.features_of(which))}
+
+    def repeats(self, which: int, width: int) -> bool:
+        """Whether an operand's heads, in rows of ``width`` features, may have some of its numbers twice."""
+        firsts = torch.unique(self.channels[which])
+        if bool((firsts.diff() < self.features_of(which)).any()):
+            return True
+        tokens = self.pixels[which].long() * width + self.channels[which].long()[:, None]
+        taken = torch.zeros(int(tokens.max()) + 1, dtype=torch.bool)
+        taken[tokens.flatten()] = True
+        return int(taken.count_nonzero()) < tokens.numel()
 
     def overlap(self, one: int, other: int, width: int) -> bool:
         """Whether two operands, both in the same rows, share some of their numbers without being the same."""
-        if self._features_of(one).isdisjoint(self._features_of(other)):
+        if self._taken_of(one).isdisjoint(self._taken_of(other)):
             return False
-        if self.pixels[one].shape == self.pixels[other].shape:
+        if (self.pixels[one].shape, self.features_of(one)) == (self.pixels[other].shape, self.features_of(other)):
             same = torch.equal(self.pixels[one], self.pixels[other])
             if same and torch.equal(self.channels[one], self.channels[other]):
                 return False
@@ -234,7 +254,10 @@ class Graph:
 
     def pad_rows(self) -> None:
         """Give rows of features more pixels than items, where that fills more lanes and nothing counts them."""
-        if any(node.kind in ("flatten", "unflatten") or (node.kind == "norm" and node.training) for node in self.nodes):
+        if any(
+            node.kind in ("flatten", "unflatten", "channel_attention") or (node.kind == "norm" and node.training)
+            for node in self.nodes
+        ):
             return
         for value in self.rows:
             _, features, height, width = self.shapes[value]

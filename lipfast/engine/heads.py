@@ -23,6 +23,8 @@ _MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm
 _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 MULTIPLY = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 DIVIDE = (torch.div, Tensor.div, Tensor.__truediv__)
+NORM = (torch.norm, Tensor.norm, torch.linalg.vector_norm)
+_CLAMP, _CLAMP_MIN = (torch.clamp, Tensor.clamp), (torch.clamp_min, Tensor.clamp_min)
 ADD = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 _OF_BOTH = (
     "chunk", "clone", "flatten", "flip", "movedim", "narrow", "permute", "reshape", "roll", "select", "split",
@@ -34,19 +36,28 @@ REARRANGE |= {Tensor.view, Tensor.contiguous, Tensor.__getitem__, Tensor.mT.__ge
 _WIDTH = 32  # what queries are padded to in biases, csrc/cpu/attention.h's BiasWidth
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, heads: Heads, *biases: Tensor) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, heads: Heads, factors: Tensor | None, *biases: Tensor
+) -> Tensor:
     """Softmax attention of heads that lie in rows of features as ``heads`` says, where they were joined again.
 
-    ``biases``: `bias_rows` each.
+    ``factors``: of each problem's scores; ``biases``: `bias_rows` each.
     """
     q, k, v = (_gathered(tensor, heads, which) for which, tensor in enumerate((query, key, value)))
+    if heads.across:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if heads.epsilon is not None:
+        q, k = F.normalize(q, dim=-1, eps=heads.epsilon), F.normalize(k, dim=-1, eps=heads.epsilon)
     scores = heads.scale * q @ k.transpose(1, 2)
+    if factors is not None:
+        scores = scores * factors[:, None, None]
     for bias, rows in zip(biases, heads.rows, strict=True):
         scores = scores + bias[rows.long()].transpose(1, 2)[:, : heads.queries]
     weights = torch.softmax(scores, -1)
     weights = weights.nan_to_num(0.0) if heads.safe else weights
     places = heads.places(3, heads.shape[1 if heads.maps[3] else -1])
-    seen = torch.zeros(math.prod(heads.shape), dtype=query.dtype).index_put((places,), weights @ v)
+    made = (weights @ v).transpose(1, 2) if heads.across else weights @ v
+    seen = torch.zeros(math.prod(heads.shape), dtype=query.dtype).index_put((places,), made)
     if not heads.maps[3]:
         return seen.view(heads.shape)
     n, channels, height, width = heads.shape
@@ -71,6 +82,11 @@ def added_rows(rows: tuple[Tensor, ...], *biases: Tensor) -> Tensor:
     """The sum of several biases' rows, for each problem one."""
     each = [bias[which.long()] for which, bias in zip(rows, biases, strict=True)]
     return functools.reduce(torch.add, each)
+
+
+def problem_factors(factors: Tensor, rows: Tensor) -> Tensor:
+    """For each problem the factor of its scores."""
+    return factors.flatten().index_select(0, rows.to(factors.device))
 
 
 def causal(queries: int, keys: int) -> Tensor:
@@ -114,18 +130,18 @@ class AttentionFinder:
             return None
         q, k, v = (operand for operand in cut if operand)
         problems, queries, keys = q.index.shape[:-2], q.index.shape[-2], k.index.shape[-2]
-        biases: list[_Bias] = []
+        biases: list[_OfScores] = []
         if named.get("is_causal"):
-            biases.append(_Bias(None, torch.zeros(problems, dtype=torch.int32)))
+            biases.append(_OfScores(None, torch.zeros(problems, dtype=torch.int32)))
         mask = named.get("attn_mask")
         if mask is not None:
-            bias = _bias(mask, problems, queries, keys)
+            bias = _of_heads(mask, problems, (queries, keys))
             if bias is None:
                 return None
             biases.append(bias)
         scale = named.get("scale")
         scale = q.factor * k.factor * (q.index.shape[-1] ** -0.5 if scale is None else float(scale))
-        return _Core(call, q, k, v, scale, True, biases, [], False)
+        return _Core(call, q, k, v, scale, True, None, biases, [], False)
 
     def _spelled(self, call: Call) -> "_Core | None":
         """Attention whose last product ``call`` is."""
@@ -148,8 +164,8 @@ class AttentionFinder:
         value = self._cut(values, turned=around, scaled=False)
         if scores is None or value is None:
             return None
-        query, key, scale, biases = scores
-        return _Core(call, query, key, value, scale, False, biases, inner, around)
+        query, key, scale, factors, biases = scores
+        return _Core(call, query, key, value, scale, False, factors, biases, inner, around)
 
     def _past_dropout(self, ref: Ref, inner: list[Call]) -> Call | None:
         """The call that made a tensor, dropout that drops nothing aside."""
@@ -162,10 +178,12 @@ class AttentionFinder:
             call = self._makers.get(call.refs()[0].number)
         return call
 
-    def _scores(self, ref: Ref, inner: list[Call]) -> "tuple[_Cut, _Cut, float, list[_Bias]] | None":
-        """Queries, keys, scale and biases of scores."""
+    def _scores(
+        self, ref: Ref, inner: list[Call]
+    ) -> "tuple[_Cut, _Cut, float, _OfScores | None, list[_OfScores]] | None":
+        """Queries, keys, scale, factors and biases of scores."""
         later: list[Call] = []  # what happens to the product, last first
-        scale = 1.0
+        scale, scaled = 1.0, False
         while True:
             call = self._makers.get(ref.number)
             if call is None:
@@ -174,12 +192,14 @@ class AttentionFinder:
             product = _product(call)
             if product:
                 break
-            biased = [r for r in call.refs() if r != ref and len(r.shape) >= 2]
-            if call.function in ADD and len(biased) == 2 and not call.kwargs and scale == 1:  # else scaled, too
+            both = call.refs() if len(call.args) == len(call.refs()) == 2 and not call.kwargs else []
+            if both and (call.function in MULTIPLY or (call.function in ADD and not scaled)):  # else scaled, too
+                scaled |= call.function in MULTIPLY
                 later.append(call)
-                ref = next((r for r in biased if self._leads_to_product(r)), biased[0])
+                ref = next((r for r in both if self._leads_to_product(r)), both[0])
             elif (factor := _factor(call)) is not None or _moves_one(call):
                 scale *= 1.0 if factor is None else factor
+                scaled |= factor not in (None, 1)
                 later.append(call)
                 ref = call.refs()[0]
             else:
@@ -187,77 +207,131 @@ class AttentionFinder:
         query, key = self._cut(product.first), self._cut(product.second, turned=not product.turned)
         if query is None or key is None:
             return None
-        biases = _biases(later, product.call, query.index.shape[:-2], query.index.shape[-2], key.index.shape[-2])
-        if biases is None:
+        sizes = query.index.shape[-2], key.index.shape[-2]
+        found = _factors_and_biases(later, product.call, query.index.shape[:-2], sizes)
+        if found is None or len(found[0]) > 1:
             return None
-        return query, key, scale * query.factor * key.factor, biases
+        factors, biases = found
+        return query, key, scale * query.factor * key.factor, factors[0] if factors else None, biases
 
     def _leads_to_product(self, ref: Ref) -> bool:
         """Whether scores come from there: a bias is a parameter's, or another tensor from outside."""
-        call = self._makers.get(ref.number)
-        while call is not None and (call.function in (*REARRANGE, *ADD, *_SCALES)):
-            if _product(call):
-                break
-            call = self._makers.get(call.refs()[0].number) if call.refs() else None
-        return call is not None and _product(call) is not None
+        waiting, seen = [ref], {ref.number}
+        while waiting:
+            call = self._makers.get(waiting.pop().number)
+            if call is not None and _product(call):
+                return True
+            if call is not None and call.function in (*REARRANGE, *ADD, *_SCALES):
+                waiting += [of for of in call.refs() if of.number not in seen]
+                seen.update(of.number for of in call.refs())
+        return False
 
     # Heads.
 
     def _cut(self, ref: Ref, turned: bool = False, scaled: bool = True) -> "_Cut | None":
         """The rows of features that (..., tokens, features) are made of, and how; ``turned``: (..., features, tokens).
-        ``scaled``: they may be multiples."""
-        chain: list[tuple[Call, Ref]] = []
+        ``scaled``: they may be multiples, or normalised."""
+        chain: list[tuple[Call, Ref]] = []  # last first
         factor = 1.0
-        while (call := self._makers.get(ref.number)) and len(call.refs()) == 1:
-            of = call.refs()[0]
-            multiple = _factor(call) if scaled and of.shape == ref.shape else None
-            if multiple is not None:
+        normal: _Normal | None = None
+        behind = 0  # so many of them after normalising
+        calls: list[Call] = []
+        while call := self._makers.get(ref.number):
+            before = scaled and normal is None  # else a factor changes nothing but what epsilon means
+            found = self._normalised(call) if before else None
+            of = call.refs()[0] if call.refs() else ref
+            multiple = _factor(call) if before and of.shape == ref.shape else None
+            if found is not None:
+                normal, of, behind = found, found.of, len(chain)
+                calls += found.calls
+            elif multiple is not None:
                 factor *= multiple
-            elif call.function not in REARRANGE or of.dtype != ref.dtype:  # gradients do not pass another dtype
-                break
+            elif call.function not in REARRANGE or len(call.refs()) != 1 or of.dtype != ref.dtype:
+                break  # gradients do not pass another dtype
             chain.append((call, ref))
             ref = of
         if ref.dtype != torch.float32 or len(ref.shape) < 2 or 0 in ref.shape:
             return None
-        index = numbered(math.prod(ref.shape)).view(ref.shape)
-        for call, result in reversed(chain):
-            if call.function not in _SCALES:
-                index = replayed(call, index)[[made.number for made in call.results()].index(result.number)]
+        index = _moved(chain, numbered(math.prod(ref.shape)).view(ref.shape))
         if index.dim() < 3 or 0 in index.shape:
             return None
-        return _Cut(ref, index.transpose(-1, -2) if turned else index, factor, [call for call, _ in chain])
+        index = index.transpose(-1, -2) if turned else index
+        calls += [call for call, _ in chain]
+        if normal is None:
+            return _Cut(ref, index, factor, None, calls)
+        token = _moved(chain[:behind], normal.tokens())
+        token = token.transpose(-1, -2) if turned else token
+        whole = normal.of.shape[normal.axis] == index.shape[-1] and torch.equal(token, token[..., :1].expand_as(token))
+        return _Cut(ref, index, factor, normal.epsilon, calls) if whole else None
+
+    def _normalised(self, call: Call) -> "_Normal | None":
+        """A call as the division of a tensor by its lengths along an axis."""
+        if call.function is F.normalize:
+            named = dict(zip(("input", "p", "dim", "eps", "out"), call.args, strict=False)) | call.kwargs
+            axis = _axis(named.get("dim", 1), named["input"])
+            if named.get("p", 2) != 2 or axis is None or named.get("out") is not None:
+                return None
+            return _Normal(named["input"], axis, float(named.get("eps", 1e-12)), [])
+        if call.function not in DIVIDE or len(call.refs()) != 2 or call.kwargs:
+            return None
+        of, lengths = call.refs()
+        made = self._makers.get(lengths.number)
+        least = _least(made) if made else None
+        norm = self._makers.get(made.refs()[0].number) if made and least is not None else made
+        axis = _axis_of_norm(norm) if norm and norm.refs() == [of] else None
+        if made is None or norm is None or axis is None:
+            return None
+        return _Normal(of, axis, least or 0.0, [norm] if made is norm else [made, norm])
 
     def _joined(self, core: "_Core") -> "Found | None":
         """Attention up to the call that joins the heads."""
         operands = (core.query, core.key, core.value)
         problems, queries, features = core.query.index.shape[:-2], *core.query.index.shape[-2:]
-        keys = core.key.index.shape[-2]
-        same = core.key.index.shape == (*problems, keys, features) and core.value.index.shape == core.key.index.shape
-        if not same or not isinstance(core.call.result, Ref):
+        keys, of_value = core.value.index.shape[-2:]
+        same = core.key.index.shape == (*problems, keys, features) and core.value.index.shape[:-2] == problems
+        if not same or core.query.epsilon != core.key.epsilon or not isinstance(core.call.result, Ref):
             return None
-        sizes = (features, queries) if core.turned else (queries, features)
+        sizes = (of_value, queries) if core.turned else (queries, of_value)
         if core.call.result.dtype != torch.float32 or core.call.result.shape != (*problems, *sizes):
             return None
         chain = [core.call]
         while (following := self._only_reader(chain[-1].result)) is not None:
             chain.append(following)
-        placed = [_places(operand.index, operand.rows.shape) for operand in operands]
-        while chain:
-            moved = _inverse(core.call.result, chain[1:])
-            moved = moved.transpose(-1, -2) if moved is not None and core.turned else moved
-            result = _places(moved, chain[-1].result.shape)
-            if result and all(placed):
-                break
-            chain.pop()
-        else:
+        found = self._in_rows(core, chain, across=False) or self._in_rows(core, chain, across=True)
+        if found is None:
             return None
-        pixels, channels, maps = zip(*(known for known in (*placed, result) if known), strict=True)
+        chain, across, placed = found
+        if across:
+            features, of_value, queries, keys = queries, keys, features, of_value
+        if across and (features != of_value or core.biases):
+            return None
+        pixels, channels, maps = zip(*placed, strict=True)
         heads = Heads(
-            features, queries, keys, core.scale, core.safe, chain[-1].result.shape, pixels, channels, maps,
+            features, of_value, queries, keys, across, core.scale, core.query.epsilon, core.safe,
+            chain[-1].result.shape, pixels, channels, maps,
             tuple(bias.rows.flatten() for bias in core.biases),
         )  # fmt: skip
         inner = [*core.inner, *(call for operand in operands for call in operand.calls), *chain[:-1]]
         return self._found(core, chain[-1], inner, heads)
+
+    def _in_rows(
+        self, core: "_Core", chain: list[Call], across: bool
+    ) -> "tuple[list[Call], bool, list[_Place]] | None":
+        """The longest part of the calls that join heads whose result has them in rows of features, as operands have
+        them, and where; ``across``: with tokens and features in each other's place."""
+        placed: list[_Place] = []
+        for operand in (core.query, core.key, core.value):
+            place = _places(operand.index.transpose(-1, -2) if across else operand.index, operand.rows.shape)
+            if place is None:
+                return None
+            placed.append(place)
+        for end in range(len(chain), 0, -1):
+            moved = _inverse(core.call.result, chain[1:end])
+            moved = moved.transpose(-1, -2) if moved is not None and core.turned != across else moved
+            result = _places(moved, chain[end - 1].result.shape)
+            if result:
+                return chain[:end], across, [*placed, result]
+        return None
 
     def _only_reader(self, ref: Any) -> Call | None:
         """The rearrangement that reads a tensor, where nothing else does."""
@@ -284,14 +358,18 @@ class AttentionFinder:
             refs = [total, *(ref for i, ref in enumerate(refs) if i not in learn)]
             others = [rows for i, rows in enumerate(heads.rows) if i not in learn]
             heads = dataclasses.replace(heads, rows=(torch.arange(problems, dtype=torch.int32), *others))
-        args = (core.query.rows, core.key.rows, core.value.rows, heads, *refs)
+        factors = None
+        if core.factors:
+            of_problems = core.factors.rows.flatten()
+            factors = new(problem_factors, (core.factors.scores, of_problems), of_problems.shape)
+        args = (core.query.rows, core.key.rows, core.value.rows, heads, factors, *refs)
         of_it = {id(call) for call in (*inner, last)}
         spelled = [call for call in self._recording.calls if id(call) in of_it]
         return Found(
             last, dataclasses.replace(last, function=attention, args=args, kwargs={}, spelled=spelled), before, inner
         )
 
-    def _learns(self, bias: "_Bias") -> bool:
+    def _learns(self, bias: "_OfScores") -> bool:
         return bias.scores is not None and bias.scores.number in self._recording.differentiable
 
     def _new_call(
@@ -315,17 +393,33 @@ class Found:
 
 @dataclasses.dataclass
 class _Cut:
-    """Heads, (..., tokens, features): which numbers of rows of features they are, times a factor."""
+    """Heads, (..., tokens, features): which numbers of rows of features they are, normalised, times a factor."""
 
     rows: Ref
     index: Tensor
     factor: float
+    epsilon: float | None  # each token is divided by its length, or by this where it is larger
     calls: list[Call]
 
 
 @dataclasses.dataclass
-class _Bias:
-    """What is added to scores (None: causality), and for each problem which row of it."""
+class _Normal:
+    """A tensor divided by its lengths along an axis, or by epsilon where it is larger."""
+
+    of: Ref
+    axis: int
+    epsilon: float
+    calls: list[Call]  # that make the lengths
+
+    def tokens(self) -> Tensor:
+        """For each of its numbers one of what it is divided by."""
+        shape = [1 if axis == self.axis else size for axis, size in enumerate(self.of.shape)]
+        return numbered(math.prod(shape)).view(shape).expand(self.of.shape)
+
+
+@dataclasses.dataclass
+class _OfScores:
+    """What is added to scores (None: causality), or multiplied with them, and for each problem which row of it."""
 
     scores: Ref | None
     rows: Tensor
@@ -341,7 +435,8 @@ class _Core:
     value: _Cut
     scale: float
     safe: bool
-    biases: list[_Bias]
+    factors: _OfScores | None
+    biases: list[_OfScores]
     inner: list[Call]
     turned: bool  # the result has features before queries
 
@@ -375,6 +470,40 @@ def _factor(call: Call) -> float | None:
     return float(numbers[0])
 
 
+def _moved(chain: list[tuple[Call, Ref]], numbers: Tensor) -> Tensor:
+    """Where calls put numbers, last call first, with what they make for the next one; factors leave them."""
+    for call, result in reversed(chain):
+        if call.function in REARRANGE:
+            numbers = replayed(call, numbers)[[made.number for made in call.results()].index(result.number)]
+    return numbers
+
+
+def _axis(dim: Any, tensor: Ref) -> int | None:
+    """The only axis of a tensor that ``dim`` means."""
+    (dim,) = dim if isinstance(dim, (list, tuple)) and len(dim) == 1 else (dim,)
+    return dim % len(tensor.shape) if isinstance(dim, int) else None
+
+
+def _axis_of_norm(norm: Call) -> int | None:
+    """The axis over which a call takes the root of a sum of squares and which it keeps; None for another call."""
+    if norm.function not in NORM:
+        return None
+    order = "ord" if norm.function is torch.linalg.vector_norm else "p"
+    named = dict(zip(("input", order, "dim", "keepdim"), norm.args, strict=False)) | norm.kwargs
+    squares = named.get(order, 2 if order == "ord" else "fro") in (2, "fro")
+    plain = named.get("keepdim") is True and named.get("dtype") is named.get("out") is None
+    return _axis(named.get("dim"), norm.refs()[0]) if squares and plain else None
+
+
+def _least(call: Call) -> float | None:
+    """The number that a call makes smaller ones equal to; None for other calls."""
+    names = ("input", "min", "max") if call.function in _CLAMP else ("input", "min")
+    named = dict(zip(names, call.args, strict=False)) | call.kwargs
+    plain = call.function in (*_CLAMP, *_CLAMP_MIN) and named.get("max") is named.get("out") is None
+    least = named.get("min")
+    return float(least) if plain and isinstance(least, (int, float)) and least >= 0 else None
+
+
 def _over_last(softmax: Call) -> bool:
     """Whether a softmax is over the last axis, of float32."""
     named = dict(zip(("input", "dim"), softmax.args, strict=False)) | softmax.kwargs
@@ -401,26 +530,36 @@ def _product(call: Call) -> _Product | None:
     return _Product(call, refs[0], refs[1], turned) if (turned or straight) and made[-1:] not in first else None
 
 
-def _bias(scores: Any, problems: Sequence[int], queries: int, keys: int) -> _Bias | None:
-    """A tensor that is added to scores, (..., queries, keys), if it is one for whole heads."""
-    fits = isinstance(scores, Ref) and scores.dtype in (torch.float32, torch.bool) and len(scores.shape) >= 2
-    if not fits or scores.shape[-2:] != (queries, keys):
+def _of_heads(given: Any, problems: Sequence[int], sizes: Sequence[int]) -> _OfScores | None:
+    """A tensor that scores, (..., queries, keys), are combined with, if it is one of ``sizes`` for whole heads."""
+    fits = isinstance(given, Ref) and given.dtype in (torch.float32, torch.bool) and len(given.shape) >= 2
+    if not fits or given.shape[-2:] != tuple(sizes):
         return None
-    stack = scores.shape[:-2]
+    stack = given.shape[:-2]
     rows = torch.arange(math.prod(stack), dtype=torch.int32).view(stack)
     try:
-        return _Bias(scores, rows.expand(problems))
+        return _OfScores(given, rows.expand(problems))
     except RuntimeError:  # it makes more problems of these
         return None
 
 
-def _biases(later: list[Call], product: Call, problems: torch.Size, queries: int, keys: int) -> list[_Bias] | None:
-    """What is added to the scores of a product, in the order of its problems; ``later``: what happens to them, last
-    first."""
+def _factor_of_heads(given: Ref, problems: Sequence[int]) -> _OfScores | None:
+    """A tensor that scores are multiplied by, if it has a number for each head or one for all."""
+    if math.prod(given.shape) == 1 and given.dtype == torch.float32:
+        return _OfScores(given, torch.zeros(problems, dtype=torch.int32))
+    return _of_heads(given, problems, (1, 1))
+
+
+def _factors_and_biases(
+    later: list[Call], product: Call, problems: torch.Size, sizes: tuple[int, int]
+) -> tuple[list[_OfScores], list[_OfScores]] | None:
+    """What scores of a product, (..., queries, keys), are multiplied by and what is added to them, in the order of its
+    problems; ``later``: what happens to them, last first."""
     order = torch.arange(problems.numel()).view(problems)  # the problem at each place of the scores' stack
-    inside = torch.arange(queries * keys).view(queries, keys)
+    inside = torch.arange(math.prod(sizes)).view(sizes)
     scores = product.result
-    biases: list[_Bias] = []
+    factors: list[_OfScores] = []
+    biases: list[_OfScores] = []
     for call in reversed(later):
         if _factor(call) is not None:
             scores = call.result
@@ -433,15 +572,17 @@ def _biases(later: list[Call], product: Call, problems: torch.Size, queries: int
             if not torch.equal(moved, order[..., None, None] * inside.numel() + inside):
                 return None
             continue
-        added = next(ref for ref in call.refs() if ref != scores)
-        bias = _bias(added, order.shape, queries, keys) if added.dtype == torch.float32 else None
-        if bias is None or call.result.shape != scores.shape:
+        other = next((ref for ref in call.refs() if ref != scores), scores)
+        added = call.function in ADD
+        found = _of_heads(other, order.shape, sizes) if added else _factor_of_heads(other, order.shape)
+        if found is None or other.dtype != torch.float32 or call.result.shape != scores.shape:
             return None
         rows = torch.empty(problems.numel(), dtype=torch.int32)
-        rows[order.flatten()] = bias.rows.flatten()
-        biases.append(_Bias(added, rows))
+        rows[order.flatten()] = found.rows.flatten()
+        (biases if added else factors).append(_OfScores(other, rows))
         scores = call.result
-    return biases if torch.equal(order.flatten(), torch.arange(problems.numel())) else None
+    in_order = torch.equal(order.flatten(), torch.arange(problems.numel()))
+    return (factors, biases) if in_order else None
 
 
 def replayed(call: Call, operand: Tensor) -> list[Tensor]:
@@ -463,7 +604,10 @@ def _inverse(result: Ref, chain: list[Call]) -> Tensor | None:
     return places.view(result.shape)
 
 
-def _places(index: Tensor | None, shape: Sequence[int]) -> tuple[Tensor, Tensor, bool] | None:
+_Place = tuple[Tensor, Tensor, bool]
+
+
+def _places(index: Tensor | None, shape: Sequence[int]) -> _Place | None:
     """The pixels of each problem's tokens, its first channel, and whether channels are axis 1 of a tensor of that shape
     whose numbers (..., tokens, features) are. None where a head is no range of features."""
     if index is None:

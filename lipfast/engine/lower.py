@@ -462,6 +462,10 @@ class _Builder:
             self._values[tensor.number] = self.node_of_rows("flatten", [known], self.graph.flat_shape(known))
         return self._values[tensor.number]
 
+    def along(self, tensor: Any, axis: int) -> int:
+        """The value of a tensor whose channels are that axis, 1 of a map or -1 of rows of features."""
+        return self.map(tensor) if axis == 1 else self.rows(tensor)
+
     def mostly_pruned(self, weight: Ref) -> bool:
         """Whether a linear layer keeps few enough weights to be faster than torch's."""
         return self.kept(weight) <= _MOST_KEPT_OF_LINEAR * math.prod(weight.shape)
@@ -702,7 +706,16 @@ def _layer_norm(
     if tuple(normalized_shape) != input.shape[-1:]:
         raise Unsupported("a norm over more than the last axis")
     _check_epsilon(eps)
-    return b.like("layer_norm", value, gamma=b.weight(weight), beta=b.weight(bias), epsilon=eps)
+    return b.like("layer_norm", value, gamma=b.weight(weight), beta=b.weight(bias), epsilon=eps, centred=True)
+
+
+def _rms_norm(b: _Builder, input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> int:
+    if tuple(normalized_shape) != input.shape[-1:]:
+        raise Unsupported("a norm over more than the last axis")
+    value = _pixel_norm(b, input, torch.finfo(torch.float32).eps if eps is None else eps, -1)
+    if weight is None:
+        return value
+    return _on_features(b, value, dataclasses.replace(weight, shape=(*weight.shape, 1, 1, 1)), groups=weight.shape[0])
 
 
 def _activation(act: str) -> Callable[..., int]:
@@ -1344,17 +1357,23 @@ def _check_epsilon(epsilon: float) -> None:
         raise Unsupported(f"a norm of pixels with epsilon {epsilon}")
 
 
-def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads, *biases: Any) -> int:
+def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads, factors: Any, *biases: Any) -> int:
     if not any(b.makes(tensor) for tensor in (query, key, value)):
         raise Unsupported("none of its operands comes from lanes")
     operands = query, key, value
     values = [b.map(each) if is_map else b.rows(each) for each, is_map in zip(operands, heads.maps, strict=False)]
-    for one, other in itertools.combinations(range(3), 2):  # gradients of heads are added side by side
-        if values[one] == values[other] and heads.overlap(one, other, b.graph.shapes[values[one]][1]):
+    widths = [b.graph.shapes[value][1] for value in values]
+    if any(heads.repeats(which, width) for which, width in enumerate(widths)):  # gradients are added side by side
+        raise Unsupported("heads of an operand share features")
+    for one, other in itertools.combinations(range(3), 2):
+        if values[one] == values[other] and heads.overlap(one, other, widths[one]):
             raise Unsupported("heads of different operands share features")
     pixels = [b.pixels(tensor, rows) for tensor, rows in zip(operands, heads.pixels, strict=False)]
+    if heads.across:
+        _check_whole_pictures(b, heads, values, pixels)
     # The result lies as queries do, which are the layer's input; repeated ones lie as nothing else does.
     like = 1 if heads.queries == heads.keys and b.is_repeated(values[0]) else 0
+    like = 2 if heads.across else like  # pixels that values have
     order = heads.order_of_result(pixels[like])
     moved = order is not None and not torch.equal(order, torch.arange(len(order)))
     n, _, height, width = b.graph.shapes[values[like]]
@@ -1364,11 +1383,25 @@ def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads, *bia
     b.order = order if moved else None
     pixels.append(order[heads.pixels[3].long()].int())
     heads = dataclasses.replace(heads, pixels=tuple(pixels))
-    attributes = {"heads": heads, "biases": [b.weight(bias) for bias in biases]}
+    attributes = {"heads": heads, "factors": b.weight(factors), "biases": [b.weight(bias) for bias in biases]}
+    kind = "channel_attention" if heads.across else "attention"
     if values[like] in b.graph.rows:
-        return b.node_of_rows("attention", values, (len(order), heads.shape[-1]), **attributes)
+        return b.node_of_rows(kind, values, (len(order), heads.shape[-1]), **attributes)
     channels = heads.shape[1 if heads.maps[3] else -1]
-    return b.node("attention", values, (n, channels, height, width), **attributes)
+    return b.node(kind, values, (n, channels, height, width), **attributes)
+
+
+def _check_whole_pictures(b: _Builder, heads: Heads, values: Sequence[int], pixels: Sequence[Tensor]) -> None:
+    """Refuse attention across channels whose problems are not all pixels of a picture each."""
+    forms = {(value in b.graph.rows, b.graph.shapes[value][0], *b.graph.shapes[value][2:]) for value in values}
+    n, _, height, width = b.graph.shapes[values[0]]
+    pictures = torch.arange(n * height * width).view(n, -1)
+    problems = [rows.long().sort(1).values for rows in pixels[::2]]
+    whole = len(forms) == 1 and heads.queries == height * width and torch.equal(pixels[0], pixels[1])
+    if not whole or not all(torch.equal(rows, pictures[rows[:, 0] // (height * width)]) for rows in problems):
+        raise Unsupported("attention of channels over something else than pictures")
+    if len(heads.channels[0]) * heads.features * heads.queries != math.prod(heads.shape):
+        raise Unsupported("attention of channels, some of which see nothing")
 
 
 def _response(b: _Builder, x: Any, epsilon: float, features_last: bool) -> int:
@@ -1379,14 +1412,14 @@ def _response(b: _Builder, x: Any, epsilon: float, features_last: bool) -> int:
     return b.node("response", [value], (*b.graph.shapes[value][:2], 1, 1), epsilon=epsilon)
 
 
-def _pixel_norm(b: _Builder, x: Any, epsilon: float) -> int:
+def _pixel_norm(b: _Builder, x: Any, epsilon: float, axis: int) -> int:
     _check_epsilon(epsilon)
-    return b.same("pixel_norm", x, epsilon=epsilon)
+    return b.like("pixel_norm", b.along(x, axis), epsilon=epsilon)
 
 
-def _channel_norm(b: _Builder, x: Any, epsilon: float) -> int:
+def _channel_norm(b: _Builder, x: Any, epsilon: float, axis: int, centred: bool) -> int:
     _check_epsilon(epsilon)
-    return b.same("layer_norm", x, gamma=None, beta=None, epsilon=epsilon)
+    return b.like("layer_norm", b.along(x, axis), gamma=None, beta=None, epsilon=epsilon, centred=centred)
 
 
 _Handler = Callable[..., int | list[int]]  # returns the value, or values, of the call's result
@@ -1403,8 +1436,9 @@ _ELEMENT_BY_ELEMENT = ("act", "prelu", "combine", "offset", "shift", "gain", "mu
 
 # Functions of handlers that do to each row of features the same.
 _ROW_BY_ROW_HANDLERS = (
-    _linear_layer, _matmul, _addmm, _layer_norm, _leaky_relu, _gelu, _gelu_tanh, _hardtanh, _dropout, _same_value,
-    _chunk, _split, _glu, _add, _sub, _rsub, _mul, _div, _neg, _pad, _prelu, _square, _pow, _amax, _largest_channel,
+    _linear_layer, _matmul, _addmm, _layer_norm, _rms_norm, _pixel_norm, _channel_norm, _leaky_relu, _gelu, _gelu_tanh,
+    _hardtanh, _dropout, _same_value, _chunk, _split, _glu, _add, _sub, _rsub, _mul, _div, _neg, _pad, _prelu, _square,
+    _pow, _amax, _largest_channel,
 )  # fmt: skip
 
 _HANDLERS: dict[Any, _Handler] = {
@@ -1414,6 +1448,7 @@ _HANDLERS: dict[Any, _Handler] = {
     **_spellings(_group_norm, F.group_norm, torch.group_norm),
     **_spellings(_instance_norm, F.instance_norm, torch.instance_norm),
     **_spellings(_layer_norm, F.layer_norm, torch.layer_norm),
+    **_spellings(_rms_norm, F.rms_norm, torch.rms_norm),
     **_spellings(_activation("relu"), F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_),
     **_spellings(_leaky_relu, F.leaky_relu, F.leaky_relu_),
     **_spellings(_activation("sigmoid"), F.sigmoid, torch.sigmoid, Tensor.sigmoid, torch.sigmoid_, Tensor.sigmoid_),

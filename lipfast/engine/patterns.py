@@ -17,11 +17,13 @@ from lipfast.engine.heads import (
     ADD,
     DIVIDE,
     MULTIPLY,
+    NORM,
     AttentionFinder,
     Found,
     added_rows,
     bias_rows,
     causal,
+    problem_factors,
     swaps_last,
 )
 
@@ -39,20 +41,21 @@ _ADDCMUL = (torch.addcmul, Tensor.addcmul)
 _TANH = (torch.tanh, Tensor.tanh)
 _MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 _ADDMM = (torch.addmm, Tensor.addmm)
-_NORM = (torch.norm, Tensor.norm, torch.linalg.vector_norm)
 _RESHAPE = (torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten)
 _TRANSPOSE = (torch.transpose, Tensor.transpose, Tensor.permute, torch.permute, Tensor.swapaxes, torch.swapaxes)
 
 
-def pixel_norm(x: Tensor, epsilon: float) -> Tensor:
-    """``x / sqrt(mean over channels of x^2 + epsilon)``, as progressive generators write it."""
-    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + epsilon)
+def pixel_norm(x: Tensor, epsilon: float, axis: int) -> Tensor:
+    """``x / sqrt(mean over channels of x^2 + epsilon)``, as progressive generators write it, and RMSNorms."""
+    return x * torch.rsqrt(x.square().mean(dim=axis, keepdim=True) + epsilon)
 
 
-def channel_norm(x: Tensor, epsilon: float) -> Tensor:
-    """``(x - mean) / sqrt(variance + epsilon)`` over the channels of each pixel, as LayerNorms of maps are written."""
-    mean = x.mean(dim=1, keepdim=True)
-    return (x - mean) * torch.rsqrt((x - mean).square().mean(dim=1, keepdim=True) + epsilon)
+def channel_norm(x: Tensor, epsilon: float, axis: int, centred: bool) -> Tensor:
+    """``(x - mean) / sqrt(variance + epsilon)`` over the channels of each pixel, as LayerNorms of maps are written;
+    without ``centred`` ``x / sqrt(variance + epsilon)``, as image restoration networks do without additive numbers."""
+    mean = x.mean(dim=axis, keepdim=True)
+    scale = torch.rsqrt((x - mean).square().mean(dim=axis, keepdim=True) + epsilon)
+    return (x - mean if centred else x) * scale
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -135,12 +138,12 @@ def _values_alone(call: Call) -> Call:
 _PURE = (
     "_weight_norm", "abs", "add", "addcmul", "addmm", "arange", "bmm", "cat", "chunk", "clamp", "clone", "contiguous",
     "cos", "detach", "div", "dot", "einsum", "eq", "exp", "expand", "expand_as", "flatten", "flip", "float", "full",
-    "ge", "gt", "index_select", "le", "log", "lt", "matmul", "maximum", "mean", "minimum", "mm", "mul", "mv", "neg",
-    "norm", "ones", "permute", "pow", "relu", "repeat", "reshape", "reshape_as", "round", "rsqrt", "sigmoid", "sign",
-    "sin", "softmax", "split", "sqrt", "square", "squeeze", "stack", "std", "std_mean", "sub", "sum", "t", "tanh", "to",
-    "transpose", "unbind", "unsqueeze", "var", "var_mean", "view", "view_as", "where", "zeros", "__add__", "__ge__",
-    "__getitem__", "__gt__", "__le__", "__lt__", "__mul__", "__neg__", "__pow__", "__radd__", "__rmul__", "__rsub__",
-    "__rtruediv__", "__sub__", "__truediv__",
+    "ge", "gt", "index_select", "le", "log", "long", "lt", "masked_fill", "matmul", "maximum", "mean", "minimum", "mm",
+    "mul", "mv", "ne", "neg", "norm", "ones", "permute", "pow", "relu", "repeat", "reshape", "reshape_as", "round",
+    "rsqrt", "sigmoid", "sign", "sin", "softmax", "split", "sqrt", "square", "squeeze", "stack", "std", "std_mean",
+    "sub", "sum", "t", "tanh", "to", "transpose", "unbind", "unsqueeze", "var", "var_mean", "view", "view_as", "where",
+    "zeros", "__add__", "__eq__", "__ge__", "__getitem__", "__gt__", "__le__", "__lt__", "__mul__", "__ne__", "__neg__",
+    "__pow__", "__radd__", "__rmul__", "__rsub__", "__rtruediv__", "__sub__", "__truediv__",
 )  # fmt: skip
 _PURE_FUNCTIONS = {getattr(owner, name) for owner in (torch, Tensor) for name in _PURE if hasattr(owner, name)}
 _PURE_FUNCTIONS |= {
@@ -154,6 +157,7 @@ _PURE_FUNCTIONS |= {
     added_rows,
     bias_rows,
     causal,
+    problem_factors,
 }
 
 _FRESH = (torch.zeros, torch.ones, torch.full)  # they make memory that nothing else has
@@ -161,10 +165,10 @@ _FRESH = (torch.zeros, torch.ones, torch.full)  # they make memory that nothing 
 
 def is_pure(call: Call) -> bool:
     """Whether a call's result depends on its arguments alone, and it changes nothing."""
-    silu = call.function is F.silu and len(call.args) == 1 and not call.kwargs.get("inplace")
+    activation = call.function in (F.silu, F.relu) and len(call.args) == 1 and not call.kwargs.get("inplace")
     norm = call.function is F.batch_norm and not _running_statistics(call)  # of a weight, to standardise it
     table = call.function is F.embedding and all(arg is None for arg in (*call.args[3:4], call.kwargs.get("max_norm")))
-    return (silu or norm or table or call.function in _PURE_FUNCTIONS) and not _has_out(call)
+    return (activation or norm or table or call.function in _PURE_FUNCTIONS) and not _has_out(call)
 
 
 def _has_out(call: Call) -> bool:
@@ -184,7 +188,8 @@ def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
     reads = _counted_reads(recording)
     first: list[Call] = []
     rest: list[Call] = []
-    for call in recording.calls:
+    for given in recording.calls:
+        call = _out_of_place(given)
         fills = call.function is assign_ and call.args[0].number in filled and reads[call.args[0].number] == 1
         if (fills or is_pure(call)) and all(ref.number in moved for ref in call.refs()):
             moved.update(ref.number for ref in call.results())
@@ -192,9 +197,16 @@ def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
             if fills or call.function in _FRESH:
                 filled.update(ref.number for ref in call.results())
         else:
-            rest.append(call)
+            rest.append(given)
     recording.calls = first + rest
     return len(first)
+
+
+def _out_of_place(call: Call) -> Call:
+    """A ReLU that overwrites its operand, which forward made and nothing reads any more, as one that does not."""
+    if call.function is F.relu and call.args:
+        return dataclasses.replace(call, args=call.args[:1], kwargs={})
+    return call
 
 
 def _counted_reads(recording: Recording) -> collections.Counter[int]:
@@ -251,29 +263,33 @@ class _Finder:
     def pixel_norm(self, call: Call) -> _Found:
         """A pixel norm that ends in ``call``."""
         for x, epsilon, mean, parts in self._over_roots(call):
-            square = self._square(mean.refs()[0], x) if mean.function in _MEAN and _over_channels(mean) else None
-            if square and len(x.shape) == 4:
-                return pixel_norm, (x, epsilon), [*parts, square]
+            axis = _axis_of_channels(mean) if mean.function in _MEAN else None
+            square = self._square(mean.refs()[0], x) if axis else None
+            if square:
+                return pixel_norm, (x, epsilon, axis), [*parts, square]
         return None
 
     def channel_norm(self, call: Call) -> _Found:
         """A norm over channels, without weights, that ends in ``call``."""
-        for centred, epsilon, variance, parts in self._over_roots(call):
-            x, inner = self._centred(centred)
-            if x is None or len(x.shape) != 4:
+        for normalised, epsilon, variance, parts in self._over_roots(call):
+            axis = _axis_of_channels(variance)
+            if axis is None:
                 continue
-            if variance.function in _VARIANCE:
-                if variance.refs() == [x] and _is_mean_over_channels(variance):
-                    return channel_norm, (x, epsilon), [*parts, *inner]
-                continue
-            operand = variance.refs()[0]
-            made = self._maker(operand, (*_SQUARE, *_POWER, *MULTIPLY))
-            other = made.refs()[0] if made and _over_channels(variance) else None
-            square = self._square(operand, other) if other else None
-            same, more = self._centred(other) if other else (None, [])
-            if square and same == x:
-                return channel_norm, (x, epsilon), [*parts, square, *inner, *more]
+            of, more = self._of_variance(variance, axis)
+            x, inner = self._centred(normalised, axis)
+            if of is not None and of in (x, normalised):
+                return channel_norm, (of, epsilon, axis, of == x), [*parts, *more, *inner]
         return None
+
+    def _of_variance(self, variance: Call, axis: int) -> tuple[Ref | None, list[Call]]:
+        """Of the mean square of ``x - mean of x`` over that axis: x and the calls before the mean."""
+        operand = variance.refs()[0]
+        if variance.function in _VARIANCE:
+            return (operand if _is_biased(variance) else None), []
+        made = self._maker(operand, (*_SQUARE, *_POWER, *MULTIPLY))
+        square = self._square(operand, made.refs()[0]) if made else None
+        x, inner = self._centred(made.refs()[0], axis) if made else (None, [])
+        return (x, [square, *inner]) if square else (None, [])
 
     def response(self, call: Call) -> _Found:
         """The factor of a global response norm, which ends in ``call``."""
@@ -281,7 +297,7 @@ class _Finder:
         total = self._maker(refs[1], ADD) if call.function in DIVIDE and len(refs) == 2 == len(call.args) else None
         numbers = [arg for arg in total.args if isinstance(arg, (int, float))] if total and not total.kwargs else []
         mean = self._maker(total.refs()[0], _MEAN) if total and len(numbers) == len(total.refs()) == 1 else None
-        norm = self._maker(refs[0], _NORM) if mean and mean.refs() == refs[:1] else None
+        norm = self._maker(refs[0], NORM) if mean and mean.refs() == refs[:1] else None
         if total is None or mean is None or norm is None or len(norm.refs()) != 1 or len(norm.refs()[0].shape) != 4:
             return None
         pixels = _axes_of_norm(norm)
@@ -317,14 +333,14 @@ class _Finder:
             if root and total and mean and plain:
                 yield a, float(numbers[0]), mean, [root, total, mean]
 
-    def _centred(self, ref: Ref) -> tuple[Ref | None, list[Call]]:
-        """Of ``x - mean of x over channels``: x and the calls."""
+    def _centred(self, ref: Ref, axis: int) -> tuple[Ref | None, list[Call]]:
+        """Of ``x - mean of x over channels``, which are that axis: x and the calls."""
         difference = self._maker(ref, _SUBTRACT)
         if difference is None or len(difference.refs()) != 2 or len(difference.args) != 2 or difference.kwargs:
             return None, []
         x, of = difference.refs()
         mean = self._maker(of, _MEAN)
-        if mean is None or mean.refs() != [x] or not _over_channels(mean):
+        if mean is None or mean.refs() != [x] or _axis_of_channels(mean) != axis:
             return None, []
         return x, [difference, mean]
 
@@ -440,17 +456,30 @@ def _kept_axes(call: Call, names: tuple[str, ...]) -> set[int]:
     return {axis % 4 for axis in ([dim] if isinstance(dim, int) else dim)}
 
 
-def _over_channels(mean: Call) -> bool:
-    """Whether a mean is over axis 1 and keeps it."""
-    named = dict(zip(("input", "dim", "keepdim"), mean.args, strict=False)) | mean.kwargs
-    return named.get("dim") in (1, -3, [1], (1,)) and named.get("keepdim") is True and not named.get("dtype")
+def _axis_of_channels(reduction: Call) -> int | None:
+    """The axis over which a mean or variance is and which it keeps, if it can be that of channels: 1 of a map, or -1,
+    the last one; None for others."""
+    named = _of_reduction(reduction)
+    dim = named.get("dim")
+    (axis,) = dim if isinstance(dim, (list, tuple)) and len(dim) == 1 else (dim,)
+    if not isinstance(axis, int) or named.get("keepdim") is not True or named.get("dtype"):
+        return None
+    axes = len(reduction.refs()[0].shape)
+    if axis % axes == axes - 1:
+        return -1
+    return 1 if axis % axes == 1 and axes == 4 else None
 
 
-def _is_mean_over_channels(variance: Call) -> bool:
-    """Whether a variance is the mean over axis 1, which it keeps, and no estimate from a sample."""
-    named = dict(zip(("input", "dim", "unbiased", "keepdim"), variance.args, strict=False)) | variance.kwargs
-    biased = named.get("unbiased") is False or named.get("correction") == 0
-    return biased and named.get("dim") in (1, -3, [1], (1,)) and named.get("keepdim") is True
+def _is_biased(variance: Call) -> bool:
+    """Whether a variance is a mean of squares, and no estimate from a sample."""
+    named = _of_reduction(variance)
+    return named.get("unbiased") is False or named.get("correction") == 0
+
+
+def _of_reduction(call: Call) -> dict[str, Any]:
+    """The arguments of a mean or variance."""
+    unbiased = ("unbiased",) if call.function in _VARIANCE else ()
+    return dict(zip(("input", "dim", *unbiased, "keepdim"), call.args, strict=False)) | call.kwargs
 
 
 def _swaps(turned: Call) -> bool:

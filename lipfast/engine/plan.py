@@ -595,12 +595,17 @@ class _Planner:
         self.wrote(y)
 
     def _layer_norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
-        self.emit("layer_norm", x, y, node.epsilon, self.offset(node.gamma), self.offset(node.beta))
+        self.emit("layer_norm", x, y, node.epsilon, node.centred, self.offset(node.gamma), self.offset(node.beta))
         self.wrote(y)
 
     def _attention(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         read = [self.home[value] for value in node.inputs]
         self.emit("attention", *read, y, *self.attention_numbers(node))
+        self.wrote(y)
+
+    def _channel_attention(self, position: int, node: Node, x: Slot, y: Slot) -> None:
+        read = [self.home[value] for value in node.inputs]
+        self.emit("channel_attention", *read, y, *self.channel_attention_numbers(node))
         self.wrote(y)
 
     def attention_numbers(self, node: Node) -> tuple[Any, ...]:
@@ -611,8 +616,23 @@ class _Planner:
             (self.offset(bias), self.weights[bias].shape[0], rows.numpy(), self.weights[bias].trained)
             for bias, rows in zip(node.biases, heads.rows, strict=True)
         ]
-        sizes = [len(heads.channels[0]), heads.features, heads.queries, heads.keys]
-        return sizes, places, heads.scale, heads.safe, biases
+        sizes = [len(heads.channels[0]), heads.features, heads.value_features, heads.queries, heads.keys]
+        scales, factors = self._scales_of(node)
+        return sizes, places, scales, heads.safe, factors, biases
+
+    def channel_attention_numbers(self, node: Node) -> tuple[Any, ...]:
+        """What both passes of attention across channels take."""
+        heads: Heads = node.heads
+        pictures = heads.pixels[0][:, 0] // heads.queries
+        firsts = [channels.numpy() for channels in heads.channels]
+        return [len(pictures), heads.features], pictures.int().numpy(), firsts, *self._scales_of(node)
+
+    def _scales_of(self, node: Node) -> tuple[tuple[float, float], tuple[int, bool]]:
+        """The scale of scores and the least length of what is divided by its own, -1 if nothing is; where further
+        factors are, and whether they learn."""
+        heads: Heads = node.heads
+        learn = node.factors is not None and self.weights[node.factors].trained
+        return (heads.scale, -1.0 if heads.epsilon is None else heads.epsilon), (self.offset(node.factors), learn)
 
     def _pixel_norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         self.emit("pixel_norm", x, y, node.epsilon)
@@ -1119,16 +1139,20 @@ class _Backward:
         self._take_over(node.output, x)
         dx, accumulate = self._added(x)
         offsets = planner.offset(node.gamma), planner.offset(node.beta)
-        planner.emit("layer_norm_backward", planner.home[x], dy, dx, node.epsilon, *offsets, accumulate)
+        planner.emit("layer_norm_backward", planner.home[x], dy, dx, node.epsilon, node.centred, *offsets, accumulate)
         self._wrote(x)
 
     def _attention(self, position: int, node: Node) -> None:
+        self._attend(node, "attention_backward", self.planner.attention_numbers(node))
+
+    def _channel_attention(self, position: int, node: Node) -> None:
+        self._attend(node, "channel_attention_backward", self.planner.channel_attention_numbers(node))
+
+    def _attend(self, node: Node, step: str, numbers: tuple[Any, ...]) -> None:
         wanted = {value: self._cleared(value) for value in dict.fromkeys(node.inputs) if value in self.needed}
         read = [self.planner.home[value] for value in node.inputs]
         made = [wanted.get(value, -1) for value in node.inputs]
-        self.planner.emit(
-            "attention_backward", *read, self._home(node.output), *made, *self.planner.attention_numbers(node)
-        )
+        self.planner.emit(step, *read, self._home(node.output), *made, *numbers)
         for value in wanted:
             self._wrote(value)
 

@@ -5,6 +5,7 @@
 
 #include "cpu/adam.h"
 #include "cpu/attention.h"
+#include "cpu/channel_attention.h"
 #include "cpu/channels.h"
 #include "cpu/finish.h"
 #include "cpu/group_norm.h"
@@ -70,6 +71,17 @@ struct LiveLanes {
     }
   }
   LivePixelMask mask() const { return {rows.data, columns.data}; }
+  // Puts ones where there is no pixel, as kernels may do.
+  void Spoil(const Picture& picture) const {
+    const LaneMap& m = picture.map.lanes;
+    for (int64_t plane = 0; plane < m.batch * m.channels; ++plane) {
+      for (int64_t i = 0; i < m.block_h * m.block_w * 16; ++i) {
+        const int64_t lane = i % 16, col = i / 16 % m.block_w, row = i / 16 / m.block_w;
+        float& number = m.At(plane / m.channels, plane % m.channels, row, col)[lane];
+        if (rows.data[row * 16 + lane] * columns.data[col * 16 + lane] == 0) number = 1;
+      }
+    }
+  }
 };
 
 void RunNorm(int threads, const std::string& name) {
@@ -158,13 +170,13 @@ void RunGroupNorm(int threads, const std::string& name) {
 }
 
 // Each pixel over its channels; more of them than are summed up at once.
-void RunNormOfPixels(bool accumulate, int threads, const std::string& name) {
+void RunNormOfPixels(bool centred, bool accumulate, int threads, const std::string& name) {
   std::mt19937 random(5);
   constexpr int64_t kBatches = 2, kMany = 70, kRows = 9, kCols = 18, kPlane = kRows * kCols;
   const auto picture = [&](int64_t halo) { return Picture(kBatches, kMany, kRows, kCols, 3, 5, halo, random); };
   Picture x = picture(1), y = picture(0), dy = picture(0), dx = picture(1);
   const Tensor gamma = Draw(kMany, random), beta = Draw(kMany, random), before = dx.tensor;
-  const LayerNormSpec spec = {1e-5f, gamma.data(), beta.data()};
+  const LayerNormSpec spec = {1e-5f, centred, gamma.data(), beta.data()};
   const LayerNormKernels& kernels = Kernels<LayerNormKernels>();
   kernels.forward(x.map.lanes, y.map.lanes, spec, threads);
   std::vector<double> want(x.tensor.size()), dx_want(want.size()), dgamma_want(kMany), dbeta_want(kMany);
@@ -174,16 +186,17 @@ void RunNormOfPixels(bool accumulate, int threads, const std::string& name) {
     for (int64_t c = 0; c < kMany; ++c) sum += x.tensor[at(c)];
     for (int64_t c = 0; c < kMany; ++c) squares += std::pow(x.tensor[at(c)] - sum / kMany, 2);
     const double inverse = 1 / std::sqrt(squares / kMany + 1e-5);
-    const auto normal = [&](int64_t c) { return (x.tensor[at(c)] - sum / kMany) * inverse; };
+    const auto standard = [&](int64_t c) { return (x.tensor[at(c)] - sum / kMany) * inverse; };
+    const auto normal = [&](int64_t c) { return centred ? standard(c) : x.tensor[at(c)] * inverse; };
     for (int64_t c = 0; c < kMany; ++c) {
       want[at(c)] = gamma[c] * normal(c) + beta[c];
       dgamma_want[c] += dy.tensor[at(c)] * normal(c);
       dbeta_want[c] += dy.tensor[at(c)];
-      constant += gamma[c] * dy.tensor[at(c)] / kMany;
+      constant += centred ? gamma[c] * dy.tensor[at(c)] / kMany : 0.0;
       along += gamma[c] * dy.tensor[at(c)] * normal(c) / kMany;
     }
     for (int64_t c = 0; c < kMany; ++c) {
-      const double change = inverse * (gamma[c] * dy.tensor[at(c)] - constant - normal(c) * along);
+      const double change = inverse * (gamma[c] * dy.tensor[at(c)] - constant - standard(c) * along);
       dx_want[at(c)] = change + (accumulate ? before[at(c)] : 0.0);
     }
   }
@@ -199,8 +212,11 @@ void RunNormOfPixels(bool accumulate, int threads, const std::string& name) {
 }
 
 void RunLayerNorm(int threads, const std::string& name) {
-  RunNormOfPixels(false, threads, name);
-  RunNormOfPixels(true, threads, name + " added");
+  for (const bool centred : {true, false}) {
+    const std::string form = name + (centred ? "" : " not centred");
+    RunNormOfPixels(centred, false, threads, form);
+    RunNormOfPixels(centred, true, threads, form + " added");
+  }
 }
 
 // Where tokens of heads lie in a picture of kChannels channels: `shift` pixels on, heads `apart` channels apart.
@@ -216,20 +232,21 @@ HeadPlaces PlacesOf(int64_t pictures, int64_t heads, int64_t tokens, int64_t fir
 }
 
 // Attention and its gradients, of maps with more pixels than tokens; queries and the rest lie in different orders.
-void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, int threads, const std::string& name) {
+// `epsilon` below 0: scores are no cosines.
+void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, float epsilon, int threads, const std::string& name) {
   std::mt19937 random(7);
-  constexpr int64_t kPictures = 2, kHeads = 3, kFeatures = 5, kWide = 16, kProblems = kPictures * kHeads;
+  constexpr int64_t kPictures = 2, kHeads = 3, kFeatures = 5, kOfValue = 7, kProblems = kPictures * kHeads;
+  constexpr int64_t kBoth = kFeatures + kOfValue, kWide = 1 + kHeads * kOfValue;
   constexpr float kScale = 0.7f;
-  const HeadPlaces places[4] = {PlacesOf(kPictures, kHeads, queries, 1, kFeatures, 1),
-                                PlacesOf(kPictures, kHeads, keys, 0, 2 * kFeatures, 0),
-                                PlacesOf(kPictures, kHeads, keys, kFeatures, 2 * kFeatures, 0),
-                                PlacesOf(kPictures, kHeads, queries, 0, kFeatures, 2)};
+  const HeadPlaces places[4] = {
+      PlacesOf(kPictures, kHeads, queries, 1, kFeatures, 1), PlacesOf(kPictures, kHeads, keys, 0, kBoth, 0),
+      PlacesOf(kPictures, kHeads, keys, kFeatures, kBoth, 0), PlacesOf(kPictures, kHeads, queries, 0, kOfValue, 2)};
   const auto picture = [&](int64_t channels, int64_t tokens) {  // of several items where the grid is small
     const int64_t items = grid == 4 ? 1 : 3, width = (kPictures * tokens + 4 * items - 1) / (4 * items) + 1;
     return Picture(items, channels, 4, width, (4 + grid - 1) / grid, (width + grid - 1) / grid, 0, random, grid);
   };
-  Picture q = picture(kWide, queries), rest = picture(2 * kHeads * kFeatures, keys), y = picture(kWide, queries);
-  Picture dy = picture(kWide, queries), dq = picture(kWide, queries), drest = picture(2 * kHeads * kFeatures, keys);
+  Picture q = picture(kWide, queries), rest = picture(kHeads * kBoth, keys), y = picture(kWide, queries);
+  Picture dy = picture(kWide, queries), dq = picture(kWide, queries), drest = picture(kHeads * kBoth, keys);
   // One bias for each head, that learns; one for each picture, that hides some keys.
   const int64_t width = BiasWidth(queries), row = keys * width;
   std::vector<int32_t> of_head, of_picture;
@@ -245,11 +262,17 @@ void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, int threads, co
   const ScoreBias biases[2] = {{learned.data, of_head.data(), kHeads, gradient.data},
                                {hidden.data, of_picture.data(), kPictures, nullptr}};
   const ProblemRuns runs = RunsOf(kProblems, of_head, PlacesIn(q.map.lanes, places[0]));
+  Tensor factors(kProblems), factor_gradient(kProblems);
+  for (float& factor : factors) factor = value(random) + 1.5f;
   const AttentionSpec spec = {kProblems,
                               kFeatures,
+                              kOfValue,
                               queries,
                               keys,
                               kScale,
+                              factors.data(),
+                              factor_gradient.data(),
+                              epsilon,
                               true,
                               biases,
                               2,
@@ -267,12 +290,32 @@ void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, int threads, co
   const Floats scratch(kernels.floats(spec, true));
   std::vector<double> want(y.tensor.size()), dq_want(dq.tensor.begin(), dq.tensor.end());
   std::vector<double> drest_want(drest.tensor.begin(), drest.tensor.end()), dbias_want(kHeads * row);
+  std::vector<double> dfactor_want(kProblems);
   for (int64_t n = 0; n < kProblems; ++n) {
+    // What a token is divided by.
+    const auto length = [&](const Picture& p, int which, int64_t token) {
+      double sum = 0;
+      for (int64_t f = 0; f < kFeatures; ++f) sum += std::pow(p.tensor[at(p, which, n, token, f)], 2);
+      return epsilon < 0 ? 1.0 : std::max<double>(std::sqrt(sum), epsilon);
+    };
+    // A gradient of a token after its division, before.
+    const auto before = [&](const Picture& p, int which, int64_t token, const std::vector<double>& gradient) {
+      const double divided = length(p, which, token);
+      double along = 0;
+      for (int64_t f = 0; f < kFeatures; ++f) along += gradient[f] * p.tensor[at(p, which, n, token, f)] / divided;
+      std::vector<double> found(gradient);
+      for (int64_t f = 0; f < kFeatures; ++f) {
+        if (epsilon >= 0 && divided > epsilon) found[f] -= along * p.tensor[at(p, which, n, token, f)] / divided;
+        found[f] /= divided;
+      }
+      return found;
+    };
+    std::vector<std::vector<double>> dkeys(keys, std::vector<double>(kFeatures));
     for (int64_t i = 0; i < queries; ++i) {
-      std::vector<double> weights(keys), slopes(keys);
+      std::vector<double> cosines(keys), weights(keys), slopes(keys), dquery(kFeatures);
       const auto product = [&](const Picture& a, int of_a, int of_b, int64_t j) {
         double sum = 0;
-        for (int64_t f = 0; f < kFeatures; ++f) {
+        for (int64_t f = 0; f < (of_b == 1 ? kFeatures : kOfValue); ++f) {
           sum += static_cast<double>(a.tensor[at(a, of_a, n, i, f)]) * rest.tensor[at(rest, of_b, n, j, f)];
         }
         return sum;
@@ -282,7 +325,8 @@ void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, int threads, co
       };
       for (int64_t j = 0; j < keys; ++j) {
         const double added = bias(learned.data, of_head[n], j) + bias(hidden.data, of_picture[n], j);
-        weights[j] = std::exp(kScale * product(q, 0, 1, j) + added);
+        cosines[j] = product(q, 0, 1, j) / length(q, 0, i) / length(rest, 1, j);
+        weights[j] = std::exp(kScale * factors[n] * cosines[j] + added);
       }
       const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
       double along = 0;
@@ -294,15 +338,24 @@ void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, int threads, co
       for (int64_t j = 0; j < keys; ++j) {
         const double score = weights[j] * (slopes[j] - along);
         dbias_want[of_head[n] * row + j * width + i] += score;
+        dfactor_want[n] += kScale * score * cosines[j];
         for (int64_t f = 0; f < kFeatures; ++f) {
-          const int64_t of_query = at(q, 0, n, i, f), seen = at(y, 3, n, i, f);
-          const int64_t of_key = at(rest, 1, n, j, f), of_value = at(rest, 2, n, j, f);
+          const double scaled = kScale * factors[n] * score;
+          dquery[f] += scaled * rest.tensor[at(rest, 1, n, j, f)] / length(rest, 1, j);
+          dkeys[j][f] += scaled * q.tensor[at(q, 0, n, i, f)] / length(q, 0, i);
+        }
+        for (int64_t f = 0; f < kOfValue; ++f) {
+          const int64_t seen = at(y, 3, n, i, f), of_value = at(rest, 2, n, j, f);
           want[seen] += weights[j] * rest.tensor[of_value];
-          dq_want[of_query] += score * kScale * rest.tensor[of_key];
-          drest_want[of_key] += score * kScale * q.tensor[of_query];
           drest_want[of_value] += weights[j] * dy.tensor[seen];
         }
       }
+      dquery = before(q, 0, i, dquery);
+      for (int64_t f = 0; f < kFeatures; ++f) dq_want[at(q, 0, n, i, f)] += dquery[f];
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+      const std::vector<double> dkey = before(rest, 1, j, dkeys[j]);
+      for (int64_t f = 0; f < kFeatures; ++f) drest_want[at(rest, 1, n, j, f)] += dkey[f];
     }
   }
   std::vector<std::vector<int64_t>> lists;
@@ -321,12 +374,16 @@ void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, int threads, co
   for (int64_t i = 0; i < kHeads * row; ++i) {
     if (i % width < queries) Expect(std::abs(gradient.data[i] - dbias_want[i]) < kTolerance, name + " bias gradient");
   }
+  Expect(Error(factor_gradient, dfactor_want) < kTolerance, name + " factor gradient");
 }
 
 void RunAttention(int threads, const std::string& name) {
   for (int64_t tokens : {1, 7, 33}) {
     for (int64_t grid : {1, 2, 4}) {
-      RunAttentionOf(tokens, 34 - tokens, grid, threads, name + " " + std::to_string(tokens));
+      for (float epsilon : {-1.0f, 0.0f, 1.3f}) {  // some tokens are shorter than the last
+        const std::string full = name + " " + std::to_string(tokens) + " " + std::to_string(epsilon);
+        RunAttentionOf(tokens, 34 - tokens, grid, epsilon, threads, full);
+      }
     }
   }
 }
@@ -372,6 +429,105 @@ void RunPlanes(const Picture& a, const Picture& b, Picture& y, std::mt19937& ran
 }
 
 // Slopes of the channels, or one for all, and their gradients; dead pixels count nowhere.
+// Channels as tokens, of two pictures with two heads each; keys and values lie in one map. With `epsilon` planes are
+// divided by their norms, one of which is smaller.
+void RunChannelAttentionOf(int64_t channels, float epsilon, int threads, const std::string& name) {
+  std::mt19937 random(9);
+  constexpr int64_t kHeads = 2, kProblems = kBatch * kHeads, kPlane = kHeight * kWidth;
+  constexpr float kScale = 0.3f;
+  const auto picture = [&](int64_t planes, int64_t halo) {
+    return Picture(kBatch, planes, kHeight, kWidth, kBlockH, kBlockW, halo, random);
+  };
+  const int64_t first[4] = {1, 0, channels, 0}, apart[4] = {channels, 2 * channels, 2 * channels, channels};
+  Picture q = picture(1 + kHeads * channels, 1), rest = picture(2 * kHeads * channels, 0);
+  Picture y = picture(kHeads * channels, 1), dy = picture(kHeads * channels, 0);
+  Picture dq = picture(1 + kHeads * channels, 0), drest = picture(2 * kHeads * channels, 1);
+  for (int64_t i = 0; i < kPlane; ++i) q.tensor[kPlane + i] *= 0.01f;  // the first plane of the first head
+  q.Write();
+  const Floats factors(kProblems), gradient(kProblems);
+  for (int64_t n = 0; n < kProblems; ++n) factors.data[n] = 0.5f + static_cast<float>(n);
+  const LiveLanes live;
+  for (const Picture* spoilt : {&q, &rest, &dy}) live.Spoil(*spoilt);
+  const ChannelAttentionSpec spec = {kProblems, channels, kScale, factors.data, gradient.data, epsilon, live.mask()};
+  const auto at = [&](const Picture& p, int which, int64_t problem, int64_t c) {
+    const int64_t channel = first[which] + problem % kHeads * apart[which] + c;
+    return (problem / kHeads * p.map.lanes.channels + channel) * kPlane;
+  };
+  const auto product = [](const Picture& a, int64_t of_a, const Picture& b, int64_t of_b) {
+    return std::inner_product(a.tensor.begin() + of_a, a.tensor.begin() + of_a + kPlane, b.tensor.begin() + of_b, 0.0);
+  };
+  std::vector<double> want(y.tensor.size()), dq_want(dq.tensor.begin(), dq.tensor.end());
+  std::vector<double> drest_want(drest.tensor.begin(), drest.tensor.end()), dfactor_want(kProblems);
+  std::vector<double> dfactor_size(kProblems);
+  const auto add = [&](std::vector<double>& to, int64_t place, double factor, const Picture& from, int64_t of) {
+    for (int64_t i = 0; i < kPlane; ++i) to[place + i] += factor * from.tensor[of + i];
+  };
+  for (int64_t n = 0; n < kProblems; ++n) {
+    const double scale = kScale * factors.data[n];
+    const auto norm = [&](const Picture& p, int64_t place) {
+      return epsilon < 0 ? 1.0 : std::max<double>(std::sqrt(product(p, place, p, place)), epsilon);
+    };
+    for (int64_t i = 0; i < channels; ++i) {
+      const int64_t of_query = at(q, 0, n, i), seen = at(y, 3, n, i);
+      std::vector<double> cosines(channels), weights(channels), slopes(channels);
+      double total = 0, along = 0;
+      for (int64_t j = 0; j < channels; ++j) {
+        const int64_t of_key = at(rest, 1, n, j);
+        cosines[j] = product(q, of_query, rest, of_key) / norm(q, of_query) / norm(rest, of_key);
+        total += weights[j] = std::exp(scale * cosines[j]);
+        slopes[j] = product(dy, seen, rest, at(rest, 2, n, j));
+      }
+      for (int64_t j = 0; j < channels; ++j) along += (weights[j] /= total) * slopes[j];
+      for (int64_t j = 0; j < channels; ++j) {
+        const int64_t of_key = at(rest, 1, n, j), of_value = at(rest, 2, n, j);
+        const double slope = weights[j] * (slopes[j] - along), of_cosine = scale * slope;
+        const double query_norm = norm(q, of_query), key_norm = norm(rest, of_key);
+        add(want, seen, weights[j], rest, of_value);
+        add(drest_want, of_value, weights[j], dy, seen);
+        add(dq_want, of_query, of_cosine / query_norm / key_norm, rest, of_key);
+        add(drest_want, of_key, of_cosine / query_norm / key_norm, q, of_query);
+        if (query_norm > epsilon && epsilon >= 0) {
+          add(dq_want, of_query, -of_cosine * cosines[j] / query_norm / query_norm, q, of_query);
+        }
+        if (epsilon >= 0) add(drest_want, of_key, -of_cosine * cosines[j] / key_norm / key_norm, rest, of_key);
+        dfactor_want[n] += kScale * slope * cosines[j];
+        dfactor_size[n] += std::abs(kScale * weights[j] * cosines[j]) * (std::abs(slopes[j]) + std::abs(along));
+      }
+    }
+  }
+  std::vector<std::vector<int64_t>> lists;
+  lists.reserve(7);
+  const auto heads = [&](const Picture& p, int which) {
+    const LaneMap& m = p.map.lanes;
+    std::vector<int64_t>& places = lists.emplace_back();
+    for (int64_t n = 0; n < kProblems; ++n) {
+      places.push_back(n / kHeads * m.batch_stride + (first[which] + n % kHeads * apart[which]) * m.channel_stride);
+    }
+    return ChannelHeads{m, places.data()};
+  };
+  const ChannelAttentionKernels& kernels = Kernels<ChannelAttentionKernels>();
+  const Floats scratch(kernels.floats(spec, true));
+  const ChannelHeads query = heads(q, 0), key = heads(rest, 1), value = heads(rest, 2);
+  kernels.forward(query, key, value, heads(y, 3), spec, scratch.data, threads);
+  Expect(Error(y.Read(), want) < kTolerance, name + " forward");
+  const ChannelHeads dquery = heads(dq, 0), dkey = heads(drest, 1), dvalue = heads(drest, 2);
+  kernels.backward(query, key, value, heads(dy, 3), &dquery, &dkey, &dvalue, spec, scratch.data, threads);
+  Expect(Error(dq.Read(), dq_want) < kTolerance, name + " query gradient");
+  Expect(Error(drest.Read(), drest_want) < kTolerance, name + " key and value gradients");
+  for (int64_t n = 0; n < kProblems; ++n) {
+    Expect(std::abs(gradient.data[n] - dfactor_want[n]) < kTolerance * dfactor_size[n], name + " factor gradient");
+  }
+}
+
+void RunChannelAttention(int threads, const std::string& name) {
+  for (const int64_t channels : {1, 3, 21}) {
+    for (const float epsilon : {-1.0f, 0.5f}) {
+      const std::string what = name + " attention of " + std::to_string(channels) + " channels";
+      RunChannelAttentionOf(channels, epsilon, threads, what + (epsilon < 0 ? "" : " over norms"));
+    }
+  }
+}
+
 void RunPrelu(int threads, const std::string& name) {
   std::mt19937 random(11);
   const LiveLanes live;
@@ -866,8 +1022,9 @@ void RunNoise(int threads, const std::string& name) {
 }
 
 void RunPasses(int threads, const std::string& name) {
-  for (const auto& run : {RunNorm, RunGroupNorm, RunLayerNorm, RunAttention, RunPrelu, RunChannels, RunResponseNorm,
-                          RunPointwise, RunFinish, RunPool, RunSheets, RunResample, RunPruning, RunSteps, RunNoise}) {
+  for (const auto& run :
+       {RunNorm, RunGroupNorm, RunLayerNorm, RunAttention, RunChannelAttention, RunPrelu, RunChannels, RunResponseNorm,
+        RunPointwise, RunFinish, RunPool, RunSheets, RunResample, RunPruning, RunSteps, RunNoise}) {
     run(threads, name);
   }
 }

@@ -152,6 +152,9 @@ FUNCTIONS = {
     "norm without weights": lambda m, x: m.second(
         (x - x.mean(1, True)) / ((x - x.mean(1, True)) ** 2).mean(1, True).add(1).sqrt()
     ),
+    "norm that keeps the mean": lambda m, x: m.second(x / torch.sqrt(x.var(1, False, keepdim=True) + 1e-5)) * m.gain,
+    "norm of pixels behind": lambda m, x: m.second(behind(x, lambda t: kept_mean(t) * m.weight) + x),
+    "norm of pixels behind, centred": lambda m, x: m.second(behind(x, lambda t: spelled(t) * m.weight + m.bias)),
     "norm whose inside others read": lambda m, x: normed_twice(m, x),
     "unsqueezed": lambda m, x: x * m.up(m.down(x.mean((2, 3)))).unsqueeze(-1).unsqueeze(-1),
     "scaled as it is stored": lambda m, x: torch.relu(m.second(x) * m.gain + x) * m.gain,
@@ -159,6 +162,18 @@ FUNCTIONS = {
     "scaled twice": lambda m, x: m.second(x) * m.gain * m.weight[:, None, None] + x,
     "squeezed": lambda m, x: m.up(m.down(F.adaptive_avg_pool2d(m.second(x), 1).squeeze(-1).squeeze(-1))),
 }
+
+
+def kept_mean(x: Tensor) -> Tensor:
+    return x / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5)
+
+
+def spelled(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5)
+
+
+def behind(x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    return norm(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
 
 
 def _twice(m: Layers, x: Tensor, numbers: Tensor) -> Tensor:
@@ -221,6 +236,37 @@ def test_gated_features(compare, size):
     compare(module, torch.randn(*size, 10), masks)
 
 
+NORMS_OF_FEATURES = {
+    "root mean square": lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
+    "of torch": lambda x, w: F.rms_norm(x, (10,), w, 1e-3),
+    "of torch, without weights": lambda x, w: F.rms_norm(x, (10,)) * w,
+    "keeps the mean": lambda x, w: kept_mean(x) * w,
+    "spelled out": lambda x, w: spelled(x) * w,
+}
+
+
+class NormedTokens(nn.Module):
+    """Features of tokens between two layers, normalised."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        self.norm = NORMS_OF_FEATURES[norm]
+        self.first, self.second = nn.Linear(10, 10), nn.Linear(10, 10)
+        self.weight = nn.Parameter(1 + 0.1 * torch.randn(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.norm(self.first(x) + 0.5, self.weight)) + x
+
+
+@pytest.mark.parametrize("size", [(3,), (2, 5), (1, 197), (4, 64)], ids=str)
+@pytest.mark.parametrize("norm", NORMS_OF_FEATURES)
+def test_norms_of_features(compare, norm, size):
+    torch.manual_seed(0)
+    module = NormedTokens(norm)
+    masks = {name: torch.arange(p.numel()).view_as(p) % 7 == 0 for name, p in module.named_parameters() if p.dim() == 2}
+    compare(module, torch.randn(*size, 10), masks)
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -234,8 +280,11 @@ def test_gated_features(compare, size):
         lambda m, x: m.second((x - x.mean(1, True)) / torch.sqrt(x.square().mean(1, True) + 1)),
         lambda m, x: m.second((x - x.mean(1, True)) / torch.sqrt(x.var(1, keepdim=True) + 1)),
         lambda m, x: m.second(x * m.weight[:3].sum() + m.bias.view(12, 1, 1).flip(0)),
+        lambda m, x: m.second(kept_mean(x - x.mean(-1, keepdim=True))),
+        lambda m, x: m.second(x / torch.sqrt((x - x.mean(1, True)).var(1, False, keepdim=True) + 1)),
+        lambda m, x: m.second(x / torch.sqrt(x.var(2, False, keepdim=True) + 1)),
     ],
-    ids=range(10),
+    ids=range(13),
 )
 def test_what_only_looks_alike_is_as_in_torch(function):
     torch.manual_seed(0)

@@ -51,6 +51,12 @@ def prune(module: nn.Module) -> None:
         module.get_parameter(name).data.mul_(mask)
 
 
+def prune_layers(module: "Attention") -> None:
+    """Not what makes biases."""
+    for layer in (module.joined, module.out):
+        prune(layer)
+
+
 def kinds(module: nn.Module, x: Tensor) -> list[list[str]]:
     """The operators of each lane segment."""
     leaves = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -169,6 +175,29 @@ def test_a_head_that_is_also_read_alone():
     prune(module)
     x = torch.randn(2, 7, 24)
     assert torch.allclose(lipfast.accelerate(module)(x), module(x), atol=1e-5)
+
+
+def _overlapping(heads: Tensor) -> Tensor:
+    """Each takes half of the next one's features."""
+    rows = heads.transpose(1, 2).flatten(2)
+    return rows[..., [list(range(4 * head, 4 * head + 8)) for head in range(3)]].transpose(1, 2)
+
+
+@partly
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda q, k, v: F.scaled_dot_product_attention(q, k[:, [0, 0, 0]], v[:, [1, 1, 1]]),
+        lambda q, k, v: F.scaled_dot_product_attention(q[:, :, [0, 1, 2, 3, 4, 5, 5]], k, v),
+        lambda q, k, v: F.scaled_dot_product_attention(q, _overlapping(k), v),
+    ],
+)
+def test_heads_that_share_features(compare_accelerated, attend):
+    """Their gradients would be added at once."""
+    module, x = Changed(attend), torch.randn(2, 7, 24)
+    prune(module)
+    assert kinds(module, x) == [["conv"], ["conv"]]
+    compare_accelerated(module, x)
 
 
 _SPELLINGS = {
@@ -307,8 +336,17 @@ def _windows(m: Biased, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.view(-1, 3, 7, 7).softmax(-1) @ v
 
 
+def _mask_of_forward(m: Biased, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Forward makes the mask, of numbers alone."""
+    part = (torch.arange(7) >= 4).long()
+    apart = part[:, None] - part[None]
+    mask = apart.float().masked_fill(apart.ne(0), -100.0).masked_fill(apart == 0, 0.0)
+    return (q @ k.mT + m.scores + mask).softmax(-1) @ v
+
+
 _BIASES = {
     "one": lambda m, q, k, v: (q @ k.transpose(-2, -1) + m.scores).softmax(-1) @ v,
+    "mask of forward": _mask_of_forward,
     "scaled before": lambda m, q, k, v: (m.of_table() + (q @ k.transpose(-2, -1)) / 3).softmax(-1) @ v,
     "scaled first": lambda m, q, k, v: ((q @ k.transpose(-2, -1)) * 3 + m.of_table()).softmax(-1) @ v,
     "heads": lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, m.of_table()),
@@ -334,16 +372,14 @@ _BIASES = {
 )
 def test_other_biases_stay_right(compare_accelerated, attend):
     module = Biased(attend)
-    for layer in (module.joined, module.out):
-        prune(layer)
+    prune_layers(module)
     compare_accelerated(module, torch.randn(4, 7, 24))
 
 
 @pytest.mark.parametrize("bias", _BIASES)
 def test_biases_of_scores(compare_accelerated, bias):
     module = Biased(_BIASES[bias])
-    for layer in (module.joined, module.out):
-        prune(layer)
+    prune_layers(module)
     x = torch.randn(4, 7, 24)
     assert kinds(module, x) == [["conv", "attention", "conv"]]
     compare_accelerated(module, x)
@@ -358,6 +394,178 @@ def test_a_bias_that_alone_learns():
     fast(x).square().sum().backward()
     module.double()(x.double()).square().sum().backward()
     assert torch.allclose(fast.get_parameter("table").grad.double(), module.table.grad, atol=1e-4)
+
+
+class Cosine(Biased):
+    """Scores are cosines, times what each head learned."""
+
+    def __init__(self, attend) -> None:
+        super().__init__(attend)
+        self.logit = nn.Parameter(torch.tensor([1.0, 3.0, 6.0]).view(3, 1, 1))  # beyond the largest, too
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+        self.coordinates = nn.Parameter(torch.randn(20, 2))
+        self.positions = nn.Sequential(nn.Linear(2, 8), nn.ReLU(inplace=True), nn.Linear(8, 3, bias=False))
+
+    def factor(self) -> Tensor:
+        return self.logit.clamp(max=4.0).exp()
+
+    def of_positions(self) -> Tensor:
+        apart = torch.arange(7)[:, None] - torch.arange(7)[None] + 6
+        return 16 * torch.sigmoid(self.positions(self.coordinates)[apart].permute(2, 0, 1))
+
+
+def _cosines(q: Tensor, k: Tensor) -> Tensor:
+    return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+
+
+def _short(x: Tensor) -> Tensor:
+    """Normalised where it is not shorter than some are."""
+    return F.normalize(x, dim=-1, eps=4.0)
+
+
+def _norm(x: Tensor, **kwargs) -> Tensor:
+    length: Tensor = x.norm(dim=-1, keepdim=True, **kwargs)
+    return length
+
+
+def _swin_v2(m: Cosine, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = _cosines(q, k) * m.factor() + m.of_positions().unsqueeze(0)
+    scores = scores.view(2, 2, 3, 7, 7) + m.mask.view(1, 2, 1, 7, 7)
+    return scores.view(-1, 3, 7, 7).softmax(-1) @ v
+
+
+def _of_stacks(m: Cosine, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads and pictures are one axis, normalised after they were turned."""
+    q, k, values = (part.reshape(-1, 7, 8) for part in (q, k, v))
+    scores = torch.bmm(F.normalize(q, p=2, dim=2), F.normalize(k.transpose(1, 2), dim=1))
+    return (scores.view(4, 3, 7, 7) * m.factor()).view(12, 7, 7).softmax(-1).bmm(values).view(v.shape)
+
+
+_COSINES = {
+    "swin v2": _swin_v2,
+    "stacks": _of_stacks,
+    "factor first": lambda m, q, k, v: (m.factor()[None] * _cosines(q, k) + m.scores).softmax(-1) @ v,
+    "one factor": lambda m, q, k, v: (_cosines(q, k) * m.temperature).softmax(-1) @ v,
+    "of windows": lambda m, q, k, v: (_cosines(q, k) * m.mask[:, :, :1, :1].exp().repeat(2, 1, 1, 1)).softmax(-1) @ v,
+    "no factor": lambda m, q, k, v: (_cosines(q, k) * 5).softmax(-1) @ v,
+    "no cosines": lambda m, q, k, v: (q @ k.mT * 0.2 * m.factor().reshape(1, 3, 1, 1)).softmax(-1) @ v,
+    "fused": lambda m, q, k, v: F.scaled_dot_product_attention(F.normalize(q, dim=-1) * 4, F.normalize(k, dim=3), v),
+    "short ones": lambda m, q, k, v: (_short(q) @ _short(k).mT).softmax(-1) @ v,
+    "turned": lambda m, q, k, v: (
+        (_cosines(q, k).transpose(0, 1) * m.factor()[:, None] + m.of_positions()[:, None]).transpose(0, 1).softmax(-1)
+        @ v
+    ),
+    "norms": lambda m, q, k, v: (
+        (
+            (q / q.norm(dim=-1, keepdim=True))
+            @ (k / torch.linalg.vector_norm(k, dim=(3,), keepdim=True)).mT
+            * m.factor()
+        ).softmax(-1)
+        @ v
+    ),
+    "least norms": lambda m, q, k, v: (
+        (
+            (q / q.norm(p=2, dim=-1, keepdim=True).clamp(min=4.0))
+            @ (k / torch.norm(k, dim=-1, keepdim=True).clamp_min(4.0)).mT
+            * m.factor()
+        ).softmax(-1)
+        @ v
+    ),
+}
+
+
+@pytest.mark.parametrize("attend", _COSINES)
+def test_cosines(compare_accelerated, attend):
+    module = Cosine(_COSINES[attend])
+    prune_layers(module)
+    x = torch.randn(4, 7, 24)
+    assert ["conv", "attention", "conv"] in kinds(module, x)
+    compare_accelerated(module, x)
+
+
+@partly
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda m, q, k, v: (F.normalize(q, dim=-2) @ F.normalize(k, dim=-1).mT * m.factor()).softmax(-1) @ v,
+        lambda m, q, k, v: (F.normalize(q, dim=1) @ k.mT).softmax(-1) @ v,
+        lambda m, q, k, v: (F.normalize(q, p=1, dim=-1) @ F.normalize(k, p=1.0, dim=-1).mT).softmax(-1) @ v,
+        lambda m, q, k, v: (F.normalize(q, dim=-1) @ k.mT).softmax(-1) @ v,
+        lambda m, q, k, v: (F.normalize(q, dim=-1, eps=4.0) @ F.normalize(k, dim=-1).mT).softmax(-1) @ v,
+        lambda m, q, k, v: (_cosines(q, k) * 3).softmax(-1) @ F.normalize(v, dim=-1),
+        lambda m, q, k, v: (_short(_short(q)) @ _short(k).mT).softmax(-1) @ v,
+        lambda m, q, k, v: (_short(q * 3) @ _short(k).mT).softmax(-1) @ v,
+        lambda m, q, k, v: (
+            (F.normalize(q.reshape(4, 3, 14, 4), dim=-1).view(q.shape) @ F.normalize(k, dim=-1).mT)
+            .softmax(-1)
+            .matmul(v)
+        ),
+        lambda m, q, k, v: (q / _norm(k) @ (k / _norm(q)).mT).softmax(-1) @ v,
+        lambda m, q, k, v: (q / _norm(q, p=1) @ (k / _norm(k, p=1)).mT).softmax(-1) @ v,
+        lambda m, q, k, v: (q / _norm(q).clamp(0.1, 2.0) @ (k / _norm(k).clamp(0.1)).mT).softmax(-1) @ v,
+        lambda m, q, k, v: (q / (_norm(q) + 1) @ (k / (_norm(k) + 1)).mT).softmax(-1) @ v,
+        lambda m, q, k, v: ((_cosines(q, k) + m.scores) * m.factor()).softmax(-1) @ v,
+        lambda m, q, k, v: (_cosines(q, k) * m.factor() * m.temperature).softmax(-1) @ v,
+        lambda m, q, k, v: (_cosines(q, k) * m.scores).softmax(-1) @ v,
+        lambda m, q, k, v: (_cosines(q, k) / m.factor()).softmax(-1) @ v,
+        lambda m, q, k, v: (q @ k.mT * q.mean((2, 3), keepdim=True)).softmax(-1) @ v,
+        lambda m, q, k, v: (_cosines(q, k) * m.factor()[:, :, None, None]).softmax(-1)[0] @ v,
+    ],
+)
+def test_other_cosines_stay_right(compare_accelerated, attend):
+    module = Cosine(attend)
+    prune_layers(module)
+    compare_accelerated(module, torch.randn(4, 7, 24))
+
+
+class ValuesOfAnotherWidth(nn.Module):
+    """Queries and keys of ``features``, values of ``of_values`` in each head, as LeViT has them."""
+
+    def __init__(self, features: int, of_values: int, attend=F.scaled_dot_product_attention) -> None:
+        super().__init__()
+        self.sizes, self.function = [features, features, of_values], attend
+        self.joined, self.out = nn.Linear(24, 3 * sum(self.sizes)), nn.Linear(3 * of_values, 24)
+        nn.init.normal_(self.joined.weight, std=0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, _ = x.shape
+        heads = self.joined(x).view(n, tokens, 3, -1).transpose(1, 2).split(self.sizes, dim=3)
+        return self.out(self.function(*heads).transpose(1, 2).reshape(n, tokens, -1))
+
+
+@pytest.mark.parametrize(("features", "of_values"), [(1, 9), (4, 12), (16, 1), (33, 7), (5, LANES)])
+@pytest.mark.parametrize("tokens", [1, 7, 33])
+def test_values_of_another_width(compare, features, of_values, tokens):
+    module, x = ValuesOfAnotherWidth(features, of_values), torch.randn(3, tokens, 24)
+    assert kinds(module, x) == [["conv", "attention", "conv"]]
+    compare(module, x, masks_of(module))
+
+
+@partly
+@pytest.mark.parametrize("features", [range(4), range(8, 12)])
+def test_values_that_share_features_with_keys(compare_accelerated, features):
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, v[..., features.start : features.stop], v)
+
+    module, x = ValuesOfAnotherWidth(4, 12, attend), torch.randn(3, 7, 24)
+    prune(module)
+    assert kinds(module, x) == [["conv"], ["conv"]]
+    compare_accelerated(module, x)
+
+
+def _wide_values_of_maps(y: Tensor) -> Tensor:
+    """Features lie before tokens, and values are multiplied by weights, as in LeViT of convolutions."""
+    n, _, h, w = y.shape
+    q, k, v = y.view(n, 2, 12, h * w).split([3, 3, 6], dim=2)
+    return (v @ (q.mT @ k).mul(0.5).softmax(-1).mT).view(n, 12, h, w)
+
+
+@pytest.mark.parametrize("size", [(1, 6, 5, 7), (3, 6, 4, 4), (2, 6, 1, 1)])
+def test_values_of_another_width_in_maps(compare, size):
+    module, x = OfMaps(_wide_values_of_maps), torch.randn(size)
+    module.out = nn.Conv2d(12, 5, 1)
+    assert kinds(module, x) == [["conv", "attention", "conv"]]
+    compare(module, x, {name: p.new_ones(p.shape).bool() for name, p in module.named_parameters() if p.dim() == 4})
 
 
 class Windows(nn.Module):
@@ -409,10 +617,17 @@ def test_layers_of_windows(compare_accelerated, pictures, height, width, side):
     compare_accelerated(module, x)
 
 
-@pytest.mark.parametrize("bias", _BIASES)
-def test_what_the_operator_means(bias):
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(pytest.param(Biased(attend), id=name) for name, attend in _BIASES.items()),
+        *(pytest.param(Cosine(attend), id=name) for name, attend in _COSINES.items()),
+        pytest.param(ValuesOfAnotherWidth(5, 9), id="values of another width"),
+    ],
+)
+def test_what_the_operator_means(module):
     """The recording, run with the operator's definition."""
-    module, x = Biased(_BIASES[bias]), torch.randn(4, 7, 24)
+    x = torch.randn(4, 7, 24)
     leaves = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     recording = record(lambda leaves, x: call_with(module, leaves, (x,)), [x], leaves)
     gather_patterns(recording)
@@ -465,18 +680,17 @@ def test_attention_that_is_not_in_lanes_keeps_its_calls():
         assert torch.allclose(lipfast.accelerate(whole)(x), whole(x), atol=1e-5)
 
 
-def test_bits_do_not_depend_on_threads():
-    module = Biased(_BIASES["heads"])
-    prune(module)
-    fast, x = lipfast.accelerate(module), torch.randn(3, 7, 24, requires_grad=True)
-    table = dict(fast.named_parameters())["table"]
+@pytest.mark.parametrize(("module", "learned"), [(Biased(_BIASES["heads"]), "table"), (Cosine(_swin_v2), "logit")])
+def test_bits_do_not_depend_on_threads(module, learned):
+    prune_layers(module)
+    fast, x = lipfast.accelerate(module), torch.randn(4, 7, 24, requires_grad=True)
     threads = torch.get_num_threads()
     found = []
     try:
         for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
             y = fast(x)
-            found.append((y, *torch.autograd.grad(y.sin().sum(), (x, table))))
+            found.append((y, *torch.autograd.grad(y.sin().sum(), (x, fast.get_parameter(learned)))))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, other) for rest in found[1:] for one, other in zip(found[0], rest, strict=True))
