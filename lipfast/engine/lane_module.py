@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -551,10 +552,20 @@ class _ComputedOnce:
                 needed.update(ref.number for ref in call.refs())
                 self._calls.insert(0, call)
         self._read = [number for number in self._leaves if number in needed]
-        self._computed = Derived(self._compute, reads=reads)
+        given = pytree.tree_leaves([(call.args, call.kwargs) for call in self._calls])
+        self._arrays = [leaf for leaf in given if isinstance(leaf, np.ndarray)]  # who has them may write to them
+        self._reads = reads
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget what was computed."""
+        self._seen = [array.copy() for array in self._arrays]
+        self._computed = Derived(self._compute, reads=self._reads)
 
     def of(self, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """The tensors by their numbers: the same while nothing was written."""
+        if not all(map(np.array_equal, self._arrays, self._seen)):
+            self._begin()
         return self._computed.of([tensors[self._leaves[number]] for number in self._read]) if self._wanted else {}
 
     def _compute(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
