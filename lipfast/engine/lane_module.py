@@ -559,8 +559,9 @@ class _ComputedOnce:
 
     def _begin(self) -> None:
         """Forget what was computed."""
-        self._seen = [array.copy() for array in self._arrays]
+        seen = [array.copy() for array in self._arrays]
         self._computed = Derived(self._compute, reads=self._reads)
+        self._seen = seen  # last: another thread finds what is of these numbers, or begins anew
 
     def of(self, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """The tensors by their numbers: the same while nothing was written."""
