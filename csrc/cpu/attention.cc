@@ -5,7 +5,7 @@
 
 #include "cpu/activation.h"
 #include "cpu/pool.h"
-#include "cpu/vec.h"
+#include "cpu/products.h"
 
 namespace lipfast {
 namespace LIPFAST_NS {
@@ -13,58 +13,9 @@ namespace {
 
 // Runs of heads that have memory of their own, and how much all of them take together.
 constexpr int64_t kLeastChunks = 4, kMostChunks = 32, kMostFloats = 1 << 24;
-constexpr int kAcross = kRegisters >= 32 ? 2 : 1;  // vectors of tokens that are worked on together
-constexpr int kRows = kRegisters >= 32 ? 8 : 6;    // numbers that each of them is multiplied by
 constexpr int64_t kWide = int64_t{kAcross} * kLanes;
 
 int64_t Padded(int64_t tokens) { return (tokens + kWide - 1) / kWide * kWide; }
-
-// Of sums of numbers times vectors, the numbers: that of row r and term t is data[t * apart + r].
-struct Numbers {
-  const float* data;
-  int64_t apart;
-};
-
-// store(r, i, sum over terms of numbers(r, t) * vectors[t]) for kMany rows from `first` on and each of kAcross vectors.
-template <int kMany, class Sum>
-inline void SomeProducts(const Numbers& numbers, int64_t first, int64_t terms, const float* vectors, int64_t apart,
-                         const Sum& store) {
-  const float* number = numbers.data + first;
-  V sums[kMany][kAcross];
-  LIPFAST_UNROLL
-  for (int r = 0; r < kMany; ++r) {
-    LIPFAST_UNROLL
-    for (int i = 0; i < kAcross; ++i) sums[r][i] = Zero();
-  }
-  for (int64_t t = 0; t < terms; ++t, number += numbers.apart, vectors += apart) {
-    V v[kAcross];
-    LIPFAST_UNROLL
-    for (int i = 0; i < kAcross; ++i) v[i] = Load(vectors + i * kLanes);
-    LIPFAST_UNROLL
-    for (int r = 0; r < kMany; ++r) {
-      LIPFAST_UNROLL
-      for (int i = 0; i < kAcross; ++i) sums[r][i] = Fma(Set(number[r]), v[i], sums[r][i]);
-    }
-  }
-  LIPFAST_UNROLL
-  for (int r = 0; r < kMany; ++r) {
-    LIPFAST_UNROLL
-    for (int i = 0; i < kAcross; ++i) store(first + r, i, sums[r][i]);
-  }
-}
-
-// The same for all rows; the last ones may be done twice.
-template <class Sum>
-inline void Products(const Numbers& numbers, int64_t rows, int64_t terms, const float* vectors, int64_t apart,
-                     const Sum& store) {
-  if (rows < kRows) {
-    for (int64_t r = 0; r < rows; ++r) SomeProducts<1>(numbers, r, terms, vectors, apart, store);
-    return;
-  }
-  for (int64_t r = 0; r < rows; r += kRows) {
-    SomeProducts<kRows>(numbers, AtMost(r, rows - kRows), terms, vectors, apart, store);
-  }
-}
 
 // Memory of one chunk, handed out piece by piece.
 struct Memory {
@@ -293,13 +244,14 @@ void Forward(const HeadMap& query, const HeadMap& key, const HeadMap& value, con
       Normalise(s, keys, k, lengths);
     }
     for (int64_t at = 0; at < queries; at += kWide) {
-      Products({k, keys}, s.keys, f, q + at, queries, [&](int64_t r, int i, V sum) {
+      Products<kAcross>({k, keys}, s.keys, f, q + at, queries, [&](int64_t r, int i, V sum) {
         Store(scores + r * kWide + i * kLanes, biases.Added(Mul(sum, scale), r, at + i * kLanes));
       });
       V largest[kAcross], inverse[kAcross];
       Exponentials(s, scores, largest, inverse);
-      Products({v, of_value}, of_value, s.keys, scores, kWide,
-               [&](int64_t r, int i, V sum) { Store(y + r * queries + at + i * kLanes, Mul(sum, inverse[i])); });
+      Products<kAcross>({v, of_value}, of_value, s.keys, scores, kWide, [&](int64_t r, int i, V sum) {
+        Store(y + r * queries + at + i * kLanes, Mul(sum, inverse[i]));
+      });
     }
     Tokens(seen, problem, s.queries, of_value).FromVectors(1.0f, y, false);
   });
@@ -334,13 +286,14 @@ void BackwardOfQueries(const AttentionSpec& s, const Biases& biases, const HeadO
   const int64_t queries = Padded(s.queries), f = s.features;
   const V scale = Set(h.scale);
   for (int64_t at = 0; at < queries; at += kWide) {
-    Products({h.k.vectors, Padded(s.keys)}, s.keys, f, h.q.vectors + at, queries, [&](int64_t r, int i, V sum) {
-      Store(h.weights + r * kWide + i * kLanes, biases.Added(Mul(sum, scale), r, at + i * kLanes));
-    });
+    Products<kAcross>({h.k.vectors, Padded(s.keys)}, s.keys, f, h.q.vectors + at, queries,
+                      [&](int64_t r, int i, V sum) {
+                        Store(h.weights + r * kWide + i * kLanes, biases.Added(Mul(sum, scale), r, at + i * kLanes));
+                      });
     V largest[kAcross], inverse[kAcross], dot[kAcross];
     Exponentials(s, h.weights, largest, inverse);
-    Products({h.v.vectors, Padded(s.keys)}, s.keys, s.value_features, h.dy.vectors + at, queries,
-             [&](int64_t r, int i, V sum) { Store(h.slopes + r * kWide + i * kLanes, sum); });
+    Products<kAcross>({h.v.vectors, Padded(s.keys)}, s.keys, s.value_features, h.dy.vectors + at, queries,
+                      [&](int64_t r, int i, V sum) { Store(h.slopes + r * kWide + i * kLanes, sum); });
     for (int i = 0; i < kAcross; ++i) {
       dot[i] = Zero();
       for (int64_t k = 0; k < s.keys; ++k) {
@@ -358,8 +311,8 @@ void BackwardOfQueries(const AttentionSpec& s, const Biases& biases, const HeadO
       Store(h.dot + at + i * kLanes, dot[i]);
     }
     biases.AddGradient(h.slopes, at);
-    Products({h.k.rows, f}, f, s.keys, h.slopes, kWide,
-             [&](int64_t r, int i, V sum) { Store(h.dq + r * queries + at + i * kLanes, sum); });
+    Products<kAcross>({h.k.rows, f}, f, s.keys, h.slopes, kWide,
+                      [&](int64_t r, int i, V sum) { Store(h.dq + r * queries + at + i * kLanes, sum); });
   }
 }
 
@@ -368,20 +321,21 @@ void BackwardOfKeys(const AttentionSpec& s, const Biases& biases, const HeadOfBa
   const int64_t keys = Padded(s.keys), f = s.features, of_value = s.value_features;
   const V scale = Set(h.scale);
   for (int64_t at = 0; at < keys; at += kWide) {
-    Products({h.q.vectors, Padded(s.queries)}, s.queries, f, h.k.vectors + at, keys, [&](int64_t r, int i, V sum) {
-      const V score = biases.AddedAcross(Mul(sum, scale), r, at + i * kLanes);
-      const V weight = Mul(Exp(Sub(score, Set(h.largest[r]))), Set(h.inverse[r]));
-      Store(h.weights + r * kWide + i * kLanes, weight);
-    });
+    Products<kAcross>({h.q.vectors, Padded(s.queries)}, s.queries, f, h.k.vectors + at, keys,
+                      [&](int64_t r, int i, V sum) {
+                        const V score = biases.AddedAcross(Mul(sum, scale), r, at + i * kLanes);
+                        const V weight = Mul(Exp(Sub(score, Set(h.largest[r]))), Set(h.inverse[r]));
+                        Store(h.weights + r * kWide + i * kLanes, weight);
+                      });
     const auto slope_of = [&](int64_t r, int i, V sum) {
       const int64_t place = r * kWide + i * kLanes;
       Store(h.slopes + place, Mul(Load(h.weights + place), Sub(sum, Set(h.dot[r]))));
     };
-    Products({h.dy.vectors, Padded(s.queries)}, s.queries, of_value, h.v.vectors + at, keys, slope_of);
-    Products({h.dy.rows, of_value}, of_value, s.queries, h.weights, kWide,
-             [&](int64_t r, int i, V sum) { Store(h.dv + r * keys + at + i * kLanes, sum); });
-    Products({h.q.rows, f}, f, s.queries, h.slopes, kWide,
-             [&](int64_t r, int i, V sum) { Store(h.dk + r * keys + at + i * kLanes, sum); });
+    Products<kAcross>({h.dy.vectors, Padded(s.queries)}, s.queries, of_value, h.v.vectors + at, keys, slope_of);
+    Products<kAcross>({h.dy.rows, of_value}, of_value, s.queries, h.weights, kWide,
+                      [&](int64_t r, int i, V sum) { Store(h.dv + r * keys + at + i * kLanes, sum); });
+    Products<kAcross>({h.q.rows, f}, f, s.queries, h.slopes, kWide,
+                      [&](int64_t r, int i, V sum) { Store(h.dk + r * keys + at + i * kLanes, sum); });
   }
 }
 

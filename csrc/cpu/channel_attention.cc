@@ -15,8 +15,9 @@ namespace {
 
 using Spec = ChannelAttentionSpec;
 
-constexpr int kSide = kRegisters >= 32 ? 4 : 2;  // planes that are multiplied with as many others at a time
-constexpr int64_t kTogether = 64;                // products that are summed up before they join the total
+constexpr int kLeft = 8;  // planes that are multiplied with two others at a time
+constexpr int kPart = kRegisters >= 32 ? kLeft : 2;
+constexpr int64_t kTogether = 32;  // vectors of each, which stay in the first cache level
 
 int64_t Padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
 
@@ -57,75 +58,101 @@ struct Matrices {
 
 int64_t Floats(const Spec& s, bool backward) { return s.problems * Matrices::Floats(s, backward); }
 
-// sums[r * Padded + c] = sum over live pixels of plane r of `a` times plane c of `b`, for kMany and kOthers of them.
-template <int kMany, int kOthers>
-void SumProducts(const Planes& a, const Planes& b, const Spec& s, int64_t first, int64_t other, float* sums) {
-  const LaneMap& m = a.map;
-  const int64_t rows = AtMost((kTogether + m.block_w - 1) / m.block_w, m.block_h);
-  V totals[kMany][kOthers];
-  for (int r = 0; r < kMany; ++r) {
-    for (int c = 0; c < kOthers; ++c) totals[r][c] = Zero();
+// Some of a plane's vectors.
+struct Slab {
+  int64_t row, rows, col, cols;
+};
+
+// body(slab) for slabs of at most kTogether vectors that make up a plane
+template <class Body>
+void ForSlabs(const LaneMap& m, const Body& body) {
+  const int64_t cols = AtMost(kTogether, m.block_w), rows = AtMost(kTogether / cols, m.block_h);
+  for (int64_t row = 0; row < m.block_h; row += rows) {
+    for (int64_t col = 0; col < m.block_w; col += cols) {
+      body(Slab{row, AtMost(rows, m.block_h - row), col, AtMost(cols, m.block_w - col)});
+    }
   }
-  for (int64_t top = 0; top < m.block_h; top += rows) {
-    V part[kMany][kOthers];
+}
+
+// body(row, col) for the vectors of a slab
+template <class Body>
+inline void ForVectors(const Slab& slab, const Body& body) {
+  for (int64_t row = slab.row; row < slab.row + slab.rows; ++row) {
+    for (int64_t col = slab.col; col < slab.col + slab.cols; ++col) body(row, col);
+  }
+}
+
+// kLeft planes from `first` on side by side, zeros where there is no plane and no pixel.
+void Pack(const Planes& planes, const Spec& s, int64_t first, const Slab& slab, float* to) {
+  const int64_t count = AtMost(kLeft, s.channels - first);
+  ForVectors(slab, [&](int64_t row, int64_t col) {
+    V live = Set(1.0f);
+    if (s.live.rows) live = Mul(LoadU(s.live.rows + row * kLanes), LoadU(s.live.columns + col * kLanes));
+    for (int64_t r = 0; r < kLeft; ++r, to += kLanes) {
+      Store(to, r < count ? Mul(Load(planes.At(first + r, row, col)), live) : Zero());
+    }
+  });
+}
+
+// Sums over a slab of products of packed planes with plane c and the one `next` further on, as StoreFolded has them.
+void SumProducts(const float* packed, const Planes& planes, int64_t c, int64_t next, const Slab& slab, float* folded) {
+  for (int first = 0; first < kLeft; first += kPart) {
+    const float* left = packed + first * kLanes;
+    V one[kPart], other[kPart];
     LIPFAST_UNROLL
-    for (int r = 0; r < kMany; ++r) {
+    for (int r = 0; r < kPart; ++r) one[r] = other[r] = Zero();
+    ForVectors(slab, [&](int64_t row, int64_t col) {
+      const V a = Load(planes.At(c, row, col)), b = Load(planes.At(c + next, row, col));
       LIPFAST_UNROLL
-      for (int c = 0; c < kOthers; ++c) part[r][c] = Zero();
-    }
-    for (int64_t row = top; row < AtMost(top + rows, m.block_h); ++row) {
-      for (int64_t col = 0; col < m.block_w; ++col) {
-        V left[kMany];
-        LIPFAST_UNROLL
-        for (int r = 0; r < kMany; ++r) left[r] = Load(a.At(first + r, row, col));
-        if (s.live.rows) {
-          const V live = Mul(LoadU(s.live.rows + row * kLanes), LoadU(s.live.columns + col * kLanes));
-          LIPFAST_UNROLL
-          for (int r = 0; r < kMany; ++r) left[r] = Mul(left[r], live);
-        }
-        LIPFAST_UNROLL
-        for (int c = 0; c < kOthers; ++c) {
-          const V right = Load(b.At(other + c, row, col));
-          LIPFAST_UNROLL
-          for (int r = 0; r < kMany; ++r) part[r][c] = Fma(left[r], right, part[r][c]);
-        }
+      for (int r = 0; r < kPart; ++r) {
+        const V v = Load(left + r * kLanes);
+        one[r] = Fma(v, a, one[r]);
+        other[r] = Fma(v, b, other[r]);
       }
+      left += kLeft * kLanes;
+    });
+    LIPFAST_UNROLL
+    for (int r = 0; r < kPart; ++r) {
+      StoreFolded(folded + (first + r) * kFolded, one[r]);
+      StoreFolded(folded + (kLeft + first + r) * kFolded, other[r]);
     }
-    for (int r = 0; r < kMany; ++r) {
-      for (int c = 0; c < kOthers; ++c) totals[r][c] = Add(totals[r][c], part[r][c]);
-    }
-  }
-  for (int r = 0; r < kMany; ++r) {
-    for (int c = 0; c < kOthers; ++c) sums[r * Padded(s.channels) + other + c] = Sum(totals[r][c]);
   }
 }
 
-// The same for kMany planes of `a` from `first` on and all of `b`; the last ones may be done twice.
-template <int kMany>
-void ProductsWithAll(const Planes& a, const Planes& b, const Spec& s, int64_t first, float* sums) {
-  if (s.channels < kSide) {
-    for (int64_t c = 0; c < s.channels; ++c) SumProducts<kMany, 1>(a, b, s, first, c, sums);
-    return;
-  }
-  for (int64_t c = 0; c < s.channels; c += kSide) {
-    SumProducts<kMany, kSide>(a, b, s, first, AtMost(c, s.channels - kSide), sums);
-  }
-}
-
-// The same for planes `first` to `last`, kSide at most, into their rows of a matrix.
-void ProductsOfRows(const Planes& a, const Planes& b, const Spec& s, int64_t first, int64_t last, float* matrix) {
+// columns[c * Padded + r] = sum over live pixels of plane first + r of `a` times plane c of `b`, for kLeft of them.
+void ProductsOfPlanes(const Planes& a, const Planes& b, const Spec& s, int64_t first, float* columns) {
   const int64_t apart = Padded(s.channels);
-  if (last - first == kSide) return ProductsWithAll<kSide>(a, b, s, first, matrix + first * apart);
-  for (int64_t r = first; r < last; ++r) ProductsWithAll<1>(a, b, s, r, matrix + r * apart);
+  for (int64_t c = 0; c < s.channels; ++c) std::memset(columns + c * apart, 0, kLeft * sizeof(float));
+  ForSlabs(a.map, [&](const Slab& slab) {
+    alignas(64) float packed[kTogether * kLeft * kLanes], folded[kLanes * kFolded], sums[kLanes];
+    Pack(a, s, first, slab, packed);
+    for (int64_t c = 0; c < s.channels; c += 2) {
+      const int64_t both = AtMost(2, s.channels - c);
+      SumProducts(packed, b, c, both - 1, slab, folded);
+      Store(sums, SumEach(folded));
+      for (int64_t i = 0; i < both * kLeft; ++i) columns[(c + i / kLeft) * apart + i % kLeft] += sums[i];
+    }
+  });
+}
+
+// The same with what belongs to planes `first` to `last` of `a` side by side, in their rows of a matrix. `turned`: a
+// matrix to work in.
+void ProductsOfRows(const Planes& a, const Planes& b, const Spec& s, int64_t first, int64_t last, float* turned,
+                    float* matrix) {
+  const int64_t apart = Padded(s.channels);
+  ProductsOfPlanes(a, b, s, first, turned + first);
+  for (int64_t r = first; r < last; ++r) {
+    for (int64_t c = 0; c < s.channels; ++c) matrix[r * apart + c] = turned[c * apart + r];
+  }
 }
 
 // body(problem, first, last) for groups of channels of each problem
 template <class Body>
 void ForRows(const Spec& s, int threads, const Body& body) {
-  const int64_t groups = (s.channels + kSide - 1) / kSide;
+  const int64_t groups = (s.channels + kLeft - 1) / kLeft;
   ParallelFor(threads, s.problems * groups, [&](int64_t i) {
-    const int64_t first = i % groups * kSide;
-    body(i / groups, first, AtMost(first + kSide, s.channels));
+    const int64_t first = i % groups * kLeft;
+    body(i / groups, first, AtMost(first + kLeft, s.channels));
   });
 }
 
@@ -217,7 +244,7 @@ void Forward(const ChannelHeads& query, const ChannelHeads& key, const ChannelHe
   AllNorms(query, key, s, false, scratch, threads);
   ForRows(s, threads, [&](int64_t problem, int64_t first, int64_t last) {
     const Matrices m(s, problem, false, scratch);
-    ProductsOfRows(Planes(query, problem), Planes(key, problem), s, first, last, m.weights);
+    ProductsOfRows(Planes(query, problem), Planes(key, problem), s, first, last, m.turned, m.weights);
     for (int64_t r = first; r < last; ++r) {
       float* row = m.weights + r * apart;
       OverNorms(s, m, r, row);
@@ -280,8 +307,8 @@ void Backward(const ChannelHeads& query, const ChannelHeads& key, const ChannelH
   AllNorms(query, key, s, true, scratch, threads);
   ForRows(s, threads, [&](int64_t problem, int64_t first, int64_t last) {
     const Matrices m(s, problem, true, scratch);
-    ProductsOfRows(Planes(query, problem), Planes(key, problem), s, first, last, m.pull);
-    ProductsOfRows(Planes(dy, problem), Planes(value, problem), s, first, last, m.slopes);
+    ProductsOfRows(Planes(query, problem), Planes(key, problem), s, first, last, m.turned, m.pull);
+    ProductsOfRows(Planes(dy, problem), Planes(value, problem), s, first, last, m.turned, m.slopes);
     for (int64_t r = first; r < last; ++r) SlopesOfRow(s, m, ScaleOf(s, problem), r);
   });
   for (int64_t problem = 0; problem < s.problems; ++problem) {
