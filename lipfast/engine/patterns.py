@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lipfast.engine.capture import Call, Recording, Ref, refs_in, without_unread
+from lipfast.engine.capture import Call, Recording, Ref, assign_, refs_in, with_part, without_unread
 from lipfast.engine.heads import (
     ADD,
     DIVIDE,
@@ -35,6 +35,7 @@ _MAX = (torch.max, Tensor.max)
 _AMAX = (torch.amax, Tensor.amax)
 _UNSQUEEZE = (torch.unsqueeze, Tensor.unsqueeze)
 _ADDCMUL = (torch.addcmul, Tensor.addcmul)
+_NEW = {Tensor.new_zeros: torch.zeros, Tensor.new_ones: torch.ones}
 _RESHAPE = (torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten)
 _TRANSPOSE = (torch.transpose, Tensor.transpose, Tensor.permute, torch.permute, Tensor.swapaxes, torch.swapaxes)
 
@@ -83,8 +84,8 @@ def gather_patterns(recording: Recording) -> None:
 
 
 def _simpler(recording: Recording) -> Iterator[Call]:
-    """The calls, with ``addcmul`` as a product and a sum, and ``max`` over channels as its values where those alone are
-    read."""
+    """The calls, with ``addcmul`` as a product and a sum, ``max`` over channels as its values where those alone are
+    read, and zeros like another tensor's without that one."""
     read = {
         ref.number for ref in [*refs_in(recording.result), *(ref for call in recording.calls for ref in call.refs())]
     }
@@ -96,6 +97,9 @@ def _simpler(recording: Recording) -> Iterator[Call]:
             yield _values_alone(call)
         elif call.function in (Tensor.reshape_as, Tensor.view_as) and len(call.args) == 2:
             yield dataclasses.replace(call, function=Tensor.reshape, args=(call.args[0], call.args[1].shape))
+        elif call.function in _NEW and not call.kwargs.keys() - {"dtype"}:
+            kwargs = {"dtype": call.result.dtype, "device": torch.device("meta")}  # where all was recorded
+            yield dataclasses.replace(call, function=_NEW[call.function], args=(call.result.shape,), kwargs=kwargs)
         else:
             yield call
 
@@ -146,6 +150,7 @@ _PURE_FUNCTIONS |= {
     bias_rows,
     causal,
     problem_factors,
+    with_part,
 }
 
 
@@ -183,10 +188,11 @@ def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
 
 
 def _out_of_place(call: Call) -> Call:
-    """A ReLU that overwrites its operand, which forward made and nothing reads any more, as one that does not."""
+    """A ReLU or assignment that overwrites its operand, which forward made and nothing reads any more, as one that does
+    not."""
     if call.function is F.relu and call.args:
         return dataclasses.replace(call, args=call.args[:1], kwargs={})
-    return call
+    return dataclasses.replace(call, function=with_part) if call.function is assign_ else call
 
 
 def written(recording: Recording) -> set[int]:

@@ -810,6 +810,20 @@ def added(self, x):
     return self.last(y) + y
 
 
+def filled(self, x):
+    y = self.layer(x)
+    y[0].zero_()
+    y[:, 1:3].fill_(0.5)
+    y[:, 0, 2:].mul(2).zero_()
+    return self.last(y) + y
+
+
+def a_filled_part(self, x):
+    part = self.layer(x)[:, :2]
+    other = part[:, :1].zero_()
+    return part.repeat(1, 2, 1, 1) * (other + self.last(x))
+
+
 def of_a_view(self, x):
     y = self.layer(x).flatten(2)[:, :, 1:]
     y[..., 3:] -= 1
@@ -824,7 +838,7 @@ def gone(self, x):
     return z * y
 
 
-@pytest.mark.parametrize("forward", [a_mask, a_map, twice, added, of_a_view, gone])
+@pytest.mark.parametrize("forward", [a_mask, a_map, twice, added, filled, a_filled_part, of_a_view, gone])
 def test_assignments_to_parts(forward):
     model = Written(forward, layer=conv(), last=conv())
     prune.random_unstructured(model.layer, "weight", 0.5)
@@ -843,6 +857,17 @@ def read_the_whole(y, x):
     return y
 
 
+def read_a_part_before_it_was_filled(y, x):
+    part = y[:, :2]
+    y[:, :1].zero_()
+    return part
+
+
+def read_what_a_part_of_a_part_is_of(y, x):
+    y[:, :2][:, 0].fill_(1)
+    return y
+
+
 def put_back_elsewhere(y, x):
     part = y[:, :1]
     part += 1
@@ -858,7 +883,17 @@ def put_back_after_another_write(y, x):
     return y
 
 
-@pytest.mark.parametrize("change", [read_a_view, read_the_whole, put_back_elsewhere, put_back_after_another_write])
+@pytest.mark.parametrize(
+    "change",
+    [
+        read_a_view,
+        read_the_whole,
+        read_a_part_before_it_was_filled,
+        read_what_a_part_of_a_part_is_of,
+        put_back_elsewhere,
+        put_back_after_another_write,
+    ],
+)
 def test_what_shares_memory_that_was_written_is_not_read(change):
     model = Written(lambda self, x: change(self.layer(x), x), layer=conv())
     with pytest.raises(InputError, match="shares its memory"):

@@ -338,7 +338,8 @@ def _windows(m: Biased, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _mask_of_forward(m: Biased, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Forward makes the mask, of numbers alone."""
-    part = (torch.arange(7) >= 4).long()
+    part = q.new_zeros(7) + (torch.arange(7) >= 4).long()
+    part[-1:] = 2
     apart = part[:, None] - part[None]
     mask = apart.float().masked_fill(apart.ne(0), -100.0).masked_fill(apart == 0, 0.0)
     return (q @ k.mT + m.scores + mask).softmax(-1) @ v
@@ -516,6 +517,24 @@ def test_other_cosines_stay_right(compare_accelerated, attend):
     module = Cosine(attend)
     prune_layers(module)
     compare_accelerated(module, torch.randn(4, 7, 24))
+
+
+class WithoutBiasOfKeys(Attention):
+    """As torchvision's Swin V2 has it: forward writes zeros into a copy of the bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        bias = self.joined.bias.clone()
+        bias[width : 2 * width].zero_()
+        heads = self.cut(F.linear(x, self.joined.weight, bias), n, tokens, self.heads)
+        return self.out(self.attend(*heads).transpose(1, 2).reshape(n, tokens, width))
+
+
+def test_a_bias_of_which_forward_fills_a_part(compare_accelerated):
+    module, x = WithoutBiasOfKeys(24, 3), torch.randn(2, 7, 24)
+    prune(module)
+    assert kinds(module, x) == [["conv", "attention", "conv"]]
+    compare_accelerated(module, x)
 
 
 class ValuesOfAnotherWidth(nn.Module):
