@@ -346,10 +346,13 @@ class _Recorder(TorchFunctionMode):
         if all(id(leaf) in versions and not written for leaf in results):
             return pytree.tree_map(self._with_numbers, result)  # no tensor, or the very tensor it was given, unchanged
         call = Call(func, noted[0], noted[1], pytree.tree_map(self._written, result), self._grad)
+        self._append(call)
+        return result
+
+    def _append(self, call: Call) -> None:
         self.calls.append(call)
         if self._differentiates(call):
             self.differentiable |= {ref.number for ref in call.results() if ref.dtype.is_floating_point}
-        return result
 
     def _answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
         """What a function says of numbers that the code makes of none that it is given, a range's or a mask's: it says
@@ -462,14 +465,11 @@ class _Recorder(TorchFunctionMode):
             return False
         index = taken.args[1]
         whole = next((tensor for tensor in self._alive if self._refs[id(tensor)] == taken.args[0]), None)
-        if whole is None or id(whole) in self._overwritten or _lies(whole[index]) != _lies(part):
+        if whole is None or _lies(whole[index]) != _lies(part):
             return False
         self.note(assign_, (whole, index, value), {})
         self._overwritten.pop(id(part))
-        again = Call(Tensor.__getitem__, (self.known(whole), index), {}, self._new(part), self._grad)
-        self.calls.append(again)
-        if self._differentiates(again):
-            self.differentiable.add(again.result.number)
+        self._append(Call(Tensor.__getitem__, (self.known(whole), index), {}, self._new(part), self._grad))
         return True
 
     def _put_back(self, tensor: Tensor, index: Any, value: Any) -> None:

@@ -814,7 +814,8 @@ def filled(self, x):
     y = self.layer(x)
     y[0].zero_()
     y[:, 1:3].fill_(0.5)
-    y[:, 0, 2:].mul(2).zero_()
+    for other in (y[:, 0, 2:] * 2, y[:, [0, 2]], y[:, torch.arange(2)]):
+        other.zero_()
     return self.last(y) + y
 
 
@@ -822,6 +823,14 @@ def a_filled_part(self, x):
     part = self.layer(x)[:, :2]
     other = part[:, :1].zero_()
     return part.repeat(1, 2, 1, 1) * (other + self.last(x))
+
+
+def of_another_type(self, x):
+    """Zeros and ones that have more digits than their like, or none."""
+    wide = (x.double().new_ones(7, 6) + 1e-9 - 1) * 1e9
+    counts = x.new_ones((CHANNELS, 1, 1), dtype=torch.int64) // 2
+    counts[:2] = 3
+    return self.last(self.layer(x) * counts + wide.float()) + x.new_zeros((), dtype=torch.float64).to(x.dtype)
 
 
 def of_a_view(self, x):
@@ -838,7 +847,9 @@ def gone(self, x):
     return z * y
 
 
-@pytest.mark.parametrize("forward", [a_mask, a_map, twice, added, filled, a_filled_part, of_a_view, gone])
+@pytest.mark.parametrize(
+    "forward", [a_mask, a_map, twice, added, filled, a_filled_part, of_another_type, of_a_view, gone]
+)
 def test_assignments_to_parts(forward):
     model = Written(forward, layer=conv(), last=conv())
     prune.random_unstructured(model.layer, "weight", 0.5)
@@ -903,6 +914,7 @@ def test_what_shares_memory_that_was_written_is_not_read(change):
 WRITES = {
     "a part": lambda t: t[:, :2].add_(1),
     "a part of a part": lambda t: t[:, :2][0].__setitem__(0, 7.0),
+    "a part that is filled": lambda t: t[:, :2].zero_(),
     "all of it": lambda t: t.mul_(2),
     "an alias": lambda t: t.detach().add_(1),
     "another shape": lambda t: t.reshape(-1).add_(1),
@@ -979,9 +991,10 @@ def test_what_may_be_a_copy_where_torch_has_a_view_is_not_written():
         fast(picture().contiguous(memory_format=torch.channels_last))
 
 
-def test_writes_to_parts_of_buffers_are_refused():
+@pytest.mark.parametrize("write", [lambda part: part.add_(1), lambda part: part.fill_(1)])
+def test_writes_to_parts_of_buffers_are_refused(write):
     def forward(self, x):
-        self.numbers[:2].add_(1)
+        write(self.numbers[:2])
         return self.layer(x)
 
     with pytest.raises(InputError, match="its own parameters or buffers"):
