@@ -214,6 +214,7 @@ _OF_DEVICE: dict[Any, Callable[[torch.device], Any]] = {
 }
 _ASKS_FOR_GRADIENTS = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _ASKS_FOR_LAYOUT = (Tensor.stride, Tensor.is_contiguous, Tensor.as_strided, torch.as_strided)
+_FILL = (Tensor.zero_, Tensor.fill_)
 _DETACHES = (torch.detach, Tensor.detach, Tensor.detach_, Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
@@ -298,6 +299,8 @@ class _Recorder(TorchFunctionMode):
         if func is Tensor.__setitem__:
             func = assign_
             self._put_back(*args)
+        if func in _FILL and self._fill_part(*args, **kwargs):
+            return args[0]
         if func == _ASKS_FOR_GRADIENTS and id(args[0]) in self._refs:
             return self._refs[id(args[0])].number in self.differentiable
         if func in _OF_DEVICE and id(args[0]) in self._refs:
@@ -343,10 +346,13 @@ class _Recorder(TorchFunctionMode):
         if all(id(leaf) in versions and not written for leaf in results):
             return pytree.tree_map(self._with_numbers, result)  # no tensor, or the very tensor it was given, unchanged
         call = Call(func, noted[0], noted[1], pytree.tree_map(self._written, result), self._grad)
+        self._append(call)
+        return result
+
+    def _append(self, call: Call) -> None:
         self.calls.append(call)
         if self._differentiates(call):
             self.differentiable |= {ref.number for ref in call.results() if ref.dtype.is_floating_point}
-        return result
 
     def _answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
         """What a function says of numbers that the code makes of none that it is given, a range's or a mask's: it says
@@ -450,6 +456,22 @@ class _Recorder(TorchFunctionMode):
         self.calls.append(Call(Tensor.detach, (self.known(tensor),), {}, self._new(tensor), self._grad))
         return tensor
 
+    def _fill_part(self, part: Tensor, value: Any = 0) -> bool:
+        """``tensor[index].fill_(value)`` as ``tensor[index] = value``, so that the tensor may be read again, and the
+        part as one that is taken afterwards. False where ``part`` is none of a tensor."""
+        ref = self.known(part)
+        taken = next((call for call in self.calls if call.function is Tensor.__getitem__ and call.result == ref), None)
+        if taken is None or refs_in(taken.args[1]):
+            return False
+        index = taken.args[1]
+        whole = next((tensor for tensor in self._alive if self._refs[id(tensor)] == taken.args[0]), None)
+        if whole is None or _lies(whole[index]) != _lies(part):
+            return False
+        self.note(assign_, (whole, index, value), {})
+        self._overwritten.pop(id(part))
+        self._append(Call(Tensor.__getitem__, (self.known(whole), index), {}, self._new(part), self._grad))
+        return True
+
     def _put_back(self, tensor: Tensor, index: Any, value: Any) -> None:
         """``tensor[index] += 1`` writes into a part, and then assigns that to where it lies already: so the tensor may
         be read again."""
@@ -530,6 +552,11 @@ def assign_(tensor: Tensor, index: Any, value: Any) -> Tensor:
     """``tensor[index] = value`` as torch's functions in place are: it returns what it writes."""
     tensor[index] = value
     return tensor
+
+
+def with_part(tensor: Tensor, index: Any, value: Any) -> Tensor:
+    """A tensor in which ``tensor[index] = value``, and which is another one."""
+    return assign_(tensor.clone(), index, value)
 
 
 def _lies(tensor: Tensor) -> tuple[Any, ...]:

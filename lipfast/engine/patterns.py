@@ -1,7 +1,6 @@
 """Calls in another form before they are lowered: operators that networks spell out in several torch calls, and weights
 that they compute."""
 
-import collections
 import dataclasses
 import math
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lipfast.engine.capture import Call, Recording, Ref, assign_, refs_in, without_unread
+from lipfast.engine.capture import Call, Recording, Ref, assign_, refs_in, with_part, without_unread
 from lipfast.engine.heads import (
     ADD,
     DIVIDE,
@@ -41,6 +40,7 @@ _ADDCMUL = (torch.addcmul, Tensor.addcmul)
 _TANH = (torch.tanh, Tensor.tanh)
 _MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 _ADDMM = (torch.addmm, Tensor.addmm)
+_NEW = {Tensor.new_zeros: torch.zeros, Tensor.new_ones: torch.ones}
 _RESHAPE = (torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten)
 _TRANSPOSE = (torch.transpose, Tensor.transpose, Tensor.permute, torch.permute, Tensor.swapaxes, torch.swapaxes)
 
@@ -96,9 +96,11 @@ def gather_patterns(recording: Recording) -> None:
 
 
 def _simpler(recording: Recording) -> Iterator[Call]:
-    """The calls, with ``addcmul`` as a product and a sum, and ``max`` over channels as its values where those alone are
-    read."""
-    read = _counted_reads(recording)
+    """The calls, with ``addcmul`` as a product and a sum, ``max`` over channels as its values where those alone are
+    read, and zeros like another tensor's without that one."""
+    read = {
+        ref.number for ref in [*refs_in(recording.result), *(ref for call in recording.calls for ref in call.refs())]
+    }
     fresh = recording.unused()
     for call in recording.calls:
         if call.function in _ADDCMUL and isinstance(call.result, Ref) and not _has_out(call):
@@ -107,6 +109,9 @@ def _simpler(recording: Recording) -> Iterator[Call]:
             yield _values_alone(call)
         elif call.function in (Tensor.reshape_as, Tensor.view_as) and len(call.args) == 2:
             yield dataclasses.replace(call, function=Tensor.reshape, args=(call.args[0], call.args[1].shape))
+        elif call.function in _NEW and not call.kwargs.keys() - {"dtype"}:
+            kwargs = {"dtype": call.result.dtype, "device": torch.device("meta")}  # where all was recorded
+            yield dataclasses.replace(call, function=_NEW[call.function], args=(call.result.shape,), kwargs=kwargs)
         else:
             yield call
 
@@ -158,9 +163,8 @@ _PURE_FUNCTIONS |= {
     bias_rows,
     causal,
     problem_factors,
+    with_part,
 }
-
-_FRESH = (torch.zeros, torch.ones, torch.full)  # they make memory that nothing else has
 
 
 def is_pure(call: Call) -> bool:
@@ -184,18 +188,13 @@ def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
     ``inputs``: leaves that are none."""
     parameters = {number for number, name in recording.leaves.items() if name not in inputs}
     moved = parameters - written(recording)
-    filled: set[int] = set()  # tensors of their own memory that calls so far may write to
-    reads = _counted_reads(recording)
     first: list[Call] = []
     rest: list[Call] = []
     for given in recording.calls:
         call = _out_of_place(given)
-        fills = call.function is assign_ and call.args[0].number in filled and reads[call.args[0].number] == 1
-        if (fills or is_pure(call)) and all(ref.number in moved for ref in call.refs()):
+        if is_pure(call) and all(ref.number in moved for ref in call.refs()):
             moved.update(ref.number for ref in call.results())
             first.append(call)
-            if fills or call.function in _FRESH:
-                filled.update(ref.number for ref in call.results())
         else:
             rest.append(given)
     recording.calls = first + rest
@@ -203,16 +202,11 @@ def weights_first(recording: Recording, inputs: Container[str] = ()) -> int:
 
 
 def _out_of_place(call: Call) -> Call:
-    """A ReLU that overwrites its operand, which forward made and nothing reads any more, as one that does not."""
+    """A ReLU or assignment that overwrites its operand, which forward made and nothing reads any more, as one that does
+    not."""
     if call.function is F.relu and call.args:
         return dataclasses.replace(call, args=call.args[:1], kwargs={})
-    return call
-
-
-def _counted_reads(recording: Recording) -> collections.Counter[int]:
-    """How often each tensor is read, or returned."""
-    read = [*refs_in(recording.result), *(ref for call in recording.calls for ref in call.refs())]
-    return collections.Counter(ref.number for ref in read)
+    return dataclasses.replace(call, function=with_part) if call.function is assign_ else call
 
 
 def written(recording: Recording) -> set[int]:

@@ -187,3 +187,9 @@ for network, size in [
     counts = dict(line.split() for line in found.stdout.splitlines())
     assert len(counts) == 7
     assert max(map(int, counts.values())) < 10, counts
+
+
+def test_assignment_to_a_part_of_another_tensor():
+    given = torch.ones(3)
+    assert torch.equal(capture.with_part(given, slice(1, None), 2.0), torch.tensor([1.0, 2.0, 2.0]))
+    assert torch.equal(given, torch.ones(3))

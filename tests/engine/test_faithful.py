@@ -810,6 +810,29 @@ def added(self, x):
     return self.last(y) + y
 
 
+def filled(self, x):
+    y = self.layer(x)
+    y[0].zero_()
+    y[:, 1:3].fill_(0.5)
+    for other in (y[:, 0, 2:] * 2, y[:, [0, 2]], y[:, torch.arange(2)]):
+        other.zero_()
+    return self.last(y) + y
+
+
+def a_filled_part(self, x):
+    part = self.layer(x)[:, :2]
+    other = part[:, :1].zero_()
+    return part.repeat(1, 2, 1, 1) * (other + self.last(x))
+
+
+def of_another_type(self, x):
+    """Zeros and ones that have more digits than their like, or none."""
+    wide = (x.double().new_ones(7, 6) + 1e-9 - 1) * 1e9
+    counts = x.new_ones((CHANNELS, 1, 1), dtype=torch.int64) // 2
+    counts[:2] = 3
+    return self.last(self.layer(x) * counts + wide.float()) + x.new_zeros((), dtype=torch.float64).to(x.dtype)
+
+
 def of_a_view(self, x):
     y = self.layer(x).flatten(2)[:, :, 1:]
     y[..., 3:] -= 1
@@ -824,7 +847,9 @@ def gone(self, x):
     return z * y
 
 
-@pytest.mark.parametrize("forward", [a_mask, a_map, twice, added, of_a_view, gone])
+@pytest.mark.parametrize(
+    "forward", [a_mask, a_map, twice, added, filled, a_filled_part, of_another_type, of_a_view, gone]
+)
 def test_assignments_to_parts(forward):
     model = Written(forward, layer=conv(), last=conv())
     prune.random_unstructured(model.layer, "weight", 0.5)
@@ -843,6 +868,17 @@ def read_the_whole(y, x):
     return y
 
 
+def read_a_part_before_it_was_filled(y, x):
+    part = y[:, :2]
+    y[:, :1].zero_()
+    return part
+
+
+def read_what_a_part_of_a_part_is_of(y, x):
+    y[:, :2][:, 0].fill_(1)
+    return y
+
+
 def put_back_elsewhere(y, x):
     part = y[:, :1]
     part += 1
@@ -858,7 +894,17 @@ def put_back_after_another_write(y, x):
     return y
 
 
-@pytest.mark.parametrize("change", [read_a_view, read_the_whole, put_back_elsewhere, put_back_after_another_write])
+@pytest.mark.parametrize(
+    "change",
+    [
+        read_a_view,
+        read_the_whole,
+        read_a_part_before_it_was_filled,
+        read_what_a_part_of_a_part_is_of,
+        put_back_elsewhere,
+        put_back_after_another_write,
+    ],
+)
 def test_what_shares_memory_that_was_written_is_not_read(change):
     model = Written(lambda self, x: change(self.layer(x), x), layer=conv())
     with pytest.raises(InputError, match="shares its memory"):
@@ -868,6 +914,7 @@ def test_what_shares_memory_that_was_written_is_not_read(change):
 WRITES = {
     "a part": lambda t: t[:, :2].add_(1),
     "a part of a part": lambda t: t[:, :2][0].__setitem__(0, 7.0),
+    "a part that is filled": lambda t: t[:, :2].zero_(),
     "all of it": lambda t: t.mul_(2),
     "an alias": lambda t: t.detach().add_(1),
     "another shape": lambda t: t.reshape(-1).add_(1),
@@ -944,9 +991,10 @@ def test_what_may_be_a_copy_where_torch_has_a_view_is_not_written():
         fast(picture().contiguous(memory_format=torch.channels_last))
 
 
-def test_writes_to_parts_of_buffers_are_refused():
+@pytest.mark.parametrize("write", [lambda part: part.add_(1), lambda part: part.fill_(1)])
+def test_writes_to_parts_of_buffers_are_refused(write):
     def forward(self, x):
-        self.numbers[:2].add_(1)
+        write(self.numbers[:2])
         return self.layer(x)
 
     with pytest.raises(InputError, match="its own parameters or buffers"):
