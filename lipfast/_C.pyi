@@ -261,8 +261,9 @@ class Program:
         seen: int,
         sizes: list[int],
         places: list[tuple[NDArray[Any], NDArray[Any]]],
-        scale: float,
+        scales: tuple[float, float],
         safe: bool,
+        factors: tuple[int, bool],
         biases: list[tuple[int, int, NDArray[Any], bool]],
     ) -> None: ...
     def attention_backward(
@@ -276,8 +277,9 @@ class Program:
         dvalue: int,
         sizes: list[int],
         places: list[tuple[NDArray[Any], NDArray[Any]]],
-        scale: float,
+        scales: tuple[float, float],
         safe: bool,
+        factors: tuple[int, bool],
         biases: list[tuple[int, int, NDArray[Any], bool]],
     ) -> None: ...
     def pixel_norm(self, x: int, y: int, epsilon: float) -> None: ...
