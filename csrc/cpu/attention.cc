@@ -370,7 +370,7 @@ void Backward(const HeadMap& query, const HeadMap& key, const HeadMap& value, co
     }
     const Biases biases = {s, problem};
     BackwardOfQueries(s, biases, h);
-    TokenProducts(h.q.vectors, h.dq, f, queries, h.along);
+    if (s.factor_gradient || Cosines(s)) TokenProducts(h.q.vectors, h.dq, f, queries, h.along);
     if (s.factor_gradient) s.factor_gradient[problem] = s.scale * Sum(h.along, s.queries);
     if (Cosines(s)) NormaliseBackward(s, queries, h.q.vectors, h.q_lengths, h.along, h.dq);
     if (dquery) Tokens(*dquery, problem, s.queries, f).FromVectors(h.scale, h.dq, true);

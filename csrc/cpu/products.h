@@ -49,12 +49,11 @@ inline void SomeProducts(const Numbers& numbers, int64_t first, int64_t terms, c
 template <int kVectors, class Sum>
 inline void Products(const Numbers& numbers, int64_t rows, int64_t terms, const float* vectors, int64_t apart,
                      const Sum& store, bool again = true) {
-  int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) SomeProducts<kRows, kVectors>(numbers, r, terms, vectors, apart, store);
-  if (r < rows && again && rows > kRows) {
-    return SomeProducts<kRows, kVectors>(numbers, rows - kRows, terms, vectors, apart, store);
+  const int64_t together = again && rows > kRows ? rows : rows / kRows * kRows;
+  for (int64_t r = 0; r < together; r += kRows) {
+    SomeProducts<kRows, kVectors>(numbers, AtMost(r, rows - kRows), terms, vectors, apart, store);
   }
-  for (; r < rows; ++r) SomeProducts<1, kVectors>(numbers, r, terms, vectors, apart, store);
+  for (int64_t r = together; r < rows; ++r) SomeProducts<1, kVectors>(numbers, r, terms, vectors, apart, store);
 }
 
 }  // namespace LIPFAST_NS
