@@ -229,6 +229,7 @@ class Program:
         section: int,
         x: int,
         residual: int,
+        factor: int,
         y: int,
         epsilon: float,
         offsets: list[int],

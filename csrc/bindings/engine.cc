@@ -273,13 +273,14 @@ class CheckedProgram {
     program_.ChannelAttentionBackward(query, key, value, dy, dquery, dkey, dvalue, form);
   }
 
-  void Finish(int where, int x, int residual, int y, float epsilon, const std::vector<int64_t>& offsets, int act,
-              float slope, bool fill, int mode, int64_t pad) {
+  void Finish(int where, int x, int residual, int factor, int y, float epsilon, const std::vector<int64_t>& offsets,
+              int act, float slope, bool fill, int mode, int64_t pad) {
     CheckPair(x, y);
     if (residual >= 0) CheckPair(residual, y);
+    if (factor >= 0) CheckPair(factor, y);
     const NormOffsets at = AsFinishOffsets(offsets, Map(y).channels);
     const HaloSpec halo = AsHalo(fill, mode, pad, Map(y));
-    program_.Finish(AsSection(where), x, residual, y, epsilon, at, AsActivation(act, slope), halo);
+    program_.Finish(AsSection(where), x, residual, factor, y, epsilon, at, AsActivation(act, slope), halo);
   }
 
   void Prelu(int x, int y, int64_t slopes, int64_t step) {
@@ -857,7 +858,7 @@ void BindEngine(py::module_& m) {
            py::arg("act"), py::arg("slope"), py::arg("offsets"), py::arg("fill"), py::arg("mode"), py::arg("pad"))
       .def("group_norm_backward", &P::GroupNormBackward, py::arg("x"), py::arg("dy"), py::arg("dx"), py::arg("groups"),
            py::arg("epsilon"), py::arg("act"), py::arg("slope"), py::arg("offsets"))
-      .def("finish", &P::Finish, py::arg("section"), py::arg("x"), py::arg("residual"), py::arg("y"),
+      .def("finish", &P::Finish, py::arg("section"), py::arg("x"), py::arg("residual"), py::arg("factor"), py::arg("y"),
            py::arg("epsilon"), py::arg("offsets"), py::arg("act"), py::arg("slope"), py::arg("fill"), py::arg("mode"),
            py::arg("pad"))
       .def("prelu", &P::Prelu, py::arg("x"), py::arg("y"), py::arg("slopes"), py::arg("step"))

@@ -1,5 +1,5 @@
 // What inference does behind a convolution: BatchNorm with running statistics, a
-// residual sum, an activation, and the halo of what is written. A convolution can do all
+// residual sum, an activation, a product, and the halo of what is written. A convolution can do all
 // of it as it stores (ConvEnd), but for some activations; FinishKernels do it in one pass
 // over the result.
 #pragma once
@@ -46,10 +46,10 @@ struct ConvEnd {
 };
 
 struct FinishKernels {
-  // y = act(gamma * (x - mean) / sqrt(variance + epsilon) + beta + residual).
-  // residual may be null. Maps agree in batch, channels, sides and blocks; y may be x.
-  void (*finish)(const LaneMap& x, const LaneMap* residual, const LaneMap& y, const NormNumbers& norm,
-                 ActivationSpec act, HaloSpec halo, int threads);
+  // y = act(gamma * (x - mean) / sqrt(variance + epsilon) + beta + residual) * factor.
+  // residual and factor may be null. Maps agree in batch, channels, sides and blocks; y may be x.
+  void (*finish)(const LaneMap& x, const LaneMap* residual, const LaneMap* factor, const LaneMap& y,
+                 const NormNumbers& norm, ActivationSpec act, HaloSpec halo, int threads);
 };
 
 }  // namespace lipfast

@@ -528,12 +528,14 @@ ActivationSpec Program::WithSlope(ActivationSpec act, const NormOffsets& offsets
   return {act.kind, offsets.slope < 0 ? act.slope : values()[offsets.slope]};
 }
 
-void Program::Finish(Section where, int x, int residual, int y, float epsilon, const NormOffsets& offsets,
+void Program::Finish(Section where, int x, int residual, int factor, int y, float epsilon, const NormOffsets& offsets,
                      ActivationSpec act, const HaloSpec& halo) {
   Add(where, "finish " + SizeLabel(maps_[y]),
       [this, offsets, norm = NumbersOf(offsets, epsilon), act, halo, in = maps_[x],
-       add = residual < 0 ? LaneMap{} : maps_[residual], out = maps_[y]](const RunContext& context) {
-        Kernels<FinishKernels>().finish(in, add.data ? &add : nullptr, out, norm, WithSlope(act, offsets), halo,
+       add = residual < 0 ? LaneMap{} : maps_[residual], times = factor < 0 ? LaneMap{} : maps_[factor],
+       out = maps_[y]](const RunContext& context) {
+        const auto given = [](const LaneMap& m) { return m.data ? &m : nullptr; };
+        Kernels<FinishKernels>().finish(in, given(add), given(times), out, norm, WithSlope(act, offsets), halo,
                                         context.threads);
       });
 }

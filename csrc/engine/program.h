@@ -176,9 +176,9 @@ class Program {
   // As AttentionBackward.
   void ChannelAttentionBackward(int query, int key, int value, int dy, int dquery, int dkey, int dvalue,
                                 const ChannelAttentionForm& form);
-  // residual -1: none; a running mean of -1: no BatchNorm.
-  void Finish(Section where, int x, int residual, int y, float epsilon, const NormOffsets& offsets, ActivationSpec act,
-              const HaloSpec& halo);
+  // residual, factor -1: none; a running mean of -1: no BatchNorm.
+  void Finish(Section where, int x, int residual, int factor, int y, float epsilon, const NormOffsets& offsets,
+              ActivationSpec act, const HaloSpec& halo);
   // The slopes lie `step` apart in the values; step 0: one for all channels. dx -1: not wanted.
   void Prelu(int x, int y, int64_t slopes, int64_t step);
   void PreluBackward(int x, int dy, int dx, int64_t slopes, int64_t step, bool accumulate);

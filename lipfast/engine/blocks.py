@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lipfast.engine.graph import CONV_KINDS, Graph, Node, consecutive
+from lipfast.engine.graph import CONV_KINDS, DONE_BY_CONV, Graph, Node, consecutive
 from lipfast.ops._padding import widest
 from lipfast.ops.lanes import GRID, LANES
 
@@ -26,8 +26,8 @@ def fuse(graph: Graph, backward: bool, weights: Sequence[Any]) -> None:
     """Padding goes into the conv behind it, an activation into the norm before it, a factor and a shift of each channel
     into the LayerNorm before them; unread operators go.
 
-    Without a backward pass BatchNorm with running statistics or such a factor, a residual sum and an activation become
-    one operator. ``weights``: by weight number, with their ``mask``.
+    Without a backward pass BatchNorm with running statistics or such a factor, a residual sum, an activation and a
+    product become one operator. ``weights``: by weight number, with their ``mask``.
     """
     _fuse_padding(graph)
     _fuse_activation(graph, backward, weights)
@@ -36,6 +36,7 @@ def fuse(graph: Graph, backward: bool, weights: Sequence[Any]) -> None:
     _take_parts_of_parts(graph)
     if not backward:
         _fuse_finish(graph, weights)
+        _fuse_gates(graph)
     _drop_unread(graph)
 
 
@@ -145,7 +146,10 @@ def _take_parts_of_parts(graph: Graph) -> None:
                     reader.inputs = [value if read == node.output else read for read in reader.inputs]
 
 
-_PLAIN = {"gamma": None, "beta": None, "running": None, "epsilon": 0.0, "act": "none", "slope": 0.0, "slopes": None}
+_PLAIN = {
+    "gamma": None, "beta": None, "running": None, "epsilon": 0.0, "act": "none", "slope": 0.0, "slopes": None,
+    "gated": False,
+}  # fmt: skip
 
 
 def _fuse_finish(graph: Graph, weights: Sequence[Any]) -> None:
@@ -167,12 +171,34 @@ def _fuse_finish(graph: Graph, weights: Sequence[Any]) -> None:
         node.kind, node.attributes = "finish", own
         makers[node.output] = node
     graph.nodes = [node for node in graph.nodes if node.kind != "gone"]
+    convs = {node.output for node in graph.nodes if node.kind == "conv"} & read_once
+    for node in graph.nodes:
+        if node.kind == "finish" and node.gamma is node.running is None and len(node.inputs) == 2:
+            node.inputs.sort(key=lambda value: value not in convs)  # which adds the other one as it stores its sums
+
+
+def _fuse_gates(graph: Graph) -> None:
+    """An activation multiplies what it makes, where nothing else reads that and no convolution makes it."""
+    producers, read_once = _producers(graph), graph.read_once()
+    for node in graph.nodes:
+        for value in node.inputs if node.kind == "multiply" else ():
+            source = producers.get(value)
+            if source is None or value not in read_once or source.kind != "finish":
+                continue
+            if source.gated or source.act in DONE_BY_CONV:
+                continue
+            others = [other for other in node.inputs if other != value]
+            node.inputs, node.kind = [*source.inputs, *others], "finish"
+            node.attributes = source.attributes | {"gated": True}
+            source.kind = "gone"
+            break
+    graph.nodes = [node for node in graph.nodes if node.kind != "gone"]
 
 
 def _as_finish(graph: Graph, node: Node, weights: Sequence[Any]) -> dict[str, Any] | None:
     """The attributes of the ``finish`` that does the same; None if there is none."""
     if node.kind == "norm" and not node.training and node.running is not None:
-        return {name: node.attributes.get(name) for name in _PLAIN}
+        return _PLAIN | {name: value for name, value in node.attributes.items() if name in _PLAIN}
     if node.kind == "shift":
         return {**_PLAIN, "beta": node.beta}
     if node.kind == "gain":

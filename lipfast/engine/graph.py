@@ -37,6 +37,7 @@ _NUMBERED = (
 ACTIVATIONS = {name: number for number, name in enumerate(_NUMBERED)}
 
 CONV_KINDS = ("conv", "conv_transpose")
+DONE_BY_CONV = ("none", "relu", "relu6", "leaky_relu")  # activations that a convolution computes as it stores
 WEIGHT_NAMES = ("weight", "bias", "gamma", "beta", "slopes", "factors")  # attributes of nodes that are weight numbers
 
 
@@ -66,7 +67,8 @@ class Node:
     channel_attention  the same, of channels that look at each other
     act         act, slope
     finish      act(norm(inputs[0]) + inputs[1]), in inference only: gamma, beta, running (None: no norm, but a factor
-                and a shift of each channel), epsilon, act, slope, slopes; the second input is optional
+                and a shift of each channel), epsilon, act, slope, slopes; the second input is optional. gated: the last
+                input multiplies what comes out
     combine     a_scale, b_scale, shift: a_scale * inputs[0] + b_scale * inputs[1] + shift (second input optional)
     multiply    inputs[0] * inputs[1]
     scale       inputs[0] times inputs[1], which has one number for each plane, (n, c, 1, 1), or pixel, (n, 1, h, w)

@@ -641,7 +641,7 @@ def _moves_one(call: Call) -> bool:
 
 def swaps_last(call: Call) -> bool:
     """Whether a call swaps the last two axes of a tensor, and does nothing else."""
-    if not _moves_one(call):
+    if not _moves_one(call) or len(call.refs()[0].shape) < 2:
         return False
     before = numbered(math.prod(call.refs()[0].shape)).view(call.refs()[0].shape)
     return torch.equal(replayed(call, before)[0], before.transpose(-1, -2))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lipfast._C as _C
 from lipfast.engine.blocks import Block, choose_blocks, fuse, sheets
-from lipfast.engine.graph import ACTIVATIONS, CONV_KINDS, Graph, Heads, Node, Shape, Taps, consecutive
+from lipfast.engine.graph import ACTIVATIONS, CONV_KINDS, DONE_BY_CONV, Graph, Heads, Node, Shape, Taps, consecutive
 from lipfast.ops.lane_conv import KERNELS, asked_kernel
 from lipfast.ops.lanes import LANES, PADDING_MODES, plane_vectors
 
@@ -27,7 +27,6 @@ _FORWARD, _BACKWARD = 0, 1
 _NEVER_FREED = 1 << 60
 # Activations whose slope can be told from their result, so that they may overwrite their input.
 _SLOPE_FROM_RESULT = ("relu", "relu6", "leaky_relu")
-_DONE_BY_CONV = ("none", "relu", "relu6", "leaky_relu")
 # Operators whose result may take the place of their first input where nothing is differentiated.
 _OVERWRITE = ("act", "prelu", "norm", "group_norm", "layer_norm", "finish", "combine", "multiply", "scale", "offset")
 _LEAST_SLOPE_UNDONE = 1e-3  # below it a LeakyReLU's result may underflow and no longer tell its input
@@ -362,7 +361,7 @@ class _Planner:
             position: makers[node.inputs[0]]
             for position, node in enumerate(self.graph.nodes)
             if node.kind == "finish"
-            and node.act in _DONE_BY_CONV
+            and node.act in DONE_BY_CONV
             and node.inputs[0] in makers
             and node.inputs[0] in self.read_once
         }
@@ -410,10 +409,10 @@ class _Planner:
         self.wrote(y)
 
     def _shift(self, position: int, node: Node, x: Slot, y: Slot) -> None:
-        self._make("finish", node, _FORWARD, x, -1, y, *self.affine(None, node.beta))
+        self._make("finish", node, _FORWARD, x, -1, -1, y, *self.affine(None, node.beta))
 
     def _gain(self, position: int, node: Node, x: Slot, y: Slot) -> None:
-        self._make("finish", node, _FORWARD, x, -1, y, *self.affine(node.gamma, None))
+        self._make("finish", node, _FORWARD, x, -1, -1, y, *self.affine(node.gamma, None))
 
     def affine(self, gamma: int | None, beta: int | None) -> tuple[Any, ...]:
         """The numbers of a finish that is but a factor and a shift."""
@@ -450,7 +449,7 @@ class _Planner:
         self._make("conv_pair", last, *numbers, *maps)
 
     def _residual(self, finish: Node) -> Slot | int:
-        return self.home[finish.inputs[1]] if len(finish.inputs) > 1 else -1
+        return self.home[finish.inputs[1]] if len(finish.inputs) - finish.gated > 1 else -1
 
     def _finish_offsets(self, finish: Node) -> list[int]:
         """gamma, beta, running mean, running variance, the steps of gamma and beta, a learned slope"""
@@ -480,7 +479,8 @@ class _Planner:
 
     def _finish(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         numbers = (node.epsilon, self._finish_offsets(node), ACTIVATIONS[node.act], node.slope)
-        self._make("finish", node, _FORWARD, x, self._residual(node), y, *numbers)
+        factor = self.home[node.inputs[-1]] if node.gated else -1
+        self._make("finish", node, _FORWARD, x, self._residual(node), factor, y, *numbers)
 
     def _norm(self, position: int, node: Node, x: Slot, y: Slot) -> None:
         training = node.training or node.running is None
@@ -957,7 +957,7 @@ class _Backward:
             self._take_over(node.output, x)
             dx, accumulate = self._added(x)
             numbers = planner.affine(node.gamma, None)
-            planner.emit("finish", _BACKWARD, dy, dx if accumulate else -1, dx, *numbers, *_halo_arguments(None))
+            planner.emit("finish", _BACKWARD, dy, dx if accumulate else -1, -1, dx, *numbers, *_halo_arguments(None))
             self._wrote(x)
 
     def _prelu(self, position: int, node: Node) -> None:

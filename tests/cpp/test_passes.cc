@@ -727,12 +727,19 @@ void RunFinish(int threads, const std::string& name) {
     const double z = gamma[c] * (x.tensor[i] - mean[c]) / std::sqrt(0.7 + 1e-5) + beta[c] + residual.tensor[i];
     want[i] = std::max(z, 0.0);
   }
-  Kernels<FinishKernels>().finish(x.map.lanes, &residual.map.lanes, y.map.lanes, norm, {Activation::kRelu, 0.0f},
-                                  {true, Padding::kZero, 1}, threads);
+  Picture factor = MakePicture(random, 0);
+  const auto finish = [&](const LaneMap* times) {
+    Kernels<FinishKernels>().finish(x.map.lanes, &residual.map.lanes, times, y.map.lanes, norm,
+                                    {Activation::kRelu, 0.0f}, {true, Padding::kZero, 1}, threads);
+  };
+  finish(nullptr);
   Expect(Error(y.Read(), want) < kTolerance, name + " finish");
+  finish(&factor.map.lanes);
+  for (size_t i = 0; i < want.size(); ++i) want[i] *= factor.tensor[i];
+  Expect(Error(y.Read(), want) < kTolerance, name + " finish with a factor");
   const NormNumbers one_for_all = {gamma.data(), beta.data(), nullptr, nullptr, 0.0f, 0, 0};
   for (size_t i = 0; i < want.size(); ++i) want[i] = gamma[0] * x.tensor[i] + beta[0];
-  Kernels<FinishKernels>().finish(x.map.lanes, nullptr, y.map.lanes, one_for_all, {}, {}, threads);
+  Kernels<FinishKernels>().finish(x.map.lanes, nullptr, nullptr, y.map.lanes, one_for_all, {}, {}, threads);
   Expect(Error(y.Read(), want) < kTolerance, name + " finish with one number for all channels");
 }
 

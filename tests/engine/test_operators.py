@@ -1316,6 +1316,46 @@ def test_the_factors_of_a_response_norm_multiply_its_few_numbers(inference):
     ]
 
 
+GATES = {
+    "GELU": (lambda m, x: F.gelu(x) * x, ["finish"]),
+    "behind": (lambda m, x: m.shift * x * F.silu(m.each * x + m.bias), ["finish", "finish"]),
+    "of a sum": (lambda m, x: torch.sigmoid(x + m.each) * torch.tanh(x), ["finish", "finish"]),
+    "twice": (lambda m, x: F.gelu(x) * x * x, ["finish", "multiply"]),
+    "of two activations": (lambda m, x: F.gelu(x) * F.silu(x), ["finish", "finish"]),
+    "ReLU, which convolutions do": (lambda m, x: torch.relu(m.again(x)) * x, ["conv", "multiply"]),
+    "squared": (lambda m, x: F.gelu(x).square(), ["finish", "multiply"]),
+    "behind a gate": (lambda m, x: torch.tanh(F.gelu(x) * x) + x, ["finish", "finish", "finish"]),
+    "read twice": (lambda m, x: (y := F.gelu(x)) * x + y, ["finish", "multiply", "finish"]),
+}
+
+
+class WithGate(Learned):
+    """With a third convolution in between."""
+
+    def __init__(self, channels: int, form: Callable[["Learned", Tensor], Tensor]) -> None:
+        super().__init__(channels, form)
+        self.again = nn.Conv2d(channels, channels, 1)
+
+
+@pytest.mark.parametrize("form", [lambda m, x: x + m.again(x), lambda m, x: m.again(x) + x], ids=["behind", "before"])
+def test_convolutions_add_what_they_are_added_to(compare, inference, form):
+    module, x = WithGate(17, form), torch.randn(2, 3, 9, 6)
+    compare(module, x)
+    steps = [step.split()[0] for _, step, _ in inference(module, x, {}).profile()]
+    assert [step for step in steps if step in ("conv", "finish", "combine")] == ["conv"] * 3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("gate", GATES)
+def test_activations_multiply_what_they_make(compare, inference, gate, shape):
+    form, expected = GATES[gate]
+    module, x = WithGate(17, form), torch.randn(shape)
+    compare(module, x)
+    steps = [step.split()[0] for _, step, _ in inference(module, x, {}).profile()]
+    between = [step for step in steps if step in ("conv", "finish", "multiply")]
+    assert between == ["conv", *expected, "conv"]
+
+
 @pytest.mark.parametrize("other", [False, True])
 @pytest.mark.parametrize("axes", [(2, 3), (1,)], ids=["planes", "pixels"])
 def test_factors_of_channels_behind_those_of_planes_and_pixels(compare, axes, other):
