@@ -250,9 +250,36 @@ class Program:
     def activate(self, x: int, y: int, act: int, slope: float) -> None: ...
     def activate_backward(self, x: int, dy: int, dx: int, act: int, slope: float, accumulate: bool) -> None: ...
     def combine(self, section: int, a: int, a_scale: float, b: int, b_scale: float, shift: float, y: int) -> None: ...
-    def layer_norm(self, x: int, y: int, epsilon: float, gamma: int, beta: int) -> None: ...
+    def layer_norm(self, x: int, y: int, epsilon: float, centred: bool, gamma: int, beta: int) -> None: ...
     def layer_norm_backward(
-        self, x: int, dy: int, dx: int, epsilon: float, gamma: int, beta: int, accumulate: bool
+        self, x: int, dy: int, dx: int, epsilon: float, centred: bool, gamma: int, beta: int, accumulate: bool
+    ) -> None: ...
+    def channel_attention(
+        self,
+        query: int,
+        key: int,
+        value: int,
+        seen: int,
+        sizes: list[int],
+        pictures: NDArray[Any],
+        firsts: list[NDArray[Any]],
+        scales: tuple[float, float],
+        factors: tuple[int, bool],
+    ) -> None: ...
+    def channel_attention_backward(
+        self,
+        query: int,
+        key: int,
+        value: int,
+        dy: int,
+        dquery: int,
+        dkey: int,
+        dvalue: int,
+        sizes: list[int],
+        pictures: NDArray[Any],
+        firsts: list[NDArray[Any]],
+        scales: tuple[float, float],
+        factors: tuple[int, bool],
     ) -> None: ...
     def attention(
         self,

@@ -451,6 +451,7 @@ void Program::AttentionBackward(int query, int key, int value, int dy, int dquer
   });
 }
 
+// The same of attention across channels.
 struct Program::ChannelAttentionLists {
   ChannelAttentionForm form;
   ChannelAttentionSpec spec;

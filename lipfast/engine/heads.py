@@ -481,7 +481,7 @@ def _moved(chain: list[tuple[Call, Ref]], numbers: Tensor) -> Tensor:
 def _axis(dim: Any, tensor: Ref) -> int | None:
     """The only axis of a tensor that ``dim`` means."""
     (dim,) = dim if isinstance(dim, (list, tuple)) and len(dim) == 1 else (dim,)
-    return dim % len(tensor.shape) if isinstance(dim, int) else None
+    return dim % len(tensor.shape) if isinstance(dim, int) and tensor.shape else None
 
 
 def _axis_of_norm(norm: Call) -> int | None:

@@ -1371,9 +1371,10 @@ def _attention(b: _Builder, query: Any, key: Any, value: Any, heads: Heads, fact
     pixels = [b.pixels(tensor, rows) for tensor, rows in zip(operands, heads.pixels, strict=False)]
     if heads.across:
         _check_whole_pictures(b, heads, values, pixels)
-    # The result lies as queries do, which are the layer's input; repeated ones lie as nothing else does.
-    like = 1 if heads.queries == heads.keys and b.is_repeated(values[0]) else 0
-    like = 2 if heads.across else like  # pixels that values have
+    # The result lies as queries do, which are the layer's input; repeated ones lie as nothing else does. What channels
+    # see of each other has the pixels of the values.
+    repeated = heads.queries == heads.keys and b.is_repeated(values[0])
+    like = 2 if heads.across else 1 if repeated else 0
     order = heads.order_of_result(pixels[like])
     moved = order is not None and not torch.equal(order, torch.arange(len(order)))
     n, _, height, width = b.graph.shapes[values[like]]

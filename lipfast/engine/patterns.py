@@ -459,9 +459,9 @@ def _axis_of_channels(reduction: Call) -> int | None:
     if not isinstance(axis, int) or named.get("keepdim") is not True or named.get("dtype"):
         return None
     axes = len(reduction.refs()[0].shape)
-    if axis % axes == axes - 1:
+    if axis in (-1, axes - 1):
         return -1
-    return 1 if axis % axes == 1 and axes == 4 else None
+    return 1 if axes == 4 and axis in (1, -3) else None
 
 
 def _is_biased(variance: Call) -> bool:
