@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
 from lipfast.engine.assigned import assign, shares_memory
+from lipfast.engine.builder import Segment
 from lipfast.engine.capture import (
     Assigned,
     Call,
@@ -33,7 +34,7 @@ from lipfast.engine.capture import (
     same_as_before,
     snapshot,
 )
-from lipfast.engine.lower import Lowered, Segment, lower
+from lipfast.engine.lower import Lowered, lower
 from lipfast.engine.operators import dense_name, lower_to_operators
 from lipfast.engine.plan import Options, Weight
 from lipfast.engine.products import drop_products, exchange_weights, masks_in_graph, read_in_lanes

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lipfast import ops
+from lipfast.engine.builder import Segment
 from lipfast.engine.capture import Recording, Ref, call_with, record
-from lipfast.engine.lower import Segment, lower
+from lipfast.engine.lower import lower
 from lipfast.engine.plan import Options
 from lipfast.engine.runtime import Running, pack, unpack, weights_of
 from lipfast.engine.trainer import (

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lipfast.engine.builder import Segment
 from lipfast.engine.capture import Call, Recording, Ref, refs_in
 from lipfast.engine.heads import MULTIPLY
-from lipfast.engine.lower import Lowered, Segment
+from lipfast.engine.lower import Lowered
 
 # Layers, and where among their arguments the weight is.
 _PLACES = {

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lipfast import ops
+from lipfast.engine.builder import Segment
 from lipfast.engine.capture import Ref
 from lipfast.engine.graph import CONV_KINDS, Shape
-from lipfast.engine.lower import Segment
 from lipfast.engine.plan import Options, Plan, Weight, plan
 from lipfast.engine.watch import Watch
 from lipfast.ops._memory import address, memory

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lipfast
+from lipfast.engine.builder import Segment
 from lipfast.engine.capture import call_with, record
 from lipfast.engine.lane_module import LaneModule
-from lipfast.engine.lower import Segment, lower
+from lipfast.engine.lower import lower
 from lipfast.engine.plan import Options, Weight
 from lipfast.engine.runtime import Running, pack, unpack, weights_of
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lipfast
+from lipfast.engine.builder import Segment
 from lipfast.engine.capture import Call, call_with, record
-from lipfast.engine.lower import Segment, lower
+from lipfast.engine.lower import lower
 from lipfast.engine.plan import Options, Weight
 from lipfast.engine.runtime import Running
 

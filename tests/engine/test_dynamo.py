@@ -14,8 +14,9 @@ from torch.nn.utils import prune
 
 import lipfast._C as _C
 from lipfast.engine import dynamo
+from lipfast.engine.builder import Segment
 from lipfast.engine.lane_module import Compiled
-from lipfast.engine.lower import Lowered, Segment
+from lipfast.engine.lower import Lowered
 
 TOLERANCE = 2e-5
 

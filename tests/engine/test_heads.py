@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lipfast
+from lipfast.engine.builder import Segment
 from lipfast.engine.capture import call_with, record, run_call
 from lipfast.engine.heads import attention
-from lipfast.engine.lower import Segment, lower
+from lipfast.engine.lower import lower
 from lipfast.engine.patterns import gather_patterns
 from lipfast.ops.lanes import LANES
 

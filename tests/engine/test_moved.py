@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lipfast
+from lipfast.engine.builder import Segment
 from lipfast.engine.capture import call_with, record
-from lipfast.engine.lower import Segment, lower
+from lipfast.engine.lower import lower
 
 WIDTH = 12
 

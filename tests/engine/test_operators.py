@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lipfast
+from lipfast.engine.builder import Segment
 from lipfast.engine.capture import Recording, call_with, record
-from lipfast.engine.lower import Segment, lower
+from lipfast.engine.lower import lower
 from lipfast.errors import InputError
 
 CHANNELS = 5
@@ -971,7 +972,7 @@ def test_layers_of_features_stay_in_torch_unless_pruned(masks):
 
 
 def test_a_linear_layer_of_more_kept_weights_than_lists_can_hold_stays_in_torch(monkeypatch):
-    monkeypatch.setattr("lipfast.engine.lower._LARGEST_LINEAR", 9)
+    monkeypatch.setattr("lipfast.engine.handlers._LARGEST_LINEAR", 9)
     model = nn.Sequential(nn.Linear(8, 6))
     mask = torch.arange(48).view(6, 8) % 4 == 0
     assert "a linear layer with 12 weights: too large" in lower(recorded(model), {"0.weight": mask}).refused[0]

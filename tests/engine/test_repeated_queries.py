@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lipfast.engine.builder import Segment
 from lipfast.engine.capture import call_with, record
-from lipfast.engine.lower import Segment, lower
+from lipfast.engine.lower import lower
 
 WIDTH, HEADS, SIDE = 12, 2, 3
 

@@ -10,9 +10,10 @@ from torch.nn.utils import prune
 
 import lipfast
 from lipfast.engine import dynamo
+from lipfast.engine.builder import Segment
 from lipfast.engine.capture import call_with, record
 from lipfast.engine.lane_module import Compiled
-from lipfast.engine.lower import Lowered, Segment, lower
+from lipfast.engine.lower import Lowered, lower
 
 IN, OUT = 20, 36
 
