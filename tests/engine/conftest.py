@@ -119,6 +119,34 @@ def compare() -> Callable[..., None]:
 
 
 @pytest.fixture
+def items_of() -> Callable[..., list[str | list[str]]]:
+    """What a module is cut into, what is computed from parameters aside: kinds of operators of segments, names of torch
+    calls. Masks are where parameters are not zero, unless they are given."""
+
+    def run(module: nn.Module, x: Tensor, masks: dict[str, Tensor] | None = None) -> list[str | list[str]]:
+        if masks is None:
+            masks = {name: p != 0 for name, p in module.named_parameters() if bool((p == 0).any())}
+        recording = record(lambda leaves, x: call_with(module, leaves, (x,)), [x], leaves_of(module))
+        lowered = lower(recording, masks)
+        return [
+            [node.kind for node in item.graph.nodes] if isinstance(item, Segment) else item.name
+            for item in lowered.items[len(lowered.of_parameters) :]
+        ]
+
+    return run
+
+
+@pytest.fixture
+def segments_of(items_of: Callable[..., list[str | list[str]]]) -> Callable[..., list[list[str]]]:
+    """The segments among them."""
+
+    def run(module: nn.Module, x: Tensor, masks: dict[str, Tensor] | None = None) -> list[list[str]]:
+        return [item for item in items_of(module, x, masks) if isinstance(item, list)]
+
+    return run
+
+
+@pytest.fixture
 def compare_accelerated() -> Callable[..., LaneModule]:
     """Outputs, with gradients and without, and gradients of input and parameters of a pruned module: accelerated,
     whatever of it torch runs, against float64."""

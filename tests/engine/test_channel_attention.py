@@ -8,10 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lipfast
-from lipfast.engine.builder import Segment
 from lipfast.engine.capture import call_with, record, run_call
 from lipfast.engine.heads import attention
-from lipfast.engine.lower import lower
 from lipfast.engine.patterns import gather_patterns
 
 # What torch does in between is said once more where it is not what is tested.
@@ -77,43 +75,36 @@ def pruned(module: nn.Module) -> nn.Module:
     return module
 
 
-def kinds(module: nn.Module, x: Tensor) -> list[list[str]]:
-    """The operators of each lane segment."""
-    recording = record(lambda leaves, x: call_with(module, leaves, (x,)), [x], dict(module.named_parameters()))
-    masks = {name: p != 0 for name, p in module.named_parameters()}
-    return [[n.kind for n in item.graph.nodes] for item in lower(recording, masks).items if isinstance(item, Segment)]
-
-
 @pytest.mark.parametrize("attend", ATTEND)
 @pytest.mark.parametrize(
     ("size", "heads"),
     [((1, 8, 8, 8), 2), ((3, 6, 9, 14), 1), ((2, 6, 2, 1), 2), ((1, 42, 5, 18), 2), ((2, 48, 16, 16), 4)],
     ids=str,
 )
-def test_attention_of_maps(compare_accelerated, size, heads, attend):
+def test_attention_of_maps(compare_accelerated, segments_of, size, heads, attend):
     torch.manual_seed(0)
     module = pruned(OfMaps(attend, size[1], heads))
     compare_accelerated(module, torch.randn(size))
-    assert any("channel_attention" in segment for segment in kinds(module, torch.randn(size)))
+    assert any("channel_attention" in segment for segment in segments_of(module, torch.randn(size)))
 
 
 @pytest.mark.parametrize("attend", ATTEND)
 @pytest.mark.parametrize(("tokens", "width", "heads"), [(5, 8, 2), (49, 30, 3), (197, 16, 1)])
-def test_attention_of_tokens(compare_accelerated, tokens, width, heads, attend):
+def test_attention_of_tokens(compare_accelerated, segments_of, tokens, width, heads, attend):
     torch.manual_seed(0)
     module = pruned(OfTokens(attend, width, heads))
     x = torch.randn(1, tokens, width)
     compare_accelerated(module, x)
-    assert [kind for kind in kinds(module, x)[0] if "attention" in kind] == ["channel_attention"]
+    assert [kind for kind in segments_of(module, x)[0] if "attention" in kind] == ["channel_attention"]
 
 
 @partly
 @pytest.mark.parametrize("attend", ATTEND)
-def test_several_sequences_are_left_to_torch(compare_accelerated, attend):
+def test_several_sequences_are_left_to_torch(compare_accelerated, segments_of, attend):
     torch.manual_seed(0)
     module, x = pruned(OfTokens(attend, 12, 2)), torch.randn(3, 20, 12)
     compare_accelerated(module, x)
-    assert not any("channel_attention" in segment for segment in kinds(module, x))
+    assert not any("channel_attention" in segment for segment in segments_of(module, x))
 
 
 class Odd(OfMaps):

@@ -58,14 +58,6 @@ def prune_layers(module: "Attention") -> None:
         prune(layer)
 
 
-def kinds(module: nn.Module, x: Tensor) -> list[list[str]]:
-    """The operators of each lane segment."""
-    leaves = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    recording = record(lambda leaves, x: call_with(module, leaves, (x,)), [x], leaves)
-    items = lower(recording, masks_of(module)).items
-    return [[node.kind for node in item.graph.nodes] for item in items if isinstance(item, Segment)]
-
-
 @pytest.mark.parametrize("cut", _CUTS)
 @pytest.mark.parametrize(
     ("pictures", "tokens", "width", "heads"),
@@ -117,10 +109,10 @@ class Encoder(nn.Module):
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_multihead_attention_is_one_segment(compare, batch_first):
+def test_multihead_attention_is_one_segment(compare, segments_of, batch_first):
     module = Encoder(batch_first)
     x = torch.randn(3, 10, 48)
-    assert kinds(module, x) == [["conv", "attention", "conv"]]
+    assert segments_of(module, x, masks_of(module)) == [["conv", "attention", "conv"]]
     if not batch_first:  # which transposes in torch, before and after
         compare(module, x, masks_of(module))
 
@@ -162,11 +154,11 @@ def test_other_attention_stays_right(attend):
     assert torch.allclose(*gradients, atol=1e-4)
 
 
-def test_attention_with_dropout_is_left_to_torch():
+def test_attention_with_dropout_is_left_to_torch(segments_of):
     module = Changed(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5))
-    assert all("attention" not in found for found in kinds(module, torch.randn(2, 7, 24)))
+    assert all("attention" not in found for found in segments_of(module, torch.randn(2, 7, 24), masks_of(module)))
     module = Changed(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.0))
-    assert kinds(module, torch.randn(2, 7, 24)) == [["conv", "attention", "conv"]]
+    assert segments_of(module, torch.randn(2, 7, 24), masks_of(module)) == [["conv", "attention", "conv"]]
 
 
 @partly
@@ -193,11 +185,11 @@ def _overlapping(heads: Tensor) -> Tensor:
         lambda q, k, v: F.scaled_dot_product_attention(q, _overlapping(k), v),
     ],
 )
-def test_heads_that_share_features(compare_accelerated, attend):
+def test_heads_that_share_features(compare_accelerated, segments_of, attend):
     """Their gradients would be added at once."""
     module, x = Changed(attend), torch.randn(2, 7, 24)
     prune(module)
-    assert kinds(module, x) == [["conv"], ["conv"]]
+    assert segments_of(module, x, masks_of(module)) == [["conv"], ["conv"]]
     compare_accelerated(module, x)
 
 
@@ -218,10 +210,10 @@ _SPELLINGS = {
 
 
 @pytest.mark.parametrize("spelling", _SPELLINGS)
-def test_spellings_are_one_segment(compare, spelling):
+def test_spellings_are_one_segment(compare, segments_of, spelling):
     module = Changed(_SPELLINGS[spelling])
     x = torch.randn(2, 7, 24)
-    assert kinds(module, x) == [["conv", "attention", "conv"]]
+    assert segments_of(module, x, masks_of(module)) == [["conv", "attention", "conv"]]
     compare(module, x, masks_of(module))
 
 
@@ -259,9 +251,9 @@ def _heads_of_tokens(y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("attend", [_values_first, _heads_of_maps, _heads_of_tokens])
 @pytest.mark.parametrize("size", [(1, 6, 5, 7), (3, 6, 4, 4), (17, 6, 2, 3), (2, 6, 1, 1), (1, 6, 8, 8)])
-def test_attention_of_maps(compare, attend, size):
+def test_attention_of_maps(compare, segments_of, attend, size):
     module, x = OfMaps(attend), torch.randn(size)
-    assert kinds(module, x) == [["conv", "attention", "conv"]]
+    assert segments_of(module, x, masks_of(module)) == [["conv", "attention", "conv"]]
     compare(module, x, {name: p.new_ones(p.shape).bool() for name, p in module.named_parameters() if p.dim() == 4})
 
 
@@ -379,11 +371,11 @@ def test_other_biases_stay_right(compare_accelerated, attend):
 
 
 @pytest.mark.parametrize("bias", _BIASES)
-def test_biases_of_scores(compare_accelerated, bias):
+def test_biases_of_scores(compare_accelerated, segments_of, bias):
     module = Biased(_BIASES[bias])
     prune_layers(module)
     x = torch.randn(4, 7, 24)
-    assert kinds(module, x) == [["conv", "attention", "conv"]]
+    assert segments_of(module, x, masks_of(module)) == [["conv", "attention", "conv"]]
     compare_accelerated(module, x)
 
 
@@ -477,11 +469,11 @@ _COSINES = {
 
 
 @pytest.mark.parametrize("attend", _COSINES)
-def test_cosines(compare_accelerated, attend):
+def test_cosines(compare_accelerated, segments_of, attend):
     module = Cosine(_COSINES[attend])
     prune_layers(module)
     x = torch.randn(4, 7, 24)
-    assert ["conv", "attention", "conv"] in kinds(module, x)
+    assert ["conv", "attention", "conv"] in segments_of(module, x, masks_of(module))
     compare_accelerated(module, x)
 
 
@@ -531,10 +523,10 @@ class WithoutBiasOfKeys(Attention):
         return self.out(self.attend(*heads).transpose(1, 2).reshape(n, tokens, width))
 
 
-def test_a_bias_of_which_forward_fills_a_part(compare_accelerated):
+def test_a_bias_of_which_forward_fills_a_part(compare_accelerated, segments_of):
     module, x = WithoutBiasOfKeys(24, 3), torch.randn(2, 7, 24)
     prune(module)
-    assert kinds(module, x) == [["conv", "attention", "conv"]]
+    assert segments_of(module, x, masks_of(module)) == [["conv", "attention", "conv"]]
     compare_accelerated(module, x)
 
 
@@ -555,21 +547,21 @@ class ValuesOfAnotherWidth(nn.Module):
 
 @pytest.mark.parametrize(("features", "of_values"), [(1, 9), (4, 12), (16, 1), (33, 7), (5, LANES)])
 @pytest.mark.parametrize("tokens", [1, 7, 33])
-def test_values_of_another_width(compare, features, of_values, tokens):
+def test_values_of_another_width(compare, segments_of, features, of_values, tokens):
     module, x = ValuesOfAnotherWidth(features, of_values), torch.randn(3, tokens, 24)
-    assert kinds(module, x) == [["conv", "attention", "conv"]]
+    assert segments_of(module, x, masks_of(module)) == [["conv", "attention", "conv"]]
     compare(module, x, masks_of(module))
 
 
 @partly
 @pytest.mark.parametrize("features", [range(4), range(8, 12)])
-def test_values_that_share_features_with_keys(compare_accelerated, features):
+def test_values_that_share_features_with_keys(compare_accelerated, segments_of, features):
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, v[..., features.start : features.stop], v)
 
     module, x = ValuesOfAnotherWidth(4, 12, attend), torch.randn(3, 7, 24)
     prune(module)
-    assert kinds(module, x) == [["conv"], ["conv"]]
+    assert segments_of(module, x, masks_of(module)) == [["conv"], ["conv"]]
     compare_accelerated(module, x)
 
 
@@ -581,10 +573,10 @@ def _wide_values_of_maps(y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [(1, 6, 5, 7), (3, 6, 4, 4), (2, 6, 1, 1)])
-def test_values_of_another_width_in_maps(compare, size):
+def test_values_of_another_width_in_maps(compare, segments_of, size):
     module, x = OfMaps(_wide_values_of_maps), torch.randn(size)
     module.out = nn.Conv2d(12, 5, 1)
-    assert kinds(module, x) == [["conv", "attention", "conv"]]
+    assert segments_of(module, x, masks_of(module)) == [["conv", "attention", "conv"]]
     compare(module, x, {name: p.new_ones(p.shape).bool() for name, p in module.named_parameters() if p.dim() == 4})
 
 
@@ -609,10 +601,10 @@ class Windows(nn.Module):
 
 
 @pytest.mark.parametrize(("pictures", "height", "width", "side"), [(1, 4, 6, 2), (3, 6, 3, 3), (2, 10, 15, 5)])
-def test_windows_are_read_where_they_lie(compare, pictures, height, width, side):
+def test_windows_are_read_where_they_lie(compare, segments_of, pictures, height, width, side):
     module = Windows(side)
     x = torch.randn(pictures, height, width, 16)
-    assert kinds(module, x) == [["conv", "attention", "conv"]]
+    assert segments_of(module, x, masks_of(module)) == [["conv", "attention", "conv"]]
     compare(module, x, masks_of(module))
 
 
@@ -630,10 +622,10 @@ class LayersOfWindows(Windows):
 
 
 @pytest.mark.parametrize(("pictures", "height", "width", "side"), [(1, 4, 6, 2), (3, 6, 3, 3), (2, 10, 15, 5)])
-def test_layers_of_windows(compare_accelerated, pictures, height, width, side):
+def test_layers_of_windows(compare_accelerated, segments_of, pictures, height, width, side):
     module, x = LayersOfWindows(side), torch.randn(pictures, height, width, 16)
     prune(module)
-    assert kinds(module, x) == [["conv", "act", "conv", "attention", "conv", "combine"]]
+    assert segments_of(module, x, masks_of(module)) == [["conv", "act", "conv", "attention", "conv", "combine"]]
     compare_accelerated(module, x)
 
 

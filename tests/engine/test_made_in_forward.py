@@ -8,9 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lipfast
-from lipfast.engine.builder import Segment
-from lipfast.engine.capture import call_with, record
-from lipfast.engine.lower import lower
 
 WIDTH, HEADS, SIDE = 12, 2, 3
 
@@ -52,20 +49,10 @@ class WindowAttention(nn.Module):
         return self.last(torch.roll(y.reshape(n, h, w, c), (1, 1), (1, 2)).permute(0, 3, 1, 2))
 
 
-def segments_of(module: nn.Module, x: Tensor) -> list[list[str]]:
-    """Kinds of operators of the segments, what is computed from parameters aside."""
-    leaves = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    recording = record(lambda leaves, x: call_with(module, leaves, (x,)), [x], leaves)
-    masks = {name: p != 0 for name, p in module.named_parameters() if bool((p == 0).any())}
-    lowered = lower(recording, masks)
-    items = lowered.items[len(lowered.of_parameters) :]
-    return [[node.kind for node in item.graph.nodes] if isinstance(item, Segment) else [item.name] for item in items]
-
-
 @pytest.mark.parametrize("size", [(1, 3, 6, 9), (2, 3, 3, 6)])
-def test_masks_and_places_that_are_made_in_each_call(compare_accelerated, size):
+def test_masks_and_places_that_are_made_in_each_call(compare_accelerated, items_of, size):
     module, x = WindowAttention(), torch.randn(size)
-    assert segments_of(module, x) == [["conv", "layer_norm", "conv", "attention", "conv", "conv"]]
+    assert items_of(module, x) == [["conv", "layer_norm", "conv", "attention", "conv", "conv"]]
     compare_accelerated(module, x)
 
 
@@ -92,9 +79,9 @@ def filled(*parts) -> Tensor:
     return tensor
 
 
-def test_a_tensor_that_is_filled_once_cuts_nothing(compare_accelerated):
+def test_a_tensor_that_is_filled_once_cuts_nothing(compare_accelerated, items_of):
     module, x = Network(lambda y, s: y * filled((0, 2.0), ((slice(1, 3), 2), s[1:, 0]))[0]), torch.randn(5, WIDTH)
-    assert segments_of(module, x) == [["conv", "conv", "conv"]]
+    assert items_of(module, x) == [["conv", "conv", "conv"]]
     compare_accelerated(module, x)
 
 

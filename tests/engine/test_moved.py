@@ -6,9 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lipfast
-from lipfast.engine.builder import Segment
-from lipfast.engine.capture import call_with, record
-from lipfast.engine.lower import lower
 
 WIDTH = 12
 
@@ -32,17 +29,6 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.between(self, self.first(x))
-
-
-def items_of(module: nn.Module, x: Tensor) -> list[str | list[str]]:
-    """Kinds of operators of segments, names of torch calls."""
-    leaves = dict(module.named_parameters())
-    masks = {name: p != 0 for name, p in leaves.items() if bool((p == 0).any())}
-    recording = record(lambda leaves, x: call_with(module, leaves, (x,)), [x], leaves)
-    return [
-        [node.kind for node in item.graph.nodes] if isinstance(item, Segment) else item.name
-        for item in lower(recording, masks).items
-    ]
 
 
 MIX = ["layer_norm", "conv", "act", "conv"]
@@ -86,13 +72,13 @@ def framed(m: Network, x: Tensor) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("size", [(1, 3, 4, 6), (3, 3, 2, 3), (2, 3, 6, 9), (17, 3, 2, 3)])
-def test_maps_stay_where_they_are(compare, size, between, wanted):
+def test_maps_stay_where_they_are(compare, items_of, size, between, wanted):
     module, x = Network(between), torch.randn(size)
     assert items_of(module, x) == [wanted]
     compare(module, x, {name: p != 0 for name, p in module.named_parameters() if bool((p == 0).any())})
 
 
-def test_learned_places_of_tokens_are_added_in_lanes():
+def test_learned_places_of_tokens_are_added_in_lanes(items_of):
     module = Network(lambda m, x: m.mix(x.flatten(2).transpose(1, 2) + m.places))
     assert items_of(module, torch.randn(1, 3, 4, 6)) == [["conv", "combine", *MIX]]
 
@@ -132,13 +118,13 @@ def test_what_lies_in_no_maps_order_stays_right(compare_accelerated, between):
     compare_accelerated(Network(between), torch.randn(2, 3, 4, 6))
 
 
-def test_a_layer_on_some_tokens_runs_in_lanes():
+def test_a_layer_on_some_tokens_runs_in_lanes(items_of):
     """As classifiers read one of them: in a segment behind the call that picks it."""
     module = Network(lambda m, x: m.mix(m.mix(x.flatten(2).transpose(1, 2))[:, 0]))
     assert items_of(module, torch.randn(2, 3, 4, 6)) == [["conv", *MIX], "TensorBase.__getitem__", MIX]
 
 
-def test_rows_are_put_in_order_once():
+def test_rows_are_put_in_order_once(items_of):
     def read_often(m: Network, x: Tensor) -> list[Tensor]:
         y = m.mix(grouped(x))
         return [y.sum(1), y.amax(1), y.view(2, -1, WIDTH).sum(1), y]

@@ -6,10 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lipfast.engine.builder import Segment
-from lipfast.engine.capture import call_with, record
-from lipfast.engine.lower import lower
-
 WIDTH = 12
 pytestmark = pytest.mark.filterwarnings("ignore:lipfast:UserWarning")  # of what picks the numbers out of the input
 
@@ -39,19 +35,11 @@ def adaptive(tokens: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tens
     return tokens + gate.unsqueeze(1) * y
 
 
-def segments_of(module: nn.Module, x: Tensor) -> list[list[str]]:
-    """Kinds of operators of the segments."""
-    leaves = dict(module.named_parameters())
-    masks = {name: p != 0 for name, p in leaves.items() if bool((p == 0).any())}
-    recording = record(lambda leaves, x: call_with(module, leaves, (x,)), [x], leaves)
-    return [[n.kind for n in item.graph.nodes] for item in lower(recording, masks).items if isinstance(item, Segment)]
-
-
 SPREAD = ["scale", "offset", "scale"]
 
 
 @pytest.mark.parametrize("size", [(1, 3, 4, 6), (3, 3, 2, 6), (17, 3, 4, 4)])
-def test_items_that_are_pictures(compare_accelerated, size):
+def test_items_that_are_pictures(compare_accelerated, segments_of, size):
     module, x = Block(adaptive), torch.randn(size)
     (kinds,) = segments_of(module, x)
     assert [kind for kind in kinds if kind in ("scale", "offset", "multiply")] == SPREAD
@@ -59,7 +47,7 @@ def test_items_that_are_pictures(compare_accelerated, size):
 
 
 @pytest.mark.parametrize("tokens", [2, 7, 50])
-def test_one_sequence(compare_accelerated, tokens):
+def test_one_sequence(compare_accelerated, segments_of, tokens):
     module, x = Block(adaptive, pictures=False), torch.randn(1, tokens, 3)
     (kinds,) = segments_of(module, x)
     assert [kind for kind in kinds if kind in ("scale", "offset", "multiply")] == SPREAD
@@ -88,7 +76,7 @@ def test_others_stay_right(compare_accelerated, size, between):
     compare_accelerated(Block(between, pictures=len(size) == 4), torch.randn(size))
 
 
-def test_tables_cut_nothing(compare_accelerated):
+def test_tables_cut_nothing(compare_accelerated, segments_of):
     """What they are read at comes from outside, as labels and steps of time do."""
 
     class Labelled(nn.Module):

@@ -5,10 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lipfast.engine.builder import Segment
-from lipfast.engine.capture import call_with, record
-from lipfast.engine.lower import lower
-
 WIDTH, HEADS, SIDE = 12, 2, 3
 
 
@@ -44,20 +40,8 @@ class GlobalQueries(nn.Module):
         return self.last((x + y).permute(0, 3, 1, 2))
 
 
-def segments_of(module: nn.Module, x: Tensor) -> list[list[str]]:
-    """Kinds of operators of the segments."""
-    leaves = dict(module.named_parameters())
-    recording = record(lambda leaves, x: call_with(module, leaves, (x,)), [x], leaves)
-    items = lower(recording, masks_of(module)).items
-    return [[node.kind for node in item.graph.nodes] for item in items if isinstance(item, Segment)]
-
-
-def masks_of(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p != 0 for name, p in module.named_parameters() if bool((p == 0).any())}
-
-
 @pytest.mark.parametrize("size", [(1, 3, 3, 3), (1, 3, 6, 9), (3, 3, 6, 6)])
-def test_repeated_queries(compare_accelerated, size):
+def test_repeated_queries(compare_accelerated, segments_of, size):
     module, x = GlobalQueries(), torch.randn(size)
     (kinds,) = segments_of(module, x)
     assert "resample" in kinds
@@ -65,7 +49,7 @@ def test_repeated_queries(compare_accelerated, size):
     compare_accelerated(module, x)
 
 
-def test_fewer_queries_than_keys(compare_accelerated):
+def test_fewer_queries_than_keys(compare_accelerated, segments_of):
     module, x = GlobalQueries(side=2), torch.randn(2, 3, 6, 6)
     (kinds,) = segments_of(module, x)
     assert kinds[-2:] == ["attention", "conv"]

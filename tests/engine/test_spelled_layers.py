@@ -10,10 +10,8 @@ from torch.nn.utils import prune
 
 import lipfast
 from lipfast.engine import dynamo
-from lipfast.engine.builder import Segment
-from lipfast.engine.capture import call_with, record
 from lipfast.engine.lane_module import Compiled
-from lipfast.engine.lower import Lowered, lower
+from lipfast.engine.lower import Lowered
 
 IN, OUT = 20, 36
 
@@ -70,19 +68,9 @@ def masks_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: p != 0 for name, p in module.named_parameters() if bool((p == 0).any())}
 
 
-def items_of(module: nn.Module, x: Tensor, masks: dict[str, Tensor] | None = None) -> list[str | list[str]]:
-    """Kinds of operators of segments, names of torch calls."""
-    leaves = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    recording = record(lambda leaves, x: call_with(module, leaves, (x,)), [x], leaves)
-    return [
-        [node.kind for node in item.graph.nodes] if isinstance(item, Segment) else item.name
-        for item in lower(recording, masks_of(module) if masks is None else masks).items
-    ]
-
-
 @pytest.mark.parametrize("spelling", _BY_COLUMNS)
 @pytest.mark.parametrize("size", [(1, 1, IN), (3, 7, IN), (2, 65, IN)])
-def test_weights_by_columns(compare, size, spelling):
+def test_weights_by_columns(compare, items_of, size, spelling):
     function, wanted = _BY_COLUMNS[spelling]
     layer, x = by_columns(function), torch.randn(size)
     assert items_of(layer, x) == [["layer_norm", *wanted]]
@@ -90,7 +78,7 @@ def test_weights_by_columns(compare, size, spelling):
 
 
 @pytest.mark.parametrize("spelling", _BY_ROWS)
-def test_weights_by_rows(compare, spelling):
+def test_weights_by_rows(compare, items_of, spelling):
     function, wanted = _BY_ROWS[spelling]
     layer, x = Conv1D(function, (OUT, IN)), torch.randn(3, 7, IN)
     layer.weight.data *= torch.arange(IN * OUT).view(OUT, IN) % 5 == 0
@@ -113,7 +101,7 @@ class BehindMaps(nn.Module):
 
 
 @pytest.mark.parametrize("size", [(1, 3, 6, 9), (3, 3, 4, 5)])
-def test_dense_layers_behind_maps(compare, size):
+def test_dense_layers_behind_maps(compare, items_of, size):
     module, x = BehindMaps(), torch.randn(size)
     layers = ["layer_norm", "conv_transpose", "shift", "act", "layer_norm", "conv_transpose"]
     assert items_of(module, x) == [["conv", *layers, "conv"]]
@@ -150,7 +138,7 @@ def test_other_products_stay_right(compare_accelerated, spelling):
     compare_accelerated(by_columns(spelling), torch.randn(3, 7, IN))
 
 
-def test_products_of_features_are_no_layers():
+def test_products_of_features_are_no_layers(items_of):
     def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         features = x.flatten()[:OUT].view(OUT, 1)
         return x @ weight @ features
@@ -158,7 +146,7 @@ def test_products_of_features_are_no_layers():
     assert items_of(by_columns(product), torch.randn(1, 7, IN))[-1] == "TensorBase.matmul"
 
 
-def test_torch_does_what_it_does_as_fast():
+def test_torch_does_what_it_does_as_fast(items_of):
     layer, x = by_columns(_BY_COLUMNS["matmul"][0], kept=2), torch.randn(3, 7, IN)
     assert items_of(layer, x) == ["layer_norm", "matmul", "TensorBase.add"]
     assert torch.allclose(lipfast.accelerate(layer)(x), layer(x), atol=1e-5)
@@ -259,7 +247,7 @@ def gelu_new(x: Tensor) -> Tensor:
     ],
 )
 @pytest.mark.filterwarnings("ignore:lipfast:UserWarning")
-def test_gelu_through_tanh(compare_accelerated, activation, wanted):
+def test_gelu_through_tanh(compare_accelerated, items_of, activation, wanted):
     module = nn.Sequential(by_columns(addmm), Conv1D(lambda x, w, b: activation(x), (1, 1)))
     items = items_of(module, torch.randn(3, 7, IN))
     assert (items == [["layer_norm", "conv_transpose", "shift", "layer_norm", "act"]]) == (wanted == "gelu_tanh")
