@@ -378,15 +378,20 @@ class NAFNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(n, 3, h, w)`` to the same shape; sides are multiples of 8."""
-        y, kept = self.first(x), []
-        for blocks, shrink in zip(self.before, self.down, strict=False):
-            kept.append(blocks(y))
-            y = shrink(kept[-1])
-        y = self.before[-1](y)
+        y, kept = _shrunk(self.first(x), self.before, self.down)
         for grow, block in zip(self.up, self.behind, strict=True):
             y = block(grow(y) + kept.pop())
         result: Tensor = x + self.last(y)
         return result
+
+
+def _shrunk(y: Tensor, blocks: nn.ModuleList, shrink: nn.ModuleList) -> tuple[Tensor, list[Tensor]]:
+    """What blocks make at the smallest of their scales, and at each before."""
+    kept: list[Tensor] = []
+    for at_scale, smaller in zip(blocks, shrink, strict=False):
+        kept.append(at_scale(y))
+        y = smaller(kept[-1])
+    return blocks[-1](y), kept
 
 
 class _Gated(nn.Module):
@@ -435,11 +440,7 @@ class Restormer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(n, 3, h, w)`` to the same shape; sides are multiples of 8."""
-        y, kept = self.first(x), []
-        for blocks, shrink in zip(self.before, self.down, strict=False):
-            kept.append(blocks(y))
-            y = shrink(kept[-1])
-        y = self.before[-1](y)
+        y, kept = _shrunk(self.first(x), self.before, self.down)
         for scale in reversed(range(len(kept))):
             y = self.behind[scale](self.joined[scale](torch.cat([self.up[scale](y), kept[scale]], 1)))
         result: Tensor = x + self.last(self.refine(y))

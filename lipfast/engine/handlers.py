@@ -14,7 +14,7 @@ from torch import Tensor
 from lipfast.engine.builder import MULTIPLY_TOO, PERMUTE, Builder, Handler, Unsupported
 from lipfast.engine.capture import Ref, pair
 from lipfast.engine.graph import Heads, Taps, consecutive
-from lipfast.engine.heads import attention
+from lipfast.engine.heads import ADDMM, PRODUCT, attention
 from lipfast.engine.patterns import channel_norm, gelu_tanh, largest_channel, pixel_norm, response
 
 _LARGEST_KERNEL = 15
@@ -930,8 +930,8 @@ HANDLERS: dict[Any, Handler] = {
     **_spellings(_expand_as, Tensor.expand_as),
     **_spellings(_repeat_interleave, torch.repeat_interleave, Tensor.repeat_interleave),
     **_spellings(_linear_layer, F.linear, torch._C._nn.linear),
-    **_spellings(_matmul, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm),
-    **_spellings(_addmm, torch.addmm, Tensor.addmm),
+    **_spellings(_matmul, *PRODUCT),
+    **_spellings(_addmm, *ADDMM),
     **_spellings(_interpolate, F.interpolate, F.upsample),
     **_spellings(_pixel_shuffle, torch.pixel_shuffle, F.pixel_shuffle),
     **_spellings(_pixel_unshuffle, torch.pixel_unshuffle, F.pixel_unshuffle),

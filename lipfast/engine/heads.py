@@ -19,7 +19,9 @@ from lipfast.engine.capture import Call, Recording, Ref, refs_in
 from lipfast.engine.graph import Heads
 
 _SDPA = F.scaled_dot_product_attention
-_MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+PRODUCT = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+ADDMM = (torch.addmm, Tensor.addmm)
+_MATMUL = (*PRODUCT, torch.bmm, Tensor.bmm)
 _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 MULTIPLY = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 DIVIDE = (torch.div, Tensor.div, Tensor.__truediv__)
@@ -278,10 +280,10 @@ class AttentionFinder:
         made = self._makers.get(lengths.number)
         least = _least(made) if made else None
         norm = self._makers.get(made.refs()[0].number) if made and least is not None else made
-        axis = _axis_of_norm(norm) if norm and norm.refs() == [of] else None
-        if made is None or norm is None or axis is None:
+        axes = axes_of_norm(norm) if norm and norm.refs() == [of] else set()
+        if made is None or norm is None or len(axes) != 1:
             return None
-        return _Normal(of, axis, least or 0.0, [norm] if made is norm else [made, norm])
+        return _Normal(of, axes.pop(), least or 0.0, [norm] if made is norm else [made, norm])
 
     def _joined(self, core: "_Core") -> "Found | None":
         """Attention up to the call that joins the heads."""
@@ -484,15 +486,25 @@ def _axis(dim: Any, tensor: Ref) -> int | None:
     return dim % len(tensor.shape) if isinstance(dim, int) and tensor.shape else None
 
 
-def _axis_of_norm(norm: Call) -> int | None:
-    """The axis over which a call takes the root of a sum of squares and which it keeps; None for another call."""
+def kept_axes(call: Call, names: Sequence[str] = ("input", "dim", "keepdim")) -> set[int]:
+    """The axes that a call reduces and keeps; ``names`` of its arguments."""
+    named = dict(zip(names, call.args, strict=False)) | call.kwargs
+    dim, axes = named.get("dim"), len(call.refs()[0].shape)
+    if named.get("keepdim") is not True or named.get("dtype") or not axes:
+        return set()
+    given: Sequence[Any] = dim if isinstance(dim, (list, tuple)) else [dim]
+    return {axis % axes for axis in given} if all(isinstance(axis, int) for axis in given) else set()
+
+
+def axes_of_norm(norm: Call) -> set[int]:
+    """The axes over which a call takes the root of a sum of squares and which it keeps; none for another call."""
     if norm.function not in NORM:
-        return None
+        return set()
     order = "ord" if norm.function is torch.linalg.vector_norm else "p"
-    named = dict(zip(("input", order, "dim", "keepdim"), norm.args, strict=False)) | norm.kwargs
+    names = ("input", order, "dim", "keepdim")
+    named = dict(zip(names, norm.args, strict=False)) | norm.kwargs
     squares = named.get(order, 2 if order == "ord" else "fro") in (2, "fro")
-    plain = named.get("keepdim") is True and named.get("dtype") is named.get("out") is None
-    return _axis(named.get("dim"), norm.refs()[0]) if squares and plain else None
+    return kept_axes(norm, names) if squares and named.get("out") is None else set()
 
 
 def _least(call: Call) -> float | None:

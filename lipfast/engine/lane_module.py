@@ -34,6 +34,7 @@ from lipfast.engine.capture import (
     same_as_before,
     snapshot,
 )
+from lipfast.engine.heads import ADD, ADDMM, DIVIDE, MULTIPLY, PRODUCT
 from lipfast.engine.lower import Lowered, lower
 from lipfast.engine.operators import dense_name, lower_to_operators
 from lipfast.engine.plan import Options, Weight
@@ -60,13 +61,12 @@ _LAYERS = (
     *(torch.conv1d, torch.conv2d, torch.conv3d, F.linear, torch._C._nn.linear),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
     *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
-    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm, Tensor.addmm),
+    *(*PRODUCT, *ADDMM),
 )
 # and others whose results share none with any operand.
 _MAKE_NEW = (
     *_LAYERS,
-    *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__),
-    *(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div, Tensor.__truediv__),
+    *(*ADD, *MULTIPLY, *DIVIDE, torch.sub, Tensor.sub, Tensor.__sub__),
     *(torch.bmm, Tensor.bmm, F.scaled_dot_product_attention),
 )
 

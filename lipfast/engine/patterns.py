@@ -14,14 +14,18 @@ from torch.utils import _pytree as pytree
 from lipfast.engine.capture import Call, Recording, Ref, assign_, refs_in, with_part, without_unread
 from lipfast.engine.heads import (
     ADD,
+    ADDMM,
     DIVIDE,
     MULTIPLY,
     NORM,
+    PRODUCT,
     AttentionFinder,
     Found,
     added_rows,
+    axes_of_norm,
     bias_rows,
     causal,
+    kept_axes,
     problem_factors,
     swaps_last,
 )
@@ -33,13 +37,12 @@ _SQUARE = (torch.square, Tensor.square)
 _POWER = (torch.pow, Tensor.pow, Tensor.__pow__)
 _SUBTRACT = (torch.sub, Tensor.sub, Tensor.__sub__)
 _VARIANCE = (torch.var, Tensor.var)
+_OF_VARIANCE = ("input", "dim", "unbiased", "keepdim")
 _MAX = (torch.max, Tensor.max)
 _AMAX = (torch.amax, Tensor.amax)
 _UNSQUEEZE = (torch.unsqueeze, Tensor.unsqueeze)
 _ADDCMUL = (torch.addcmul, Tensor.addcmul)
 _TANH = (torch.tanh, Tensor.tanh)
-_MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
-_ADDMM = (torch.addmm, Tensor.addmm)
 _NEW = {Tensor.new_zeros: torch.zeros, Tensor.new_ones: torch.ones}
 _RESHAPE = (torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten)
 _TRANSPOSE = (torch.transpose, Tensor.transpose, Tensor.permute, torch.permute, Tensor.swapaxes, torch.swapaxes)
@@ -294,8 +297,8 @@ class _Finder:
         norm = self._maker(refs[0], NORM) if mean and mean.refs() == refs[:1] else None
         if total is None or mean is None or norm is None or len(norm.refs()) != 1 or len(norm.refs()[0].shape) != 4:
             return None
-        pixels = _axes_of_norm(norm)
-        channels = _kept_axes(mean, ("input", "dim", "keepdim"))
+        pixels = axes_of_norm(norm)
+        channels = kept_axes(mean)
         if (pixels, channels) not in (({1, 2}, {3}), ({2, 3}, {1})):
             return None
         return response, (norm.refs()[0], float(numbers[0]), channels == {3}), [total, mean, norm]
@@ -361,8 +364,8 @@ class _Finder:
         products."""
         if call.function is torch.einsum:
             return self._einsum(call)
-        count = 3 if call.function in _ADDMM else 2
-        if call.function not in (*_ADDMM, *_MATMUL) or not len(call.args) == len(call.refs()) == count or call.kwargs:
+        count = 3 if call.function in ADDMM else 2
+        if call.function not in (*ADDMM, *PRODUCT) or not len(call.args) == len(call.refs()) == count or call.kwargs:
             return None
         *bias, x, turned = call.refs()
         turn = self._made.get(turned.number)
@@ -432,48 +435,20 @@ class _Finder:
         return call if (len(call.refs()), others) == wanted[call.function] and not call.kwargs else None
 
 
-def _axes_of_norm(norm: Call) -> set[int]:
-    """The axes over which a call takes the root of a sum of squares and which it keeps; none for another norm."""
-    order = "ord" if norm.function is torch.linalg.vector_norm else "p"
-    names = ("input", order, "dim", "keepdim")
-    named = dict(zip(names, norm.args, strict=False)) | norm.kwargs
-    squares = named.get(order, 2 if order == "ord" else "fro") in (2, "fro")
-    return _kept_axes(norm, names) if squares else set()
-
-
-def _kept_axes(call: Call, names: tuple[str, ...]) -> set[int]:
-    """The axes of four that a call reduces and keeps; ``names`` of its arguments."""
-    named = dict(zip(names, call.args, strict=False)) | call.kwargs
-    dim = named.get("dim")
-    if named.get("keepdim") is not True or named.get("dtype") or dim is None:
-        return set()
-    return {axis % 4 for axis in ([dim] if isinstance(dim, int) else dim)}
-
-
 def _axis_of_channels(reduction: Call) -> int | None:
     """The axis over which a mean or variance is and which it keeps, if it can be that of channels: 1 of a map, or -1,
     the last one; None for others."""
-    named = _of_reduction(reduction)
-    dim = named.get("dim")
-    (axis,) = dim if isinstance(dim, (list, tuple)) and len(dim) == 1 else (dim,)
-    if not isinstance(axis, int) or named.get("keepdim") is not True or named.get("dtype"):
-        return None
+    kept = kept_axes(reduction, _OF_VARIANCE) if reduction.function in _VARIANCE else kept_axes(reduction)
     axes = len(reduction.refs()[0].shape)
-    if axis in (-1, axes - 1):
+    if kept == {axes - 1}:
         return -1
-    return 1 if axes == 4 and axis in (1, -3) else None
+    return 1 if kept == {1} and axes == 4 else None
 
 
 def _is_biased(variance: Call) -> bool:
     """Whether a variance is a mean of squares, and no estimate from a sample."""
-    named = _of_reduction(variance)
+    named = dict(zip(_OF_VARIANCE, variance.args, strict=False)) | variance.kwargs
     return named.get("unbiased") is False or named.get("correction") == 0
-
-
-def _of_reduction(call: Call) -> dict[str, Any]:
-    """The arguments of a mean or variance."""
-    unbiased = ("unbiased",) if call.function in _VARIANCE else ()
-    return dict(zip(("input", "dim", *unbiased, "keepdim"), call.args, strict=False)) | call.kwargs
 
 
 def _swaps(turned: Call) -> bool:

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from lipfast.engine.builder import Segment
 from lipfast.engine.capture import Call, Recording, Ref, refs_in
-from lipfast.engine.heads import MULTIPLY
+from lipfast.engine.heads import ADDMM, MULTIPLY, PRODUCT
 from lipfast.engine.lower import Lowered
 
 # Layers, and where among their arguments the weight is.
 _PLACES = {
     **dict.fromkeys((torch.conv2d, torch.conv_transpose2d, F.linear, torch._C._nn.linear), 1),
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), 1),
-    **dict.fromkeys((torch.addmm, Tensor.addmm), 2),
+    **dict.fromkeys(PRODUCT, 1),
+    **dict.fromkeys(ADDMM, 2),
 }
 
 
