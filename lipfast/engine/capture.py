@@ -61,7 +61,7 @@ class Call:
     @property
     def name(self) -> str:
         """The function's name, for messages."""
-        return getattr(self.function, "__qualname__", str(self.function)).removeprefix("_VariableFunctionsClass.")
+        return _name_of(self.function)
 
     def refs(self) -> list[Ref]:
         """The tensors it reads."""
@@ -572,7 +572,7 @@ def _memory_of(tensor: Tensor) -> int:
 def _name_of(func: Callable[..., Any]) -> str:
     """A function's name for messages, an attribute's for what reads or writes it."""
     described = getattr(func, "__self__", func)
-    name: str = getattr(described, "__qualname__", None) or func.__name__
+    name: str = getattr(described, "__qualname__", None) or getattr(func, "__name__", str(func))
     return name.replace("TensorBase", "Tensor")
 
 

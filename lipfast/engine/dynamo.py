@@ -114,7 +114,9 @@ class _CompiledGraph:
         self._module, self._reads = module, reads
         self._variants: dict[Any, _Variant | None] = {}
         self._warned: set[str] = set()
-        self._names = [str(place) for place, _ in enumerate(module.graph.find_nodes(op="placeholder"))]
+        placeholders = module.graph.find_nodes(op="placeholder")
+        self._names = [str(place) for place, _ in enumerate(placeholders)]
+        self._of_module = {name for name, node in zip(self._names, placeholders, strict=True) if _is_of_module(node)}
         self._forms: Forms | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -154,7 +156,7 @@ class _CompiledGraph:
         masks, sources, products = masks_in_graph(recording, tensors)
         zeros = {} if training else _zeros(recording, tensors)
         of_module = {name for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)}
-        of_module.update(sources.values())  # other buffers cannot be told from inputs
+        of_module |= {*sources.values(), *self._of_module}
         lowered = lower(recording, {**zeros, **masks}, tensors.keys() - of_module)
         # Layers that stay in torch know of no masks: they read the product.
         exchange_weights((item for item in lowered.items if isinstance(item, Call)), products)
@@ -171,6 +173,12 @@ class _CompiledGraph:
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(f"lipfast: {reason}", stacklevel=2)
+
+
+def _is_of_module(placeholder: torch.fx.Node) -> bool:
+    """Whether dynamo found a tensor in a module, not among the arguments. It says so of buffers, too, which are tensors
+    like any other."""
+    return "_dynamo_static_input_type" in placeholder.meta.get("tensor_dict", {})
 
 
 def _transform_in(module: torch.fx.GraphModule) -> str | None:

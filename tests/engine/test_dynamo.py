@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lipfast._C as _C
-from lipfast.engine import dynamo
+from lipfast.engine import dynamo, lane_module
 from lipfast.engine.builder import Segment
+from lipfast.engine.capture import Call
 from lipfast.engine.lane_module import Compiled
 from lipfast.engine.lower import Lowered
 
@@ -267,6 +268,47 @@ def test_sizes_may_change():
     for size in ((16, 16), (12, 20), (24, 8)):
         x = torch.randn(2, 3, *size)
         assert close(fast(x), model(x))
+
+
+class Placed(nn.Module):
+    """Adds a shift for each place, looked up in a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.table = small(), nn.Parameter(torch.randn(9, 4))
+        self.register_buffer("places", torch.arange(80) % 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.table[self.places].T.reshape(1, 4, 8, 10))
+
+
+def test_what_is_made_of_parameters_and_buffers_is_made_once(monkeypatch):
+    """Until one of them is written."""
+    model = Placed().eval()
+    fast, x = compiled(model), torch.randn(1, 3, 16, 20)
+    looked_up = []
+    run_call = lane_module.run_call
+
+    def counted(call: Call, *others: object) -> None:
+        looked_up.append(call)
+        run_call(call, *others)
+
+    monkeypatch.setattr(lane_module, "run_call", counted)
+    changes = (
+        lambda: None,
+        lambda: model.table.data.mul_(2),
+        lambda: model.places.copy_(model.places.flip(0)),
+        lambda: setattr(model, "places", model.places.flip(0) // 2),
+    )
+    with torch.no_grad():
+        for change in changes:
+            change()
+            looked_up.clear()
+            assert close(fast(x), model(x))
+            assert looked_up
+            looked_up.clear()
+            assert close(fast(x), model(x))
+            assert not looked_up
 
 
 def test_writing_into_the_callers_tensor_is_left_to_torch():
