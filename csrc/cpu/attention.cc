@@ -6,6 +6,7 @@
 #include "cpu/activation.h"
 #include "cpu/pool.h"
 #include "cpu/products.h"
+#include "cpu/tokens.h"
 
 namespace lipfast {
 namespace LIPFAST_NS {
@@ -13,19 +14,10 @@ namespace {
 
 // Runs of heads that have memory of their own, and how much all of them take together.
 constexpr int64_t kLeastChunks = 4, kMostChunks = 32, kMostFloats = 1 << 24;
+constexpr int64_t kTogetherFloats = 1 << 18;  // of problems that are gathered at once: what a second level holds
 constexpr int64_t kWide = int64_t{kAcross} * kLanes;
 
 int64_t Padded(int64_t tokens) { return (tokens + kWide - 1) / kWide * kWide; }
-
-// Memory of one chunk, handed out piece by piece.
-struct Memory {
-  float* next;
-  float* Take(int64_t floats) {
-    float* taken = next;
-    next += (floats + kLanes - 1) / kLanes * kLanes;
-    return taken;
-  }
-};
 
 float Sum(const float* numbers, int64_t count) {
   float sum = 0.0f;
@@ -33,62 +25,23 @@ float Sum(const float* numbers, int64_t count) {
   return sum;
 }
 
-constexpr int64_t kLine = 16;  // floats
-
-// The tokens of a problem in a map.
-struct Tokens {
-  float* data;        // of channel 0
-  const int64_t* at;  // of each token's first feature
-  int64_t apart;      // from a feature to the next
-  int64_t count, features;
-
-  Tokens(const HeadMap& heads, int64_t problem, int64_t count, int64_t features)
-      : data(heads.map.data),
-        at(heads.at + problem * count),
-        apart(heads.map.channel_stride),
-        count(count),
-        features(features) {}
-
-  // [features][Padded(count)], zeros behind the last token
-  void ToVectors(float* to) const {
-    for (int64_t f = 0; f < features; ++f, to += Padded(count)) {
-      const float* from = data + f * apart;
-      for (int64_t token = 0; token < count; ++token) to[token] = from[at[token]];
-      for (int64_t token = count; token < Padded(count); ++token) to[token] = 0.0f;
-    }
-  }
-
-  // [count][features], a line of the cache at a time
-  void ToRows(float* to) const {
-    for (int64_t first = 0; first < features; first += kLine) {
-      const int64_t last = AtMost(first + kLine, features);
-      for (int64_t token = 0; token < count; ++token) {
-        const float* from = data + at[token];
-        for (int64_t f = first; f < last; ++f) to[token * features + f] = from[f * apart];
-      }
-    }
-  }
-
-  // The reverse of ToVectors, times a factor, put there or added.
-  void FromVectors(float factor, const float* from, bool add) const {
-    for (int64_t f = 0; f < features; ++f, from += Padded(count)) {
-      float* to = data + f * apart;
-      for (int64_t token = 0; token < count; ++token) {
-        float& there = to[at[token]];
-        there = add ? there + factor * from[token] : factor * from[token];
-      }
-    }
-  }
-};
-
 int64_t Longest(const AttentionSpec& s) { return Padded(s.queries > s.keys ? s.queries : s.keys); }
 
-// What a chunk takes: tokens as vectors and as rows, scores, and numbers of tokens.
+// What a problem takes: tokens as vectors and, of some, as rows.
+int64_t ProblemFloats(const AttentionSpec& s, bool backward) {
+  const int64_t tokens = (s.features + s.value_features) * (Padded(s.queries) + Padded(s.keys));
+  return (backward ? 3 * tokens : tokens) + 53 * kLanes;  // with what rounding adds to each, and no multiple of a page
+}
+
+int64_t Together(const AttentionSpec& s, bool backward) {
+  return kTogether * ProblemFloats(s, backward) <= kTogetherFloats ? s.together : 1;
+}
+
+// What a chunk takes beside its problems: scores, and numbers of tokens.
 int64_t ChunkFloats(const AttentionSpec& s, bool backward) {
-  const int64_t queries = Padded(s.queries), keys = Padded(s.keys), longest = Longest(s);
-  const int64_t tokens = (s.features + s.value_features) * (queries + keys);
-  const int64_t pieces = 32 * kLanes;  // what rounding adds to each
-  return (backward ? 3 * tokens + 2 * longest * kWide + 6 * longest : tokens + keys * kWide + longest) + pieces;
+  const int64_t numbers = 7 * (Longest(s) + kLanes);
+  const int64_t shared = backward ? 2 * Longest(s) * kWide + 2 * numbers : Padded(s.keys) * kWide + numbers;
+  return Together(s, backward) * ProblemFloats(s, backward) + shared;
 }
 
 // As many as there are problems, unless they take too much memory.
@@ -99,14 +52,20 @@ int64_t Chunks(const AttentionSpec& s, bool backward) {
 
 int64_t Floats(const AttentionSpec& s, bool backward) { return Chunks(s, backward) * ChunkFloats(s, backward); }
 
-// body(problem, memory) for all problems
+// body(problems, memory of the first of them, memory of all) until all problems are done; `query` says which are
+// gathered at once.
 template <class Body>
-void ForProblems(const AttentionSpec& s, bool backward, float* scratch, int threads, const Body& body) {
-  const int64_t chunks = AtMost(Chunks(s, backward), s.runs);
+void ForProblems(const AttentionSpec& s, const HeadMap& query, bool backward, float* scratch, int threads,
+                 const Body& body) {
+  const int64_t chunks = AtMost(Chunks(s, backward), s.runs), apart = ProblemFloats(s, backward);
+  const int64_t together = Together(s, backward);
   const auto end = [&](int64_t chunk) { return chunk == 0 ? 0 : s.ends[chunk * s.runs / chunks - 1]; };
   ParallelFor(threads, chunks, [&](int64_t chunk) {
-    for (int64_t i = end(chunk); i < end(chunk + 1); ++i) {
-      body(s.order[i], Memory{scratch + chunk * ChunkFloats(s, backward)});
+    float* memory = scratch + chunk * ChunkFloats(s, backward);
+    for (int64_t i = end(chunk), count; i < end(chunk + 1); i += count) {
+      const bool several = together > 1 && i + together <= end(chunk + 1);
+      count = several && SideBySide(s.order + i, s.queries, query.at) ? together : 1;
+      body(Problems{s.order + i, count, apart}, Memory{memory}, Memory{memory + together * apart});
     }
   });
 }
@@ -226,34 +185,57 @@ void Clear(const LaneMap& map, int threads) {
   });
 }
 
+// One head by vectors of tokens, and its values as rows of features.
+struct HeadOfForward {
+  float *q, *k, *v, *y;
+
+  HeadOfForward(const AttentionSpec& s, Memory memory)
+      : q(memory.Take(s.features * Padded(s.queries))),
+        k(memory.Take(s.features * Padded(s.keys))),
+        v(memory.Take(s.keys * s.value_features)),
+        y(memory.Take(s.value_features * Padded(s.queries))) {}
+};
+
+// `memory`: of one problem after the other.
+void ForwardOf(const AttentionSpec& s, int64_t problem, const HeadOfForward& h, Memory memory) {
+  const int64_t queries = Padded(s.queries), keys = Padded(s.keys), of_value = s.value_features;
+  float* scores = memory.Take(s.keys * kWide);
+  const Biases biases = {s, problem};
+  const V scale = Set(ScaleOf(s, problem));
+  if (Cosines(s)) {
+    float* lengths = memory.Take(Longest(s));
+    Normalise(s, queries, h.q, lengths);
+    Normalise(s, keys, h.k, lengths);
+  }
+  for (int64_t at = 0; at < queries; at += kWide) {
+    Products<kAcross>({h.k, keys}, s.keys, s.features, h.q + at, queries, [&](int64_t r, int i, V sum) {
+      Store(scores + r * kWide + i * kLanes, biases.Added(Mul(sum, scale), r, at + i * kLanes));
+    });
+    V largest[kAcross], inverse[kAcross];
+    Exponentials(s, scores, largest, inverse);
+    Products<kAcross>({h.v, of_value}, of_value, s.keys, scores, kWide, [&](int64_t r, int i, V sum) {
+      Store(h.y + r * queries + at + i * kLanes, Mul(sum, inverse[i]));
+    });
+  }
+}
+
+constexpr float kUnscaled[kTogether] = {1, 1, 1, 1, 1, 1, 1, 1};
+
 void Forward(const HeadMap& query, const HeadMap& key, const HeadMap& value, const HeadMap& seen,
              const AttentionSpec& s, float* scratch, int threads) {
   if (!Fill(s, seen.map)) Clear(seen.map, threads);
-  ForProblems(s, false, scratch, threads, [&](int64_t problem, Memory memory) {
-    const int64_t queries = Padded(s.queries), keys = Padded(s.keys), f = s.features, of_value = s.value_features;
-    float *q = memory.Take(f * queries), *k = memory.Take(f * keys), *v = memory.Take(s.keys * of_value);
-    float *y = memory.Take(of_value * queries), *scores = memory.Take(s.keys * kWide);
-    const Biases biases = {s, problem};
-    const V scale = Set(ScaleOf(s, problem));
-    Tokens(query, problem, s.queries, f).ToVectors(q);
-    Tokens(key, problem, s.keys, f).ToVectors(k);
-    Tokens(value, problem, s.keys, of_value).ToRows(v);
-    if (Cosines(s)) {
-      float* lengths = memory.Take(Longest(s));
-      Normalise(s, queries, q, lengths);
-      Normalise(s, keys, k, lengths);
+  ForProblems(s, query, false, scratch, threads, [&](const Problems& problems, Memory own, Memory shared) {
+    const HeadOfForward first(s, own);
+    const auto tokens = [&](const HeadMap& map, int64_t count, int64_t features) {
+      return Tokens(map, problems, count, features);
+    };
+    tokens(query, s.queries, s.features).ToVectors(Padded(s.queries), first.q);
+    tokens(key, s.keys, s.features).ToVectors(Padded(s.keys), first.k);
+    tokens(value, s.keys, s.value_features).ToRows(first.v);
+    for (int64_t i = 0; i < problems.count; ++i) {
+      ForwardOf(s, problems.numbers[i], {s, {own.next + i * problems.apart}}, shared);
     }
-    for (int64_t at = 0; at < queries; at += kWide) {
-      Products<kAcross>({k, keys}, s.keys, f, q + at, queries, [&](int64_t r, int i, V sum) {
-        Store(scores + r * kWide + i * kLanes, biases.Added(Mul(sum, scale), r, at + i * kLanes));
-      });
-      V largest[kAcross], inverse[kAcross];
-      Exponentials(s, scores, largest, inverse);
-      Products<kAcross>({v, of_value}, of_value, s.keys, scores, kWide, [&](int64_t r, int i, V sum) {
-        Store(y + r * queries + at + i * kLanes, Mul(sum, inverse[i]));
-      });
-    }
-    Tokens(seen, problem, s.queries, of_value).FromVectors(1.0f, y, false);
+    tokens(seen, s.queries, s.value_features).FromVectors<false>(kUnscaled, Padded(s.queries), first.y);
   });
 }
 
@@ -273,70 +255,114 @@ void NormaliseBoth(const AttentionSpec& s, int64_t count, const Both& head, floa
 }
 
 struct HeadOfBackward {
-  float scale;
-  Both q, k, v, dy;                        // cosines: q and k are normalised
-  float *q_lengths, *k_lengths;            // before that
-  float *largest, *inverse, *dot;          // [queries]: of the softmax, and of its gradient
-  float* along;                            // of queries or keys and their gradients
-  float *weights, *slopes, *dq, *dk, *dv;  // of kWide tokens; gradients by vectors, those of q and k not yet scaled
+  Both q, k, v, dy;     // cosines: q and k are normalised
+  float *dq, *dk, *dv;  // by vectors; those of q and k not yet scaled
+
+  HeadOfBackward(const AttentionSpec& s, Memory memory) {
+    const auto both = [&](int64_t count, int64_t features) {
+      float* vectors = memory.Take(features * Padded(count));
+      return Both{vectors, memory.Take(count * features)};
+    };
+    q = both(s.queries, s.features), k = both(s.keys, s.features);
+    v = both(s.keys, s.value_features), dy = both(s.queries, s.value_features);
+    dq = memory.Take(s.features * Padded(s.queries)), dk = memory.Take(s.features * Padded(s.keys));
+    dv = memory.Take(s.value_features * Padded(s.keys));
+  }
+};
+
+// What one problem needs after the other.
+struct SharedOfBackward {
+  float *q_lengths, *k_lengths;    // before normalising
+  float *largest, *inverse, *dot;  // [queries]: of the softmax, and of its gradient
+  float* along;                    // of queries or keys and their gradients
+  float *weights, *slopes;         // of kWide tokens
+
+  SharedOfBackward(const AttentionSpec& s, Memory memory) {
+    const int64_t queries = Padded(s.queries), keys = Padded(s.keys);
+    q_lengths = memory.Take(queries), k_lengths = memory.Take(keys);
+    largest = memory.Take(queries), inverse = memory.Take(queries), dot = memory.Take(queries);
+    along = memory.Take(Longest(s));
+    weights = memory.Take(Longest(s) * kWide), slopes = memory.Take(Longest(s) * kWide);
+  }
 };
 
 // With queries in the lanes: what the softmax and its gradient need of each query, and the gradient of the queries.
-void BackwardOfQueries(const AttentionSpec& s, const Biases& biases, const HeadOfBackward& h) {
+void BackwardOfQueries(const AttentionSpec& s, const Biases& biases, const HeadOfBackward& h,
+                       const SharedOfBackward& w) {
   const int64_t queries = Padded(s.queries), f = s.features;
-  const V scale = Set(h.scale);
+  const V scale = Set(ScaleOf(s, biases.problem));
   for (int64_t at = 0; at < queries; at += kWide) {
     Products<kAcross>({h.k.vectors, Padded(s.keys)}, s.keys, f, h.q.vectors + at, queries,
                       [&](int64_t r, int i, V sum) {
-                        Store(h.weights + r * kWide + i * kLanes, biases.Added(Mul(sum, scale), r, at + i * kLanes));
+                        Store(w.weights + r * kWide + i * kLanes, biases.Added(Mul(sum, scale), r, at + i * kLanes));
                       });
     V largest[kAcross], inverse[kAcross], dot[kAcross];
-    Exponentials(s, h.weights, largest, inverse);
+    Exponentials(s, w.weights, largest, inverse);
     Products<kAcross>({h.v.vectors, Padded(s.keys)}, s.keys, s.value_features, h.dy.vectors + at, queries,
-                      [&](int64_t r, int i, V sum) { Store(h.slopes + r * kWide + i * kLanes, sum); });
+                      [&](int64_t r, int i, V sum) { Store(w.slopes + r * kWide + i * kLanes, sum); });
     for (int i = 0; i < kAcross; ++i) {
       dot[i] = Zero();
       for (int64_t k = 0; k < s.keys; ++k) {
         const int64_t place = k * kWide + i * kLanes;
-        const V weight = Mul(Load(h.weights + place), inverse[i]);
-        Store(h.weights + place, weight);
-        dot[i] = Fma(weight, Load(h.slopes + place), dot[i]);
+        const V weight = Mul(Load(w.weights + place), inverse[i]);
+        Store(w.weights + place, weight);
+        dot[i] = Fma(weight, Load(w.slopes + place), dot[i]);
       }
       for (int64_t k = 0; k < s.keys; ++k) {
-        float* slope = h.slopes + k * kWide + i * kLanes;
-        Store(slope, Mul(Load(h.weights + k * kWide + i * kLanes), Sub(Load(slope), dot[i])));
+        float* slope = w.slopes + k * kWide + i * kLanes;
+        Store(slope, Mul(Load(w.weights + k * kWide + i * kLanes), Sub(Load(slope), dot[i])));
       }
-      Store(h.largest + at + i * kLanes, largest[i]);
-      Store(h.inverse + at + i * kLanes, inverse[i]);
-      Store(h.dot + at + i * kLanes, dot[i]);
+      Store(w.largest + at + i * kLanes, largest[i]);
+      Store(w.inverse + at + i * kLanes, inverse[i]);
+      Store(w.dot + at + i * kLanes, dot[i]);
     }
-    biases.AddGradient(h.slopes, at);
-    Products<kAcross>({h.k.rows, f}, f, s.keys, h.slopes, kWide,
+    biases.AddGradient(w.slopes, at);
+    Products<kAcross>({h.k.rows, f}, f, s.keys, w.slopes, kWide,
                       [&](int64_t r, int i, V sum) { Store(h.dq + r * queries + at + i * kLanes, sum); });
   }
 }
 
 // With keys in the lanes: the gradients of keys and values.
-void BackwardOfKeys(const AttentionSpec& s, const Biases& biases, const HeadOfBackward& h) {
+void BackwardOfKeys(const AttentionSpec& s, const Biases& biases, const HeadOfBackward& h, const SharedOfBackward& w) {
   const int64_t keys = Padded(s.keys), f = s.features, of_value = s.value_features;
-  const V scale = Set(h.scale);
+  const V scale = Set(ScaleOf(s, biases.problem));
   for (int64_t at = 0; at < keys; at += kWide) {
     Products<kAcross>({h.q.vectors, Padded(s.queries)}, s.queries, f, h.k.vectors + at, keys,
                       [&](int64_t r, int i, V sum) {
                         const V score = biases.AddedAcross(Mul(sum, scale), r, at + i * kLanes);
-                        const V weight = Mul(Exp(Sub(score, Set(h.largest[r]))), Set(h.inverse[r]));
-                        Store(h.weights + r * kWide + i * kLanes, weight);
+                        const V weight = Mul(Exp(Sub(score, Set(w.largest[r]))), Set(w.inverse[r]));
+                        Store(w.weights + r * kWide + i * kLanes, weight);
                       });
     const auto slope_of = [&](int64_t r, int i, V sum) {
       const int64_t place = r * kWide + i * kLanes;
-      Store(h.slopes + place, Mul(Load(h.weights + place), Sub(sum, Set(h.dot[r]))));
+      Store(w.slopes + place, Mul(Load(w.weights + place), Sub(sum, Set(w.dot[r]))));
     };
     Products<kAcross>({h.dy.vectors, Padded(s.queries)}, s.queries, of_value, h.v.vectors + at, keys, slope_of);
-    Products<kAcross>({h.dy.rows, of_value}, of_value, s.queries, h.weights, kWide,
+    Products<kAcross>({h.dy.rows, of_value}, of_value, s.queries, w.weights, kWide,
                       [&](int64_t r, int i, V sum) { Store(h.dv + r * keys + at + i * kLanes, sum); });
-    Products<kAcross>({h.q.rows, f}, f, s.queries, h.slopes, kWide,
+    Products<kAcross>({h.q.rows, f}, f, s.queries, w.slopes, kWide,
                       [&](int64_t r, int i, V sum) { Store(h.dk + r * keys + at + i * kLanes, sum); });
   }
+}
+
+// The gradients of one problem, not yet scaled.
+void BackwardOf(const AttentionSpec& s, int64_t problem, bool of_keys, const HeadOfBackward& h,
+                const SharedOfBackward& w) {
+  const int64_t queries = Padded(s.queries), keys = Padded(s.keys), f = s.features;
+  if (Cosines(s)) {
+    NormaliseBoth(s, s.queries, h.q, w.q_lengths);
+    NormaliseBoth(s, s.keys, h.k, w.k_lengths);
+  }
+  const Biases biases = {s, problem};
+  BackwardOfQueries(s, biases, h, w);
+  if (s.factor_gradient || Cosines(s)) TokenProducts(h.q.vectors, h.dq, f, queries, w.along);
+  if (s.factor_gradient) s.factor_gradient[problem] = s.scale * Sum(w.along, s.queries);
+  if (Cosines(s)) NormaliseBackward(s, queries, h.q.vectors, w.q_lengths, w.along, h.dq);
+  if (!of_keys) return;
+  BackwardOfKeys(s, biases, h, w);
+  if (!Cosines(s)) return;
+  TokenProducts(h.k.vectors, h.dk, f, keys, w.along);
+  NormaliseBackward(s, keys, h.k.vectors, w.k_lengths, w.along, h.dk);
 }
 
 void Backward(const HeadMap& query, const HeadMap& key, const HeadMap& value, const HeadMap& dy, const HeadMap* dquery,
@@ -344,44 +370,29 @@ void Backward(const HeadMap& query, const HeadMap& key, const HeadMap& value, co
   for (const ScoreBias* b = s.biases; b < s.biases + s.bias_count; ++b) {
     if (b->gradient) std::memset(b->gradient, 0, b->count * s.keys * BiasWidth(s.queries) * sizeof(float));
   }
-  ForProblems(s, true, scratch, threads, [&](int64_t problem, Memory memory) {
-    const int64_t queries = Padded(s.queries), keys = Padded(s.keys), f = s.features, of_value = s.value_features;
-    const auto both = [&](const HeadMap& map, int64_t count, int64_t features) {
-      const Both made = {memory.Take(features * Padded(count)), memory.Take(count * features)};
-      const Tokens tokens(map, problem, count, features);
-      tokens.ToVectors(made.vectors);
-      tokens.ToRows(made.rows);
-      return made;
+  ForProblems(s, query, true, scratch, threads, [&](const Problems& problems, Memory own, Memory shared) {
+    const HeadOfBackward first(s, own);
+    const auto gather = [&](const HeadMap& map, int64_t count, int64_t features, const Both& head) {
+      const Tokens tokens(map, problems, count, features);
+      tokens.ToVectors(Padded(count), head.vectors);
+      tokens.ToRows(head.rows);
     };
-    HeadOfBackward h = {};
-    h.scale = ScaleOf(s, problem);
-    h.q = both(query, s.queries, f);
-    h.k = both(key, s.keys, f);
-    h.v = both(value, s.keys, of_value);
-    h.dy = both(dy, s.queries, of_value);
-    h.q_lengths = memory.Take(queries), h.k_lengths = memory.Take(keys);
-    h.largest = memory.Take(queries), h.inverse = memory.Take(queries), h.dot = memory.Take(queries);
-    h.along = memory.Take(Longest(s));
-    h.weights = memory.Take(Longest(s) * kWide), h.slopes = memory.Take(Longest(s) * kWide);
-    h.dq = memory.Take(f * queries), h.dk = memory.Take(f * keys), h.dv = memory.Take(of_value * keys);
-    if (Cosines(s)) {
-      NormaliseBoth(s, s.queries, h.q, h.q_lengths);
-      NormaliseBoth(s, s.keys, h.k, h.k_lengths);
+    gather(query, s.queries, s.features, first.q);
+    gather(key, s.keys, s.features, first.k);
+    gather(value, s.keys, s.value_features, first.v);
+    gather(dy, s.queries, s.value_features, first.dy);
+    float scales[kTogether];
+    for (int64_t i = 0; i < problems.count; ++i) {
+      scales[i] = ScaleOf(s, problems.numbers[i]);
+      const HeadOfBackward head(s, {own.next + i * problems.apart});
+      BackwardOf(s, problems.numbers[i], dkey || dvalue, head, SharedOfBackward(s, shared));
     }
-    const Biases biases = {s, problem};
-    BackwardOfQueries(s, biases, h);
-    if (s.factor_gradient || Cosines(s)) TokenProducts(h.q.vectors, h.dq, f, queries, h.along);
-    if (s.factor_gradient) s.factor_gradient[problem] = s.scale * Sum(h.along, s.queries);
-    if (Cosines(s)) NormaliseBackward(s, queries, h.q.vectors, h.q_lengths, h.along, h.dq);
-    if (dquery) Tokens(*dquery, problem, s.queries, f).FromVectors(h.scale, h.dq, true);
-    if (!dkey && !dvalue) return;
-    BackwardOfKeys(s, biases, h);
-    if (Cosines(s)) {
-      TokenProducts(h.k.vectors, h.dk, f, keys, h.along);
-      NormaliseBackward(s, keys, h.k.vectors, h.k_lengths, h.along, h.dk);
-    }
-    if (dkey) Tokens(*dkey, problem, s.keys, f).FromVectors(h.scale, h.dk, true);
-    if (dvalue) Tokens(*dvalue, problem, s.keys, of_value).FromVectors(1.0f, h.dv, true);
+    const auto add = [&](const HeadMap* map, const float* factors, int64_t count, int64_t features, const float* from) {
+      if (map) Tokens(*map, problems, count, features).FromVectors<true>(factors, Padded(count), from);
+    };
+    add(dquery, scales, s.queries, s.features, first.dq);
+    add(dkey, scales, s.keys, s.features, first.dk);
+    add(dvalue, kUnscaled, s.keys, s.value_features, first.dv);
   });
 }
 

@@ -17,11 +17,18 @@
 
 namespace lipfast {
 
-// A map and, for each problem and token, the place of the first feature among its floats.
+// A map and, for each problem and token, the place of the first feature among its floats; cpu/heads.h makes the lists.
 struct HeadMap {
   LaneMap map;
-  const int64_t* at;  // [problems][tokens]
+  const int64_t* at;     // [problems][tokens]
+  const int32_t* runs;   // so many of the problem's tokens lie side by side from this one on; 0: most lie alone
+  const int32_t* steps;  // whether the same token of the next kTogether problems, in order, lies side by side
 };
+
+constexpr int64_t kTogether = 8;  // problems whose tokens are gathered at once, if not one
+
+// Whether kTogether problems' first tokens lie side by side.
+bool SideBySide(const int64_t* problems, int64_t tokens, const int64_t* at);
 
 // What is added to scores, as rows of [keys][BiasWidth(queries)]: position biases, masks.
 struct ScoreBias {
@@ -48,7 +55,7 @@ struct AttentionSpec {
   int64_t bias_count;
   // As `ProblemRuns`: problems that add to the same row of a gradient are one run.
   const int64_t *order, *ends;
-  int64_t runs;
+  int64_t runs, together;
 };
 
 struct AttentionKernels {

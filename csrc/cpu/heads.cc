@@ -20,20 +20,67 @@ std::vector<int64_t> PlacesIn(const LaneMap& map, const HeadPlaces& places) {
   return found;
 }
 
+RisingOrder::RisingOrder(int64_t problems, const std::vector<int64_t>& at) : from_(at.size()) {
+  std::iota(from_.begin(), from_.end(), 0);
+  const auto tokens = static_cast<std::ptrdiff_t>(at.size()) / problems;
+  for (auto first = from_.begin(); first != from_.end(); first += tokens) {
+    std::stable_sort(first, first + tokens, [&](int64_t a, int64_t b) { return at[a] < at[b]; });
+  }
+}
+
+std::vector<int64_t> RisingOrder::Of(const std::vector<int64_t>& places) const {
+  std::vector<int64_t> ordered;
+  ordered.reserve(places.size());
+  for (int64_t i : from_) ordered.push_back(places[i]);
+  return ordered;
+}
+
+bool SideBySide(const int64_t* problems, int64_t tokens, const int64_t* at) {
+  for (int64_t i = 1; i < kTogether; ++i) {
+    if (at[problems[i] * tokens] != at[problems[0] * tokens] + i) return false;
+  }
+  return true;
+}
+
 ProblemRuns RunsOf(int64_t problems, const std::vector<int32_t>& rows, const std::vector<int64_t>& at) {
   const int64_t tokens = static_cast<int64_t>(at.size()) / problems;
   ProblemRuns runs;
   runs.order.resize(problems);
   std::iota(runs.order.begin(), runs.order.end(), 0);
-  const auto row = [&](int64_t problem) { return rows.empty() ? problem : rows[problem]; };
   const auto place = [&](int64_t problem) {
     return std::make_pair(rows.empty() ? 0 : rows[problem], at[problem * tokens] / (kGrid * kGrid));
   };
   std::stable_sort(runs.order.begin(), runs.order.end(), [&](int64_t a, int64_t b) { return place(a) < place(b); });
-  for (int64_t i = 1; i <= problems; ++i) {
-    if (i == problems || row(runs.order[i]) != row(runs.order[i - 1])) runs.ends.push_back(i);
+  const auto together = [&](int64_t i) {
+    return i + kTogether <= problems && SideBySide(runs.order.data() + i, tokens, at.data());
+  };
+  for (int64_t i = 0; i < problems; ++i) {
+    if (together(i)) runs.together = kTogether;
+  }
+  for (int64_t i = 0, first; i < problems;) {
+    first = i;
+    if (rows.empty()) i += together(i) ? kTogether : 1;
+    while (!rows.empty() && i < problems && rows[runs.order[i]] == rows[runs.order[first]]) ++i;
+    runs.ends.push_back(i);
   }
   return runs;
+}
+
+Neighbours::Neighbours(const std::vector<int64_t>& order, const std::vector<int64_t>& at)
+    : runs(at.size()), steps(at.size()) {
+  const int64_t problems = static_cast<int64_t>(order.size()), tokens = static_cast<int64_t>(at.size()) / problems;
+  for (int64_t i = 0; i < problems; ++i) {
+    const int64_t first = order[i] * tokens, behind = first + tokens;
+    int64_t count = 0;
+    for (int64_t t = behind; t-- > first;) {
+      const bool beside = t + 1 < behind && at[t + 1] == at[t] + 1;
+      runs[t] = beside ? runs[t + 1] + 1 : 1;
+      count += !beside;
+      steps[t] = i + kTogether <= problems;
+      for (int64_t k = 1; k < kTogether && steps[t]; ++k) steps[t] = at[order[i + k] * tokens + t - first] == at[t] + k;
+    }
+    if (count > tokens / 4) std::fill(runs.begin() + first, runs.begin() + behind, 0);
+  }
 }
 
 }  // namespace lipfast

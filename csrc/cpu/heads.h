@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/lanes.h"
+#include "cpu/attention.h"
 
 namespace lipfast {
 
@@ -17,13 +17,33 @@ struct HeadPlaces {
 // The place of each token's first feature among a map's floats.
 std::vector<int64_t> PlacesIn(const LaneMap& map, const HeadPlaces& places);
 
-// Problems in runs that may be worked on at once: run i ends before order[ends[i]].
-struct ProblemRuns {
-  std::vector<int64_t> order, ends;
+// Places of each problem's tokens in rising order, so that tokens side by side are neighbours; and those of another map
+// in the same order.
+class RisingOrder {
+ public:
+  RisingOrder(int64_t problems, const std::vector<int64_t>& at);
+  std::vector<int64_t> Of(const std::vector<int64_t>& places) const;
+
+ private:
+  std::vector<int64_t> from_;  // for each place in order, the one that it was
 };
 
-// Those of one row, an entry for each problem, are one run; without rows each is. Problems whose tokens lie in other
-// lanes of the same vectors follow each other, for lines of the cache hold all lanes; `at`: `PlacesIn` of the queries.
+// Problems in runs that may be worked on at once: run i ends before order[ends[i]]. together: kTogether if first tokens
+// of so many in a row lie side by side anywhere, or 1.
+struct ProblemRuns {
+  std::vector<int64_t> order, ends;
+  int64_t together = 1;
+};
+
+// Those of one row, an entry for each problem, are one run; without rows each is, and kTogether side by side. Problems
+// whose tokens lie in other lanes of the same vectors follow each other, for lines of the cache hold all lanes; `at`:
+// `PlacesIn` of the queries.
 ProblemRuns RunsOf(int64_t problems, const std::vector<int32_t>& rows, const std::vector<int64_t>& at);
+
+// Which tokens can be moved together, see HeadMap; `order`: of the problems.
+struct Neighbours {
+  std::vector<int32_t> runs, steps;
+  Neighbours(const std::vector<int64_t>& order, const std::vector<int64_t>& at);
+};
 
 }  // namespace lipfast

@@ -6,9 +6,13 @@
 namespace lipfast {
 namespace LIPFAST_NS {
 
-#if LIPFAST_TARGET >= 1
 // to[i][l] = from[l][i], eight rows of eight.
 static inline void Transpose8(const float* const* from, float* const* to) {
+#if LIPFAST_TARGET == 0
+  for (int i = 0; i < 8; ++i) {
+    for (int l = 0; l < 8; ++l) to[i][l] = from[l][i];
+  }
+#else
   for (int column = 0; column < 8; column += 4) {
     __m256 v[4];
     LIPFAST_UNROLL
@@ -25,8 +29,8 @@ static inline void Transpose8(const float* const* from, float* const* to) {
     _mm256_storeu_ps(to[column + 2], _mm256_castpd_ps(_mm256_unpacklo_pd(b, d)));
     _mm256_storeu_ps(to[column + 3], _mm256_castpd_ps(_mm256_unpackhi_pd(b, d)));
   }
-}
 #endif
+}
 
 #if LIPFAST_TARGET == 2
 // to[i][l] = from[l][i], sixteen rows of four: loads put the 4 x 4 blocks in place, and only the transposes inside

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "cpu/isa.h"
@@ -395,7 +396,9 @@ struct Program::AttentionLists {
   ProblemRuns runs;
   std::vector<ScoreBias> biases;
   std::vector<std::vector<int64_t>> places;
+  std::vector<Neighbours> neighbours;
   std::vector<int32_t> learned;  // rows of the bias whose gradient is wanted
+  std::optional<RisingOrder> of_queries, of_keys;
   const float* factors;
   float* factor_gradient;
 
@@ -409,20 +412,29 @@ struct Program::AttentionLists {
       biases.push_back({values + bias.start, bias.rows.data(), bias.count, wanted ? gradients + bias.start : nullptr});
     }
     places.reserve(7);
+    neighbours.reserve(7);
   }
 
   AttentionSpec Spec() const {
     const int64_t count = static_cast<int64_t>(biases.size()), ends = static_cast<int64_t>(runs.ends.size());
     return {form.problems, form.features, form.value_features, form.queries,     form.keys,
             form.scale,    factors,       factor_gradient,     form.epsilon,     form.safe,
-            biases.data(), count,         runs.order.data(),   runs.ends.data(), ends};
+            biases.data(), count,         runs.order.data(),   runs.ends.data(), ends,
+            runs.together};
   }
 
-  // Heads in a map, as the queries (0), keys (1), values (2) or the result (3) have them.
+  // Heads in a map, as the queries (0), keys (1), values (2) or the result (3) have them. Queries, and keys, come
+  // first.
   HeadMap In(const LaneMap& map, int which) {
     places.push_back(PlacesIn(map, form.places[which]));
-    if (places.size() == 1) runs = RunsOf(form.problems, learned, places.front());  // queries come first
-    return {map, places.back().data()};
+    if (biases.empty()) {  // no score has a place of its own: any order will do
+      std::optional<RisingOrder>& order = which == 0 || which == 3 ? of_queries : of_keys;
+      if (!order) order.emplace(form.problems, places.back());
+      places.back() = order->Of(places.back());
+    }
+    if (places.size() == 1) runs = RunsOf(form.problems, learned, places.front());
+    neighbours.emplace_back(runs.order, places.back());
+    return {map, places.back().data(), neighbours.back().runs.data(), neighbours.back().steps.data()};
   }
 };
 

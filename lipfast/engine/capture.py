@@ -572,7 +572,7 @@ def _memory_of(tensor: Tensor) -> int:
 def _name_of(func: Callable[..., Any]) -> str:
     """A function's name for messages, an attribute's for what reads or writes it."""
     described = getattr(func, "__self__", func)
-    name: str = getattr(described, "__qualname__", None) or getattr(func, "__name__", str(func))
+    name = str(getattr(described, "__qualname__", None) or getattr(func, "__name__", func))
     return name.replace("TensorBase", "Tensor")
 
 

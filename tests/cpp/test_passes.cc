@@ -231,18 +231,38 @@ HeadPlaces PlacesOf(int64_t pictures, int64_t heads, int64_t tokens, int64_t fir
   return places;
 }
 
+// The same where pictures are windows in the sixteen lanes of a map `width` wide on the full grid, but for their last
+// tokens, which lie in the lane to the right.
+HeadPlaces PlacesInLanes(int64_t heads, int64_t tokens, int64_t first, int64_t apart, int64_t shift, int64_t width) {
+  HeadPlaces places = PlacesOf(16, heads, tokens, first, apart, shift);
+  for (int32_t& pixel : places.pixels) {
+    const int64_t token = pixel / 16, lane = pixel % 16, column = lane % 4 + (token + 1 == tokens);
+    pixel = static_cast<int32_t>(lane / 4 * width + column % 4 * ((width + 3) / 4) + token);
+  }
+  return places;
+}
+
 // Attention and its gradients, of maps with more pixels than tokens; queries and the rest lie in different orders.
 // `epsilon` below 0: scores are no cosines.
-void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, float epsilon, int threads, const std::string& name) {
+void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, float epsilon, bool in_lanes, int threads,
+                    const std::string& name) {
   std::mt19937 random(7);
-  constexpr int64_t kPictures = 2, kHeads = 3, kFeatures = 5, kOfValue = 7, kProblems = kPictures * kHeads;
+  constexpr int64_t kHeads = 3, kFeatures = 5, kOfValue = 8;
+  const int64_t pictures = in_lanes ? 16 : 2, problems = pictures * kHeads;
   constexpr int64_t kBoth = kFeatures + kOfValue, kWide = 1 + kHeads * kOfValue;
   constexpr float kScale = 0.7f;
-  const HeadPlaces places[4] = {
-      PlacesOf(kPictures, kHeads, queries, 1, kFeatures, 1), PlacesOf(kPictures, kHeads, keys, 0, kBoth, 0),
-      PlacesOf(kPictures, kHeads, keys, kFeatures, kBoth, 0), PlacesOf(kPictures, kHeads, queries, 0, kOfValue, 2)};
-  const auto picture = [&](int64_t channels, int64_t tokens) {  // of several items where the grid is small
-    const int64_t items = grid == 4 ? 1 : 3, width = (kPictures * tokens + 4 * items - 1) / (4 * items) + 1;
+  const auto width_of = [&](int64_t tokens) {  // of several items where the grid is small
+    const int64_t items = grid == 4 ? 1 : 3;
+    return in_lanes ? 4 * tokens + 3 : (pictures * tokens + 4 * items - 1) / (4 * items) + 1;
+  };
+  const auto places_of = [&](int64_t tokens, int64_t first, int64_t apart, int64_t shift) {
+    return in_lanes ? PlacesInLanes(kHeads, tokens, first, apart, shift, width_of(tokens))
+                    : PlacesOf(pictures, kHeads, tokens, first, apart, shift);
+  };
+  const HeadPlaces places[4] = {places_of(queries, 1, kFeatures, 1), places_of(keys, 0, kBoth, 0),
+                                places_of(keys, kFeatures, kBoth, 0), places_of(queries, 0, kOfValue, 2)};
+  const auto picture = [&](int64_t channels, int64_t tokens) {
+    const int64_t items = grid == 4 ? 1 : 3, width = width_of(tokens);
     return Picture(items, channels, 4, width, (4 + grid - 1) / grid, (width + grid - 1) / grid, 0, random, grid);
   };
   Picture q = picture(kWide, queries), rest = picture(kHeads * kBoth, keys), y = picture(kWide, queries);
@@ -250,21 +270,21 @@ void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, float epsilon, 
   // One bias for each head, that learns; one for each picture, that hides some keys.
   const int64_t width = BiasWidth(queries), row = keys * width;
   std::vector<int32_t> of_head, of_picture;
-  for (int32_t problem = 0; problem < kProblems; ++problem) {
+  for (int32_t problem = 0; problem < problems; ++problem) {
     of_head.push_back(problem % kHeads);
     of_picture.push_back(problem / kHeads);
   }
-  const Floats learned(kHeads * row), gradient(kHeads * row), hidden(kPictures * row);
+  const Floats learned(kHeads * row), gradient(kHeads * row), hidden(pictures * row);
   std::uniform_real_distribution<float> value(-1.0f, 1.0f);
   for (int64_t i = 0; i < kHeads * row; ++i) learned.data[i] = value(random);
-  for (int64_t i = 0; i < kPictures * row; ++i)
+  for (int64_t i = 0; i < pictures * row; ++i)
     hidden.data[i] = i % 3 == 1 ? -std::numeric_limits<float>::infinity() : 0;
   const ScoreBias biases[2] = {{learned.data, of_head.data(), kHeads, gradient.data},
-                               {hidden.data, of_picture.data(), kPictures, nullptr}};
-  const ProblemRuns runs = RunsOf(kProblems, of_head, PlacesIn(q.map.lanes, places[0]));
-  Tensor factors(kProblems), factor_gradient(kProblems);
+                               {hidden.data, of_picture.data(), pictures, nullptr}};
+  const ProblemRuns runs = RunsOf(problems, of_head, PlacesIn(q.map.lanes, places[0]));
+  Tensor factors(problems), factor_gradient(problems);
   for (float& factor : factors) factor = value(random) + 1.5f;
-  const AttentionSpec spec = {kProblems,
+  const AttentionSpec spec = {problems,
                               kFeatures,
                               kOfValue,
                               queries,
@@ -278,7 +298,8 @@ void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, float epsilon, 
                               2,
                               runs.order.data(),
                               runs.ends.data(),
-                              static_cast<int64_t>(runs.ends.size())};
+                              static_cast<int64_t>(runs.ends.size()),
+                              runs.together};
   // The place in a plain tensor of feature f of a token.
   const auto at = [&](const Picture& p, int which, int64_t problem, int64_t token, int64_t f) {
     const int64_t tokens = which == 1 || which == 2 ? keys : queries, plane = p.map.lanes.height * p.map.lanes.width;
@@ -290,8 +311,8 @@ void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, float epsilon, 
   const Floats scratch(kernels.floats(spec, true));
   std::vector<double> want(y.tensor.size()), dq_want(dq.tensor.begin(), dq.tensor.end());
   std::vector<double> drest_want(drest.tensor.begin(), drest.tensor.end()), dbias_want(kHeads * row);
-  std::vector<double> dfactor_want(kProblems);
-  for (int64_t n = 0; n < kProblems; ++n) {
+  std::vector<double> dfactor_want(problems);
+  for (int64_t n = 0; n < problems; ++n) {
     // What a token is divided by.
     const auto length = [&](const Picture& p, int which, int64_t token) {
       double sum = 0;
@@ -359,10 +380,13 @@ void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, float epsilon, 
     }
   }
   std::vector<std::vector<int64_t>> lists;
+  std::vector<Neighbours> neighbours;
   lists.reserve(7);
+  neighbours.reserve(7);
   const auto heads = [&](const Picture& p, int which) {
     lists.push_back(PlacesIn(p.map.lanes, places[which]));
-    return HeadMap{p.map.lanes, lists.back().data()};
+    neighbours.emplace_back(runs.order, lists.back());
+    return HeadMap{p.map.lanes, lists.back().data(), neighbours.back().runs.data(), neighbours.back().steps.data()};
   };
   const HeadMap query = heads(q, 0), key = heads(rest, 1), value_map = heads(rest, 2);
   kernels.forward(query, key, value_map, heads(y, 3), spec, scratch.data, threads);
@@ -382,7 +406,8 @@ void RunAttention(int threads, const std::string& name) {
     for (int64_t grid : {1, 2, 4}) {
       for (float epsilon : {-1.0f, 0.0f, 1.3f}) {  // some tokens are shorter than the last
         const std::string full = name + " " + std::to_string(tokens) + " " + std::to_string(epsilon);
-        RunAttentionOf(tokens, 34 - tokens, grid, epsilon, threads, full);
+        RunAttentionOf(tokens, 34 - tokens, grid, epsilon, false, threads, full);
+        if (grid == 4) RunAttentionOf(tokens, 34 - tokens, grid, epsilon, true, threads, full + " in lanes");
       }
     }
   }
@@ -496,7 +521,9 @@ void RunChannelAttentionOf(int64_t channels, float epsilon, int threads, const s
     }
   }
   std::vector<std::vector<int64_t>> lists;
+  std::vector<Neighbours> neighbours;
   lists.reserve(7);
+  neighbours.reserve(7);
   const auto heads = [&](const Picture& p, int which) {
     const LaneMap& m = p.map.lanes;
     std::vector<int64_t>& places = lists.emplace_back();

@@ -600,7 +600,9 @@ class Windows(nn.Module):
         return self.out(torch.roll(y, (1, 1), (1, 2)))
 
 
-@pytest.mark.parametrize(("pictures", "height", "width", "side"), [(1, 4, 6, 2), (3, 6, 3, 3), (2, 10, 15, 5)])
+@pytest.mark.parametrize(
+    ("pictures", "height", "width", "side"), [(1, 4, 6, 2), (3, 6, 3, 3), (2, 10, 15, 5), (2, 16, 32, 4)]
+)
 def test_windows_are_read_where_they_lie(compare, segments_of, pictures, height, width, side):
     module = Windows(side)
     x = torch.randn(pictures, height, width, 16)
@@ -621,7 +623,9 @@ class LayersOfWindows(Windows):
         return x + torch.roll(y, (1, 1), (1, 2))
 
 
-@pytest.mark.parametrize(("pictures", "height", "width", "side"), [(1, 4, 6, 2), (3, 6, 3, 3), (2, 10, 15, 5)])
+@pytest.mark.parametrize(
+    ("pictures", "height", "width", "side"), [(1, 4, 6, 2), (3, 6, 3, 3), (2, 10, 15, 5), (2, 16, 32, 4)]
+)
 def test_layers_of_windows(compare_accelerated, segments_of, pictures, height, width, side):
     module, x = LayersOfWindows(side), torch.randn(pictures, height, width, 16)
     prune(module)
