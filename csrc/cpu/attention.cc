@@ -37,10 +37,9 @@ int64_t Together(const AttentionSpec& s, bool backward) {
   return kTogether * ProblemFloats(s, backward) <= kTogetherFloats ? s.together : 1;
 }
 
-// What a chunk takes beside its problems: scores, and numbers of tokens.
+// What a chunk takes: problems, scores, and numbers of tokens.
 int64_t ChunkFloats(const AttentionSpec& s, bool backward) {
-  const int64_t numbers = 7 * (Longest(s) + kLanes);
-  const int64_t shared = backward ? 2 * Longest(s) * kWide + 2 * numbers : Padded(s.keys) * kWide + numbers;
+  const int64_t shared = backward ? (2 * kWide + 6) * Longest(s) : Padded(s.keys) * kWide + Longest(s);
   return Together(s, backward) * ProblemFloats(s, backward) + shared;
 }
 

@@ -57,12 +57,13 @@ ProblemRuns RunsOf(int64_t problems, const std::vector<int32_t>& rows, const std
   for (int64_t i = 0; i < problems; ++i) {
     if (together(i)) runs.together = kTogether;
   }
-  for (int64_t i = 0, first; i < problems;) {
-    first = i;
-    if (rows.empty()) i += together(i) ? kTogether : 1;
-    while (!rows.empty() && i < problems && rows[runs.order[i]] == rows[runs.order[first]]) ++i;
-    runs.ends.push_back(i);
-  }
+  const auto end_of_run = [&](int64_t i) {
+    if (rows.empty()) return i + (together(i) ? kTogether : 1);
+    const int32_t row = rows[runs.order[i]];
+    while (i < problems && rows[runs.order[i]] == row) ++i;
+    return i;
+  };
+  for (int64_t i = 0; i < problems;) runs.ends.push_back(i = end_of_run(i));
   return runs;
 }
 
