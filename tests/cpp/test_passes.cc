@@ -521,9 +521,7 @@ void RunChannelAttentionOf(int64_t channels, float epsilon, int threads, const s
     }
   }
   std::vector<std::vector<int64_t>> lists;
-  std::vector<Neighbours> neighbours;
   lists.reserve(7);
-  neighbours.reserve(7);
   const auto heads = [&](const Picture& p, int which) {
     const LaneMap& m = p.map.lanes;
     std::vector<int64_t>& places = lists.emplace_back();
