@@ -67,20 +67,24 @@ ProblemRuns RunsOf(int64_t problems, const std::vector<int32_t>& rows, const std
   return runs;
 }
 
-Neighbours::Neighbours(const std::vector<int64_t>& order, const std::vector<int64_t>& at)
-    : runs(at.size()), steps(at.size()) {
-  const int64_t problems = static_cast<int64_t>(order.size()), tokens = static_cast<int64_t>(at.size()) / problems;
-  for (int64_t i = 0; i < problems; ++i) {
+Neighbours::Neighbours(const ProblemRuns& problems, const std::vector<int64_t>& at)
+    : runs(at.size()), steps(problems.together > 1 ? at.size() : 0) {
+  const std::vector<int64_t>& order = problems.order;
+  const int64_t count = static_cast<int64_t>(order.size()), tokens = static_cast<int64_t>(at.size()) / count;
+  for (int64_t i = 0; i < count; ++i) {
     const int64_t first = order[i] * tokens, behind = first + tokens;
-    int64_t count = 0;
+    int64_t pieces = 0;
     for (int64_t t = behind; t-- > first;) {
       const bool beside = t + 1 < behind && at[t + 1] == at[t] + 1;
       runs[t] = beside ? runs[t + 1] + 1 : 1;
-      count += !beside;
-      steps[t] = i + kTogether <= problems;
+      pieces += !beside;
+    }
+    if (pieces > tokens / 4) std::fill(runs.begin() + first, runs.begin() + behind, 0);
+    if (problems.together == 1 || i + kTogether > count) continue;
+    for (int64_t t = first; t < behind; ++t) {
+      steps[t] = 1;
       for (int64_t k = 1; k < kTogether && steps[t]; ++k) steps[t] = at[order[i + k] * tokens + t - first] == at[t] + k;
     }
-    if (count > tokens / 4) std::fill(runs.begin() + first, runs.begin() + behind, 0);
   }
 }
 

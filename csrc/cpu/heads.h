@@ -40,10 +40,10 @@ struct ProblemRuns {
 // `PlacesIn` of the queries.
 ProblemRuns RunsOf(int64_t problems, const std::vector<int32_t>& rows, const std::vector<int64_t>& at);
 
-// Which tokens can be moved together, see HeadMap; `order`: of the problems.
+// Which tokens can be moved together, see HeadMap.
 struct Neighbours {
-  std::vector<int32_t> runs, steps;
-  Neighbours(const std::vector<int64_t>& order, const std::vector<int64_t>& at);
+  std::vector<int32_t> runs, steps;  // no steps where no problems are gathered together
+  Neighbours(const ProblemRuns& problems, const std::vector<int64_t>& at);
 };
 
 }  // namespace lipfast

@@ -134,7 +134,7 @@ class Tokens {
       if (alone_) {
         for (int64_t t = 0; t < count_; ++t) to[t] = plane[at[t]];
       } else {
-        for (int64_t t = 0; t < count_; t += runs_[t]) Copy(plane + at[t], to + t, runs_[t]);
+        for (int64_t t = 0; t < count_; t += runs_[t]) std::memcpy(to + t, plane + at[t], runs_[t] * sizeof(float));
       }
       for (int64_t t = count_; t < padded; ++t) to[t] = 0.0f;
     }
@@ -158,16 +158,6 @@ class Tokens {
   template <bool kAdd>
   static void Put(float* to, float number) {
     *to = kAdd ? *to + number : number;
-  }
-
-  static void Copy(const float* from, float* to, int64_t count) {
-    constexpr int64_t kFew = 8;
-    if (count < kFew) {
-      for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-      return;
-    }
-    for (int64_t i = 0; i + kFew <= count; i += kFew) std::memcpy(to + i, from + i, kFew * sizeof(float));
-    std::memcpy(to + count - kFew, from + count - kFew, kFew * sizeof(float));
   }
 
   template <bool kAdd>

@@ -433,7 +433,7 @@ struct Program::AttentionLists {
       places.back() = order->Of(places.back());
     }
     if (places.size() == 1) runs = RunsOf(form.problems, learned, places.front());
-    neighbours.emplace_back(runs.order, places.back());
+    neighbours.emplace_back(runs, places.back());
     return {map, places.back().data(), neighbours.back().runs.data(), neighbours.back().steps.data()};
   }
 };

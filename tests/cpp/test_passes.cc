@@ -385,7 +385,7 @@ void RunAttentionOf(int64_t queries, int64_t keys, int64_t grid, float epsilon, 
   neighbours.reserve(7);
   const auto heads = [&](const Picture& p, int which) {
     lists.push_back(PlacesIn(p.map.lanes, places[which]));
-    neighbours.emplace_back(runs.order, lists.back());
+    neighbours.emplace_back(runs, lists.back());
     return HeadMap{p.map.lanes, lists.back().data(), neighbours.back().runs.data(), neighbours.back().steps.data()};
   };
   const HeadMap query = heads(q, 0), key = heads(rest, 1), value_map = heads(rest, 2);
