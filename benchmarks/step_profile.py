@@ -1,8 +1,8 @@
 """Where a training step of the paper's network goes: each kind of operation with its time, GFLOP/s or GB/s, and shares.
 
 ``python benchmarks/step_profile.py OUT.jsonl [--side 128] [--sparsity 0 0.89]``: appends one line for each kind and
-prints the table that docs/engine.md quotes. Arithmetic is that of the kept weights; bytes are each map that an
-operation must read or write, once.
+prints them as a table. Arithmetic is that of the kept weights; bytes are each map that an operation must read or
+write, once.
 """
 
 import argparse

@@ -98,8 +98,8 @@ def on_one_torch_thread() -> Iterator[None]:
 def fastest_format(network: nn.Module) -> torch.memory_format:
     """The memory format in which torch trains a convolutional network fastest.
 
-    channels_last but for CPUs without AVX-512, for which torch has no fast weight gradient in it: there a step of the
-    paper's network takes half as long again (docs/engine.md, "With AVX2"), and for networks for which it is not safe.
+    channels_last but for CPUs without AVX-512, for which torch has no fast weight gradient in it (steps of the
+    paper's network take up to 1.7 times as long there), and for networks for which it is not safe.
     """
     if is_on_gpu(network):
         return torch.channels_last

@@ -8,13 +8,16 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+
 import tables
+from pages import filled, table
 from static_roofline import MACHINES
 
 from lipfast.ops.triton.configs import CONFIGS
@@ -93,12 +96,6 @@ def stream_margin(row: dict[str, Any]) -> float:
     bytes_a_clock = machine.gigabytes_per_second / machine.multiprocessors / machine.gigahertz
     memory = elements * STREAM_BYTES[name] / bytes_a_clock
     return float(memory / (row["instructions"] * config["warps"] / machine.schedulers))
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    names = list(head)
-    lines = [names, ["---"] * len(names), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def percent(share: float) -> str:
@@ -268,15 +265,5 @@ SECTIONS = {
 }
 
 
-def page(text: str) -> str:
-    """``text`` with each table between its markers written anew."""
-    for name, make in SECTIONS.items():
-        marked = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text, found = marked.subn(lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text)
-        if found != 1:
-            raise ValueError(f"{PAGE}: {found} places for table {name}")
-    return text
-
-
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
+    PAGE.write_text(filled(PAGE, SECTIONS))
