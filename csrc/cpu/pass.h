@@ -21,7 +21,7 @@ namespace lipfast {
 constexpr int64_t kVector = kGrid * kGrid;
 
 // What the sparse kernels' time is made of, in units of one multiply-add of a vector
-// whose operand is in the first cache level (docs/kernels.md, "Blocks").
+// whose operand is in the first cache level (docs/kernels.md, "Tiles").
 constexpr double kPartialSum = 3.0;  // a vector of sums that goes to memory and back
 constexpr double kFarOperand = 0.9;  // what an operand from the second level adds
 // Tiles of two full rows save loads of weights but fill the first level sooner. They
