@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from lipfast.errors import BackendError
 
@@ -47,3 +48,8 @@ def refuse_tangents(op: str, *operands: Tensor | None) -> None:
 def version_of(tensor: Tensor) -> int:
     """Changes when the tensor is written in place; tensors made under inference_mode keep no count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def note_writes(*tensors: Tensor) -> None:
+    """Tell autograd of writes that torch does not see: a backward pass that needs the old numbers then says so."""
+    increment_version([tensor for tensor in tensors if not tensor.is_inference()])

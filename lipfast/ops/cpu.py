@@ -139,12 +139,19 @@ def add_noise(base: Tensor, scale: float, seed: int, step: int) -> Tensor:
 class _ConvPlan:
     """A `LaneConv` with the maps that carry ordinary tensors through it, for one pattern of kept weights."""
 
-    def __init__(self, positions: Tensor, form: ConvForm, shape: torch.Size, x_shape: torch.Size) -> None:
+    def __init__(
+        self,
+        positions: Tensor,
+        form: ConvForm,
+        shape: torch.Size,
+        x_shape: Sequence[int],
+        block: tuple[int, int] | None,
+    ) -> None:
         mask = torch.zeros(shape.numel(), dtype=torch.bool, device="cpu")
         check_positions(positions, len(mask))
         mask[positions] = True
         self.positions = positions.clone()
-        self.conv = LaneConv(form, mask.view(shape), x_shape[0], x_shape[2], x_shape[3])
+        self.conv = LaneConv(form, mask.view(shape), x_shape[0], x_shape[2], x_shape[3], block=block)
         self.lock = lock()
         self._maps: dict[str, LaneMap] = {}
 
@@ -173,13 +180,19 @@ _plans: collections.OrderedDict[Hashable, _ConvPlan] = collections.OrderedDict()
 _plans_lock = lock()
 
 
-def _plan(positions: Tensor, shape: torch.Size, x_shape: torch.Size, form: ConvForm) -> _ConvPlan:
+def _plan(
+    positions: Tensor,
+    shape: torch.Size,
+    x_shape: Sequence[int],
+    form: ConvForm,
+    block: tuple[int, int] | None = None,
+) -> _ConvPlan:
     """The plan for these sizes and this pattern; building one takes as long as a few convolutions."""
-    key = (positions.data_ptr(), shape, x_shape, form, asked_kernel(), _C.isa())
+    key = (positions.data_ptr(), shape, tuple(x_shape), form, block, asked_kernel(), _C.isa())
     with _plans_lock:
         plan = _plans.get(key)
         if plan is None or not torch.equal(plan.positions, positions):  # memory may have been used again
-            plan = _plans[key] = _ConvPlan(positions, form, shape, x_shape)
+            plan = _plans[key] = _ConvPlan(positions, form, shape, x_shape, block)
         _plans.move_to_end(key)
         while len(_plans) > _MOST_PLANS:
             _plans.popitem(last=False)
@@ -247,3 +260,46 @@ def sparse_conv2d_weight_gradient(
     with plan.lock:
         plan.conv.weight_gradient(plan.load("x", x), plan.load("dy", dy), gradient, None)
     return gradient
+
+
+def _plan_of_map(x: LaneMap, positions: Tensor, shape: torch.Size, form: ConvForm) -> _ConvPlan:
+    return _plan(positions, shape, (*x.data.shape[:2], x.height, x.width), form, x.block)
+
+
+def sparse_conv2d_map(
+    x: LaneMap, values: Tensor, positions: Tensor, shape: torch.Size, bias: Tensor | None, form: ConvForm
+) -> LaneMap:
+    """``x`` with its halo filled; the result has a halo of the same width, filled in the same way."""
+    plan = _plan_of_map(x, positions, shape, form)
+    y = plan.conv.output_map(x.halo)
+    with plan.lock:
+        plan.conv.forward(values, None if bias is None else bias.contiguous(), x, y)
+    y.fill_halo(form.padding_mode, form.border_of(y.height, y.width))
+    return y
+
+
+def sparse_conv2d_map_gradients(
+    x: LaneMap,
+    dy: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    shape: torch.Size,
+    form: ConvForm,
+    needs_x: bool,
+    needs_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, kept values and bias, empty where nobody asks; what ``dy`` says of a halo is left out."""
+    plan = _plan_of_map(x, positions, shape, form)
+    dx, dvalues, dbias = _empty((0,)), _empty((0,)), _empty((0,))
+    with plan.lock:
+        gradient = plan.map("dy")
+        gradient.pixels().copy_(LaneMap(dy, gradient.height, gradient.width, x.halo).pixels())
+        gradient.fill_halo()
+        if needs_x:
+            in_lanes = plan.conv.input_map(x.halo)
+            plan.conv.input_gradient(values, gradient, in_lanes)
+            dx = in_lanes.data
+        if needs_weights:
+            dvalues, dbias = _empty(positions.shape), _empty(shape[:1])
+            plan.conv.weight_gradient(x, gradient, dvalues, dbias)
+    return dx, dvalues, dbias

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import lipfast._C as _C
 from lipfast.errors import ConfigError, InputError
+from lipfast.ops import _padding
 from lipfast.ops.lanes import GRID, LANES, PADDING_MODES, LaneMap, empty
 
 KERNELS = {"auto": 0, "sparse": 1, "winograd": 2, "dense": 3}
@@ -50,6 +51,21 @@ class ConvForm:
         kernel = (shape[2], shape[3])
         return cls(shape[0], shape[1] * groups, kernel, stride[0], padding, padding_mode, dilation, groups)
 
+    @property
+    def settings(self) -> tuple[tuple[int, int], tuple[int, int], str, int, int]:
+        """Stride of rows and columns, padding, its mode, dilation and groups."""
+        return (self.stride, self.stride), self.padding, self.padding_mode, self.dilation, self.groups
+
+    @property
+    def border(self) -> int:
+        """Pixels around an input that hold copies of others; zeros lie there anyway."""
+        return 0 if self.padding_mode == "zeros" else self.padding[0]
+
+    def border_of(self, height: int, width: int) -> int:
+        """The same around an output, for a layer like this one behind it; 0 where it has too few pixels."""
+        fits = all(self.border <= _padding.widest(side, self.padding_mode) for side in (height, width))
+        return self.border if fits else 0
+
     def out_size(self, height: int, width: int) -> tuple[int, int]:
         """Pixels of the output for an input of ``height`` x ``width``."""
         rows, columns = (
@@ -76,12 +92,21 @@ def fits_lanes(form: ConvForm, height: int, width: int) -> bool:
 
 def _lane_floats(form: ConvForm, height: int, width: int) -> int:
     """Floats of a channel. A block is no smaller than the stride, and as much as taps reach beyond lies around each."""
-    stride = form.stride
-    behind = [form.dilation * (k - 1) - pad - stride + 1 for k, pad in zip(form.kernel, form.padding, strict=True)]
-    halo = max(0, *form.padding, *behind)
-    sides = zip((height, width), form.out_size(height, width), strict=True)
-    rows, columns = (stride * _block(side, out_side, stride) + 2 * halo for side, out_side in sides)
+    rows, columns = (side + 2 * input_halo(form) for side in input_block(form, height, width))
     return LANES * rows * columns
+
+
+def input_halo(form: ConvForm) -> int:
+    """Vectors around each block of an input that the taps of a layer read."""
+    behind = [form.dilation * (k - 1) - pad - form.stride + 1 for k, pad in zip(form.kernel, form.padding, strict=True)]
+    return max(0, *form.padding, *behind)
+
+
+def input_block(form: ConvForm, height: int, width: int) -> tuple[int, int]:
+    """The smallest blocks of an input from which a layer makes whole blocks of its output."""
+    sides = zip((height, width), form.out_size(height, width), strict=True)
+    rows, columns = (form.stride * _block(side, out_side, form.stride) for side, out_side in sides)
+    return rows, columns
 
 
 class LaneConv:
@@ -94,6 +119,7 @@ class LaneConv:
         form: the convolution.
         mask: bool of the weight's shape, True where a weight is kept; None is dense.
         batch, height, width: of the input.
+        block: pixels of an input block, multiples of the stride; None: as few as the layer allows.
         kernel: ``auto``, ``sparse``, ``winograd`` or ``dense``; None reads ``LIPFAST_KERNEL``. A kernel that cannot do
             the layer (Winograd other than 3x3, stride 1 or 2, padding 1, and 5x5, stride 1, padding 2, from 4 x 4 px
             on) leaves the choice to the cost model.
@@ -111,6 +137,7 @@ class LaneConv:
         height: int,
         width: int,
         *,
+        block: tuple[int, int] | None = None,
         kernel: str | None = None,
         exact: bool = False,
     ) -> None:
@@ -127,11 +154,14 @@ class LaneConv:
         floats = form.in_channels * _lane_floats(form, height, width)
         if floats >= 1 << 31:
             raise InputError(f"conv: a picture of {height} x {width} pixels takes {floats} floats in lanes with {form}")
-        self.out_block = (
-            _block(height, self.out_height, form.stride),
-            _block(width, self.out_width, form.stride),
-        )
-        self.in_block = (form.stride * self.out_block[0], form.stride * self.out_block[1])
+        least = input_block(form, height, width)
+        self.in_block = block or least
+        if any(side < few or side % form.stride for side, few in zip(self.in_block, least, strict=True)):
+            raise InputError(
+                f"conv: blocks of {self.in_block} do not suit an input of {height} x {width} pixels with {form}; they "
+                f"must be multiples of the stride and at least {least}"
+            )
+        self.out_block = (self.in_block[0] // form.stride, self.in_block[1] // form.stride)
         choice = KERNELS[asked_kernel(kernel)]
         bytes_ = None if mask is None else mask.contiguous().view(torch.uint8).numpy()
         try:
@@ -174,9 +204,10 @@ class LaneConv:
         """Halo that an output gradient needs, filled with zeros."""
         return int(self._conv.gradient_halo)
 
-    def input_map(self) -> LaneMap:
-        """A map to hold the input, or its gradient."""
-        return LaneMap.allocate(self.batch, self.form.in_channels, self.height, self.width, self.in_halo, self.in_block)
+    def input_map(self, halo: int | None = None) -> LaneMap:
+        """A map to hold the input (``in_halo``), or its gradient (any halo)."""
+        halo = self.in_halo if halo is None else halo
+        return LaneMap.allocate(self.batch, self.form.in_channels, self.height, self.width, halo, self.in_block)
 
     def output_map(self, halo: int = 0) -> LaneMap:
         """A map to hold the output (any halo) or its gradient (``gradient_halo``)."""
@@ -186,7 +217,7 @@ class LaneConv:
 
     def fill_input(self, x: LaneMap) -> None:
         """Write the padding into the halo of an input map."""
-        x.fill_halo(self.form.padding_mode, 0 if self.form.padding_mode == "zeros" else self.form.padding[0])
+        x.fill_halo(self.form.padding_mode, self.form.border)
 
     def forward(self, values: Tensor, bias: Tensor | None, x: LaneMap, y: LaneMap) -> None:
         """``y = conv(x) + bias``; the halo of ``x`` is filled, only pixels of ``y`` are written."""

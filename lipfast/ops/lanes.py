@@ -1,13 +1,16 @@
 """Maps in the lane layout: SIMD lane l holds sub-image l (drawing in ``csrc/cpu/lanes.h`` and ``docs/lanes.md``)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import lipfast._C as _C
 from lipfast.errors import InputError
+from lipfast.ops._autograd import note_writes, refuse_tangents
 from lipfast.ops._checks import check_padding
+from lipfast.ops._once import differentiable_once
 
 GRID = 4  # blocks along each side of a picture
 LANES = GRID * GRID
@@ -45,6 +48,8 @@ def with_lines(x: Tensor) -> Tensor:
 class LaneMap:
     """A batch of feature maps in lanes.
 
+    Gradients of ``data`` are those of the pixels: what a halo repeats counts through the layer that reads it.
+
     Attributes:
         data: ``(batch, channels, block_h + 2 halo, block_w + 2 halo, 16)`` float32 on the CPU, 64-byte aligned vectors;
             a slice of another map's channels is fine.
@@ -81,6 +86,8 @@ class LaneMap:
     ) -> "LaneMap":
         """Convert ``(batch, channels, height, width)`` float32 (any strides) and fill the halo when ``halo > 0``.
 
+        Differentiable once.
+
         Raises:
             InputError: not a 4-D float32 CPU tensor, or a picture smaller than its padding.
         """
@@ -90,33 +97,87 @@ class LaneMap:
             )
         batch, channels, height, width = x.shape
         _check_border(height, width, halo, padding_mode, pad)
+        refuse_tangents("LaneMap.from_tensor", x)
         lanes = cls.allocate(batch, channels, height, width, halo, block)
         if x.numel():
             _C.lanes_from_plain(with_lines(x.detach()).numpy(), lanes.data.numpy(), halo, torch.get_num_threads())
             if halo or lanes.has_dead_pixels:
                 lanes.fill_halo(padding_mode, pad)
-        return lanes
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return lanes
+        return cls(_Converted.apply(x, lanes), height, width, halo)  # type: ignore[no-untyped-call]
 
     @property
     def has_dead_pixels(self) -> bool:
         """True where the blocks cover more than the picture."""
-        rows, columns = self.data.shape[2] - 2 * self.halo, self.data.shape[3] - 2 * self.halo
+        rows, columns = self.block
         return GRID * rows != self.height or GRID * columns != self.width
 
     def to_tensor(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-        """The ordinary ``(batch, channels, height, width)`` tensor, NCHW or channels_last."""
+        """The ordinary ``(batch, channels, height, width)`` tensor, NCHW or channels_last. Differentiable once."""
+        refuse_tangents("LaneMap.to_tensor", self.data)
         shape = (*self.data.shape[:2], self.height, self.width)
         out = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=memory_format)
         if out.numel():
-            _C.lanes_to_plain(self.data.numpy(), out.numpy(), self.halo, torch.get_num_threads())
-        return out
+            _C.lanes_to_plain(self.data.detach().numpy(), out.numpy(), self.halo, torch.get_num_threads())
+        if not (torch.is_grad_enabled() and self.data.requires_grad):
+            return out
+        converted: Tensor = _ConvertedBack.apply(self.data, self, out)  # type: ignore[no-untyped-call]
+        return converted
 
     def fill_halo(self, mode: str = "zeros", pad: int = 0) -> None:
         """Write halo and dead pixels: ``pad`` pixels of padding around the picture, zeros farther out."""
         _check_border(self.height, self.width, self.halo, mode, pad)
+        data = self.data.detach()
         _C.fill_halo(
-            self.data.numpy(), self.height, self.width, self.halo, PADDING_MODES[mode], pad, torch.get_num_threads()
+            data.numpy(), self.height, self.width, self.halo, PADDING_MODES[mode], pad, torch.get_num_threads()
         )
+        note_writes(data)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Pixels of a block."""
+        return self.data.shape[2] - 2 * self.halo, self.data.shape[3] - 2 * self.halo
+
+    def pixels(self) -> Tensor:
+        """``data`` without the halo: a view."""
+        rows, columns = self.block
+        return self.data[:, :, self.halo : self.halo + rows, self.halo : self.halo + columns]
+
+
+class _Converted(torch.autograd.Function):
+    """A map that was made of a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lanes: LaneMap) -> Tensor:
+        ctx.like = lanes.height, lanes.width, lanes.halo
+        return lanes.data
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return LaneMap(aligned(gradient), *ctx.like).to_tensor(), None
+
+
+class _ConvertedBack(torch.autograd.Function):
+    """A tensor that was made of a map."""
+
+    @staticmethod
+    def forward(ctx: Any, data: Tensor, lanes: LaneMap, plain: Tensor) -> Tensor:
+        ctx.halo, ctx.block = lanes.halo, lanes.block
+        return plain
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return LaneMap.from_tensor(gradient, ctx.halo, block=ctx.block).data, None, None
+
+
+def aligned(data: Tensor) -> Tensor:
+    """``data`` of a map as kernels take it, in whole lines; a copy of other tensors (expanded gradients, say)."""
+    *far, step, one = data.stride()
+    suits = (step, one) == (LANES, 1) and not any(stride % LANES for stride in far) and data.data_ptr() % 64 == 0
+    return data if suits else data.contiguous()
 
 
 def _check_border(height: int, width: int, halo: int, mode: str, pad: int) -> None:

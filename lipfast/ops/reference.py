@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from lipfast.ops import _padding
+from lipfast.ops.lane_conv import ConvForm
+from lipfast.ops.lanes import LaneMap
 
 
 def prune_smallest(magnitude: Tensor, alive: Tensor, count: int) -> Tensor:
@@ -173,6 +175,38 @@ def sparse_conv2d_weight_gradient(
     """``(kept,)``: gradient of each kept weight, given the gradient ``dy`` of the output."""
     dense = dense_weight_gradient(x, dy, shape, stride, padding, padding_mode, dilation, groups)
     return dense.reshape(-1)[positions]
+
+
+def sparse_conv2d_map(
+    x: LaneMap, values: Tensor, positions: Tensor, shape: torch.Size, bias: Tensor | None, form: ConvForm
+) -> LaneMap:
+    """``sparse_conv2d_forward`` of a map's pixels, as a map with as wide a halo, filled with the layer's padding."""
+    y = sparse_conv2d_forward(x.to_tensor(), values, positions, shape, bias, *form.settings)
+    block = (x.block[0] // form.stride, x.block[1] // form.stride)
+    return LaneMap.from_tensor(y, x.halo, form.padding_mode, form.border_of(*y.shape[2:]), block)
+
+
+def sparse_conv2d_map_gradients(
+    x: LaneMap,
+    dy: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    shape: torch.Size,
+    form: ConvForm,
+    needs_x: bool,
+    needs_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the map, the kept values and the bias, given that of the output's pixels; empty if not needed."""
+    plain = x.to_tensor()
+    gradient = LaneMap(dy, *form.out_size(x.height, x.width), x.halo).to_tensor()
+    dx, dvalues, dbias = (dy.new_empty(0) for _ in range(3))
+    if needs_x:
+        found = sparse_conv2d_input_gradient(gradient, values, positions, shape, plain.shape, *form.settings)
+        dx = LaneMap.from_tensor(found, x.halo, block=x.block).data
+    if needs_weights:
+        dvalues = sparse_conv2d_weight_gradient(plain, gradient, positions, shape, *form.settings)
+        dbias = gradient.sum((0, 2, 3))
+    return dx, dvalues, dbias
 
 
 def dense_conv2d(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lipfast.errors import InputError
 from lipfast.ops import _dispatch
+from lipfast.ops._autograd import note_writes
 from lipfast.ops.select import begin_pruning, check_parts, device_of
 
 
@@ -70,7 +71,7 @@ def prune_rewind_pack(
     with torch.no_grad(), _dispatch.on(device_of(weights)):
         masks, bits, values = pruning.rewind([first.detach() for first in start], into)
     # Kernels write past torch's knowledge. Tensors of inference mode keep no count.
-    torch.autograd.graph.increment_version([tensor for tensor in into if not tensor.is_inference()])
+    note_writes(*into)
     return Rewound(masks, bits, list(into), values)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from lipfast.ops import _dispatch, _padding
 from lipfast.ops._autograd import refuse_double_backward, refuse_tangents, register_gradient
 from lipfast.ops._checks import check_dense, check_window, pair, whole_number
 from lipfast.ops.lane_conv import ConvForm, fits_lanes
+from lipfast.ops.lanes import LaneMap
+from lipfast.ops.sparse_conv_map import conv_of_map
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,11 @@ class SparseWeight:
         return len(self.positions) / max(1, self.shape.numel())
 
 
+Maps = TypeVar("Maps", Tensor, LaneMap)
+
+
 def sparse_conv2d(
-    x: Tensor,
+    x: Maps,
     weight: SparseWeight,
     bias: Tensor | None = None,
     stride: int | Sequence[int] = 1,
@@ -75,16 +80,21 @@ def sparse_conv2d(
     groups: int = 1,
     *,
     backend: str | None = None,
-) -> Tensor:
+) -> Maps:
     """``torch.nn.functional.conv2d`` with a packed weight; gradients for the kept entries only.
 
-    On the CPU it converts to the lane layout and back (see docs/lanes.md); for maps that stay there use
-    `lipfast.ops.LaneConv`. The output has the memory format of ``x``. float32 runs the kernels; other dtypes run
-    the reference. So do strides that differ by axis, empty maps, and on the CPU layers that lanes do not suit
-    (docs/lanes.md).
+    A tensor is converted to the lane layout and back on the CPU (docs/lanes.md), and the output has its memory format.
+    float32 runs the kernels; other dtypes run the reference. So do strides that differ by axis, empty maps, and on the
+    CPU layers that lanes do not suit (docs/lanes.md).
+
+    A `LaneMap` stays in lanes: layers behind each other convert nothing. Its halo must be filled with this layer's
+    padding, as `LaneMap.from_tensor` and `LaneMap.fill_halo` do, and at least as wide as the layer reads; the output
+    has a halo of the same width, filled in the same way (with zeros if it has too few pixels to copy), so equal layers
+    follow as they are. A halo that is filled anew before a layer's backward pass is noticed, as writes in place are.
+    Such a layer has one stride for both axes.
 
     Args:
-        x: ``(batch, in, height, width)``, NCHW or channels_last.
+        x: ``(batch, in, height, width)``, NCHW or channels_last, or a map in lanes.
         weight: see `SparseWeight`; ``values`` on the device and of the dtype of ``x``.
         bias: ``(out,)`` or None.
         stride, padding: one number or one for each axis. dilation, groups: as in torch.
@@ -92,7 +102,7 @@ def sparse_conv2d(
         backend: run exactly this implementation; None lets the seam choose.
 
     Returns:
-        ``(batch, out, out height, out width)``.
+        ``(batch, out, out height, out width)``, a map in lanes where ``x`` is one.
 
     Raises:
         InputError: an argument breaks the lines above; the message names it.
@@ -102,9 +112,15 @@ def sparse_conv2d(
     """
     stride, padding = pair("sparse_conv2d", "stride", stride), pair("sparse_conv2d", "padding", padding)
     dilation, groups = (whole_number("sparse_conv2d", *named) for named in (("dilation", dilation), ("groups", groups)))
-    _check_weight(x, weight, bias, groups)
-    check_window("sparse_conv2d", x.shape[2:], weight.shape[2:], stride, padding, padding_mode, dilation)
-    refuse_tangents("sparse_conv2d", x, weight.values, bias)
+    size, numbers = _size_and_numbers(x)
+    _check_weight(size, numbers, weight, bias, groups)
+    check_window("sparse_conv2d", size[2:], weight.shape[2:], stride, padding, padding_mode, dilation)
+    refuse_tangents("sparse_conv2d", numbers, weight.values, bias)
+    if isinstance(x, LaneMap):
+        if stride[0] != stride[1]:
+            raise InputError(f"sparse_conv2d: a map in lanes takes one stride for both axes, got {stride}")
+        layer = ConvForm.of(weight.shape, stride, padding, padding_mode, dilation, groups)
+        return conv_of_map(x, weight.values, weight.positions, bias, layer, backend)  # type: ignore[return-value]
     if padding_mode != "zeros" and padding[0] != padding[1]:
         x, padding, padding_mode = _padding.pad(x, padding, padding_mode), (0, 0), "zeros"
     layer = ConvForm.of(weight.shape, stride, padding, padding_mode, dilation, groups)
@@ -122,8 +138,16 @@ def _has_kernel(x: Tensor, layer: ConvForm) -> bool:
     return x.device.type != "cpu" or fits_lanes(layer, x.shape[2], x.shape[3])
 
 
-def _check_weight(x: Tensor, weight: SparseWeight, bias: Tensor | None, groups: int) -> None:
+def _size_and_numbers(x: Tensor | LaneMap) -> tuple[tuple[int, ...], Tensor]:
+    """Batch, channels, height and width, if ``x`` has four axes, and the tensor that holds its numbers."""
+    if isinstance(x, LaneMap):
+        return (*x.data.shape[:2], x.height, x.width), x.data
     check_dense("sparse_conv2d", "x", x)
+    return x.shape, x
+
+
+def _check_weight(size: tuple[int, ...], x: Tensor, weight: SparseWeight, bias: Tensor | None, groups: int) -> None:
+    """``size``: batch, channels, height and width of what ``x`` holds."""
     if not isinstance(weight, SparseWeight):
         raise InputError(
             f"sparse_conv2d: weight must be a SparseWeight, got {type(weight).__name__}; use SparseWeight.from_dense"
@@ -137,10 +161,10 @@ def _check_weight(x: Tensor, weight: SparseWeight, bias: Tensor | None, groups: 
             f"got {tuple(values.shape)} and {tuple(positions.shape)} {positions.dtype}"
         )
     out, per_group = weight.shape[:2]
-    if groups < 1 or x.dim() != 4 or x.shape[1] != per_group * groups or out % groups:
+    if groups < 1 or len(size) != 4 or size[1] != per_group * groups or out % groups:
         raise InputError(
             f"sparse_conv2d: a weight of {tuple(weight.shape)} with {groups} groups takes "
-            f"(batch, {per_group * groups}, height, width), got {tuple(x.shape)}"
+            f"(batch, {per_group * groups}, height, width), got {tuple(size)}"
         )
     if values.dtype != x.dtype or not values.device == positions.device == x.device:
         raise InputError(

@@ -155,6 +155,21 @@ def test_nothing_but_its_own_weights_is_written(isa):
     assert torch.equal(gradient, before[1][3:40])
 
 
+def test_autograd_notices_that_numbers_were_written():
+    values, gradient, m, v = (draw(20, seed) for seed in range(4))
+    kept = values.requires_grad_().square().sum(), m.requires_grad_().square().sum()
+    ops.adam_step(values, gradient, m, v.abs(), 1)
+    for loss in kept:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    loss = values.square().sum()
+    ops.sgd_step(values, gradient, m, 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        ops.adam_step(*(draw(20, seed) for seed in range(3)), draw(20).abs(), 1)
+
+
 def test_torch_operator_checks():
     step = (1, 0.01, 0.9, 0.999, 1e-8, 0.0, None)
     torch.library.opcheck(torch.ops.lipfast.adam_step.default, (draw(20), draw(20), draw(20), draw(20).abs(), *step))
