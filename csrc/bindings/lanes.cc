@@ -39,6 +39,17 @@ void FillHalo(const py::array& lanes, int64_t height, int64_t width, int64_t hal
   Kernels<LaneKernels>().fill_halo(map, padding, pad, threads);
 }
 
+void CopyPixels(const py::array& from, int64_t from_halo, const py::array& to, int64_t to_halo, int64_t height,
+                int64_t width, int threads) {
+  const LaneMap source = AsLaneMap(from, height, width, from_halo, "from");
+  const LaneMap target = AsLaneMap(to, height, width, to_halo, "to");
+  if (source.batch != target.batch || source.channels != target.channels) {
+    Refuse("maps of " + Describe(from) + " and " + Describe(to) + " differ in size");
+  }
+  py::gil_scoped_release release;
+  Kernels<LaneKernels>().reblock(source, target, threads);
+}
+
 }  // namespace
 
 void BindLanes(py::module_& m) {
@@ -46,9 +57,11 @@ void BindLanes(py::module_& m) {
   m.def("lanes_to_plain", &LanesToPlain, py::arg("lanes"), py::arg("plain"), py::arg("halo"), py::arg("threads"));
   m.def("fill_halo", &FillHalo, py::arg("lanes"), py::arg("height"), py::arg("width"), py::arg("halo"), py::arg("mode"),
         py::arg("pad"), py::arg("threads"));
-  py::class_<Arena>(m, "Arena", py::buffer_protocol(), "Zeroed memory in large pages; torch.frombuffer reads it.")
-      .def(py::init<int64_t>(), py::arg("bytes"))
-      .def_buffer([](Arena& arena) {
+  m.def("copy_pixels", &CopyPixels, py::arg("source"), py::arg("source_halo"), py::arg("to"), py::arg("to_halo"),
+        py::arg("height"), py::arg("width"), py::arg("threads"));
+  py::class_<ReusedArena>(m, "Arena", py::buffer_protocol(), "Memory in large pages; torch.frombuffer reads it.")
+      .def(py::init<int64_t, bool>(), py::arg("bytes"), py::arg("zeroed"))
+      .def_buffer([](ReusedArena& arena) {
         return py::buffer_info(arena.data(), sizeof(float), py::format_descriptor<float>::format(), 1,
                                {arena.bytes() / static_cast<int64_t>(sizeof(float))}, {sizeof(float)});
       });

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 namespace lipfast {
 
@@ -23,6 +24,24 @@ class Arena {
   int64_t mapped_ = 0;  // bytes; 0: the memory is malloc's
   void* base_;
   float* data_;
+};
+
+// An arena that is kept when it is no longer wanted, for the next one of its size: callers that make a map in each call
+// and drop it would else wait for the system to map and clear the same pages every time. At most kMostKept bytes are
+// kept, those that were dropped last.
+class ReusedArena {
+ public:
+  // Without `zeroed` it holds what was there before.
+  ReusedArena(int64_t bytes, bool zeroed);
+  ~ReusedArena();
+
+  float* data() const { return arena_->data(); }
+  int64_t bytes() const { return arena_->bytes(); }
+
+  static constexpr int64_t kMostKept = int64_t{64} << 20;
+
+ private:
+  std::unique_ptr<Arena> arena_;
 };
 
 }  // namespace lipfast

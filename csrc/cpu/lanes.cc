@@ -332,8 +332,18 @@ std::vector<LaneRule> Recut(const Axis& from, int64_t block, bool rows) {
   return rules;
 }
 
+void CopyBlocks(const LaneMap& from, const LaneMap& to, int threads) {
+  ParallelFor(threads, to.batch * to.channels, [&](int64_t i) {
+    const int64_t n = i / to.channels, c = i % to.channels;
+    for (int64_t y = 0; y < to.block_h; ++y) {
+      std::memcpy(to.At(n, c, y), from.At(n, c, y), sizeof(float) * kLanes * to.block_w);
+    }
+  });
+}
+
 // First along rows, into a strip of columns as they shall be, then along columns.
 void Reblock(const LaneMap& from, const LaneMap& to, int threads) {
+  if (from.block_h == to.block_h && from.block_w == to.block_w) return CopyBlocks(from, to, threads);
   const std::vector<LaneRule> rows = Recut(from.rows(), to.block_h, true);
   const std::vector<LaneRule> columns = Recut(from.columns(), to.block_w, false);
   constexpr int64_t kStrip = 8;  // columns

@@ -139,7 +139,7 @@ struct LaneKernels {
   // gets the padding, everything farther out zero. pad <= halo; kReflect needs
   // pad < side, kCircular pad <= side.
   void (*fill_halo)(const LaneMap& map, Padding mode, int64_t pad, int threads);
-  // Copies pixels between maps of equal size and grid whose blocks differ.
+  // Copies pixels between maps of equal size and grid, whose blocks and halos may differ.
   void (*reblock)(const LaneMap& from, const LaneMap& to, int threads);
 };
 

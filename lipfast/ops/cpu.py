@@ -271,7 +271,7 @@ def sparse_conv2d_map(
 ) -> LaneMap:
     """``x`` with its halo filled; the result has a halo of the same width, filled in the same way."""
     plan = _plan_of_map(x, positions, shape, form)
-    y = plan.conv.output_map(x.halo)
+    y = plan.conv.output_map(x.halo, zeroed=False)  # the halo is filled, too
     with plan.lock:
         plan.conv.forward(values, None if bias is None else bias.contiguous(), x, y)
     y.fill_halo(form.padding_mode, form.border_of(y.height, y.width))
@@ -293,7 +293,7 @@ def sparse_conv2d_map_gradients(
     dx, dvalues, dbias = _empty((0,)), _empty((0,)), _empty((0,))
     with plan.lock:
         gradient = plan.map("dy")
-        gradient.pixels().copy_(LaneMap(dy, gradient.height, gradient.width, x.halo).pixels())
+        gradient.copy_pixels(LaneMap(dy, gradient.height, gradient.width, x.halo))
         gradient.fill_halo()
         if needs_x:
             in_lanes = plan.conv.input_map(x.halo)

@@ -209,11 +209,10 @@ class LaneConv:
         halo = self.in_halo if halo is None else halo
         return LaneMap.allocate(self.batch, self.form.in_channels, self.height, self.width, halo, self.in_block)
 
-    def output_map(self, halo: int = 0) -> LaneMap:
+    def output_map(self, halo: int = 0, *, zeroed: bool = True) -> LaneMap:
         """A map to hold the output (any halo) or its gradient (``gradient_halo``)."""
-        return LaneMap.allocate(
-            self.batch, self.form.out_channels, self.out_height, self.out_width, halo, self.out_block
-        )
+        sizes = (self.batch, self.form.out_channels, self.out_height, self.out_width)
+        return LaneMap.allocate(*sizes, halo, self.out_block, zeroed=zeroed)
 
     def fill_input(self, x: LaneMap) -> None:
         """Write the padding into the halo of an input map."""

@@ -17,8 +17,9 @@ LANES = GRID * GRID
 PADDING_MODES = {"zeros": 0, "reflect": 1, "replicate": 2, "circular": 3}
 
 
-def empty(*shape: int) -> Tensor:
-    """Zeroed float32 memory in large pages, 64-byte aligned; shape as for ``torch.empty``."""
+def empty(*shape: int, zeroed: bool = True) -> Tensor:
+    """float32 memory in large pages, 64-byte aligned; shape as for ``torch.empty``. Dropped memory is used again, so
+    without ``zeroed`` it holds any numbers."""
     count = 1
     for side in shape:
         count *= side
@@ -26,7 +27,7 @@ def empty(*shape: int) -> Tensor:
         raise InputError(f"a map of {shape} floats is larger than any memory")
     if count == 0:
         return torch.empty(shape, dtype=torch.float32, device="cpu")
-    return torch.frombuffer(_C.Arena(4 * count), dtype=torch.float32).view(shape)
+    return torch.frombuffer(_C.Arena(4 * count, zeroed), dtype=torch.float32).view(shape)
 
 
 def plane_vectors(vectors: int) -> int:
@@ -64,9 +65,18 @@ class LaneMap:
 
     @classmethod
     def allocate(
-        cls, batch: int, channels: int, height: int, width: int, halo: int = 0, block: tuple[int, int] | None = None
+        cls,
+        batch: int,
+        channels: int,
+        height: int,
+        width: int,
+        halo: int = 0,
+        block: tuple[int, int] | None = None,
+        *,
+        zeroed: bool = True,
     ) -> "LaneMap":
-        """A zeroed map; ``block`` gives a block's pixels where a neighbour's stride asks for more than a quarter."""
+        """A map of zeros, or of any numbers for who writes all of it; ``block`` gives a block's pixels where a
+        neighbour's stride asks for more than a quarter."""
         block_h, block_w = block or (-(-height // GRID), -(-width // GRID))
         if min(batch, channels, halo) < 0 or min(height, width) < 1:
             raise InputError(
@@ -77,7 +87,7 @@ class LaneMap:
             raise InputError(f"LaneMap: {height} x {width} pixels do not fit blocks of {block_h} x {block_w}")
         rows, columns = block_h + 2 * halo, block_w + 2 * halo
         plane = plane_vectors(rows * columns)
-        planes = empty(batch, channels, plane, LANES)[:, :, : rows * columns]
+        planes = empty(batch, channels, plane, LANES, zeroed=zeroed)[:, :, : rows * columns]
         return cls(planes.view(batch, channels, rows, columns, LANES), height, width, halo)
 
     @classmethod
@@ -98,7 +108,7 @@ class LaneMap:
         batch, channels, height, width = x.shape
         _check_border(height, width, halo, padding_mode, pad)
         refuse_tangents("LaneMap.from_tensor", x)
-        lanes = cls.allocate(batch, channels, height, width, halo, block)
+        lanes = cls.allocate(batch, channels, height, width, halo, block, zeroed=False)
         if x.numel():
             _C.lanes_from_plain(with_lines(x.detach()).numpy(), lanes.data.numpy(), halo, torch.get_num_threads())
             if halo or lanes.has_dead_pixels:
@@ -139,10 +149,13 @@ class LaneMap:
         """Pixels of a block."""
         return self.data.shape[2] - 2 * self.halo, self.data.shape[3] - 2 * self.halo
 
-    def pixels(self) -> Tensor:
-        """``data`` without the halo: a view."""
-        rows, columns = self.block
-        return self.data[:, :, self.halo : self.halo + rows, self.halo : self.halo + columns]
+    def copy_pixels(self, source: "LaneMap") -> None:
+        """Take the pixels of a map of equal size, whatever its blocks and halo; the halo is left as it is."""
+        _C.copy_pixels(
+            *(source.data.detach().numpy(), source.halo, self.data.detach().numpy(), self.halo),
+            *(self.height, self.width, torch.get_num_threads()),
+        )
+        note_writes(self.data)
 
 
 class _Converted(torch.autograd.Function):

@@ -885,6 +885,9 @@ void RunSheets(int threads, const std::string& name) {
       Expect(x.Read() == before, what + " there and back");
       lanes.reblock(x.map.lanes, y.map.lanes, threads);
       Expect(y.Read() == before, what + " in other blocks");
+      Picture z(batch, 3, 7, 6, side, side, 1, random, grid);
+      lanes.reblock(x.map.lanes, z.map.lanes, threads);
+      Expect(z.Read() == before, what + " in equal blocks with another halo");
       lanes.fill_halo(x.map.lanes, mode, halo, threads);
       const LaneMap& m = x.map.lanes;
       bool right = true;

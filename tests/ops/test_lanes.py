@@ -124,3 +124,47 @@ def test_bindings_refuse_what_a_kernel_would_trust():
         _C.lanes_from_plain(x.numpy(), torch.zeros(65)[1:].view(1, 1, 2, 2, 16).numpy(), 0, 1)
     with pytest.raises(ValueError, match="does not fit in a halo of 0"):
         _C.fill_halo(lanes.numpy(), 8, 8, 0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("block", [None, (5, 7)])
+def test_pixels_are_copied_whatever_blocks_and_halo(isa, block):
+    x = torch.randn(2, 3, 13, 18)
+    target = LaneMap.allocate(2, 3, 13, 18, 2, block)
+    target.data.fill_(7)
+    target.copy_pixels(LaneMap.from_tensor(x, 1))
+    assert torch.equal(target.to_tensor(), x)
+    assert bool((target.data[:, :, :2] == 7).all())  # the halo stays
+    with pytest.raises(ValueError, match="differ in size"):
+        target.copy_pixels(LaneMap.from_tensor(x[:1], 1))
+
+
+def test_memory_that_is_used_again_holds_no_numbers_of_before():
+    x = torch.randn(1, 40, 90, 93)
+    want = LaneMap.from_tensor(x, 2).data.clone()
+    for _ in range(3):
+        spoilt = LaneMap.allocate(1, 40, 90, 93, 2)
+        assert not spoilt.data.any()
+        spoilt.data.fill_(torch.nan)
+        del spoilt
+        assert torch.equal(LaneMap.from_tensor(x, 2).data, want)
+
+
+def test_a_map_in_use_keeps_its_memory():
+    first = LaneMap.allocate(1, 40, 90, 93)
+    address = first.data.data_ptr()
+    assert LaneMap.allocate(1, 40, 90, 93).data.data_ptr() != address
+    view = first.data[:, :1]
+    del first
+    assert LaneMap.allocate(1, 40, 90, 93).data.data_ptr() != address
+    del view
+    assert LaneMap.allocate(1, 40, 90, 93).data.data_ptr() == address
+
+
+def test_little_memory_is_kept():
+    """At most 64 MB, of those that were dropped last: the first of seven maps of 11 MB is mapped anew."""
+    maps = [LaneMap.allocate(1, 128, 148, 148) for _ in range(7)]
+    addresses = [lanes.data.data_ptr() for lanes in maps]
+    while maps:
+        maps.pop(0)
+    again = [LaneMap.allocate(1, 128, 148, 148) for _ in range(5)]
+    assert [lanes.data.data_ptr() for lanes in again] == addresses[:1:-1]
