@@ -1,4 +1,6 @@
-"""Convolutions on maps that stay in lanes, against torch's channels_last convolution of the masked dense weight."""
+"""Convolutions on maps that stay in lanes, against torch's channels_last convolution of the masked dense weight; and
+`lipfast.ops.sparse_conv2d`, which makes its results in each call, on maps and on ordinary tensors.
+"""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lipfast.bench.harness import Case, Size, Timed
-from lipfast.ops import ConvForm, LaneConv, LaneMap
+from lipfast.ops import ConvForm, LaneConv, LaneMap, SparseWeight, sparse_conv2d
 from lipfast.ops.lane_conv import asked_kernel
 
 CHANNELS = 128  # the paper's network
@@ -46,9 +48,18 @@ DENSE_LAYERS = [
 ]
 
 
+OPERATOR_LAYERS = [_Layer(f"3x3 {pixels} px", 3, 1, pixels, (0.1, 0.05)) for pixels in (64, 128)]
+OPERANDS: dict[str, Callable[[Tensor], Tensor | LaneMap]] = {  # of sparse_conv2d
+    "lanes": lambda x: LaneMap.from_tensor(x, 1),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "NCHW": lambda x: x,
+}
+
+
 def cases(size: Size) -> list[Case]:
     """Forward alone, and forward with both gradients, of every layer and density."""
-    return _cases(LAYERS if size == "full" else [_Layer("3x3 toy", 3, 1, 16, (1.0, 0.1))], size, "auto")
+    layers = _cases(LAYERS if size == "full" else [_Layer("3x3 toy", 3, 1, 16, (1.0, 0.1))], size, "auto")
+    return layers + _operator_cases(OPERATOR_LAYERS if size == "full" else [_Layer("3x3 toy", 3, 1, 16, (0.1,))], size)
 
 
 def dense_cases(size: Size) -> list[Case]:
@@ -75,13 +86,73 @@ def _cases(layers: list[_Layer], size: Size, kernel: str) -> list[Case]:
     ]
 
 
-def _setup(layer: _Layer, channels: int, density: float, training: bool, kernel: str, baseline: str) -> Timed:
+def _operator_cases(layers: list[_Layer], size: Size) -> list[Case]:
+    channels = CHANNELS if size == "full" else 8
+    return [
+        Case(
+            op="sparse_conv2d_training" if training else "sparse_conv2d",
+            name=f"{layer.name} {1 - density:.0%} zeros, {operand}",
+            shape=f"{channels} -> {channels} channels, 3x3, stride 1, {layer.pixels} px, batch 1",
+            density=density,
+            setup=functools.partial(_setup_operator, layer, channels, density, training, operand),
+        )
+        for layer in layers
+        for density in layer.densities
+        for operand in OPERANDS
+        for training in (False, True)
+    ]
+
+
+def _setup_operator(layer: _Layer, channels: int, density: float, training: bool, operand: str) -> Timed:
+    form = ConvForm(channels, channels, (3, 3), 1, (1, 1))
+    x, weight, mask, bias = _draw(layer, channels, density)
+    packed = SparseWeight.from_dense(weight, mask)
+    dy = torch.randn(x.shape)
+    given, dy_given = OPERANDS[operand](x), OPERANDS[operand](dy)
+    numbers, gradient = (t.data if isinstance(t, LaneMap) else t for t in (given, dy_given))
+    leaves = (numbers, packed.values, bias)
+
+    def forward() -> Tensor:
+        if isinstance(given, LaneMap):
+            return sparse_conv2d(given, packed, bias, padding=1).data
+        return sparse_conv2d(given, packed, bias, padding=1)
+
+    def train() -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            for leaf in leaves:
+                leaf.requires_grad_()
+            y = forward()
+        found = torch.autograd.grad(y, leaves, gradient)
+        for leaf in leaves:
+            leaf.requires_grad_(False)
+        return y.detach(), *found
+
+    def check() -> None:
+        y, dx, dvalues, _ = train()
+        y, dx = (LaneMap(t, layer.pixels, layer.pixels, 1).to_tensor() if t.dim() == 5 else t for t in (y, dx))
+        _compare({"y": y, "dx": dx, "dw": dvalues}, x, weight, mask, bias, form, dy)
+
+    return Timed(
+        ours=train if training else forward,
+        baselines={"torch": _in_torch(x, weight, bias, dy, form, torch.float32, training)},
+        check=check,
+        backend="cpu",
+        flops=2.0 * len(packed.values) * layer.pixels**2 * (3 if training else 1),
+    )
+
+
+def _draw(layer: _Layer, channels: int, density: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Input, masked weight, mask and bias."""
     generator = torch.Generator().manual_seed(0)
-    padding = layer.kernel // 2
     x = torch.randn(1, channels, layer.pixels, layer.pixels, generator=generator)
     weight = torch.randn(channels, channels, layer.kernel, layer.kernel, generator=generator)
     mask = torch.rand(weight.shape, generator=generator) < density
-    weight, bias = weight * mask, torch.randn(channels, generator=generator)
+    return x, weight * mask, mask, torch.randn(channels, generator=generator)
+
+
+def _setup(layer: _Layer, channels: int, density: float, training: bool, kernel: str, baseline: str) -> Timed:
+    x, weight, mask, bias = _draw(layer, channels, density)
+    padding = layer.kernel // 2
     form = ConvForm(channels, channels, (layer.kernel, layer.kernel), layer.stride, (padding, padding))
     asked = kernel if kernel != "auto" else asked_kernel()
     ours = _OnLanes(
@@ -141,13 +212,16 @@ def _in_torch(
 
 def _check(ours: _OnLanes, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, form: ConvForm) -> None:
     ours.train()
-    x, weight, bias = (t.double().requires_grad_() for t in (x, weight, bias))
+    found = {"y": ours.y.to_tensor(), "dx": ours.dx.to_tensor(), "dw": ours.dvalues}
+    _compare(found, x, weight, mask, bias, form, ours.dy)
+
+
+def _compare(
+    found: dict[str, Tensor], x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, form: ConvForm, dy: Tensor
+) -> None:
+    x, weight, bias = (t.detach().double().requires_grad_() for t in (x, weight, bias))
     y = functional.conv2d(x, weight, bias, form.stride, list(form.padding))
-    dx, dw = torch.autograd.grad(y, (x, weight), ours.dy.double())
-    for name, got, want in (
-        ("y", ours.y.to_tensor(), y.detach()),
-        ("dx", ours.dx.to_tensor(), dx),
-        ("dw", ours.dvalues, dw[mask]),
-    ):
-        error = float((got - want).norm() / want.norm())
+    dx, dw = torch.autograd.grad(y, (x, weight), dy.double())
+    for name, want in {"y": y.detach(), "dx": dx, "dw": dw[mask]}.items():
+        error = float((found[name] - want).norm() / want.norm())
         assert error <= TOLERANCE, f"{name} is off by {error:.1e} of its norm"

@@ -174,6 +174,12 @@ class _ConvPlan:
             lanes.fill_halo()
         return lanes
 
+    def weight_gradients(self, x: LaneMap, dy: LaneMap) -> tuple[Tensor, Tensor]:
+        """Of the kept values and of the bias."""
+        dvalues, dbias = _empty(self.positions.shape), _empty((self.conv.form.out_channels,))
+        self.conv.weight_gradient(x, dy, dvalues, dbias)
+        return dvalues, dbias
+
 
 _MOST_PLANS = 128
 _plans: collections.OrderedDict[Hashable, _ConvPlan] = collections.OrderedDict()
@@ -256,10 +262,31 @@ def sparse_conv2d_weight_gradient(
 ) -> Tensor:
     """See ``lipfast.ops.reference.sparse_conv2d_weight_gradient``."""
     plan = _plan(positions, shape, x.shape, ConvForm.of(shape, stride, padding, padding_mode, dilation, groups))
-    gradient = _empty(positions.shape)
     with plan.lock:
-        plan.conv.weight_gradient(plan.load("x", x), plan.load("dy", dy), gradient, None)
-    return gradient
+        return plan.weight_gradients(plan.load("x", x), plan.load("dy", dy))[0]
+
+
+def sparse_conv2d_gradients(
+    x: Tensor,
+    dy: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    shape: torch.Size,
+    form: ConvForm,
+    needs_x: bool,
+    needs_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, kept values and bias, empty where nobody asks: ``dy`` is converted once for all of them."""
+    plan = _plan(positions, shape, x.shape, form)
+    dx, dvalues, dbias = _empty((0,)), _empty((0,)), _empty((0,))
+    with plan.lock:
+        gradient = plan.load("dy", dy)
+        if needs_x:
+            plan.conv.input_gradient(values, gradient, plan.map("dx"))
+            dx = plan.map("dx").to_tensor(_memory_format(dy))
+        if needs_weights:
+            dvalues, dbias = plan.weight_gradients(plan.load("x", x), gradient)
+    return dx, dvalues, dbias
 
 
 def _plan_of_map(x: LaneMap, positions: Tensor, shape: torch.Size, form: ConvForm) -> _ConvPlan:
@@ -300,6 +327,5 @@ def sparse_conv2d_map_gradients(
             plan.conv.input_gradient(values, gradient, in_lanes)
             dx = in_lanes.data
         if needs_weights:
-            dvalues, dbias = _empty(positions.shape), _empty(shape[:1])
-            plan.conv.weight_gradient(x, gradient, dvalues, dbias)
+            dvalues, dbias = plan.weight_gradients(x, gradient)
     return dx, dvalues, dbias

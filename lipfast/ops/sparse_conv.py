@@ -213,12 +213,13 @@ def _conv(
     return _run("sparse_conv2d_forward", x.device, backend, dilation, groups, *args)
 
 
-@torch.library.custom_op("lipfast::sparse_conv2d_input_gradient", mutates_args=())
-def _input_gradient(
+@torch.library.custom_op("lipfast::sparse_conv2d_gradients", mutates_args=())
+def _gradients(
+    x: Tensor,
     dy: Tensor,
     values: Tensor,
     positions: Tensor,
-    input_size: list[int],
+    needs: list[bool],
     shape: list[int],
     stride: list[int],
     padding: list[int],
@@ -226,27 +227,24 @@ def _input_gradient(
     dilation: int,
     groups: int,
     backend: str | None,
-) -> Tensor:
-    size, *form = _tuples(shape, stride, padding, padding_mode)
-    args = (dy, values.contiguous(), positions, size, torch.Size(input_size), *form)
-    return _run("sparse_conv2d_input_gradient", dy.device, backend, dilation, groups, *args)
-
-
-@torch.library.custom_op("lipfast::sparse_conv2d_weight_gradient", mutates_args=())
-def _weight_gradient(
-    x: Tensor,
-    dy: Tensor,
-    positions: Tensor,
-    shape: list[int],
-    stride: list[int],
-    padding: list[int],
-    padding_mode: str,
-    dilation: int,
-    groups: int,
-    backend: str | None,
-) -> Tensor:
-    size, *form = _tuples(shape, stride, padding, padding_mode)
-    return _run("sparse_conv2d_weight_gradient", x.device, backend, dilation, groups, x, dy, positions, size, *form)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x`` (if ``needs[0]``, else empty), and of values and bias (if ``needs[1]``, else empty)."""
+    size, steps, pads, mode = _tuples(shape, stride, padding, padding_mode)
+    values = values.contiguous()
+    name, _ = _dispatch.pick("sparse_conv2d_input_gradient", x.device, backend)
+    if name == "cpu":
+        _, run = _dispatch.pick("sparse_conv2d_gradients", x.device, name)
+        layer = ConvForm.of(size, steps, pads, mode, dilation, groups)
+        found: tuple[Tensor, Tensor, Tensor] = run(x, dy, values, positions, size, layer, *needs)
+        return found
+    dx, dvalues, dbias = (x.new_empty(0) for _ in range(3))
+    where = (x.device, backend, dilation, groups)
+    if needs[0]:
+        dx = _run("sparse_conv2d_input_gradient", *where, dy, values, positions, size, x.shape, steps, pads, mode)
+    if needs[1]:
+        dvalues = _run("sparse_conv2d_weight_gradient", *where, x, dy, positions, size, steps, pads, mode)
+        dbias = dy.sum((0, 2, 3))
+    return dx, dvalues, dbias
 
 
 @_conv.register_fake
@@ -271,32 +269,30 @@ def _(
     return x.new_empty((x.shape[0], shape[0], rows, columns)).contiguous(memory_format=like)
 
 
-@_input_gradient.register_fake
-def _(dy: Tensor, values: Tensor, positions: Tensor, input_size: list[int], *form: Any) -> Tensor:
+@_gradients.register_fake
+def _(
+    x: Tensor, dy: Tensor, values: Tensor, positions: Tensor, needs: list[bool], shape: list[int], *form: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     like = torch.channels_last if _padding.is_channels_last(dy) else torch.contiguous_format
-    return dy.new_empty(input_size).contiguous(memory_format=like)
-
-
-@_weight_gradient.register_fake
-def _(x: Tensor, dy: Tensor, positions: Tensor, *form: Any) -> Tensor:
-    return x.new_empty(positions.shape)
+    dx = x.new_empty(x.shape).contiguous(memory_format=like) if needs[0] else x.new_empty(0)
+    if not needs[1]:
+        return dx, x.new_empty(0), x.new_empty(0)
+    return dx, x.new_empty(positions.shape), x.new_empty(shape[0])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, positions, bias, *ctx.form = inputs
+    x, values, positions, _, *ctx.form = inputs
     ctx.save_for_backward(x, values, positions)
-    ctx.has_bias = bias is not None
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, values, positions = ctx.saved_tensors
     needs_x, needs_values, _, needs_bias, *_ = ctx.needs_input_grad
-    dx = _input_gradient(dy, values, positions, list(x.shape), *ctx.form) if needs_x else None
-    dvalues = _weight_gradient(x, dy, positions, *ctx.form) if needs_values else None
-    dbias = dy.sum((0, 2, 3)) if ctx.has_bias and needs_bias else None
-    return (dx, dvalues, None, dbias, *[None] * len(ctx.form))
+    needs = [needs_x, needs_values or needs_bias]
+    dx, dvalues, dbias = _gradients(x, dy, values, positions, needs, *ctx.form)
+    found = (dx if needs_x else None, dvalues if needs_values else None, None, dbias if needs_bias else None)
+    return (*found, *[None] * len(ctx.form))
 
 
 register_gradient(_conv, "sparse_conv2d", _backward, setup_context=_keep)
-refuse_double_backward(_input_gradient, "sparse_conv2d")
-refuse_double_backward(_weight_gradient, "sparse_conv2d")
+refuse_double_backward(_gradients, "sparse_conv2d")

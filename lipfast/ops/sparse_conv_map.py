@@ -132,13 +132,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     needs_x, needs_values, _, needs_bias, *_ = ctx.needs_input_grad
     needs = [needs_x, needs_values or needs_bias]
     dx, dvalues, dbias = _gradients(data, dy, values, positions, needs, *ctx.form)
-    return (
-        dx if needs_x else None,
-        dvalues if needs_values else None,
-        None,
-        dbias if needs_bias else None,
-        *[None] * len(ctx.form),
-    )
+    found = (dx if needs_x else None, dvalues if needs_values else None, None, dbias if needs_bias else None)
+    return (*found, *[None] * len(ctx.form))
 
 
 register_gradient(_conv, "sparse_conv2d", _backward, setup_context=_keep)

@@ -312,14 +312,11 @@ def test_operators_keep_torchs_contracts():
         torch.ops.lipfast.sparse_conv2d.default, (x, packed.values, packed.positions, bias, shape, *settings_)
     )
     dy, plain = torch.randn(1, 4, 8, 9), packed.values.detach()
-    torch.library.opcheck(
-        torch.ops.lipfast.sparse_conv2d_input_gradient.default,
-        (dy, plain, packed.positions, list(x.shape), shape, *settings_),
-    )
-    torch.library.opcheck(
-        torch.ops.lipfast.sparse_conv2d_weight_gradient.default,
-        (x.detach(), dy, packed.positions, shape, *settings_),
-    )
+    for needs in [True, True], [True, False], [False, True]:
+        torch.library.opcheck(
+            torch.ops.lipfast.sparse_conv2d_gradients.default,
+            (x.detach(), dy, plain, packed.positions, needs, shape, *settings_),
+        )
 
 
 def test_double_backward_is_refused():
