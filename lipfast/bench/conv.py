@@ -118,10 +118,9 @@ def _setup_operator(layer: _Layer, channels: int, density: float, training: bool
         return sparse_conv2d(given, packed, bias, padding=1)
 
     def train() -> tuple[Tensor, ...]:
-        with torch.enable_grad():
-            for leaf in leaves:
-                leaf.requires_grad_()
-            y = forward()
+        for leaf in leaves:
+            leaf.requires_grad_()
+        y = forward()
         found = torch.autograd.grad(y, leaves, gradient)
         for leaf in leaves:
             leaf.requires_grad_(False)

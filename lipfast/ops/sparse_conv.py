@@ -12,7 +12,7 @@ from lipfast.ops import _dispatch, _padding
 from lipfast.ops._autograd import refuse_double_backward, refuse_tangents, register_gradient
 from lipfast.ops._checks import check_dense, check_window, pair, whole_number
 from lipfast.ops.lane_conv import ConvForm, fits_lanes
-from lipfast.ops.lanes import LaneMap
+from lipfast.ops.lanes import LANES, LaneMap
 from lipfast.ops.sparse_conv_map import conv_of_map
 
 
@@ -141,6 +141,11 @@ def _has_kernel(x: Tensor, layer: ConvForm) -> bool:
 def _size_and_numbers(x: Tensor | LaneMap) -> tuple[tuple[int, ...], Tensor]:
     """Batch, channels, height and width, if ``x`` has four axes, and the tensor that holds its numbers."""
     if isinstance(x, LaneMap):
+        if x.data.dim() != 5 or x.data.shape[4] != LANES or x.data.dtype != torch.float32:
+            raise InputError(
+                f"sparse_conv2d: a map in lanes holds (batch, channels, rows, columns, {LANES}) float32, "
+                f"got {tuple(x.data.shape)} {x.data.dtype}"
+            )
         return (*x.data.shape[:2], x.height, x.width), x.data
     check_dense("sparse_conv2d", "x", x)
     return x.shape, x

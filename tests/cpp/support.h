@@ -88,5 +88,6 @@ void RunPace();
 
 // What becomes of a chunk that fails; test_pool.cc.
 void RunPool();
+void RunArenas();
 
 }  // namespace lipfast

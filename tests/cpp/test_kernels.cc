@@ -237,6 +237,7 @@ int main() {
   }
   RunPace();
   RunPool();
+  RunArenas();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed != 0 || passed == 0;
 }

@@ -194,6 +194,11 @@ def test_an_empty_batch_has_gradients_of_zero():
 
 
 BAD = {
+    "holds (batch, channels, rows, columns, 16) float32, got (1, 3, 4, 4, 16) torch.float64": (
+        LaneMap(torch.zeros(1, 3, 4, 4, 16, dtype=torch.float64), 8, 8, 1),
+        {},
+    ),
+    "got (3, 4, 4, 16) torch.float32": (LaneMap(torch.zeros(3, 4, 4, 16), 8, 8, 1), {}),
     "reads a halo of 1 around each block, the map has 0": (LaneMap.from_tensor(torch.zeros(1, 3, 8, 8)), {}),
     "takes (batch, 3, height, width), got (2, 4, 8, 9)": (LaneMap.from_tensor(torch.zeros(2, 4, 8, 9), 1), {}),
     "one stride for both axes, got (1, 2)": (LaneMap.from_tensor(torch.zeros(1, 3, 8, 8), 1), {"stride": (1, 2)}),
