@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lipfast.errors import InputError
 from lipfast.ops import _dispatch, _padding
-from lipfast.ops._autograd import refuse_double_backward, refuse_tangents, register_gradient
+from lipfast.ops._autograd import refuse_tangents
 from lipfast.ops._checks import check_dense, check_window, pair, whole_number
 from lipfast.ops.lane_conv import ConvForm, fits_lanes
 from lipfast.ops.lanes import LANES, LaneMap
-from lipfast.ops.sparse_conv_map import conv_of_map
+from lipfast.ops.sparse_conv_map import conv_of_map, fake_weight_gradients, register_gradients
 
 
 @dataclass(frozen=True)
@@ -280,24 +280,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     like = torch.channels_last if _padding.is_channels_last(dy) else torch.contiguous_format
     dx = x.new_empty(x.shape).contiguous(memory_format=like) if needs[0] else x.new_empty(0)
-    if not needs[1]:
-        return dx, x.new_empty(0), x.new_empty(0)
-    return dx, x.new_empty(positions.shape), x.new_empty(shape[0])
+    return dx, *fake_weight_gradients(x, positions, shape, needs[1])
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, positions, _, *ctx.form = inputs
-    ctx.save_for_backward(x, values, positions)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, values, positions = ctx.saved_tensors
-    needs_x, needs_values, _, needs_bias, *_ = ctx.needs_input_grad
-    needs = [needs_x, needs_values or needs_bias]
-    dx, dvalues, dbias = _gradients(x, dy, values, positions, needs, *ctx.form)
-    found = (dx if needs_x else None, dvalues if needs_values else None, None, dbias if needs_bias else None)
-    return (*found, *[None] * len(ctx.form))
-
-
-register_gradient(_conv, "sparse_conv2d", _backward, setup_context=_keep)
-refuse_double_backward(_gradients, "sparse_conv2d")
+register_gradients(_conv, _gradients)

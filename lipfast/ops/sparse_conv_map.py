@@ -109,9 +109,13 @@ def _(
     *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = _fake_map(data, data.shape[1], size[2], 1) if needs[0] else data.new_empty(0)
-    if not needs[1]:
-        return dx, data.new_empty(0), data.new_empty(0)
-    return dx, data.new_empty(positions.shape), data.new_empty(shape[0])
+    return dx, *fake_weight_gradients(data, positions, shape, needs[1])
+
+
+def fake_weight_gradients(x: Tensor, positions: Tensor, shape: list[int], needed: bool) -> tuple[Tensor, Tensor]:
+    """What the gradients of values and bias look like."""
+    sizes = (positions.shape, shape[:1]) if needed else ((0,), (0,))
+    return x.new_empty(sizes[0]), x.new_empty(sizes[1])
 
 
 def _fake_map(data: Tensor, channels: int, halo: int, stride: int) -> Tensor:
@@ -122,19 +126,24 @@ def _fake_map(data: Tensor, channels: int, halo: int, stride: int) -> Tensor:
     return data.new_empty_strided((data.shape[0], channels, rows, columns, LANES), strides)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    data, values, positions, _, *ctx.form = inputs
-    ctx.save_for_backward(data, values, positions)
+def register_gradients(op: Any, gradients: Any) -> None:
+    """Make ``gradients`` those of ``op``, the sparse convolution of a map or of a tensor. Where ``op`` takes a bias, it
+    takes which gradients are needed, [of the input, of the weights], and ``dy`` behind the input."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, values, positions, _, *ctx.form = inputs
+        ctx.save_for_backward(x, values, positions)
+
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, values, positions = ctx.saved_tensors
+        needs_x, needs_values, _, needs_bias, *_ = ctx.needs_input_grad
+        needs = [needs_x, needs_values or needs_bias]
+        dx, dvalues, dbias = gradients(x, dy, values, positions, needs, *ctx.form)
+        found = (dx if needs_x else None, dvalues if needs_values else None, None, dbias if needs_bias else None)
+        return (*found, *[None] * len(ctx.form))
+
+    register_gradient(op, "sparse_conv2d", backward, setup_context=keep)
+    refuse_double_backward(gradients, "sparse_conv2d")
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    data, values, positions = ctx.saved_tensors
-    needs_x, needs_values, _, needs_bias, *_ = ctx.needs_input_grad
-    needs = [needs_x, needs_values or needs_bias]
-    dx, dvalues, dbias = _gradients(data, dy, values, positions, needs, *ctx.form)
-    found = (dx if needs_x else None, dvalues if needs_values else None, None, dbias if needs_bias else None)
-    return (*found, *[None] * len(ctx.form))
-
-
-register_gradient(_conv, "sparse_conv2d", _backward, setup_context=_keep)
-refuse_double_backward(_gradients, "sparse_conv2d")
+register_gradients(_conv, _gradients)
