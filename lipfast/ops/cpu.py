@@ -174,8 +174,12 @@ class _ConvPlan:
             lanes.fill_halo()
         return lanes
 
-    def weight_gradients(self, x: LaneMap, dy: LaneMap) -> tuple[Tensor, Tensor]:
-        """Of the kept values and of the bias."""
+    def gradients(self, values: Tensor, dy: LaneMap, dx: LaneMap | None, x: LaneMap | None) -> tuple[Tensor, Tensor]:
+        """Write ``dx`` if it is given; gradients of the kept values and the bias, empty where ``x`` is not given."""
+        if dx:
+            self.conv.input_gradient(values, dy, dx)
+        if not x:
+            return _empty((0,)), _empty((0,))
         dvalues, dbias = _empty(self.positions.shape), _empty((self.conv.form.out_channels,))
         self.conv.weight_gradient(x, dy, dvalues, dbias)
         return dvalues, dbias
@@ -262,8 +266,10 @@ def sparse_conv2d_weight_gradient(
 ) -> Tensor:
     """See ``lipfast.ops.reference.sparse_conv2d_weight_gradient``."""
     plan = _plan(positions, shape, x.shape, ConvForm.of(shape, stride, padding, padding_mode, dilation, groups))
+    gradient = _empty(positions.shape)
     with plan.lock:
-        return plan.weight_gradients(plan.load("x", x), plan.load("dy", dy))[0]
+        plan.conv.weight_gradient(plan.load("x", x), plan.load("dy", dy), gradient, None)
+    return gradient
 
 
 def sparse_conv2d_gradients(
@@ -278,15 +284,10 @@ def sparse_conv2d_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, kept values and bias, empty where nobody asks: ``dy`` is converted once for all of them."""
     plan = _plan(positions, shape, x.shape, form)
-    dx, dvalues, dbias = _empty((0,)), _empty((0,)), _empty((0,))
     with plan.lock:
-        gradient = plan.load("dy", dy)
-        if needs_x:
-            plan.conv.input_gradient(values, gradient, plan.map("dx"))
-            dx = plan.map("dx").to_tensor(_memory_format(dy))
-        if needs_weights:
-            dvalues, dbias = plan.weight_gradients(plan.load("x", x), gradient)
-    return dx, dvalues, dbias
+        dx, given = plan.map("dx") if needs_x else None, plan.load("x", x) if needs_weights else None
+        of_weights = plan.gradients(values, plan.load("dy", dy), dx, given)
+        return dx.to_tensor(_memory_format(dy)) if dx else _empty((0,)), *of_weights
 
 
 def _plan_of_map(x: LaneMap, positions: Tensor, shape: torch.Size, form: ConvForm) -> _ConvPlan:
@@ -317,15 +318,10 @@ def sparse_conv2d_map_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, kept values and bias, empty where nobody asks; what ``dy`` says of a halo is left out."""
     plan = _plan_of_map(x, positions, shape, form)
-    dx, dvalues, dbias = _empty((0,)), _empty((0,)), _empty((0,))
+    dx = plan.conv.input_map(x.halo) if needs_x else None
     with plan.lock:
         gradient = plan.map("dy")
         gradient.copy_pixels(LaneMap(dy, gradient.height, gradient.width, x.halo))
         gradient.fill_halo()
-        if needs_x:
-            in_lanes = plan.conv.input_map(x.halo)
-            plan.conv.input_gradient(values, gradient, in_lanes)
-            dx = in_lanes.data
-        if needs_weights:
-            dvalues, dbias = plan.weight_gradients(x, gradient)
-    return dx, dvalues, dbias
+        of_weights = plan.gradients(values, gradient, dx, x if needs_weights else None)
+    return dx.data if dx else _empty((0,)), *of_weights

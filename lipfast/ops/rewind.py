@@ -70,7 +70,6 @@ def prune_rewind_pack(
     pruning = begin_pruning("prune_rewind_pack", weights, alive, count, backend)
     with torch.no_grad(), _dispatch.on(device_of(weights)):
         masks, bits, values = pruning.rewind([first.detach() for first in start], into)
-    # Kernels write past torch's knowledge. Tensors of inference mode keep no count.
     note_writes(*into)
     return Rewound(masks, bits, list(into), values)
 
